@@ -1,0 +1,48 @@
+#include "arena.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { ALIGN = 64 };
+
+void ls_arena_measure(ls_arena *arena)
+{
+    arena->used = 0;
+    arena->measuring = 1;
+}
+
+ls_status ls_arena_reserve(ls_arena *arena, const char *what)
+{
+    const size_t need = arena->used;
+    arena->used = 0;
+    arena->measuring = 0;
+    if (need > arena->peak) arena->peak = need;
+    if (need <= arena->capacity) return LS_OK;
+    free(arena->base);
+    arena->capacity = 0;
+    arena->base = aligned_alloc(ALIGN, need);
+    if (arena->base == NULL)
+        LS_FAIL(LS_ERR_MEMORY,
+                "%s: cannot reserve %.1f MiB: use more ranks, a smaller batch, or a machine with more memory", what,
+                (double) need / 1048576.0);
+    arena->capacity = need;
+    return LS_OK;
+}
+
+void *ls_arena_take(ls_arena *arena, size_t bytes)
+{
+    const size_t at = arena->used, size = (bytes + ALIGN - 1) / ALIGN * ALIGN;
+    arena->used += size;
+    if (arena->measuring) return NULL;
+    if (arena->used > arena->capacity) abort(); /* a plan that takes more than it measured: never on user input */
+#ifndef NDEBUG
+    memset(arena->base + at, 0xff, size); /* all ones is a NaN in both precisions */
+#endif
+    return arena->base + at;
+}
+
+void ls_arena_free(ls_arena *arena)
+{
+    free(arena->base);
+    memset(arena, 0, sizeof *arena);
+}

@@ -1,0 +1,26 @@
+/* Memory is sized by running a plan twice: once on a measuring arena (every take returns NULL and is counted), then,
+ * after one reserve, for real. So the table of sizes and the table of pointers are the same lines of code. */
+#ifndef LS_ARENA_H
+#define LS_ARENA_H
+
+#include "status.h"
+
+typedef struct ls_arena {
+    char *base;
+    size_t capacity, used, peak;
+    int measuring;
+} ls_arena;
+
+/* Starts a measuring run; ls_arena_used tells the bytes afterwards. */
+void ls_arena_measure(ls_arena *arena);
+/* Ends it: makes room for what was measured (contents are lost when it grows) and starts the real run. */
+ls_status ls_arena_reserve(ls_arena *arena, const char *what);
+/* n bytes on a 64-byte boundary, or NULL while measuring. In debug builds the memory is filled with NaN. */
+void *ls_arena_take(ls_arena *arena, size_t bytes);
+static inline ls_real *ls_take(ls_arena *arena, int64_t n)
+{
+    return (ls_real *) ls_arena_take(arena, (size_t) n * sizeof(ls_real));
+}
+void ls_arena_free(ls_arena *arena);
+
+#endif

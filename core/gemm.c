@@ -1,0 +1,29 @@
+#include "gemm.h"
+
+#include <cblas.h>
+#include <string.h>
+
+#ifdef LS_REAL_DOUBLE
+#define GEMM cblas_dgemm
+#else
+#define GEMM cblas_sgemm
+#endif
+
+void ls_gemm(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha, const ls_real *a,
+             int64_t lda, const ls_real *b, int64_t ldb, double beta, ls_real *c, int64_t ldc)
+{
+    if (m <= 0 || n <= 0) return;
+    if (k <= 0) { /* BLAS need not touch C then */
+        for (int64_t i = 0; i < m; i++)
+            for (int64_t j = 0; j < n; j++) c[i * ldc + j] = beta == 0 ? 0 : (ls_real) beta * c[i * ldc + j];
+        return;
+    }
+    GEMM(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans, (blasint) m,
+         (blasint) n, (blasint) k, (ls_real) alpha, a, (blasint) lda, b, (blasint) ldb, (ls_real) beta, c,
+         (blasint) ldc);
+}
+
+void ls_gemm_single_thread(void)
+{
+    openblas_set_num_threads(1);
+}

@@ -1,0 +1,14 @@
+/* The only door to BLAS. Row-major: C (m,n) = alpha op(A) (m,k) op(B) (k,n) + beta C; ld* are distances between rows.
+ * beta = 0 overwrites, whatever stood in C. Sizes of 0 are fine. */
+#ifndef LS_GEMM_H
+#define LS_GEMM_H
+
+#include "longspan.h"
+
+void ls_gemm(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha, const ls_real *a,
+             int64_t lda, const ls_real *b, int64_t ldb, double beta, ls_real *c, int64_t ldc);
+
+/* One thread per rank: called once when a context is made, since a rank is the unit of parallelism. */
+void ls_gemm_single_thread(void);
+
+#endif

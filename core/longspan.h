@@ -1,0 +1,261 @@
+/* Longspan: attention mechanisms with hand-written gradients on sequences that are sharded over ranks.
+ *
+ * The story, in the order a caller meets it:
+ *
+ *   1. a context   owns a communicator (this rank's place among those that share each sequence) and scratch memory;
+ *   2. a shard     says which positions of a sequence each rank owns: contiguous, of any lengths, none included;
+ *   3. an attention is one mechanism with its options: it lists its parameters by name, and it never owns their values;
+ *   4. forward     needs inputs, parameters and a `saved` that keeps what backward will want;
+ *   5. backward    overwrites the gradients of activations (=) and accumulates those of parameters (+=);
+ *   6. a state     feeds tokens one at a time (incremental decoding), the source of cross attention summarised once.
+ *
+ * Two levels. LS_LEVEL_CORE takes query, key, value after the input projections, for trainers that have their own;
+ * LS_LEVEL_LAYER takes model-wide rows and has q_proj, k_proj, v_proj and out_proj.
+ *
+ * Conventions. Every function that can fail returns ls_status, and ls_last_error() tells what, where and what to do.
+ * "Collective" means: every rank of the context's communicator calls it, in the same order, with the same options; a
+ * collective function returns the same status everywhere, so no rank waits for one that failed. The library never
+ * prints, exits, installs signal handlers, or touches MPI_COMM_WORLD. Pointers are borrowed unless a comment says
+ * otherwise. A context and everything made from it belong to one thread at a time.
+ */
+#ifndef LONGSPAN_H
+#define LONGSPAN_H
+
+#include <mpi.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LS_VERSION_MAJOR 0
+#define LS_VERSION_MINOR 1
+#define LS_VERSION_PATCH 0
+#define LS_VERSION_STRING "0.1.0"
+
+/* The number type of every tensor: float, or double in the test build (LS_REAL_DOUBLE). */
+#ifdef LS_REAL_DOUBLE
+typedef double ls_real;
+#else
+typedef float ls_real;
+#endif
+
+/* ------------------------------------------------------------------------------------------------ status */
+
+typedef enum ls_status {
+    LS_OK = 0,
+    LS_ERR_ARGUMENT,    /* an argument, option or shape is impossible */
+    LS_ERR_UNSUPPORTED, /* the mechanism has no such pattern, or this build lacks the backend */
+    LS_ERR_MEMORY,      /* memory could not be had */
+    LS_ERR_COMM,        /* the transport failed */
+    LS_ERR_IO,          /* a file or directory cannot be read or written */
+    LS_ERR_FORMAT,      /* a file is not what it should be: wrong kind, version, digest or content */
+    LS_ERR_NONFINITE,   /* a loss or gradient is not finite */
+    LS_ERR_INTERNAL     /* a broken promise inside Longspan */
+} ls_status;
+
+const char *ls_status_name(ls_status status);
+
+/* The message of the last failure on this thread: one sentence. Valid until the next failing call on this thread. */
+const char *ls_last_error(void);
+
+/* ------------------------------------------------------------------------------------------------ context */
+
+typedef struct ls_context ls_context;
+
+typedef enum ls_device { LS_CPU = 0, LS_CUDA = 1 } ls_device;
+
+typedef struct ls_context_options {
+    MPI_Comm comm;    /* the ranks that share each sequence; 0 or MPI_COMM_NULL: this process alone, MPI not needed.
+                       * Duplicated, so the caller may free or use its own at any time. */
+    ls_device device; /* where tensors live */
+    uint64_t seed;    /* of every random number drawn through this context */
+} ls_context_options;
+
+/* Collective. On success *ctx is the caller's, to be freed with ls_context_free (collective too). */
+ls_status ls_context_create(const ls_context_options *options, ls_context **ctx);
+void ls_context_free(ls_context *ctx);
+int ls_context_rank(const ls_context *ctx);
+int ls_context_size(const ls_context *ctx);
+
+/* Collective: every rank passes its own status and gets the same one back: LS_OK if all were LS_OK, otherwise that of
+ * the lowest failing rank, whose message (prefixed "rank N: ") becomes ls_last_error() everywhere. */
+ls_status ls_agree(ls_context *ctx, ls_status mine);
+
+/* Collective: x (n) := the sum over ranks of x, bit for bit the same on each. For parameter gradients. */
+ls_status ls_all_reduce_sum(ls_context *ctx, ls_real *x, int64_t n);
+
+/* Bytes this rank has sent since the context was created, and what the formulas of the exchanges predicted, per kind of
+ * crossing (names from ls_crossing_name, count LS_CROSSINGS). */
+typedef enum ls_crossing {
+    LS_NONE = 0,     /* purely local */
+    LS_FETCH,        /* see intervals of global positions owned by others; adjoint: add back to the owners */
+    LS_GATHER,       /* every rank's piece, in rank order; adjoint: reduce-scatter */
+    LS_REDUCE,       /* all ranks' summaries combined by a monoid */
+    LS_SCAN,         /* the monoid over the ranks before this one */
+    LS_REVERSE_SCAN, /* the monoid over the ranks after this one */
+    LS_RING,         /* key/value blocks visit every rank */
+    LS_CROSSINGS
+} ls_crossing;
+typedef struct ls_traffic {
+    uint64_t sent[LS_CROSSINGS], predicted[LS_CROSSINGS], messages[LS_CROSSINGS];
+} ls_traffic;
+const char *ls_crossing_name(ls_crossing crossing);
+void ls_context_traffic(const ls_context *ctx, ls_traffic *traffic);
+
+/* ------------------------------------------------------------------------------------------------ shard */
+
+/* Which global positions each rank owns: rank p has [bounds[p], bounds[p+1]), bounds[0] = 0, bounds[size] = length. */
+typedef struct ls_shard {
+    int64_t length;  /* of the whole sequence, padding included */
+    int64_t lo, n;   /* this rank owns [lo, lo + n); n may be 0 */
+    int rank, size;
+    int64_t *bounds; /* (size + 1) */
+} ls_shard;
+
+/* As even as possible: the first length % size ranks own one more. Not collective. Free with ls_shard_free. */
+ls_status ls_shard_even(const ls_context *ctx, int64_t length, ls_shard *shard);
+/* Collective: every rank says how many positions it owns. */
+ls_status ls_shard_local(ls_context *ctx, int64_t n, ls_shard *shard);
+void ls_shard_free(ls_shard *shard);
+
+/* ------------------------------------------------------------------------------------------------ attention */
+
+typedef enum ls_pattern {
+    LS_NS = 0, /* noncausal self */
+    LS_CS = 1, /* causal self */
+    LS_NC = 2, /* noncausal cross: queries and keys are different sequences */
+    LS_CC = 3  /* causal cross: output t depends on queries 0..t and on every key */
+} ls_pattern;
+const char *ls_pattern_name(ls_pattern pattern); /* "noncausal self", ... */
+
+typedef enum ls_level { LS_LEVEL_CORE = 0, LS_LEVEL_LAYER = 1 } ls_level;
+
+/* How rows lie in memory. Core tensors are (B,H,T,d), (B,T,H,d) or (T,B,H,d); layer tensors are (B,T,E) for the first
+ * two (batch first) and (T,B,E) for the last. Padding masks are (B,T) always. */
+typedef enum ls_layout { LS_BHTD = 0, LS_BTHD = 1, LS_TBHD = 2 } ls_layout;
+
+#define LS_MAX_OPTIONS 16
+typedef struct ls_attention_options {
+    const char *mechanism; /* "softmax", "abc", ... : a name from ls_mechanism_name */
+    ls_pattern pattern;
+    ls_level level;
+    ls_layout layout;
+    int64_t embed_dim, num_heads; /* embed_dim = num_heads * head dimension */
+    double scale;                 /* of the logits; 0: head dimension ^ (-1/2) */
+    double dropout;               /* of attention probabilities, in training (softmax) */
+    uint32_t stream;              /* random stream: give each attention of a model its own */
+    double value[LS_MAX_OPTIONS]; /* the mechanism's own options in the order of its table: use ls_attention_set */
+} ls_attention_options;
+
+/* A mechanism's own option, e.g. abc's num_slots. */
+typedef struct ls_option_info {
+    const char *name, *symbol; /* the field's name; the letter of the papers and of the golden files */
+    double initial, min, max;
+    int is_integer;
+    const char *help;
+} ls_option_info;
+
+/* The table of mechanisms, for programs that list or choose them. name is NULL past the end. */
+const char *ls_mechanism_name(int index);
+const ls_option_info *ls_mechanism_options(const char *mechanism, int *count);
+int ls_mechanism_has(const char *mechanism, ls_pattern pattern);      /* 1 if forward and backward exist */
+int ls_mechanism_has_step(const char *mechanism, ls_pattern pattern); /* 1 if step exists */
+
+/* Everything at its default, for a known mechanism. */
+ls_status ls_attention_defaults(const char *mechanism, ls_attention_options *options);
+/* Sets the mechanism's own option by its name or symbol; refuses unknown names and values out of range. */
+ls_status ls_attention_set(ls_attention_options *options, const char *name, double value);
+
+typedef struct ls_attention ls_attention;
+/* Collective. Refuses an unsupported pattern ("probsparse: causal cross attention is not supported") and impossible
+ * shapes before anything is allocated. Free with ls_attention_free. */
+ls_status ls_attention_create(ls_context *ctx, const ls_attention_options *options, ls_attention **attention);
+void ls_attention_free(ls_attention *attention);
+
+/* Parameters: one flat vector, the tensors one after the other in the order of this list. Linear weights are (out,in),
+ * y = x Wᵀ + b. */
+#define LS_MAX_PARAMS 32
+typedef struct ls_param_info {
+    const char *name; /* "q_proj.weight", "phi_k", ... */
+    int ndim;
+    int64_t dim[4];
+    int64_t offset, count; /* in ls_real, within the flat vector */
+    enum { LS_INIT_ZERO, LS_INIT_ONE, LS_INIT_NORMAL, LS_INIT_UNIFORM } init;
+    double init_scale; /* standard deviation, or half the width */
+} ls_param_info;
+int ls_attention_num_params(const ls_attention *attention);
+const ls_param_info *ls_attention_param(const ls_attention *attention, int index);
+int64_t ls_attention_param_count(const ls_attention *attention); /* reals in the flat vector */
+
+/* The sequences of a call. For self attention keys == queries (or NULL). Same batch on every rank. */
+typedef struct ls_attention_shape {
+    int64_t batch;
+    const ls_shard *queries, *keys;
+} ls_attention_shape;
+
+/* What goes in; all of it this rank's rows. Which optional pointers are given must be the same on all ranks (an empty
+ * rank passes any non-NULL pointer). Layer level: key or value may be NULL: then value = key, key = query. */
+typedef struct ls_attention_io {
+    const ls_real *query, *key, *value;
+    const uint8_t *query_padding_mask; /* (B,T) 1 = ignore: output and gradient 0; self attention: one of the two may be
+                                        * NULL, then the other serves for both */
+    const uint8_t *key_padding_mask;   /* (B,S) */
+    const ls_real *attn_mask;          /* softmax: additive, this rank's queries x all keys: (T, S_all), or with
+                                        * attn_mask_per_head (B*H, T, S_all) */
+    int attn_mask_per_head;
+    const ls_real *dropout_mask;       /* softmax: multiplies the probabilities, (B,H,T,S_all): 0 or 1/keep; instead of
+                                        * options.dropout */
+    ls_real *weights;                  /* out, softmax: (B,T,S_all) with need_weights, (B,H,T,S_all) with
+                                        * need_head_weights; before dropout */
+    int need_weights, need_head_weights;
+    int training;                      /* 0: no dropout, no fresh noise */
+    uint64_t sample;                   /* random streams: global number of batch row 0; row b is sample + b */
+} ls_attention_io;
+
+/* What forward keeps for backward. Reusable: memory grows to the largest use. Free with ls_saved_free. */
+typedef struct ls_saved ls_saved;
+ls_status ls_saved_create(ls_attention *attention, ls_saved **saved);
+void ls_saved_free(ls_saved *saved);
+size_t ls_saved_bytes(const ls_saved *saved);
+
+/* Collective. out: like query. saved NULL: no backward will follow. The inputs, params and out must stay unchanged
+ * until backward. */
+ls_status ls_attention_forward(ls_attention *attention, const ls_attention_shape *shape, const ls_attention_io *io,
+                               const ls_real *params, ls_real *out, ls_saved *saved);
+
+/* Gradients. Of activations: overwritten; where inputs were the same pointer in forward (self attention, value = key)
+ * the sum arrives in the first of query, key, value that names it, and the others are not written. params: this rank's
+ * share is added; sum over ranks with ls_all_reduce_sum. Any pointer may be NULL: not wanted (layer level only). */
+typedef struct ls_attention_grads {
+    ls_real *query, *key, *value, *params;
+} ls_attention_grads;
+/* Collective. The shape, io, params and out of the forward call, and its saved, which stays valid. */
+ls_status ls_attention_backward(ls_attention *attention, const ls_attention_shape *shape, const ls_attention_io *io,
+                                const ls_real *params, const ls_real *out, const ls_real *dout, ls_saved *saved,
+                                const ls_attention_grads *grads);
+
+/* ------------------------------------------------------------------------------------------------ step */
+
+/* Incremental state of one attention for a batch of sequences. */
+typedef struct ls_state ls_state;
+/* Collective. max_length: the most tokens that will be fed to a causal self state (rows of caches are reserved). */
+ls_status ls_state_create(ls_attention *attention, int64_t batch, int64_t max_length, ls_state **state);
+void ls_state_free(ls_state *state);
+size_t ls_state_bytes(const ls_state *state);
+/* Collective. Cross attention: takes key, value and key_padding_mask of io, sharded as shape->keys, and summarises them
+ * once (static_kv). The inputs are not needed afterwards. */
+ls_status ls_state_source(ls_attention *attention, ls_state *state, const ls_attention_shape *shape,
+                          const ls_attention_io *io, const ls_real *params);
+/* Collective. One token for each batch row: every rank passes the same rows (B,1,E), or (B,H,1,d) at core level, and
+ * gets the same output. Masks of io are (B,1). Dropout is off. */
+ls_status ls_attention_step(ls_attention *attention, ls_state *state, const ls_attention_io *io, const ls_real *params,
+                            ls_real *out);
+/* New batch row b continues old row index[b] (beam search). */
+ls_status ls_state_reorder(ls_state *state, const int64_t *index);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,69 @@
+/* The number type, and the small arithmetic that everything shares. */
+#ifndef LS_REAL_H
+#define LS_REAL_H
+
+#include "longspan.h"
+
+#include <math.h>
+#include <string.h>
+
+#ifdef LS_REAL_DOUBLE
+#define LS_REAL_EPS 2.220446049250313e-16
+static inline ls_real ls_exp(ls_real x)
+{
+    return exp(x);
+}
+#else
+#define LS_REAL_EPS 1.1920929e-7f
+/* exp(x) = 2^n exp(r), n = rint(x / ln 2), |r| <= ln 2 / 2. Without branches or tables, so that the compiler makes
+ * vector code of the loops around it; within 2 ulp; below -87.3 it is exactly 0 (also at -inf), above 88.7 inf.
+ * NaN stays NaN. */
+static inline float ls_exp(float x)
+{
+    const float c = x < -88.0f ? -88.0f : x > 89.0f ? 89.0f : x;
+    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
+    const float n = (c * 1.44269504f + shift) - shift;
+    const float r = (c - n * 0.693145752f) - n * 1.42860677e-6f;
+    float p = 1.9875691e-4f;
+    p = p * r + 1.3981999e-3f;
+    p = p * r + 8.3334519e-3f;
+    p = p * r + 4.1665796e-2f;
+    p = p * r + 1.6666666e-1f;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    /* 2^n in two factors, since n = 128 alone overflows the exponent field */
+    const int32_t i = (int32_t) n, half = i >> 1;
+    union {
+        int32_t i;
+        float f;
+    } a = {(half + 127) << 23}, b = {(i - half + 127) << 23};
+    const float y = p * a.f * b.f;
+    return x < -87.3f ? 0.0f : y;
+}
+#endif
+
+static inline int64_t ls_min(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+static inline int64_t ls_max(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+static inline void ls_zero(ls_real *x, int64_t n)
+{
+    if (n > 0) memset(x, 0, (size_t) n * sizeof *x);
+}
+
+/* Rows of a tensor (B,H,T,d): element (b,h,t,i) is p[b*sb + h*sh + t*st + i]. Any layout is a choice of strides. */
+typedef struct ls_view {
+    ls_real *p;
+    int64_t sb, sh, st;
+} ls_view;
+
+static inline ls_real *ls_row(ls_view v, int64_t b, int64_t h, int64_t t)
+{
+    return v.p + b * v.sb + h * v.sh + t * v.st;
+}
+
+#endif

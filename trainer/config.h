@@ -1,0 +1,67 @@
+/* The configuration of a run: YAML sections with every default written down once, in config.c. */
+#ifndef LS_CONFIG_H
+#define LS_CONFIG_H
+
+#include "status.h"
+
+#include <stdio.h>
+
+typedef enum { ACTIVATION_GELU = 0, ACTIVATION_RELU = 1 } config_activation;
+typedef enum { SCHEDULE_COSINE = 0, SCHEDULE_INVERSE_SQRT = 1, SCHEDULE_CONSTANT = 2 } config_schedule;
+
+/* One attention of the model: mechanism and options, resolved through ls_attention_defaults / ls_attention_set. */
+typedef struct config_attention {
+    char mechanism[32];
+    double dropout; /* of attention probabilities */
+    double scale;   /* 0: the default */
+    double value[LS_MAX_OPTIONS];
+} config_attention;
+
+typedef struct config {
+    struct {
+        char path[1024];                /* HDF5 file made by `longspan pack` */
+        int64_t max_source, max_target; /* tokens; longer documents are cut; 0: no limit */
+        int verify;                     /* check digests when opening */
+    } data;
+    struct {
+        int64_t embed_dim, ffn_dim, num_heads, encoder_layers, decoder_layers;
+        double dropout; /* of embeddings and residual branches */
+        config_activation activation;
+        int tie_embeddings; /* source table = target table = output projection */
+        config_attention encoder, decoder, cross;
+    } model;
+    struct {
+        int64_t steps, batch, accumulation; /* batch: sequences per optimizer step, over all ranks and micro-batches */
+        uint64_t seed;
+        double learning_rate, min_learning_rate;
+        int64_t warmup_steps;
+        config_schedule schedule;
+        double weight_decay, beta1, beta2, epsilon;
+        double clip_norm; /* 0: none */
+        double label_smoothing;
+        int64_t evaluate_every, evaluate_documents; /* steps (0: only at the end); documents of valid (0: all) */
+        int64_t save_every, keep;                   /* steps (0: only at the end); recent checkpoints kept */
+        int recompute;                              /* layers run forward again in backward: less memory */
+    } train;
+    struct {
+        int64_t sequence;  /* ranks that share each sequence; 0: all of them */
+        char transport[8]; /* auto, mpi, nccl */
+    } parallel;
+    struct {
+        char directory[1024]; /* checkpoints, metrics.jsonl, config.yaml */
+    } run;
+    char device[8]; /* cpu, cuda */
+} config;
+
+/* Defaults, then the file (NULL: none), then each "section.key=value" of set[0..nset). Unknown keys, wrong types and
+ * out-of-range values are LS_ERR_ARGUMENT with file, line and key in the message; a missing file is LS_ERR_IO.
+ * Not collective: the trainer reads on rank 0 and broadcasts the text, see config_parse. */
+ls_status config_load(const char *file, const char *const *set, int nset, config *c);
+/* The same from text in memory; `name` stands for the file in messages. */
+ls_status config_parse(const char *name, const char *text, size_t size, const char *const *set, int nset, config *c);
+/* What can be checked without data or ranks: divisibility, patterns, ranges. Called by config_load and config_parse. */
+ls_status config_check(const config *c);
+/* The resolved configuration as YAML text that config_parse reads back to the same values; to be freed. */
+ls_status config_text(const config *c, char **text);
+
+#endif

@@ -1,0 +1,55 @@
+/* A pre-norm encoder-decoder (Vaswani et al., 2017; pre-norm: Xiong et al., 2020) over sharded sequences.
+ *
+ *   encoder layer: x += drop(attention(norm x)); x += drop(ffn(norm x)); a last norm
+ *   decoder layer: x += drop(self(norm x)); x += drop(cross(norm x, encoder)); x += drop(ffn(norm x)); a last norm
+ *   logits = x Wᵀ, W the embedding table where tied
+ *
+ * The model owns no parameters: they are one flat vector of model_count reals, tensors listed by name. */
+#ifndef LS_MODEL_H
+#define LS_MODEL_H
+
+#include "config.h"
+#include "data.h"
+
+typedef struct model model;
+
+typedef struct model_tensor {
+    char name[96];  /* "encoder.0.attention.q_proj.weight", ... */
+    int ndim;
+    int64_t dim[4];
+    int64_t offset, count;
+    int decay;      /* weight decay applies: matrices, not biases, norms and vectors */
+} model_tensor;
+
+/* Collective over `sequence`, the context of the ranks that share each sequence. */
+ls_status model_create(ls_context *sequence, const config *c, model **m);
+void model_free(model *m);
+int model_num_tensors(const model *m);
+const model_tensor *model_tensor_at(const model *m, int i);
+int64_t model_count(const model *m);
+/* Initial values: a pure function of (seed, tensor index, element). */
+void model_init(const model *m, uint64_t seed, ls_real *params);
+
+typedef struct model_loss {
+    double loss; /* Σ over this rank's labels, smoothed */
+    double nll;  /* Σ -ln p, without smoothing */
+    int64_t tokens; /* labels of this rank */
+} model_loss;
+
+/* Collective over `sequence`. Forward only, no dropout. */
+ls_status model_evaluate(model *m, const batch *b, const ls_real *params, model_loss *out);
+/* Collective. Forward and backward: dparams += this rank's share of d (Σ loss) · grad_scale. Dropout on. */
+ls_status model_gradient(model *m, const batch *b, const ls_real *params, double grad_scale, ls_real *dparams,
+                         model_loss *out);
+/* Bytes reserved so far on this rank for activations and scratch. */
+size_t model_bytes(const model *m);
+
+/* Incremental decoding of B sequences against a source (b->source_*), which is encoded and summarised once. Collective
+ * over `sequence`; every rank passes the same tokens and gets the same logits. */
+typedef struct decoder decoder;
+ls_status decoder_create(model *m, const batch *source, int64_t max_length, const ls_real *params, decoder **d);
+void decoder_free(decoder *d);
+/* token (B) at the next position -> logits (B, MODEL_VOCABULARY) for the one after it. */
+ls_status decoder_step(decoder *d, const int32_t *token, const ls_real *params, ls_real *logits);
+
+#endif
