@@ -21,7 +21,8 @@ int exit_code_of(ls_status status);
 
 /* The ranks of a run: all of them (world), and those that share each sequence. */
 typedef struct ranks {
-    ls_context *world, *sequence;
+    MPI_Comm comm;                 /* of world */
+    ls_context *world, *sequence;  /* sequence: NULL before ranks_split */
     int rank, size;   /* in world */
     int group, groups; /* which sequences: data-parallel group */
 } ranks;

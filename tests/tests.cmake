@@ -1,0 +1,48 @@
+# Every test is one program tests/test_NAME.c; those that exercise core, kernels and parallel are built in float and in
+# double from the same source. Ranks are oversubscribed on purpose: the laws are about correctness, not speed.
+pkg_check_modules(CMOCKA REQUIRED IMPORTED_TARGET cmocka)
+
+add_library(longspan_double STATIC EXCLUDE_FROM_ALL ${sources})
+longspan_library(longspan_double)
+target_compile_definitions(longspan_double PUBLIC LS_REAL_DOUBLE)
+
+set(mpirun ${MPIEXEC_EXECUTABLE} --oversubscribe --allow-run-as-root --bind-to none)
+set(test_environment OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMP_NUM_THREADS=1;OPENBLAS_NUM_THREADS=1)
+
+# longspan_test(NAME [DOUBLE] [HDF5] [RANKS 1 2 ...] [ARGS ...]): programs test_NAME and, with DOUBLE, test_NAME_double,
+# each run once for every rank count.
+function(longspan_test name)
+  cmake_parse_arguments(T "DOUBLE;HDF5;TRAINER" "TIMEOUT" "RANKS;ARGS;LIBRARIES" ${ARGN})
+  set(variants ${name})
+  if(T_DOUBLE)
+    list(APPEND variants ${name}_double)
+  endif()
+  foreach(variant ${variants})
+    if(variant MATCHES "_double$")
+      set(library longspan_double)
+    elseif(T_TRAINER)
+      set(library trainer)
+    else()
+      set(library longspan)
+    endif()
+    add_executable(test_${variant} ${PROJECT_SOURCE_DIR}/tests/test_${name}.c)
+    set_target_properties(test_${variant} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests)
+    target_include_directories(test_${variant} PRIVATE ${PROJECT_SOURCE_DIR}/tests)
+    target_link_libraries(test_${variant} PRIVATE ${library} PkgConfig::CMOCKA longspan_flags m)
+    if(T_HDF5)
+      target_include_directories(test_${variant} SYSTEM PRIVATE ${HDF5_C_INCLUDE_DIRS})
+      target_link_libraries(test_${variant} PRIVATE ${HDF5_C_LIBRARIES})
+    endif()
+    if(NOT T_RANKS)
+      add_test(NAME ${variant} COMMAND test_${variant} ${T_ARGS})
+      set_tests_properties(${variant} PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 600)
+    endif()
+    foreach(ranks ${T_RANKS})
+      add_test(NAME ${variant}_${ranks} COMMAND ${mpirun} -n ${ranks} $<TARGET_FILE:test_${variant}> ${T_ARGS})
+      set_tests_properties(${variant}_${ranks} PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 600
+        PROCESSORS ${ranks})
+    endforeach()
+  endforeach()
+endfunction()
+
+longspan_test(dense DOUBLE)
