@@ -8,13 +8,15 @@
 typedef struct ls_arena {
     char *base;
     size_t capacity, used, peak;
-    int measuring;
+    int measuring, replaying;
 } ls_arena;
 
 /* Starts a measuring run; ls_arena_used tells the bytes afterwards. */
 void ls_arena_measure(ls_arena *arena);
 /* Ends it: makes room for what was measured (contents are lost when it grows) and starts the real run. */
 ls_status ls_arena_reserve(ls_arena *arena, const char *what);
+/* Runs the plan once more over the same memory, contents kept: for the backward pass. */
+void ls_arena_replay(ls_arena *arena);
 /* n bytes on a 64-byte boundary, or NULL while measuring. In debug builds the memory is filled with NaN. */
 void *ls_arena_take(ls_arena *arena, size_t bytes);
 static inline ls_real *ls_take(ls_arena *arena, int64_t n)

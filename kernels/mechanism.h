@@ -85,8 +85,8 @@ typedef struct ls_pass {
     uint64_t seed, sample;
     uint32_t stream;
 
-    int step;   /* 1: a decoding step, see ls_mechanism.step */
-    int keep;   /* 1: a backward pass will follow */
+    int step;     /* 1: a decoding step, see ls_mechanism.step */
+    int backward; /* 1: work[] is planned for the backward pass (saved[] is the same for both) */
     ls_summary summary[LS_MAX_PHASES]; /* by phase number */
     ls_real *saved[8], *work[8];       /* the mechanism's own memory, from plan() */
 } ls_pass;
@@ -116,6 +116,7 @@ typedef struct ls_mechanism {
      * reduce after an of_source phase was done by the source; a ring visits this rank's cache; other crossings as usual. */
     const ls_phase *step[4];
     int balance_causal; /* CS over a ring: share the triangle evenly by a zigzag placement */
+    int has_weights;    /* there are probabilities: attn_mask, dropout and need_weights make sense */
 } ls_mechanism;
 
 /* From mechanisms.def. NULL for an unknown name. */

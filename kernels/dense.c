@@ -1,0 +1,310 @@
+/* The dense layers. All but the linear ones are bound by memory, so each touches its rows as few times as it can and
+ * its loops are written to become vector code.
+ *
+ * Sums. Statistics over a row are taken in double. Sums over rows (gradients of biases and norms) run over a tile of
+ * columns small enough for the first cache, and in pieces, so that their rounding errors grow with the square root of
+ * the number of pieces and not with the number of rows. */
+#include "dense.h"
+
+#include "erf.h"
+#include "gemm.h"
+
+enum { TILE_COLUMNS = 256, TILE_ROWS = 32 };
+
+/* ------------------------------------------------------------------------------------------------ linear */
+
+void ls_linear(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w, const ls_real *b, ls_real *y)
+{
+    /* BLAS clears C before it adds to it: writing the bias instead costs the same and saves a pass */
+    if (b)
+        for (int64_t r = 0; r < rows; r++) memcpy(y + r * out, b, (size_t)out * sizeof *y);
+    ls_gemm(0, 1, rows, out, in, 1, x, in, w, in, b ? 1 : 0, y, out);
+}
+
+/* sum (n) += Σ_rows x (rows,n) */
+static void add_column_sums(int64_t rows, int64_t n, const ls_real *x, ls_real *sum)
+{
+    for (int64_t j0 = 0; j0 < n; j0 += TILE_COLUMNS) {
+        const int64_t columns = ls_min(TILE_COLUMNS, n - j0);
+        double acc[TILE_COLUMNS] = {0};
+        for (int64_t r = 0; r < rows; r++) {
+            const ls_real *xr = x + r * n + j0;
+#pragma omp simd
+            for (int64_t j = 0; j < columns; j++) acc[j] += (double)xr[j];
+        }
+        for (int64_t j = 0; j < columns; j++) sum[j0 + j] += (ls_real)acc[j];
+    }
+}
+
+void ls_linear_backward(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w, const ls_real *dy,
+                        ls_real *dx, int accumulate_dx, ls_real *dw, ls_real *db)
+{
+    if (dw) ls_gemm(1, 0, out, in, rows, 1, dy, out, x, in, 1, dw, in);
+    if (db) add_column_sums(rows, out, dy, db);
+    if (dx) ls_gemm(0, 0, rows, in, out, 1, dy, out, w, in, accumulate_dx ? 1 : 0, dx, in);
+}
+
+/* ------------------------------------------------------------------------------------------------ layer norm */
+
+/* One pass: var = E[(x-c)²] - E[x-c]². With c an element of the row, (c - mean)² <= E·var, so the difference loses no
+ * more than a factor E of double's precision, however far the row is from 0. */
+static void moments(int64_t n, const ls_real *x, double *mean, double *var)
+{
+    const double c = (double)x[0];
+    double s = 0, q = 0;
+#pragma omp simd reduction(+ : s, q)
+    for (int64_t i = 0; i < n; i++) {
+        const double d = (double)x[i] - c;
+        s += d;
+        q += d * d;
+    }
+    s /= (double)n;
+    q = q / (double)n - s * s;
+    *mean = c + s;
+    *var = q < 0 ? 0 : q; /* NaN stays */
+}
+
+void ls_layer_norm(int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *b, ls_real *y,
+                   ls_real *mean, ls_real *rstd)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        const ls_real *xr = x + r * E;
+        ls_real *yr = y + r * E;
+        double m, var;
+        moments(E, xr, &m, &var);
+        const ls_real mu = mean[r] = (ls_real)m;
+        const ls_real rs = rstd[r] = (ls_real)(1 / sqrt(var + 1e-5));
+#pragma omp simd
+        for (int64_t j = 0; j < E; j++) yr[j] = (xr[j] - mu) * rs * w[j] + b[j];
+    }
+}
+
+/* With g = dy·w and x̂ = (x - mean)·rstd: dx = rstd·(g - avg(g) - x̂·avg(g·x̂)), dw += Σ dy·x̂, db += Σ dy. The averages
+ * of a tile of rows come first; then, column by column tile, everything else while the rows are still in the cache. */
+void ls_layer_norm_backward(int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *mean,
+                            const ls_real *rstd, const ls_real *dy, ls_real *dx, int accumulate_dx, ls_real *dw,
+                            ls_real *db)
+{
+    for (int64_t r0 = 0; r0 < rows; r0 += TILE_ROWS) {
+        const int64_t r1 = ls_min(r0 + TILE_ROWS, rows);
+        ls_real avg_g[TILE_ROWS], avg_gx[TILE_ROWS];
+        for (int64_t r = r0; r < r1; r++) {
+            const ls_real *xr = x + r * E, *dyr = dy + r * E, mu = mean[r], rs = rstd[r];
+            double sum_g = 0, sum_gx = 0;
+#pragma omp simd reduction(+ : sum_g, sum_gx)
+            for (int64_t j = 0; j < E; j++) {
+                const ls_real g = dyr[j] * w[j];
+                sum_g += (double)g;
+                sum_gx += (double)(g * ((xr[j] - mu) * rs));
+            }
+            avg_g[r - r0] = (ls_real)(sum_g / (double)E);
+            avg_gx[r - r0] = (ls_real)(sum_gx / (double)E);
+        }
+        for (int64_t j0 = 0; j0 < E; j0 += TILE_COLUMNS) {
+            const int64_t columns = ls_min(TILE_COLUMNS, E - j0);
+            ls_real sum_w[TILE_COLUMNS] = {0}, sum_b[TILE_COLUMNS] = {0};
+            for (int64_t r = r0; r < r1; r++) {
+                const ls_real *xr = x + r * E + j0, *dyr = dy + r * E + j0, *wr = w + j0;
+                ls_real *dxr = dx + r * E + j0;
+                const ls_real mu = mean[r], rs = rstd[r], ag = avg_g[r - r0], agx = avg_gx[r - r0];
+#pragma omp simd
+                for (int64_t j = 0; j < columns; j++) {
+                    const ls_real d = dyr[j], xhat = (xr[j] - mu) * rs, old = accumulate_dx ? dxr[j] : 0;
+                    sum_w[j] += d * xhat;
+                    sum_b[j] += d;
+                    dxr[j] = old + rs * (d * wr[j] - ag - xhat * agx);
+                }
+            }
+            for (int64_t j = 0; j < columns; j++) {
+                dw[j0 + j] += sum_w[j];
+                db[j0 + j] += sum_b[j];
+            }
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ activations */
+
+void ls_gelu(int64_t n, const ls_real *x, ls_real *y)
+{
+    LS_ERF_LOOP
+    for (int64_t i = 0; i < n; i++) {
+        ls_real density;
+        y[i] = x[i] * ls_normal_cdf(x[i], &density);
+    }
+}
+
+/* (x Φ(x))' = Φ(x) + x φ(x) */
+void ls_gelu_backward(int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
+{
+    LS_ERF_LOOP
+    for (int64_t i = 0; i < n; i++) {
+        ls_real density;
+        const ls_real cdf = ls_normal_cdf(x[i], &density);
+        dx[i] = dy[i] * (cdf + x[i] * density);
+    }
+}
+
+/* Written so that NaN goes through and is seen. */
+void ls_relu(int64_t n, const ls_real *x, ls_real *y)
+{
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) y[i] = x[i] < 0 ? 0 : x[i];
+}
+
+void ls_relu_backward(int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
+{
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) dx[i] = x[i] > 0 ? dy[i] : 0;
+}
+
+/* ------------------------------------------------------------------------------------------------ embedding */
+
+void ls_embedding(int64_t rows, int64_t E, const int32_t *token, const ls_real *table, double scale, ls_real *y)
+{
+    const ls_real a = (ls_real)scale;
+    for (int64_t r = 0; r < rows; r++) {
+        ls_real *yr = y + r * E;
+        if (token[r] < 0) {
+            ls_zero(yr, E);
+            continue;
+        }
+        const ls_real *from = table + token[r] * E;
+#pragma omp simd
+        for (int64_t j = 0; j < E; j++) yr[j] = a * from[j];
+    }
+}
+
+void ls_embedding_backward(int64_t rows, int64_t E, const int32_t *token, double scale, const ls_real *dy,
+                           ls_real *dtable)
+{
+    const ls_real a = (ls_real)scale;
+    for (int64_t r = 0; r < rows; r++) {
+        if (token[r] < 0) continue;
+        const ls_real *dyr = dy + r * E;
+        ls_real *to = dtable + token[r] * E;
+#pragma omp simd
+        for (int64_t j = 0; j < E; j++) to[j] += a * dyr[j];
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ positions */
+
+enum { ANCHOR = 64, TILE_FREQUENCIES = 128 };
+
+/* sin and cos of p f from the position before by the rotation through f, in double, and anew from libm at every global
+ * multiple of ANCHOR. A row's value is thus the same wherever the piece that holds it begins: its walk always starts at
+ * its own anchor. The walk adds 1e-14; what remains is the rounding of p f, at most 5e-7 at p = 2^31. */
+void ls_add_positions(int64_t B, int64_t T, int64_t E, int64_t lo, ls_real *x)
+{
+    const int64_t half = E / 2;
+    for (int64_t i0 = 0; i0 < half; i0 += TILE_FREQUENCIES) {
+        const int64_t n = ls_min(TILE_FREQUENCIES, half - i0);
+        double f[TILE_FREQUENCIES], sin_f[TILE_FREQUENCIES], cos_f[TILE_FREQUENCIES];
+        double s[TILE_FREQUENCIES], c[TILE_FREQUENCIES];
+        for (int64_t i = 0; i < n; i++) {
+            f[i] = pow(10000, -2 * (double)(i0 + i) / (double)E);
+            sin_f[i] = sin(f[i]);
+            cos_f[i] = cos(f[i]);
+        }
+        for (int64_t p = lo - lo % ANCHOR; p < lo + T; p++) {
+            for (int64_t i = 0; i < n && p % ANCHOR == 0; i++) {
+                s[i] = sin((double)p * f[i]);
+                c[i] = cos((double)p * f[i]);
+            }
+            for (int64_t b = 0; b < B && p >= lo; b++) {
+                ls_real *row = x + (b * T + p - lo) * E + i0;
+#pragma omp simd
+                for (int64_t i = 0; i < n; i++) {
+                    row[i] += (ls_real)s[i];
+                    row[half + i] += (ls_real)c[i];
+                }
+            }
+#pragma omp simd
+            for (int64_t i = 0; i < n; i++) {
+                const double old = s[i];
+                s[i] = old * cos_f[i] + c[i] * sin_f[i];
+                c[i] = c[i] * cos_f[i] - old * sin_f[i];
+            }
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ dropout */
+
+enum { BLOCK = 64, PER_BLOCK = 8 * BLOCK };
+
+/* The words of ls_random4 for BLOCK indices in a row: Philox4x32-10 written out once more, with a counter per lane,
+ * since no compiler makes vector code of a function in another file. */
+static void random_block(uint64_t seed, uint32_t stream, uint32_t step, uint64_t index, uint32_t word[4 * BLOCK])
+{
+#pragma omp simd
+    for (int j = 0; j < BLOCK; j++) {
+        const uint64_t i = index + (uint64_t)j;
+        uint32_t a = (uint32_t)i, b = (uint32_t)(i >> 32), c = step, d = stream;
+        uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+        for (int round = 0; round < 10; round++) {
+            const uint64_t p = (uint64_t)a * 0xD2511F53U, q = (uint64_t)c * 0xCD9E8D57U;
+            a = (uint32_t)(q >> 32) ^ b ^ key0;
+            b = (uint32_t)q;
+            c = (uint32_t)(p >> 32) ^ d ^ key1;
+            d = (uint32_t)p;
+            key0 += 0x9E3779B9U;
+            key1 += 0xBB67AE85U;
+        }
+        word[4 * j] = a;
+        word[4 * j + 1] = b;
+        word[4 * j + 2] = c;
+        word[4 * j + 3] = d;
+    }
+}
+
+/* Element e of row `position` has 16 bits of its own: half e%2 (0: the low one) of word e/2%4 of counter
+ * (position·⌈E/8⌉ + e/8, sample + b, stream), and is kept if they are >= drop, drop the rate in 1/65536. Kept elements
+ * are divided by the true probability 1 - drop/65536, so that the expected value is exact for the rounded rate too. */
+void ls_dropout(int64_t B, int64_t T, int64_t E, double rate, uint64_t seed, uint32_t stream, uint64_t sample,
+                int64_t lo, ls_real *x)
+{
+    const uint32_t drop = (uint32_t)(rate * 65536 + 0.5);
+    if (drop == 0) return;
+    const ls_real scale = drop < 65536 ? (ls_real)(65536.0 / (65536.0 - drop)) : 0;
+    const int64_t counters = (E + 7) / 8;
+    /* without a remainder the counters of one row continue those of the row before: all T are as one row */
+    const int64_t rows = E % 8 ? T : 1, n = E % 8 ? E : T * E;
+    for (int64_t b = 0; b < B; b++) {
+        for (int64_t r = 0; r < rows; r++) {
+            ls_real *row = x + (b * rows + r) * n;
+            for (int64_t i = 0; i < n; i += PER_BLOCK) {
+                const int64_t m = ls_min(PER_BLOCK, n - i);
+                uint32_t word[4 * BLOCK];
+                random_block(seed, stream, (uint32_t)(sample + (uint64_t)b), (uint64_t)((lo + r) * counters + i / 8),
+                             word);
+#pragma omp simd
+                for (int64_t j = 0; j < m / 2; j++) {
+                    row[i + 2 * j] = (word[j] & 65535) >= drop ? row[i + 2 * j] * scale : 0;
+                    row[i + 2 * j + 1] = word[j] >> 16 >= drop ? row[i + 2 * j + 1] * scale : 0;
+                }
+                if (m % 2) row[i + m - 1] = (word[m / 2] & 65535) >= drop ? row[i + m - 1] * scale : 0;
+            }
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ rows */
+
+void ls_zero_rows(int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad, const ls_real *x, ls_real *y)
+{
+    for (int64_t r = 0; r < B * T; r++) {
+        const int64_t b = batch_first ? r / T : r % B, t = batch_first ? r % T : r / B;
+        if (pad && pad[b * T + t])
+            ls_zero(y + r * E, E);
+        else if (y != x)
+            memcpy(y + r * E, x + r * E, (size_t)E * sizeof *y);
+    }
+}
+
+void ls_add(int64_t n, const ls_real *x, ls_real *y)
+{
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) y[i] += x[i];
+}

@@ -1,0 +1,286 @@
+/* Exact softmax attention (Vaswani et al., 2017), in tiles with running statistics (Milakov & Gimelshein, 2018; Dao et
+ * al., 2022), over key/value blocks that visit in a ring (Liu et al., 2023).
+ *
+ *   s_ij = scale q_i·k_j + mask_ij (-inf where j is padded, or j > i in CS),  p = softmax_j(s),  o_i = Σ_j D_ij p_ij v_j
+ *
+ * D: dropout. A block's tile updates, for each query, m = max s, l = Σ e^(s-m) and out = Σ D e^(s-m) v. Nothing of size
+ * T·S is kept unless weights are asked for.
+ *
+ * Backward, from lse_i = m_i + ln l_i and δ_i = do_i·o_i:
+ *   p = e^(s - lse),  dv_j += Σ_i D p do_i,  ds = p (D do_i·v_j - δ_i),  dq_i += scale Σ_j ds k_j,  dk_j += scale Σ_i ds q_i
+ *
+ * saved: lse (B,H,T). State of a step: keys and values so far, spread over ranks; (m, l, out) are then summed by softsum. */
+#include "gemm.h"
+#include "rng.h"
+#include "tile.h"
+
+enum { TQ = 128, TK = 256 };                                       /* tile of queries, of keys */
+enum { LSE };                                                      /* saved[] */
+enum { MAXIMUM, SUM, DELTA, SCORES, DSCORES, QUERIES, DOUT, DROP }; /* work[] */
+
+static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
+{
+    const int64_t rows = p->B * p->H * p->T;
+    p->saved[LSE] = ls_take(saved, rows);
+    p->work[MAXIMUM] = ls_take(work, rows);
+    p->work[SUM] = ls_take(work, rows);
+    p->work[DELTA] = ls_take(work, rows);
+    p->work[SCORES] = ls_take(work, TQ * TK);
+    p->work[DSCORES] = ls_take(work, TQ * TK);
+    p->work[QUERIES] = ls_take(work, TQ * p->d);
+    p->work[DOUT] = ls_take(work, TQ * p->d);
+    p->work[DROP] = ls_take(work, TK);
+}
+
+static int is_padded(const uint8_t *pad, int64_t row)
+{
+    return pad != NULL && pad[row];
+}
+
+/* ------------------------------------------------------------------------------------------------ tiles */
+
+/* Where a tile stands: rows q0.. of the queries, k0.. of the block, and the global positions of both. */
+typedef struct tile {
+    int64_t b, h, q0, nq, i0, k0, nk, j0;
+} tile;
+
+/* Calls work for every tile of the visiting block that is not wholly in the future. */
+static void each_tile(ls_pass *p, void (*begin)(ls_pass *, const tile *), void (*work)(ls_pass *, const tile *))
+{
+    for (int64_t b = 0; b < p->B; b++)
+        for (int64_t h = 0; h < p->H; h++)
+            for (int qs = 0; qs < p->query_spans; qs++) {
+                const ls_span q = p->query_span[qs];
+                for (int64_t i = 0; i < q.n; i += TQ) {
+                    tile t = {.b = b, .h = h, .q0 = q.row + i, .nq = ls_min(TQ, q.n - i), .i0 = q.lo + i};
+                    begin(p, &t);
+                    for (int ks = 0; ks < p->visit.spans; ks++) {
+                        const ls_span k = p->visit.span[ks];
+                        for (int64_t j = 0; j < k.n; j += TK) {
+                            if (p->pattern == LS_CS && k.lo + j > t.i0 + t.nq - 1) break;
+                            t.k0 = k.row + j, t.nk = ls_min(TK, k.n - j), t.j0 = k.lo + j;
+                            work(p, &t);
+                        }
+                    }
+                }
+            }
+}
+
+/* SCORES (nq,nk) = scale q·k + mask, -inf at keys that may not be seen. QUERIES holds scale·q. */
+static void scores(ls_pass *p, const tile *t)
+{
+    ls_real *s = p->work[SCORES];
+    const ls_block *v = &p->visit;
+    ls_gemm(0, 1, t->nq, t->nk, p->d, 1, p->work[QUERIES], p->d, ls_row(v->k, t->b, t->h, t->k0), v->k.st, 0, s, TK);
+    if (p->attn_mask != NULL)
+        for (int64_t i = 0; i < t->nq; i++) {
+            const int64_t head = p->attn_mask_per_head ? t->b * p->H + t->h : 0;
+            const ls_real *mask = p->attn_mask + (head * p->T + t->q0 + i) * p->all_keys + t->j0;
+            for (int64_t j = 0; j < t->nk; j++) s[i * TK + j] += mask[j];
+        }
+    if (p->pattern == LS_CS && t->j0 + t->nk - 1 > t->i0)
+        for (int64_t i = 0; i < t->nq; i++)
+            for (int64_t j = ls_max(0, t->i0 + i + 1 - t->j0); j < t->nk; j++) s[i * TK + j] = -INFINITY;
+    if (v->pad != NULL) {
+        const uint8_t *pad = v->pad + t->b * v->n + t->k0;
+        for (int64_t j = 0; j < t->nk; j++)
+            if (pad[j])
+                for (int64_t i = 0; i < t->nq; i++) s[i * TK + j] = -INFINITY;
+    }
+}
+
+/* The dropout factors D of one row of a tile, or NULL. Drawn by (stream, head; sample; i, j): 32-bit words of Philox. */
+static const ls_real *dropout_row(ls_pass *p, const tile *t, int64_t i)
+{
+    if (p->dropout_mask != NULL)
+        return p->dropout_mask + ((t->b * p->H + t->h) * p->T + t->q0 + i) * p->all_keys + t->j0;
+    if (!p->training || p->dropout <= 0 || p->step) return NULL;
+    const double threshold = p->dropout * 4294967296.0;
+    const ls_real keep = (ls_real) (1 / (1 - p->dropout));
+    const uint32_t stream = p->stream * 65536u + (uint32_t) t->h, sample = (uint32_t) (p->sample + (uint64_t) t->b);
+    uint32_t word[4] = {0};
+    for (int64_t j = 0; j < t->nk; j++) {
+        const uint64_t column = (uint64_t) (t->j0 + j);
+        if (j == 0 || column % 4 == 0)
+            ls_random4(p->seed, stream, sample, (uint64_t) (t->i0 + i) << 32 | column / 4, word);
+        p->work[DROP][j] = (double) word[column % 4] >= threshold ? keep : 0;
+    }
+    return p->work[DROP];
+}
+
+/* ------------------------------------------------------------------------------------------------ forward */
+
+static ls_status begin(ls_pass *p, int phase)
+{
+    (void) phase;
+    for (int64_t r = 0; r < p->B * p->H * p->T; r++) p->work[MAXIMUM][r] = -INFINITY;
+    ls_zero(p->work[SUM], p->B * p->H * p->T);
+    ls_zero_view(p->out, p->B, p->H, p->T, p->d);
+    if (p->weights != NULL)
+        for (int64_t i = 0; i < p->B * p->H * p->T * p->all_keys; i++) p->weights[i] = -INFINITY;
+    return LS_OK;
+}
+
+static void load_queries(ls_pass *p, const tile *t)
+{
+    ls_clean_rows(p->q, t->b, t->h, t->q0, t->nq, p->d, p->pad_q, p->T, (ls_real) p->scale, p->work[QUERIES]);
+}
+
+static void forward_tile(ls_pass *p, const tile *t)
+{
+    scores(p, t);
+    const int64_t row = (t->b * p->H + t->h) * p->T + t->q0;
+    for (int64_t i = 0; i < t->nq; i++) {
+        ls_real *s = p->work[SCORES] + i * TK, *out = ls_row(p->out, t->b, t->h, t->q0 + i);
+        ls_real *m = p->work[MAXIMUM] + row + i, *l = p->work[SUM] + row + i;
+        if (p->weights != NULL)
+            memcpy(p->weights + (row + i) * p->all_keys + t->j0, s, (size_t) t->nk * sizeof *s);
+        const ls_real here = ls_row_max(t->nk, s);
+        if (here > *m) {
+            const ls_real shrink = *m == -INFINITY ? 0 : ls_exp(*m - here);
+            *l *= shrink;
+            for (int64_t e = 0; e < p->d; e++) out[e] *= shrink;
+            *m = here;
+        }
+        *l += ls_row_exp(t->nk, *m, s);
+        const ls_real *D = dropout_row(p, t, i);
+        for (int64_t j = 0; D != NULL && j < t->nk; j++) s[j] *= D[j];
+    }
+    const ls_view v = p->visit.v;
+    ls_gemm(0, 0, t->nq, p->d, t->nk, 1, p->work[SCORES], TK, ls_row(v, t->b, t->h, t->k0), v.st, 1,
+            ls_row(p->out, t->b, t->h, t->q0), p->out.st);
+}
+
+static ls_status visit(ls_pass *p, int phase)
+{
+    (void) phase;
+    each_tile(p, load_queries, forward_tile);
+    return LS_OK;
+}
+
+/* out /= l, lse = m + ln l. A row that saw no key, or is padded, gives 0; its lse is +inf, so that p = 0 in backward. */
+static ls_status finish(ls_pass *p, int phase)
+{
+    (void) phase;
+    for (int64_t b = 0; b < p->B; b++)
+        for (int64_t h = 0; h < p->H; h++)
+            for (int64_t t = 0; t < p->T; t++) {
+                const int64_t row = (b * p->H + h) * p->T + t;
+                const ls_real l = p->work[SUM][row];
+                ls_real *out = ls_row(p->out, b, h, t);
+                const int dead = l == 0 || is_padded(p->pad_q, b * p->T + t);
+                p->saved[LSE][row] = dead ? INFINITY : p->work[MAXIMUM][row] + (ls_real) log((double) l);
+                for (int64_t e = 0; e < p->d; e++) out[e] = dead ? 0 : out[e] / l;
+                if (p->weights == NULL) continue;
+                ls_real *w = p->weights + row * p->all_keys;
+                for (int64_t j = 0; j < p->all_keys; j++) w[j] = dead ? 0 : ls_exp(w[j] - p->saved[LSE][row]);
+            }
+    return LS_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------ backward */
+
+static ls_status finish_backward(ls_pass *p, int phase)
+{
+    (void) phase;
+    for (int64_t b = 0; b < p->B; b++)
+        for (int64_t h = 0; h < p->H; h++)
+            for (int64_t t = 0; t < p->T; t++) {
+                const int64_t row = (b * p->H + h) * p->T + t;
+                const int dead = is_padded(p->pad_q, b * p->T + t);
+                p->work[DELTA][row] = dead ? 0 : ls_dot(p->d, ls_row(p->dout, b, h, t), ls_row(p->out, b, h, t));
+            }
+    ls_zero_view(p->dq, p->B, p->H, p->T, p->d);
+    return LS_OK;
+}
+
+static void load_gradients(ls_pass *p, const tile *t)
+{
+    load_queries(p, t);
+    ls_clean_rows(p->dout, t->b, t->h, t->q0, t->nq, p->d, p->pad_q, p->T, 1, p->work[DOUT]);
+}
+
+static void backward_tile(ls_pass *p, const tile *t)
+{
+    const ls_block *v = &p->visit;
+    const int64_t row = (t->b * p->H + t->h) * p->T + t->q0, d = p->d;
+    ls_real *s = p->work[SCORES], *ds = p->work[DSCORES];
+    scores(p, t);
+    ls_gemm(0, 1, t->nq, t->nk, d, 1, p->work[DOUT], d, ls_row(v->v, t->b, t->h, t->k0), v->v.st, 0, ds, TK);
+    for (int64_t i = 0; i < t->nq; i++) {
+        const ls_real lse = p->saved[LSE][row + i], delta = p->work[DELTA][row + i];
+        const ls_real *D = dropout_row(p, t, i);
+        ls_real *si = s + i * TK, *di = ds + i * TK;
+        for (int64_t j = 0; j < t->nk; j++) {
+            const ls_real keep = D == NULL ? 1 : D[j], prob = ls_exp(si[j] - lse);
+            di[j] = prob * (keep * di[j] - delta);
+            si[j] = prob * keep;
+        }
+    }
+    ls_gemm(1, 0, t->nk, d, t->nq, 1, s, TK, p->work[DOUT], d, 1, ls_row(v->dv, t->b, t->h, t->k0), v->dv.st);
+    ls_gemm(1, 0, t->nk, d, t->nq, 1, ds, TK, p->work[QUERIES], d, 1, ls_row(v->dk, t->b, t->h, t->k0), v->dk.st);
+    ls_gemm(0, 0, t->nq, d, t->nk, p->scale, ds, TK, ls_row(v->k, t->b, t->h, t->k0), v->k.st, 1,
+            ls_row(p->dq, t->b, t->h, t->q0), p->dq.st);
+}
+
+static ls_status visit_backward(ls_pass *p, int phase)
+{
+    (void) phase;
+    each_tile(p, load_gradients, backward_tile);
+    return LS_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------ step */
+
+/* What this rank's part of the cache gave, (m; l, out) for each query row, is a softsum element. */
+static ls_monoid statistics(const ls_pass *p)
+{
+    return (ls_monoid){.groups = p->B * p->H * p->T, .has_max = 1, .scaled = 1 + p->d};
+}
+
+static ls_status send_statistics(ls_pass *p, int phase)
+{
+    ls_real *x = p->summary[phase + 1].sent;
+    for (int64_t row = 0; row < p->B * p->H * p->T; row++, x += 2 + p->d) {
+        x[0] = p->work[MAXIMUM][row];
+        x[1] = p->work[SUM][row];
+        memcpy(x + 2, ls_row(p->out, row / p->T / p->H, row / p->T % p->H, row % p->T), (size_t) p->d * sizeof *x);
+    }
+    return LS_OK;
+}
+
+static ls_status take_statistics(ls_pass *p, int phase)
+{
+    const ls_real *x = p->summary[phase].got;
+    for (int64_t row = 0; row < p->B * p->H * p->T; row++, x += 2 + p->d) {
+        p->work[MAXIMUM][row] = x[0];
+        p->work[SUM][row] = x[1];
+        memcpy(ls_row(p->out, row / p->T / p->H, row / p->T % p->H, row % p->T), x + 2, (size_t) p->d * sizeof *x);
+    }
+    return finish(p, phase);
+}
+
+/* ------------------------------------------------------------------------------------------------ table */
+
+static const ls_phase phases[] = {
+    {.name = "begin", .forward = begin},
+    {.name = "tiles", .crossing = LS_RING, .forward = visit, .backward = visit_backward},
+    {.name = "finish", .forward = finish, .backward = finish_backward},
+    {.name = NULL},
+};
+static const ls_phase step[] = {
+    {.name = "begin", .forward = begin},
+    {.name = "tiles", .crossing = LS_RING, .forward = visit},
+    {.name = "send", .forward = send_statistics},
+    {.name = "finish", .crossing = LS_REDUCE, .monoid = statistics, .forward = take_statistics},
+    {.name = NULL},
+};
+
+const ls_mechanism ls_softmax_mechanism = {
+    .name = "softmax",
+    .plan = plan,
+    .phases = {phases, phases, phases, phases},
+    .step = {[LS_CS] = step, [LS_NC] = step, [LS_CC] = step},
+    .balance_causal = 1,
+    .has_weights = 1,
+};

@@ -1,0 +1,446 @@
+/* The public attention object: what it refuses, its parameters, and the layer around the core.
+ *
+ *   layer: q = x_q W_qᵀ + b_q, k, v likewise;  out = core(q, k, v) W_oᵀ + b_o;  padded rows are 0 at the very end too
+ *
+ * The projections are local to a rank: only the core crosses ranks. */
+#include "attention.h"
+#include "dense.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+struct ls_saved {
+    ls_attention *attention;
+    ls_arena arena;
+    int filled;                /* a forward call succeeded: its sizes are below */
+    int64_t batch, T, S, T_all, S_all;
+};
+
+/* ------------------------------------------------------------------------------------------------ create */
+
+static ls_status check_options(const ls_attention_options *o, const ls_mechanism **mechanism)
+{
+    ls_attention_options defaults;
+    LS_TRY(ls_attention_defaults(o->mechanism, &defaults)); /* names those that exist */
+    const ls_mechanism *m = *mechanism = ls_mechanism_find(o->mechanism);
+    if ((unsigned) o->pattern > 3) LS_FAIL(LS_ERR_ARGUMENT, "%s: there is no pattern %d", m->name, (int) o->pattern);
+    if (m->phases[o->pattern] == NULL)
+        LS_FAIL(LS_ERR_UNSUPPORTED, "%s: %s attention is not supported", m->name, ls_pattern_name(o->pattern));
+    if (o->embed_dim <= 0 || o->num_heads <= 0)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: embed_dim %lld and num_heads %lld must be positive", m->name,
+                (long long) o->embed_dim, (long long) o->num_heads);
+    if (o->embed_dim % o->num_heads != 0)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: embed_dim %lld is not divisible by num_heads %lld", m->name,
+                (long long) o->embed_dim, (long long) o->num_heads);
+    if (o->embed_dim > INT32_MAX)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: embed_dim %lld is too large", m->name, (long long) o->embed_dim);
+    if (!(o->scale >= 0) || o->scale > 1e30)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: scale %g must be a positive number, or 0 for the default", m->name, o->scale);
+    if (!(o->dropout >= 0 && o->dropout < 1))
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: dropout %g must be in [0, 1)", m->name, o->dropout);
+    if (o->dropout > 0 && !m->has_weights)
+        LS_FAIL(LS_ERR_UNSUPPORTED, "%s: dropout of attention probabilities is not supported, it has none: use 0",
+                m->name);
+    if ((unsigned) o->layout > LS_TBHD || (unsigned) o->level > LS_LEVEL_LAYER)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: there is no layout %d or no level %d", m->name, (int) o->layout, (int) o->level);
+    for (int i = 0; m->option != NULL && m->option[i].name != NULL; i++) {
+        ls_attention_options copy = *o;
+        LS_TRY(ls_attention_set(&copy, m->option[i].name, o->value[i]));
+    }
+    return m->check == NULL ? LS_OK : m->check(o);
+}
+
+static void list_params(ls_attention *a)
+{
+    static const char *const names[] = {"q_proj.weight", "q_proj.bias", "k_proj.weight",   "k_proj.bias",
+                                        "v_proj.weight", "v_proj.bias", "out_proj.weight", "out_proj.bias"};
+    const int64_t E = a->options.embed_dim;
+    if (a->options.level == LS_LEVEL_LAYER)
+        for (; a->projections < PROJECTIONS; a->projections++) {
+            const int weight = a->projections % 2 == 0;
+            /* Glorot & Bengio (2010): uniform with half width sqrt(6 / (in + out)) */
+            a->param[a->projections] = (ls_param_info){names[a->projections], weight ? 2 : 1, {E, weight ? E : 0}, 0, 0,
+                                                       weight ? LS_INIT_UNIFORM : LS_INIT_ZERO, sqrt(3.0 / (double) E)};
+        }
+    a->count = a->projections;
+    if (a->mechanism->params != NULL) a->count += a->mechanism->params(&a->options, a->param + a->projections);
+    for (int i = 0; i < a->count; i++) {
+        ls_param_info *p = &a->param[i];
+        p->offset = a->reals;
+        p->count = 1;
+        for (int k = 0; k < p->ndim; k++) p->count *= p->dim[k];
+        a->reals += p->count;
+    }
+}
+
+static ls_status create(ls_context *ctx, const ls_attention_options *options, ls_attention **attention)
+{
+    const ls_mechanism *mechanism;
+    LS_TRY(check_options(options, &mechanism));
+    ls_attention *a = calloc(1, sizeof *a);
+    if (a == NULL) LS_FAIL(LS_ERR_MEMORY, "%s: no memory for an attention", mechanism->name);
+    a->ctx = ctx;
+    a->mechanism = mechanism;
+    a->options = *options;
+    a->options.mechanism = mechanism->name;
+    list_params(a);
+    *attention = a;
+    return LS_OK;
+}
+
+ls_status ls_attention_create(ls_context *ctx, const ls_attention_options *options, ls_attention **attention)
+{
+    *attention = NULL;
+    const ls_status status = ls_agree(ctx, create(ctx, options, attention));
+    if (status != LS_OK) {
+        free(*attention);
+        *attention = NULL;
+    }
+    return status;
+}
+
+void ls_attention_free(ls_attention *attention)
+{
+    free(attention);
+}
+
+int ls_attention_num_params(const ls_attention *attention)
+{
+    return attention->count;
+}
+
+const ls_param_info *ls_attention_param(const ls_attention *attention, int index)
+{
+    return index >= 0 && index < attention->count ? &attention->param[index] : NULL;
+}
+
+int64_t ls_attention_param_count(const ls_attention *attention)
+{
+    return attention->reals;
+}
+
+ls_status ls_saved_create(ls_attention *attention, ls_saved **saved)
+{
+    *saved = calloc(1, sizeof **saved);
+    if (*saved == NULL) LS_FAIL(LS_ERR_MEMORY, "attention: no memory for what backward needs");
+    (*saved)->attention = attention;
+    return LS_OK;
+}
+
+void ls_saved_free(ls_saved *saved)
+{
+    if (saved == NULL) return;
+    ls_arena_free(&saved->arena);
+    free(saved);
+}
+
+size_t ls_saved_bytes(const ls_saved *saved)
+{
+    return saved->arena.capacity;
+}
+
+/* ------------------------------------------------------------------------------------------------ a call */
+
+/* What the layer adds to a call of the core: projected rows, their gradients, clean copies of padded inputs. */
+typedef struct layer {
+    const ls_real *x_q, *x_k, *x_v; /* inputs after the aliases are resolved */
+    ls_real *q, *k, *v, *o;         /* saved */
+    ls_real *dq, *dk, *dv, *do_, *dy, *clean, *no_grad;
+    ls_real *heads; /* weights per head, where the mean over heads was asked for */
+} layer;
+
+ls_view ls_view_of(const ls_attention *a, const ls_real *p, int64_t B, int64_t n)
+{
+    const int64_t H = a->options.num_heads, d = a->options.embed_dim / H, E = H * d;
+    ls_real *x = (ls_real *) (uintptr_t) p; /* views serve inputs and outputs alike */
+    switch (a->options.layout) {
+    case LS_BTHD:
+        return (ls_view){x, n * E, d, E};
+    case LS_TBHD:
+        return (ls_view){x, E, d, B * E};
+    default:
+        /* rows of a layer are model-wide: (B,T,E) is (B,T,H,d) */
+        return a->options.level == LS_LEVEL_LAYER ? (ls_view){x, n * E, d, E} : (ls_view){x, H * n * d, n * d, d};
+    }
+}
+
+static ls_status check_shard(const ls_attention *a, const ls_shard *s, const char *what)
+{
+    const char *name = a->mechanism->name;
+    const ls_comm *comm = &a->ctx->exchange.comm;
+    if (s == NULL || s->bounds == NULL)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: the shard of the %s is missing: make one with ls_shard_even", name, what);
+    if (s->size != comm->size || s->rank != comm->rank)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: the shard of the %s is for rank %d of %d, this is rank %d of %d", name, what,
+                s->rank, s->size, comm->rank, comm->size);
+    if (s->n < 0 || s->lo != s->bounds[s->rank] || s->lo + s->n != s->bounds[s->rank + 1] ||
+        s->length != s->bounds[s->size])
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: the shard of the %s contradicts itself", name, what);
+    return LS_OK;
+}
+
+static int is_self(ls_pattern p)
+{
+    return p == LS_NS || p == LS_CS;
+}
+
+static ls_status check_call(const ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
+                            const ls_real *params, const ls_real *out)
+{
+    const char *name = a->mechanism->name;
+    if (shape->batch <= 0) LS_FAIL(LS_ERR_ARGUMENT, "%s: batch %lld must be positive", name, (long long) shape->batch);
+    LS_TRY(check_shard(a, shape->queries, "queries"));
+    const ls_shard *keys = shape->keys == NULL && is_self(a->options.pattern) ? shape->queries : shape->keys;
+    LS_TRY(check_shard(a, keys, "keys"));
+    if (is_self(a->options.pattern) &&
+        memcmp(keys->bounds, shape->queries->bounds, ((size_t) keys->size + 1) * sizeof *keys->bounds) != 0)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: self attention needs as many keys (%lld) as queries (%lld), sharded alike", name,
+                (long long) keys->length, (long long) shape->queries->length);
+    const int is_layer = a->options.level == LS_LEVEL_LAYER;
+    if (shape->queries->n > 0 && (io->query == NULL || out == NULL))
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: query or out is NULL", name);
+    if (keys->n > 0 && !is_layer && (io->key == NULL || io->value == NULL))
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: key or value is NULL", name);
+    if (keys->n > 0 && is_layer && !is_self(a->options.pattern) && io->key == NULL)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: key is NULL: cross attention needs a source", name);
+    if (a->reals > 0 && params == NULL) LS_FAIL(LS_ERR_ARGUMENT, "%s: params is NULL", name);
+    const int wants_weights = io->need_weights || io->need_head_weights;
+    if ((io->attn_mask != NULL || io->dropout_mask != NULL || wants_weights) && !a->mechanism->has_weights)
+        LS_FAIL(LS_ERR_UNSUPPORTED, "%s: attn_mask, dropout_mask and need_weights are not supported", name);
+    if (wants_weights && io->weights == NULL && shape->queries->n > 0)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: need_weights without a place for them: weights is NULL", name);
+    return LS_OK;
+}
+
+void ls_pass_begin(const ls_attention *a, int64_t B, int64_t T, int64_t S, const ls_real *params, ls_pass *pass)
+{
+    const int64_t H = a->options.num_heads, d = a->options.embed_dim / H;
+    *pass = (ls_pass){.pattern = a->options.pattern,
+                      .B = B,
+                      .H = H,
+                      .T = T,
+                      .S = S,
+                      .d = d,
+                      .scale = a->options.scale > 0 ? a->options.scale : 1 / sqrt((double) d),
+                      .option = a->options.value,
+                      .params = params,
+                      .param = a->param + a->projections,
+                      .dropout = a->options.dropout,
+                      .seed = a->ctx->seed,
+                      .stream = a->options.stream};
+    pass->own.n = S;
+}
+
+/* The tensors of a call that are there before any memory is taken. */
+static void begin_call(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
+                       const ls_real *params, const ls_real *out, int backward, ls_call *c, layer *l)
+{
+    *c = (ls_call){.ctx = a->ctx, .mechanism = a->mechanism, .queries = shape->queries};
+    *l = (layer){0};
+    c->keys = shape->keys == NULL ? shape->queries : shape->keys;
+    ls_pass *p = &c->pass;
+    ls_pass_begin(a, shape->batch, c->queries->n, c->keys->n, params, p);
+    p->all_queries = c->queries->length;
+    p->all_keys = c->keys->length;
+    p->pad_q = io->query_padding_mask;
+    p->own.pad = io->key_padding_mask;
+    if (is_self(p->pattern)) {
+        if (p->pad_q == NULL) p->pad_q = io->key_padding_mask;
+        if (p->own.pad == NULL) p->own.pad = io->query_padding_mask;
+    }
+    p->attn_mask = io->attn_mask;
+    p->attn_mask_per_head = io->attn_mask_per_head;
+    p->dropout_mask = io->dropout_mask;
+    p->training = io->training;
+    p->sample = io->sample;
+    p->backward = backward;
+    if (io->need_weights || io->need_head_weights) p->weights = io->weights;
+    l->x_q = io->query;
+    l->x_k = io->key == NULL ? io->query : io->key;
+    l->x_v = io->value == NULL ? l->x_k : io->value;
+    p->q = ls_view_of(a, l->x_q, p->B, p->T);
+    p->own.k = ls_view_of(a, l->x_k, p->B, p->S);
+    p->own.v = ls_view_of(a, l->x_v, p->B, p->S);
+    p->out = ls_view_of(a, out, p->B, p->T);
+}
+
+static void plan(ls_attention *a, const ls_attention_io *io, ls_call *c, layer *l, ls_arena *saved, ls_arena *work)
+{
+    ls_pass *p = &c->pass;
+    const int64_t E = a->options.embed_dim, rows_q = p->B * p->T, rows_k = p->B * p->S, back = p->backward;
+    if (a->options.level == LS_LEVEL_LAYER) {
+        l->q = ls_take(saved, rows_q * E);
+        l->k = ls_take(saved, rows_k * E);
+        l->v = ls_take(saved, rows_k * E);
+        l->o = ls_take(saved, rows_q * E);
+        l->dq = ls_take(work, back * rows_q * E);
+        l->dk = ls_take(work, back * rows_k * E);
+        l->dv = ls_take(work, back * rows_k * E);
+        l->do_ = ls_take(work, back * rows_q * E);
+        l->dy = ls_take(work, back && p->pad_q != NULL ? rows_q * E : 0);
+        l->clean = ls_take(work, back && (p->pad_q != NULL || p->own.pad != NULL) ? ls_max(rows_q, rows_k) * E : 0);
+        p->q = ls_view_of(a, l->q, p->B, p->T);
+        p->own.k = ls_view_of(a, l->k, p->B, p->S);
+        p->own.v = ls_view_of(a, l->v, p->B, p->S);
+        p->out = ls_view_of(a, l->o, p->B, p->T);
+        p->dq = ls_view_of(a, l->dq, p->B, p->T);
+        p->own.dk = ls_view_of(a, l->dk, p->B, p->S);
+        p->own.dv = ls_view_of(a, l->dv, p->B, p->S);
+        p->dout = ls_view_of(a, l->do_, p->B, p->T);
+        l->no_grad = ls_take(work, back * a->reals); /* where parameter gradients go that nobody wants */
+    }
+    const int mean = io->need_weights && !io->need_head_weights && !back;
+    l->heads = ls_take(work, mean ? p->B * p->H * p->T * p->all_keys : 0);
+    if (mean) p->weights = l->heads;
+    ls_run_plan(c, saved, work);
+}
+
+/* ------------------------------------------------------------------------------------------------ forward */
+
+void ls_project(const ls_attention *a, int which, int64_t rows, const ls_real *x, const ls_real *params, ls_real *y)
+{
+    const int64_t E = a->options.embed_dim;
+    ls_linear(rows, E, E, x, ls_param_of(a, params, which), ls_param_of(a, params, which + 1), y);
+}
+
+static int batch_first(const ls_attention *a)
+{
+    return a->options.layout != LS_TBHD;
+}
+
+static void mean_over_heads(const ls_pass *p, const ls_real *heads, ls_real *mean)
+{
+    const int64_t n = p->T * p->all_keys;
+    for (int64_t b = 0; b < p->B; b++)
+        for (int64_t i = 0; i < n; i++) {
+            double s = 0;
+            for (int64_t h = 0; h < p->H; h++) s += (double) heads[(b * p->H + h) * n + i];
+            mean[b * n + i] = (ls_real) (s / (double) p->H);
+        }
+}
+
+static ls_status reserve_forward(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
+                                 const ls_real *params, const ls_real *out, ls_arena *keep, ls_call *c, layer *l)
+{
+    LS_TRY(check_call(a, shape, io, params, out));
+    begin_call(a, shape, io, params, out, 0, c, l);
+    ls_arena *work = &a->ctx->work;
+    ls_arena_measure(keep);
+    ls_arena_measure(work);
+    plan(a, io, c, l, keep, work);
+    LS_TRY(ls_arena_reserve(keep, a->mechanism->name));
+    LS_TRY(ls_arena_reserve(work, a->mechanism->name));
+    plan(a, io, c, l, keep, work);
+    return LS_OK;
+}
+
+ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
+                               const ls_real *params, ls_real *out, ls_saved *saved)
+{
+    ls_call c;
+    layer l;
+    ls_arena *keep = saved != NULL ? &saved->arena : &a->ctx->unsaved;
+    if (saved != NULL) saved->filled = 0;
+    LS_TRY(ls_agree(a->ctx, reserve_forward(a, shape, io, params, out, keep, &c, &l)));
+    const ls_pass *p = &c.pass;
+    const int64_t rows = p->B * p->T;
+    if (a->options.level == LS_LEVEL_LAYER) {
+        ls_project(a, Q_PROJ, rows, l.x_q, params, l.q);
+        ls_project(a, K_PROJ, p->B * p->S, l.x_k, params, l.k);
+        ls_project(a, V_PROJ, p->B * p->S, l.x_v, params, l.v);
+    }
+    LS_TRY(ls_run_forward(&c));
+    if (a->options.level == LS_LEVEL_LAYER) {
+        ls_project(a, OUT_PROJ, rows, l.o, params, out);
+        if (p->pad_q != NULL) ls_zero_rows(p->B, p->T, a->options.embed_dim, batch_first(a), p->pad_q, out, out);
+    }
+    if (l.heads != NULL && p->weights == l.heads) mean_over_heads(p, l.heads, io->weights);
+    if (saved != NULL) {
+        saved->filled = 1;
+        saved->batch = p->B, saved->T = p->T, saved->S = p->S;
+        saved->T_all = p->all_queries, saved->S_all = p->all_keys;
+    }
+    return LS_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------ backward */
+
+static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
+                                  const ls_real *params, const ls_real *out, const ls_real *dout, ls_saved *saved,
+                                  const ls_attention_grads *grads, ls_call *c, layer *l)
+{
+    const char *name = a->mechanism->name;
+    LS_TRY(check_call(a, shape, io, params, out));
+    begin_call(a, shape, io, params, out, 1, c, l);
+    const ls_pass *p = &c->pass;
+    if (saved == NULL || saved->attention != a || !saved->filled)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: backward needs the saved of a forward call of the same attention", name);
+    if (saved->batch != p->B || saved->T != p->T || saved->S != p->S || saved->T_all != p->all_queries ||
+        saved->S_all != p->all_keys)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: backward has other sizes than the forward call that saved", name);
+    if (p->T > 0 && dout == NULL) LS_FAIL(LS_ERR_ARGUMENT, "%s: dout is NULL", name);
+    if (a->options.level == LS_LEVEL_CORE &&
+        ((p->T > 0 && grads->query == NULL) || (p->S > 0 && (grads->key == NULL || grads->value == NULL)) ||
+         (a->reals > 0 && grads->params == NULL)))
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: a gradient is NULL: at core level all of them are needed", name);
+    c->pass.dq = ls_view_of(a, grads->query, p->B, p->T);
+    c->pass.own.dk = ls_view_of(a, grads->key, p->B, p->S);
+    c->pass.own.dv = ls_view_of(a, grads->value, p->B, p->S);
+    c->pass.dout = ls_view_of(a, dout, p->B, p->T);
+    c->pass.dparams = grads->params;
+    ls_arena nothing = {0}, *work = &a->ctx->work; /* saved is as forward left it: only work is measured */
+    ls_arena_measure(&nothing);
+    ls_arena_measure(work);
+    plan(a, io, c, l, &nothing, work);
+    LS_TRY(ls_arena_reserve(work, name));
+    ls_arena_replay(&saved->arena);
+    plan(a, io, c, l, &saved->arena, work);
+    if (a->options.level == LS_LEVEL_LAYER && grads->params == NULL) {
+        ls_zero(l->no_grad, a->reals);
+        c->pass.dparams = l->no_grad;
+    }
+    return LS_OK;
+}
+
+/* One projection backward: parameter gradients from clean rows, and dx into `to`, adding where it holds something. */
+static void project_backward(ls_attention *a, int which, const ls_pass *p, int64_t n, const uint8_t *pad,
+                             const ls_real *x, const ls_real *dy, ls_real *clean, ls_real *to, int *begun)
+{
+    const int64_t E = a->options.embed_dim;
+    if (pad != NULL) { /* 0 · NaN is not 0: padded rows must not reach the product */
+        ls_zero_rows(p->B, n, E, batch_first(a), pad, x, clean);
+        x = clean;
+    }
+    ls_linear_backward(p->B * n, E, E, x, ls_param_of(a, p->params, which), dy, to, to != NULL && *begun,
+                       p->dparams + a->param[which].offset, p->dparams + a->param[which + 1].offset);
+    *begun = 1;
+}
+
+ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
+                                const ls_real *params, const ls_real *out, const ls_real *dout, ls_saved *saved,
+                                const ls_attention_grads *grads)
+{
+    ls_call c;
+    layer l;
+    LS_TRY(ls_agree(a->ctx, reserve_backward(a, shape, io, params, out, dout, saved, grads, &c, &l)));
+    if (a->options.level == LS_LEVEL_CORE) return ls_run_backward(&c);
+
+    const ls_pass *p = &c.pass;
+    const int64_t E = a->options.embed_dim;
+    if (p->pad_q != NULL) {
+        ls_zero_rows(p->B, p->T, E, batch_first(a), p->pad_q, dout, l.dy);
+        dout = l.dy;
+    }
+    int unused = 0;
+    project_backward(a, OUT_PROJ, p, p->T, NULL, l.o, dout, l.clean, l.do_, &unused);
+    LS_TRY(ls_run_backward(&c));
+    /* the gradient of an input arrives in the first of query, key, value that is this input */
+    ls_real *dx_q = grads->query, *dx_k = l.x_k == l.x_q ? dx_q : grads->key;
+    ls_real *dx_v = l.x_v == l.x_q ? dx_q : l.x_v == l.x_k ? dx_k : grads->value;
+    int begun_q = 0, begun_k = 0, begun_v = 0;
+    int *k = l.x_k == l.x_q ? &begun_q : &begun_k, *v = l.x_v == l.x_q ? &begun_q : l.x_v == l.x_k ? k : &begun_v;
+    project_backward(a, Q_PROJ, p, p->T, p->pad_q, l.x_q, l.dq, l.clean, dx_q, &begun_q);
+    project_backward(a, K_PROJ, p, p->S, p->own.pad, l.x_k, l.dk, l.clean, dx_k, k);
+    project_backward(a, V_PROJ, p, p->S, p->own.pad, l.x_v, l.dv, l.clean, dx_v, v);
+    return LS_OK;
+}

@@ -1,0 +1,118 @@
+/* MPI. The caller's communicator is duplicated, so our messages meet none of theirs, and its errors return to us. */
+#include "comm.h"
+#include "real.h"
+
+#include <stdlib.h>
+
+#ifdef LS_REAL_DOUBLE
+#define MPI_LS_REAL MPI_DOUBLE
+#else
+#define MPI_LS_REAL MPI_FLOAT
+#endif
+
+enum { TAG = 1 };
+static const size_t CHUNK = (size_t) 1 << 30; /* MPI counts are int: larger messages travel as several */
+
+static ls_status check(const ls_comm *c, int rc, const char *what)
+{
+    if (rc == MPI_SUCCESS) return LS_OK;
+    char text[MPI_MAX_ERROR_STRING] = "";
+    int length = 0;
+    MPI_Error_string(rc, text, &length);
+    LS_FAIL(LS_ERR_COMM, "mpi: %s failed on rank %d of %d: %s", what, c->rank, c->size, text);
+}
+
+static MPI_Comm mpi_of(const ls_comm *c)
+{
+    return *(MPI_Comm *) c->own;
+}
+
+static ls_status post(ls_comm *c, const ls_message *m, int count, ls_pending *p)
+{
+    size_t need = 0;
+    for (int i = 0; i < count; i++) need += (m[i].bytes + CHUNK - 1) / CHUNK;
+    if ((size_t) p->count + need > (size_t) p->capacity) {
+        void *grown = realloc(p->requests, ((size_t) p->count + need) * sizeof(MPI_Request));
+        if (grown == NULL) LS_FAIL(LS_ERR_MEMORY, "mpi: no memory for %zu requests", need);
+        p->requests = grown;
+        p->capacity = p->count + (int) need;
+    }
+    MPI_Request *request = p->requests;
+    for (int i = 0; i < count; i++)
+        for (size_t at = 0; at < m[i].bytes; at += CHUNK) {
+            const int n = (int) (m[i].bytes - at < CHUNK ? m[i].bytes - at : CHUNK);
+            char *data = (char *) m[i].data + at;
+            MPI_Request *r = &request[p->count];
+            LS_TRY(check(c,
+                         m[i].receive ? MPI_Irecv(data, n, MPI_BYTE, m[i].peer, TAG, mpi_of(c), r)
+                                      : MPI_Isend(data, n, MPI_BYTE, m[i].peer, TAG, mpi_of(c), r),
+                         m[i].receive ? "posting a receive" : "posting a send"));
+            p->count++;
+        }
+    return LS_OK;
+}
+
+static ls_status wait_all(ls_comm *c, ls_pending *p)
+{
+    const int n = p->count;
+    p->count = 0;
+    return n == 0 ? LS_OK : check(c, MPI_Waitall(n, p->requests, MPI_STATUSES_IGNORE), "waiting for messages");
+}
+
+static void forget(ls_pending *p)
+{
+    free(p->requests);
+    *p = (ls_pending){0};
+}
+
+static ls_status sum(ls_comm *c, ls_real *x, int64_t n)
+{
+    for (int64_t at = 0; at < n; at += (int64_t) (CHUNK / sizeof *x)) {
+        const int part = (int) ls_min(n - at, (int64_t) (CHUNK / sizeof *x));
+        LS_TRY(check(c, MPI_Allreduce(MPI_IN_PLACE, x + at, part, MPI_LS_REAL, MPI_SUM, mpi_of(c)), "all-reduce"));
+    }
+    return LS_OK;
+}
+
+static ls_status min(ls_comm *c, int64_t *x, int n)
+{
+    return check(c, MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_INT64_T, MPI_MIN, mpi_of(c)), "all-reduce of a minimum");
+}
+
+static ls_status broadcast(ls_comm *c, void *data, int bytes, int root)
+{
+    return check(c, MPI_Bcast(data, bytes, MPI_BYTE, root, mpi_of(c)), "broadcast");
+}
+
+static ls_status gather(ls_comm *c, int64_t mine, int64_t *all)
+{
+    return check(c, MPI_Allgather(&mine, 1, MPI_INT64_T, all, 1, MPI_INT64_T, mpi_of(c)), "all-gather");
+}
+
+static void close_mpi(ls_comm *c)
+{
+    int finalized = 0;
+    MPI_Finalized(&finalized);
+    if (!finalized) MPI_Comm_free(c->own);
+    free(c->own);
+    c->own = NULL;
+}
+
+ls_status ls_comm_mpi(MPI_Comm mpi, ls_comm *comm)
+{
+    static const ls_comm_ops ops = {"mpi", post, wait_all, forget, sum, min, broadcast, gather, close_mpi};
+    int initialized = 0;
+    MPI_Initialized(&initialized);
+    if (!initialized) LS_FAIL(LS_ERR_ARGUMENT, "mpi: call MPI_Init before giving a communicator to a context");
+    *comm = (ls_comm){&ops, 0, 1, malloc(sizeof(MPI_Comm))};
+    if (comm->own == NULL) LS_FAIL(LS_ERR_MEMORY, "mpi: no memory for a communicator");
+    const int rc = MPI_Comm_dup(mpi, comm->own);
+    if (rc != MPI_SUCCESS) {
+        free(comm->own);
+        return check(comm, rc, "duplicating the communicator");
+    }
+    MPI_Comm_set_errhandler(mpi_of(comm), MPI_ERRORS_RETURN);
+    MPI_Comm_rank(mpi_of(comm), &comm->rank);
+    MPI_Comm_size(mpi_of(comm), &comm->size);
+    return LS_OK;
+}

@@ -1,0 +1,106 @@
+#include "context.h"
+#include "gemm.h"
+
+#include <stdlib.h>
+
+ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
+{
+    *ctx = NULL;
+    if (options->device != LS_CPU)
+        LS_FAIL(LS_ERR_UNSUPPORTED, "context: this build has no CUDA backend: use the CPU device");
+    ls_context *c = calloc(1, sizeof *c);
+    const int alone = options->comm == MPI_COMM_NULL || options->comm == (MPI_Comm) 0;
+    if (c == NULL) LS_FAIL(LS_ERR_MEMORY, "context: no memory");
+    c->seed = options->seed;
+    ls_status status = LS_OK;
+    if (alone)
+        ls_comm_self(&c->exchange.comm);
+    else
+        status = ls_comm_mpi(options->comm, &c->exchange.comm);
+    if (status != LS_OK) {
+        free(c);
+        return status;
+    }
+    ls_gemm_single_thread();
+    *ctx = c;
+    return LS_OK;
+}
+
+void ls_context_free(ls_context *ctx)
+{
+    if (ctx == NULL) return;
+    ls_exchange_close(&ctx->exchange);
+    ls_arena_free(&ctx->work);
+    ls_arena_free(&ctx->unsaved);
+    free(ctx);
+}
+
+int ls_context_rank(const ls_context *ctx)
+{
+    return ctx->exchange.comm.rank;
+}
+
+int ls_context_size(const ls_context *ctx)
+{
+    return ctx->exchange.comm.size;
+}
+
+/* One all-reduce of (rank if failed, else size) finds the lowest failing rank; its code and sentence follow only then. */
+ls_status ls_agree(ls_context *ctx, ls_status mine)
+{
+    ls_comm *comm = &ctx->exchange.comm;
+    if (comm->size == 1) return mine;
+    int64_t first = mine == LS_OK ? comm->size : comm->rank;
+    LS_TRY(comm->ops->min(comm, &first, 1));
+    if (first == comm->size) return LS_OK;
+    struct {
+        int64_t code;
+        char text[1000];
+    } message = {mine, ""};
+    if (comm->rank == first) strncpy(message.text, ls_last_error(), sizeof message.text - 1);
+    LS_TRY(comm->ops->broadcast(comm, &message, (int) sizeof message, (int) first));
+    return ls_fail((ls_status) message.code, "rank %d: %s", (int) first, message.text);
+}
+
+ls_status ls_all_reduce_sum(ls_context *ctx, ls_real *x, int64_t n)
+{
+    return ctx->exchange.comm.ops->sum(&ctx->exchange.comm, x, n);
+}
+
+void ls_context_traffic(const ls_context *ctx, ls_traffic *traffic)
+{
+    *traffic = ctx->exchange.traffic;
+}
+
+const char *ls_crossing_name(ls_crossing crossing)
+{
+    static const char *const names[] = {"none", "fetch", "gather", "reduce", "scan", "reverse scan", "ring"};
+    return (unsigned) crossing < LS_CROSSINGS ? names[crossing] : "unknown";
+}
+
+ls_status ls_shard_even(const ls_context *ctx, int64_t length, ls_shard *shard)
+{
+    return ls_shard_even_of(length, ls_context_rank(ctx), ls_context_size(ctx), shard);
+}
+
+ls_status ls_shard_local(ls_context *ctx, int64_t n, ls_shard *shard)
+{
+    const int size = ls_context_size(ctx);
+    *shard = (ls_shard){0};
+    int64_t *bounds = malloc(((size_t) size + 1) * sizeof *bounds);
+    ls_status status = LS_OK;
+    if (n < 0) status = ls_fail(LS_ERR_ARGUMENT, "shard: %lld positions is negative", (long long) n);
+    if (bounds == NULL) status = ls_fail(LS_ERR_MEMORY, "shard: no memory for the bounds of %d ranks", size);
+    status = ls_agree(ctx, status);
+    if (status == LS_OK) status = ctx->exchange.comm.ops->gather(&ctx->exchange.comm, n, bounds + 1);
+    if (status != LS_OK) {
+        free(bounds);
+        return status;
+    }
+    bounds[0] = 0;
+    for (int p = 0; p < size; p++) bounds[p + 1] += bounds[p];
+    const int rank = ls_context_rank(ctx);
+    *shard = (ls_shard){
+        .length = bounds[size], .lo = bounds[rank], .n = n, .rank = rank, .size = size, .bounds = bounds};
+    return LS_OK;
+}

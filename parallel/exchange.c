@@ -1,0 +1,226 @@
+/* Reduce, scan and gather from groups of messages. */
+#include "exchange.h"
+
+#include <stdlib.h>
+
+/* ------------------------------------------------------------------------------------------------ messages */
+
+ls_status ls_exchange_add(ls_exchange *x, void *data, size_t bytes, int peer, int receive)
+{
+    if (bytes == 0) return LS_OK;
+    if (x->listed == x->list_capacity) {
+        const int capacity = x->list_capacity ? 2 * x->list_capacity : 16;
+        ls_message *grown = realloc(x->list, (size_t) capacity * sizeof *grown);
+        if (grown == NULL) LS_FAIL(LS_ERR_MEMORY, "exchange: no memory for %d messages", capacity);
+        x->list = grown;
+        x->list_capacity = capacity;
+    }
+    x->list[x->listed++] = (ls_message){data, bytes, peer, receive};
+    return LS_OK;
+}
+
+ls_status ls_exchange_begin(ls_exchange *x, ls_crossing kind, ls_pending *pending)
+{
+    const int n = x->listed;
+    x->listed = 0;
+    for (int i = 0; i < n; i++)
+        if (!x->list[i].receive) {
+            x->traffic.sent[kind] += x->list[i].bytes;
+            x->traffic.messages[kind]++;
+        }
+    return x->comm.ops->post(&x->comm, x->list, n, pending);
+}
+
+ls_status ls_exchange_end(ls_exchange *x, ls_pending *pending)
+{
+    return x->comm.ops->wait(&x->comm, pending);
+}
+
+void ls_exchange_close(ls_exchange *x)
+{
+    x->comm.ops->forget(&x->pending);
+    x->comm.ops->close(&x->comm);
+    free(x->list);
+    ls_arena_free(&x->wire);
+}
+
+/* One round: send to one rank (-1: nobody), receive from another. */
+static ls_status round_trip(ls_exchange *x, ls_crossing kind, const ls_real *out, int to, ls_real *in, int from,
+                            int64_t n)
+{
+    const size_t bytes = (size_t) n * sizeof *in;
+    if (from >= 0) LS_TRY(ls_exchange_add(x, in, bytes, from, 1));
+    if (to >= 0) LS_TRY(ls_exchange_add(x, (void *) (uintptr_t) out, bytes, to, 0));
+    LS_TRY(ls_exchange_begin(x, kind, &x->pending));
+    return ls_exchange_end(x, &x->pending);
+}
+
+static ls_status wire_take(ls_exchange *x, int64_t n, ls_real **a, ls_real **b)
+{
+    ls_arena_measure(&x->wire);
+    ls_take(&x->wire, n), ls_take(&x->wire, n);
+    LS_TRY(ls_arena_reserve(&x->wire, "exchange: message buffers"));
+    *a = ls_take(&x->wire, n);
+    *b = ls_take(&x->wire, n);
+    return LS_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------ reduce */
+
+/* The largest power of two <= size. */
+static int power_below(int size)
+{
+    int p = 1;
+    while (p <= size / 2) p *= 2;
+    return p;
+}
+
+/* P = p2 + extra. The first 2·extra ranks form pairs: the odd one gives its summary to the even one before, and gets the
+ * total after, the doubling over p2 ranks. Each step joins neighbouring runs of ranks, the lower on the left. */
+static ls_status reduce(ls_exchange *x, ls_crossing kind, ls_monoid m, const ls_real *mine, ls_real *total)
+{
+    const int rank = x->comm.rank, size = x->comm.size;
+    const int64_t n = ls_monoid_size(m);
+    memmove(total, mine, (size_t) n * sizeof *total);
+    if (size == 1 || n == 0) return LS_OK;
+    x->traffic.predicted[kind] += ls_predict_reduce(rank, size, (uint64_t) n * sizeof *mine);
+    ls_real *in, *unused;
+    LS_TRY(wire_take(x, n, &in, &unused));
+    const int p2 = power_below(size), extra = size - p2;
+    const int paired = rank < 2 * extra, odd = paired && rank % 2 == 1;
+    if (odd) {
+        LS_TRY(round_trip(x, kind, total, rank - 1, NULL, -1, n));
+        return round_trip(x, kind, NULL, -1, total, rank - 1, n);
+    }
+    if (paired) {
+        LS_TRY(round_trip(x, kind, NULL, -1, in, rank + 1, n));
+        ls_monoid_combine(m, total, in, total);
+    }
+    const int place = paired ? rank / 2 : rank - extra; /* among the p2 that double */
+    for (int bit = 1; bit < p2; bit *= 2) {
+        const int other = place ^ bit, peer = other < extra ? 2 * other : other + extra;
+        LS_TRY(round_trip(x, kind, total, peer, in, peer, n));
+        if (other < place)
+            ls_monoid_combine(m, in, total, total);
+        else
+            ls_monoid_combine(m, total, in, total);
+    }
+    return paired ? round_trip(x, kind, total, rank + 1, NULL, -1, n) : LS_OK;
+}
+
+uint64_t ls_predict_reduce(int rank, int size, uint64_t bytes)
+{
+    const int p2 = power_below(size), extra = size - p2;
+    if (size == 1) return 0;
+    if (rank < 2 * extra && rank % 2 == 1) return bytes;
+    uint64_t rounds = rank < 2 * extra ? 1 : 0;
+    for (int p = p2; p > 1; p /= 2) rounds++;
+    return rounds * bytes;
+}
+
+ls_status ls_reduce(ls_exchange *x, ls_monoid m, const ls_real *mine, ls_real *total)
+{
+    return reduce(x, LS_REDUCE, m, mine, total);
+}
+
+ls_status ls_reduce_adjoint(ls_exchange *x, ls_monoid m, const ls_real *mine, const ls_real *total,
+                            const ls_real *dtotal, ls_real *dmine)
+{
+    ls_monoid_vjp_begin(m, total, dtotal, dmine);
+    LS_TRY(reduce(x, LS_REDUCE, m, dmine, dmine));
+    ls_monoid_vjp_end(m, mine, dmine, dmine);
+    return LS_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------ scan */
+
+/* After round k, `window` covers the 2^(k+1) ranks up to this one, and `before` the same without this one.
+ * mine is read before `before` is written, so they may be the same. */
+ls_status ls_scan(ls_exchange *x, ls_monoid m, int reverse, const ls_real *mine, ls_real *before)
+{
+    const ls_crossing kind = reverse ? LS_REVERSE_SCAN : LS_SCAN;
+    const int size = x->comm.size, place = reverse ? size - 1 - x->comm.rank : x->comm.rank;
+    const int64_t n = ls_monoid_size(m);
+    ls_real *window, *in;
+    LS_TRY(wire_take(x, n, &window, &in));
+    memcpy(window, mine, (size_t) n * sizeof *mine);
+    ls_monoid_identity(m, before);
+    if (n == 0) return LS_OK;
+    x->traffic.predicted[kind] += ls_predict_scan(x->comm.rank, size, reverse, (uint64_t) n * sizeof *mine);
+    for (int hop = 1; hop < size; hop *= 2) {
+        const int to = place + hop < size ? place + hop : -1, from = place - hop;
+        LS_TRY(round_trip(x, kind, window, to < 0 ? -1 : reverse ? size - 1 - to : to, in,
+                          from < 0 ? -1 : reverse ? size - 1 - from : from, n));
+        if (from < 0) continue;
+        /* in rank order: what comes from earlier ranks stands on the left, in a reverse scan on the right */
+        ls_monoid_combine(m, reverse ? before : in, reverse ? in : before, before);
+        ls_monoid_combine(m, reverse ? window : in, reverse ? in : window, window);
+    }
+    return LS_OK;
+}
+
+uint64_t ls_predict_scan(int rank, int size, int reverse, uint64_t bytes)
+{
+    uint64_t sends = 0;
+    const int after = reverse ? rank : size - 1 - rank;
+    for (int hop = 1; hop <= after; hop *= 2) sends++;
+    return sends * bytes;
+}
+
+ls_status ls_scan_adjoint(ls_exchange *x, ls_monoid m, int reverse, const ls_real *mine, const ls_real *before,
+                          const ls_real *dbefore, ls_real *dmine)
+{
+    ls_monoid_vjp_begin(m, before, dbefore, dmine);
+    LS_TRY(ls_scan(x, m, !reverse, dmine, dmine));
+    ls_monoid_vjp_end(m, mine, dmine, dmine);
+    return LS_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------ gather */
+
+static int64_t sum_before(const int64_t *count, int rank)
+{
+    int64_t s = 0;
+    for (int p = 0; p < rank; p++) s += count[p];
+    return s;
+}
+
+ls_status ls_gather(ls_exchange *x, const int64_t *count, const ls_real *mine, ls_real *all)
+{
+    const int rank = x->comm.rank, size = x->comm.size;
+    const size_t own = (size_t) count[rank] * sizeof *all;
+    x->traffic.predicted[LS_GATHER] += (uint64_t) (size - 1) * own;
+    for (int hop = 1; hop < size; hop++) { /* starting next door, so that not all send to rank 0 first */
+        const int to = (rank + hop) % size, from = (rank + size - hop) % size;
+        LS_TRY(ls_exchange_add(x, all + sum_before(count, from), (size_t) count[from] * sizeof *all, from, 1));
+        LS_TRY(ls_exchange_add(x, (void *) (uintptr_t) mine, own, to, 0));
+    }
+    LS_TRY(ls_exchange_begin(x, LS_GATHER, &x->pending));
+    if (own > 0) memcpy(all + sum_before(count, rank), mine, own);
+    return ls_exchange_end(x, &x->pending);
+}
+
+ls_status ls_gather_adjoint(ls_exchange *x, const int64_t *count, const ls_real *dall, ls_real *dmine)
+{
+    const int rank = x->comm.rank, size = x->comm.size;
+    const int64_t own = count[rank];
+    ls_arena_measure(&x->wire);
+    ls_take(&x->wire, own * size);
+    LS_TRY(ls_arena_reserve(&x->wire, "exchange: message buffers"));
+    ls_real *in = ls_take(&x->wire, own * size);
+    for (int hop = 1; hop < size; hop++) {
+        const int to = (rank + hop) % size, from = (rank + size - hop) % size;
+        const size_t bytes = (size_t) count[to] * sizeof *dall;
+        x->traffic.predicted[LS_GATHER] += bytes;
+        LS_TRY(ls_exchange_add(x, in + own * from, (size_t) own * sizeof *in, from, 1));
+        LS_TRY(ls_exchange_add(x, (void *) (uintptr_t) (dall + sum_before(count, to)), bytes, to, 0));
+    }
+    LS_TRY(ls_exchange_begin(x, LS_GATHER, &x->pending));
+    LS_TRY(ls_exchange_end(x, &x->pending));
+    ls_zero(dmine, own);
+    for (int p = 0; p < size; p++) {
+        const ls_real *from = p == rank ? dall + sum_before(count, rank) : in + own * p;
+        for (int64_t i = 0; i < own; i++) dmine[i] += from[i];
+    }
+    return LS_OK;
+}

@@ -1,0 +1,62 @@
+/* The crossings and their adjoints, over any transport. Nothing here knows of attention. All are collective, all work
+ * with ranks that have nothing, all combine in an order fixed by ranks and never by arrival, and all count their bytes in
+ * the ledger twice: as sent, and as the closed formula of the crossing predicts. */
+#ifndef LS_EXCHANGE_H
+#define LS_EXCHANGE_H
+
+#include "arena.h"
+#include "comm.h"
+#include "monoid.h"
+
+typedef struct ls_exchange {
+    ls_comm comm;
+    ls_traffic traffic;
+    ls_arena wire;      /* message buffers; only grows */
+    ls_pending pending;
+    ls_message *list;   /* of one group of messages */
+    int listed, list_capacity;
+} ls_exchange;
+
+void ls_exchange_close(ls_exchange *x);
+
+/* Messages under construction: add any number, then begin, work, end. Every byte that leaves goes through here. */
+ls_status ls_exchange_add(ls_exchange *x, void *data, size_t bytes, int peer, int receive);
+ls_status ls_exchange_begin(ls_exchange *x, ls_crossing kind, ls_pending *pending);
+ls_status ls_exchange_end(ls_exchange *x, ls_pending *pending);
+
+/* total = mine_0 ⊕ .. ⊕ mine_{P-1}, the same bits on every rank: recursive doubling, ceil(log2 P) rounds (two more where
+ * P is no power of two). mine and total may not overlap. */
+ls_status ls_reduce(ls_exchange *x, ls_monoid m, const ls_real *mine, ls_real *total);
+/* dmine from dtotal (each rank's own; total on ranks is used by their own outputs). dmine may be dtotal. */
+ls_status ls_reduce_adjoint(ls_exchange *x, ls_monoid m, const ls_real *mine, const ls_real *total,
+                            const ls_real *dtotal, ls_real *dmine);
+/* before = mine_0 ⊕ .. ⊕ mine_{r-1} (reverse: mine_{r+1} ⊕ .. ⊕ mine_{P-1}), ceil(log2 P) rounds (Hillis & Steele). */
+ls_status ls_scan(ls_exchange *x, ls_monoid m, int reverse, const ls_real *mine, ls_real *before);
+ls_status ls_scan_adjoint(ls_exchange *x, ls_monoid m, int reverse, const ls_real *mine, const ls_real *before,
+                          const ls_real *dbefore, ls_real *dmine);
+
+/* all = every rank's piece in rank order; count (P): reals of each. Adjoint: dmine = Σ_r dall_r's piece of mine. */
+ls_status ls_gather(ls_exchange *x, const int64_t *count, const ls_real *mine, ls_real *all);
+ls_status ls_gather_adjoint(ls_exchange *x, const int64_t *count, const ls_real *dall, ls_real *dmine);
+
+/* A tensor as rows by position: row t of (b,h) is at p + b*sb + h*sh + t*st, all in bytes. */
+typedef struct ls_rows {
+    char *p;
+    int64_t row_bytes, nb, nh, sb, sh, st;
+} ls_rows;
+ls_rows ls_rows_of_view(ls_view v, int64_t B, int64_t H, int64_t d);
+ls_rows ls_rows_of_pad(const uint8_t *pad, int64_t B, int64_t n);
+
+/* Fetch: this rank's `to` rows become the global positions of its spans, one span after the other; want (2 per rank)
+ * says what every rank wants, [lo, lo + n), n = 0: nothing. `from` holds this rank's shard. n tensors in one go. */
+ls_status ls_fetch(ls_exchange *x, const ls_shard *shard, const ls_span *want, const ls_rows *from, const ls_rows *to,
+                   int tensors);
+/* Adjoint: the rows of `to` are added to those of `from` at their owners, in rank order. Tensors of ls_real only. */
+ls_status ls_fetch_adjoint(ls_exchange *x, const ls_shard *shard, const ls_span *want, const ls_rows *from,
+                           const ls_rows *to, int tensors);
+
+/* What the formulas say one rank sends. */
+uint64_t ls_predict_reduce(int rank, int size, uint64_t bytes);
+uint64_t ls_predict_scan(int rank, int size, int reverse, uint64_t bytes);
+
+#endif

@@ -1,0 +1,55 @@
+#include "monoid.h"
+
+void ls_monoid_identity(ls_monoid m, ls_real *x)
+{
+    ls_zero(x, ls_monoid_size(m));
+    if (m.has_max)
+        for (int64_t g = 0; g < m.groups; g++) x[g * ls_monoid_stride(m)] = -INFINITY;
+}
+
+/* e^(m - M), where m = -inf (nothing was summed) gives 0 whatever M is */
+static ls_real weight(ls_real m, ls_real M)
+{
+    return m == -INFINITY ? 0 : ls_exp(m - M);
+}
+
+void ls_monoid_combine(ls_monoid m, const ls_real *left, const ls_real *right, ls_real *out)
+{
+    const int64_t stride = ls_monoid_stride(m);
+    for (int64_t g = 0; g < m.groups; g++, left += stride, right += stride, out += stride) {
+        ls_real a = 1, b = 1;
+        if (m.has_max) {
+            const ls_real l = left[0], r = right[0], top = l > r ? l : r;
+            a = weight(l, top), b = weight(r, top);
+            out[0] = top;
+        }
+        const int64_t first = m.has_max, tail = first + m.scaled;
+        for (int64_t i = first; i < tail; i++) out[i] = a * left[i] + b * right[i];
+        for (int64_t i = tail; i < stride; i++) out[i] = left[i] + right[i];
+    }
+}
+
+void ls_monoid_vjp_begin(ls_monoid m, const ls_real *got, const ls_real *dgot, ls_real *back)
+{
+    const int64_t stride = ls_monoid_stride(m);
+    memmove(back, dgot, (size_t) ls_monoid_size(m) * sizeof *back);
+    if (!m.has_max) return;
+    for (int64_t g = 0; g < m.groups; g++) {
+        const int empty = got[g * stride] == -INFINITY; /* nothing arrived: its gradient has nowhere to go */
+        back[g * stride] = empty ? -INFINITY : -got[g * stride];
+        if (empty) ls_zero(back + g * stride + 1, m.scaled);
+    }
+}
+
+void ls_monoid_vjp_end(ls_monoid m, const ls_real *sent, const ls_real *arrived, ls_real *dsent)
+{
+    const int64_t stride = ls_monoid_stride(m);
+    memmove(dsent, arrived, (size_t) ls_monoid_size(m) * sizeof *dsent);
+    if (!m.has_max) return;
+    for (int64_t g = 0; g < m.groups; g++) {
+        const ls_real from = sent[g * stride], back = dsent[g * stride];
+        const ls_real w = from == -INFINITY || back == -INFINITY ? 0 : ls_exp(from + back);
+        dsent[g * stride] = 0;
+        for (int64_t i = 1; i <= m.scaled; i++) dsent[g * stride + i] *= w;
+    }
+}

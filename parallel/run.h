@@ -1,0 +1,41 @@
+/* The driver: walks a mechanism's phases forward, and in reverse for the backward pass, with the crossings between. */
+#ifndef LS_RUN_H
+#define LS_RUN_H
+
+#include "context.h"
+
+/* Key/value blocks on their way round the ring. A block on the wire is k (B,H,n,d), v, then pad bytes (B,n). */
+typedef struct ls_ring_buffers {
+    char *block[2];       /* the visiting block, the one that is coming */
+    ls_real *gradient[3]; /* dk, dv: being made, arriving, leaving */
+} ls_ring_buffers;
+
+/* Causal softmax gives late queries more work than early ones. In a zigzag placement rank r holds chunks r and 2P-1-r of
+ * 2P, so all have the same. Inputs are fetched into it, the output goes back by the adjoint of the fetch. */
+typedef struct ls_placement {
+    int on;
+    ls_span *want;     /* (2 P) */
+    ls_view q, k, v, out, dq, dk, dv, dout;
+    uint8_t *pad_q, *pad_k;
+} ls_placement;
+
+/* One call of a core: the pass as the caller sees it, and what the driver adds. */
+typedef struct ls_call {
+    ls_context *ctx;
+    const ls_mechanism *mechanism;
+    const ls_shard *queries, *keys;
+    ls_pass pass;
+    ls_placement placement;
+    ls_ring_buffers ring;
+} ls_call;
+
+/* Takes the memory of a call; the same order every time, so a saved arena can be replayed. Sets pass.backward's. */
+void ls_run_plan(ls_call *call, ls_arena *saved, ls_arena *work);
+/* Collective. */
+ls_status ls_run_forward(ls_call *call);
+ls_status ls_run_backward(ls_call *call);
+
+/* Copies a block with zeros at padded rows to contiguous memory, (B,H,n,d) each; returns the view of what was written. */
+ls_view ls_clean_block(ls_view from, int64_t B, int64_t H, int64_t n, int64_t d, const uint8_t *pad, ls_real *to);
+
+#endif
