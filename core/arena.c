@@ -21,7 +21,7 @@ void ls_arena_replay(ls_arena *arena)
 
 ls_status ls_arena_reserve(ls_arena *arena, const char *what)
 {
-    const size_t need = arena->used;
+    const size_t need = arena->used + ALIGN; /* one more, so that a take of 0 bytes is a pointer and not NULL */
     arena->used = 0;
     arena->measuring = 0;
     if (need > arena->peak) arena->peak = need;
@@ -32,7 +32,7 @@ ls_status ls_arena_reserve(ls_arena *arena, const char *what)
     if (arena->base == NULL)
         LS_FAIL(LS_ERR_MEMORY,
                 "%s: cannot reserve %.1f MiB: use more ranks, a smaller batch, or a machine with more memory", what,
-                (double) need / 1048576.0);
+                (double)need / 1048576.0);
     arena->capacity = need;
     return LS_OK;
 }

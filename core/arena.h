@@ -21,7 +21,7 @@ void ls_arena_replay(ls_arena *arena);
 void *ls_arena_take(ls_arena *arena, size_t bytes);
 static inline ls_real *ls_take(ls_arena *arena, int64_t n)
 {
-    return (ls_real *) ls_arena_take(arena, (size_t) n * sizeof(ls_real));
+    return (ls_real *)ls_arena_take(arena, (size_t)n * sizeof(ls_real));
 }
 void ls_arena_free(ls_arena *arena);
 

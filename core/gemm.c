@@ -15,12 +15,11 @@ void ls_gemm(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, 
     if (m <= 0 || n <= 0) return;
     if (k <= 0) { /* BLAS need not touch C then */
         for (int64_t i = 0; i < m; i++)
-            for (int64_t j = 0; j < n; j++) c[i * ldc + j] = beta == 0 ? 0 : (ls_real) beta * c[i * ldc + j];
+            for (int64_t j = 0; j < n; j++) c[i * ldc + j] = beta == 0 ? 0 : (ls_real)beta * c[i * ldc + j];
         return;
     }
-    GEMM(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans, (blasint) m,
-         (blasint) n, (blasint) k, (ls_real) alpha, a, (blasint) lda, b, (blasint) ldb, (ls_real) beta, c,
-         (blasint) ldc);
+    GEMM(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans, (blasint)m,
+         (blasint)n, (blasint)k, (ls_real)alpha, a, (blasint)lda, b, (blasint)ldb, (ls_real)beta, c, (blasint)ldc);
 }
 
 void ls_gemm_single_thread(void)

@@ -108,8 +108,8 @@ void ls_context_traffic(const ls_context *ctx, ls_traffic *traffic);
 
 /* Which global positions each rank owns: rank p has [bounds[p], bounds[p+1]), bounds[0] = 0, bounds[size] = length. */
 typedef struct ls_shard {
-    int64_t length;  /* of the whole sequence, padding included */
-    int64_t lo, n;   /* this rank owns [lo, lo + n); n may be 0 */
+    int64_t length; /* of the whole sequence, padding included */
+    int64_t lo, n;  /* this rank owns [lo, lo + n); n may be 0 */
     int rank, size;
     int64_t *bounds; /* (size + 1) */
 } ls_shard;
@@ -205,13 +205,13 @@ typedef struct ls_attention_io {
     const ls_real *attn_mask;          /* softmax: additive, this rank's queries x all keys: (T, S_all), or with
                                         * attn_mask_per_head (B*H, T, S_all) */
     int attn_mask_per_head;
-    const ls_real *dropout_mask;       /* softmax: multiplies the probabilities, (B,H,T,S_all): 0 or 1/keep; instead of
-                                        * options.dropout */
-    ls_real *weights;                  /* out, softmax: (B,T,S_all) with need_weights, (B,H,T,S_all) with
-                                        * need_head_weights; before dropout */
+    const ls_real *dropout_mask; /* softmax: multiplies the probabilities, (B,H,T,S_all): 0 or 1/keep; instead of
+                                  * options.dropout */
+    ls_real *weights;            /* out, softmax: (B,T,S_all) with need_weights, (B,H,T,S_all) with
+                                  * need_head_weights; before dropout */
     int need_weights, need_head_weights;
-    int training;                      /* 0: no dropout, no fresh noise */
-    uint64_t sample;                   /* random streams: global number of batch row 0; row b is sample + b */
+    int training;    /* 0: no dropout, no fresh noise */
+    uint64_t sample; /* random streams: global number of batch row 0; row b is sample + b */
 } ls_attention_io;
 
 /* What forward keeps for backward. Reusable: memory grows to the largest use. Free with ls_saved_free. */

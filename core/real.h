@@ -32,7 +32,7 @@ static inline float ls_exp(float x)
     p = p * r + 0.5f;
     p = p * r * r + r + 1.0f;
     /* 2^n in two factors, since n = 128 alone overflows the exponent field */
-    const int32_t i = (int32_t) n, half = i >> 1;
+    const int32_t i = (int32_t)n, half = i >> 1;
     union {
         int32_t i;
         float f;
@@ -52,7 +52,7 @@ static inline int64_t ls_max(int64_t a, int64_t b)
 }
 static inline void ls_zero(ls_real *x, int64_t n)
 {
-    if (n > 0) memset(x, 0, (size_t) n * sizeof *x);
+    if (n > 0) memset(x, 0, (size_t)n * sizeof *x);
 }
 
 /* Rows of a tensor (B,H,T,d): element (b,h,t,i) is p[b*sb + h*sh + t*st + i]. Any layout is a choice of strides. */

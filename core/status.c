@@ -26,5 +26,5 @@ const char *ls_status_name(ls_status status)
 {
     static const char *const names[] = {"ok",       "bad argument", "unsupported", "out of memory", "communication",
                                         "file i/o", "bad format",   "not finite",  "internal"};
-    return (unsigned) status < sizeof names / sizeof *names ? names[status] : "unknown status";
+    return (unsigned)status < sizeof names / sizeof *names ? names[status] : "unknown status";
 }

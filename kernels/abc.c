@@ -13,10 +13,10 @@
 #include "gemm.h"
 #include "tile.h"
 
-enum { SLOTS };                                        /* option[] */
-enum { PHI_K, PHI_V };                                 /* param[] */
-enum { CHUNK = 256 };                                  /* rows worked on at a time */
-enum { SUMS = 0, APPLY = 1 };                          /* phases */
+enum { SLOTS };                                                                 /* option[] */
+enum { PHI_K, PHI_V };                                                          /* param[] */
+enum { CHUNK = 256 };                                                           /* rows worked on at a time */
+enum { SUMS = 0, APPLY = 1 };                                                   /* phases */
 enum { ROWS_A, ROWS_B, LOGITS, DLOGITS, SLOT_KEYS, SLOT_VALUES, TRACE, STATE }; /* work[] */
 
 static const ls_option_info options[] = {
@@ -26,8 +26,8 @@ static const ls_option_info options[] = {
 
 static int params(const ls_attention_options *o, ls_param_info *list)
 {
-    const int64_t d = o->embed_dim / o->num_heads, R = (int64_t) o->value[SLOTS];
-    const double scale = 1 / sqrt((double) d);
+    const int64_t d = o->embed_dim / o->num_heads, R = (int64_t)o->value[SLOTS];
+    const double scale = 1 / sqrt((double)d);
     list[PHI_K] = (ls_param_info){"phi_k", 2, {d, R}, 0, 0, LS_INIT_NORMAL, scale};
     list[PHI_V] = (ls_param_info){"phi_v", 2, {d, R}, 0, 0, LS_INIT_NORMAL, scale};
     return 2;
@@ -35,7 +35,7 @@ static int params(const ls_attention_options *o, ls_param_info *list)
 
 static int64_t slots(const ls_pass *p)
 {
-    return (int64_t) p->option[SLOTS];
+    return (int64_t)p->option[SLOTS];
 }
 
 static ls_monoid summary(const ls_pass *p)
@@ -48,7 +48,7 @@ enum { A, B, DLOGIT, DS_K, P_V, DS_V, M_K, M_V, TRACES };
 
 static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
-    (void) saved;
+    (void)saved;
     const int64_t R = slots(p), d = p->d;
     p->work[ROWS_A] = ls_take(work, CHUNK * d);
     p->work[ROWS_B] = ls_take(work, CHUNK * d);
@@ -68,7 +68,7 @@ static ls_real *elements(const ls_pass *p, ls_real *x, int64_t b, int64_t h, int
 
 static ls_real *phi(const ls_pass *p, int which, const ls_real *base)
 {
-    return (ls_real *) (uintptr_t) base + p->param[which].offset;
+    return (ls_real *)(uintptr_t)base + p->param[which].offset;
 }
 
 static int padded(const uint8_t *pad, int64_t row)
@@ -183,8 +183,8 @@ static void normalise(int64_t R, int64_t d, const ls_real *element, ls_real *slo
 }
 
 /* d(s, x) of the elements from the gradient of the slots. */
-static void normalise_backward(int64_t R, int64_t d, const ls_real *element, const ls_real *slot,
-                               const ls_real *dslot, ls_real *delement)
+static void normalise_backward(int64_t R, int64_t d, const ls_real *element, const ls_real *slot, const ls_real *dslot,
+                               ls_real *delement)
 {
     for (int64_t r = 0; r < R; r++) {
         const ls_real s = element[r * (d + 2) + 1], inverse = s > 0 ? 1 / s : 0;
@@ -198,7 +198,7 @@ static void normalise_backward(int64_t R, int64_t d, const ls_real *element, con
 static void probabilities(ls_pass *p, int64_t b, int64_t h, int64_t t, int64_t n, const ls_real *keys)
 {
     const int64_t R = slots(p), d = p->d;
-    ls_clean_rows(p->q, b, h, t, n, d, p->pad_q, p->T, (ls_real) p->scale, p->work[ROWS_A]);
+    ls_clean_rows(p->q, b, h, t, n, d, p->pad_q, p->T, (ls_real)p->scale, p->work[ROWS_A]);
     ls_gemm(0, 1, n, R, d, 1, p->work[ROWS_A], d, keys, d, 0, p->work[LOGITS], R);
     for (int64_t i = 0; i < n; i++) ls_row_softmax(R, p->work[LOGITS] + i * R);
 }
@@ -275,7 +275,7 @@ static void join(int64_t R, int64_t d, const ls_real *logit, const ls_real *row,
 
 static void load_state(ls_pass *p, int phase, int64_t b, int64_t h)
 {
-    const size_t bytes = (size_t) (slots(p) * (p->d + 2)) * sizeof(ls_real);
+    const size_t bytes = (size_t)(slots(p) * (p->d + 2)) * sizeof(ls_real);
     for (int which = 0; which < 2; which++)
         memcpy(p->work[STATE] + which * slots(p) * (p->d + 2), elements(p, p->summary[phase].got, b, h, which), bytes);
 }
@@ -295,7 +295,7 @@ static void look(int64_t R, int64_t d, ls_real scale, const ls_real *q, const ls
 {
     for (int64_t r = 0; r < R; r++, state += d + 2)
         prob[r] = state[1] > 0 ? scale * ls_dot(d, q, state + 2) / state[1] : 0;
-    if (logit != NULL) memcpy(logit, prob, (size_t) R * sizeof *prob);
+    if (logit != NULL) memcpy(logit, prob, (size_t)R * sizeof *prob);
     ls_row_softmax(R, prob);
 }
 
@@ -317,7 +317,7 @@ static ls_status apply_causal(ls_pass *p, int phase)
                     ls_real *out = ls_row(p->out, b, h, t + i);
                     ls_zero(out, d);
                     if (padded(p->pad_q, b * p->T + t + i)) continue;
-                    look(R, d, (ls_real) p->scale, ls_row(p->q, b, h, t + i), state_k, NULL, prob);
+                    look(R, d, (ls_real)p->scale, ls_row(p->q, b, h, t + i), state_k, NULL, prob);
                     for (int64_t r = 0; r < R; r++) {
                         const ls_real *v = state_v + r * stride;
                         if (v[1] > 0) ls_axpy(d, prob[r] / v[1], v + 2, out);
@@ -346,8 +346,8 @@ static void causal_queries(ls_pass *p, int phase, int64_t b, int64_t h)
                 join(R, d, bb, p->work[ROWS_B] + i * d, state_v);
             }
             ls_zero(trace, TRACES * R);
-            memcpy(trace + A * R, a, (size_t) R * sizeof *a);
-            memcpy(trace + B * R, bb, (size_t) R * sizeof *bb);
+            memcpy(trace + A * R, a, (size_t)R * sizeof *a);
+            memcpy(trace + B * R, bb, (size_t)R * sizeof *bb);
             for (int64_t r = 0; r < R; r++) {
                 trace[M_K * R + r] = state_k[r * stride];
                 trace[M_V * R + r] = state_v[r * stride];
@@ -355,7 +355,7 @@ static void causal_queries(ls_pass *p, int phase, int64_t b, int64_t h)
             ls_zero(dq, d);
             if (padded(p->pad_q, b * p->T + t + i)) continue;
             const ls_real *dout = ls_row(p->dout, b, h, t + i);
-            look(R, d, (ls_real) p->scale, ls_row(p->q, b, h, t + i), state_k, logit, prob);
+            look(R, d, (ls_real)p->scale, ls_row(p->q, b, h, t + i), state_k, logit, prob);
             ls_real mean = 0, *dp = trace + DS_V * R;
             for (int64_t r = 0; r < R; r++) {
                 const ls_real *v = state_v + r * stride;
@@ -365,7 +365,7 @@ static void causal_queries(ls_pass *p, int phase, int64_t b, int64_t h)
             for (int64_t r = 0; r < R; r++) {
                 const ls_real sk = state_k[r * stride + 1], sv = state_v[r * stride + 1];
                 const ls_real rk = sk > 0 ? 1 / sk : 0, rv = sv > 0 ? 1 / sv : 0;
-                const ls_real dl = prob[r] * (dp[r] - mean), g = (ls_real) p->scale * dl * rk;
+                const ls_real dl = prob[r] * (dp[r] - mean), g = (ls_real)p->scale * dl * rk;
                 trace[DLOGIT * R + r] = g;                 /* dx_r of K̃ is g q */
                 trace[DS_K * R + r] = -dl * logit[r] * rk; /* ds = -dK̃·K̃/s, and dK̃·K̃ = dl logit */
                 trace[P_V * R + r] = prob[r] * rv;         /* dx_r of Ṽ is this times do */

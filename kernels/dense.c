@@ -259,14 +259,15 @@ static void random_block(uint64_t seed, uint32_t stream, uint32_t step, uint64_t
     }
 }
 
-/* Element e of row `position` has 16 bits of its own: half e%2 (0: the low one) of word e/2%4 of counter
- * (position·⌈E/8⌉ + e/8, sample + b, stream), and is kept if they are >= drop, drop the rate in 1/65536. Kept elements
- * are divided by the true probability 1 - drop/65536, so that the expected value is exact for the rounded rate too. */
+/* Element e of row `position` has 16 bits of its own: half e%8 of the four words of ls_random4 for step sample + b,
+ * index position·⌈E/8⌉ + e/8 (as they lie in memory: little-endian machines have the low half of a word first). It is
+ * kept if they are >= drop, the rate rounded to 1/65536; kept elements are divided by the true probability 1 -
+ * drop/65536, so the expected value is exact for any rate. */
 void ls_dropout(int64_t B, int64_t T, int64_t E, double rate, uint64_t seed, uint32_t stream, uint64_t sample,
                 int64_t lo, ls_real *x)
 {
     const uint32_t drop = (uint32_t)(rate * 65536 + 0.5);
-    if (drop == 0) return;
+    if (drop == 0 || T <= 0) return;
     const ls_real scale = drop < 65536 ? (ls_real)(65536.0 / (65536.0 - drop)) : 0;
     const int64_t counters = (E + 7) / 8;
     /* without a remainder the counters of one row continue those of the row before: all T are as one row */
@@ -276,15 +277,14 @@ void ls_dropout(int64_t B, int64_t T, int64_t E, double rate, uint64_t seed, uin
             ls_real *row = x + (b * rows + r) * n;
             for (int64_t i = 0; i < n; i += PER_BLOCK) {
                 const int64_t m = ls_min(PER_BLOCK, n - i);
-                uint32_t word[4 * BLOCK];
+                union {
+                    uint32_t word[4 * BLOCK];
+                    uint16_t half[PER_BLOCK];
+                } random;
                 random_block(seed, stream, (uint32_t)(sample + (uint64_t)b), (uint64_t)((lo + r) * counters + i / 8),
-                             word);
+                             random.word);
 #pragma omp simd
-                for (int64_t j = 0; j < m / 2; j++) {
-                    row[i + 2 * j] = (word[j] & 65535) >= drop ? row[i + 2 * j] * scale : 0;
-                    row[i + 2 * j + 1] = word[j] >> 16 >= drop ? row[i + 2 * j + 1] * scale : 0;
-                }
-                if (m % 2) row[i + m - 1] = (word[m / 2] & 65535) >= drop ? row[i + m - 1] * scale : 0;
+                for (int64_t j = 0; j < m; j++) row[i + j] = random.half[j] < drop ? 0 : row[i + j] * scale;
             }
         }
     }

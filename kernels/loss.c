@@ -29,20 +29,19 @@ static double sum_of(int64_t n, const ls_real *x)
     return sum;
 }
 
-/* Σ exp(x - shift); the terms go to y (may be x) unless that is NULL. */
+/* Σ exp(x - shift); the terms go to y (may be x) unless that is NULL. The sum follows the exps block by block, since
+ * one loop that mixes float and double makes worse vector code than two. */
 static double exp_sum(int64_t n, const ls_real *x, ls_real shift, ls_real *y)
 {
+    enum { BLOCK = 512 };
+    ls_real block[BLOCK];
     double sum = 0;
-    if (y == NULL) {
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < n; i++) sum += (double)ls_exp(x[i] - shift);
-        return sum;
-    }
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++) {
-        const ls_real e = ls_exp(x[i] - shift);
-        y[i] = e;
-        sum += (double)e;
+    for (int64_t i = 0; i < n; i += BLOCK) {
+        const int64_t m = ls_min(BLOCK, n - i);
+        ls_real *e = y ? y + i : block;
+#pragma omp simd
+        for (int64_t j = 0; j < m; j++) e[j] = ls_exp(x[i + j] - shift);
+        sum += sum_of(m, e);
     }
     return sum;
 }

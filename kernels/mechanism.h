@@ -85,20 +85,20 @@ typedef struct ls_pass {
     uint64_t seed, sample;
     uint32_t stream;
 
-    int step;     /* 1: a decoding step, see ls_mechanism.step */
-    int backward; /* 1: work[] is planned for the backward pass (saved[] is the same for both) */
+    int step;                          /* 1: a decoding step, see ls_mechanism.step */
+    int backward;                      /* 1: work[] is planned for the backward pass (saved[] is the same for both) */
     ls_summary summary[LS_MAX_PHASES]; /* by phase number */
     ls_real *saved[8], *work[8];       /* the mechanism's own memory, from plan() */
 } ls_pass;
 
 typedef struct ls_phase {
     const char *name;
-    ls_crossing crossing;                  /* what must have arrived before the kernel runs */
-    ls_monoid (*monoid)(const ls_pass *);  /* reduce and scan: the shape of what crosses */
+    ls_crossing crossing;                 /* what must have arrived before the kernel runs */
+    ls_monoid (*monoid)(const ls_pass *); /* reduce and scan: the shape of what crosses */
     ls_status (*forward)(ls_pass *, int phase);
     ls_status (*backward)(ls_pass *, int phase);
-    int of_source;     /* cross attention: depends on keys and values alone, so a state does it once */
-    int feeds_scan;    /* fills only what the next scan sends on: left out where nobody is after this rank */
+    int of_source;  /* cross attention: depends on keys and values alone, so a state does it once */
+    int feeds_scan; /* fills only what the next scan sends on: left out where nobody is after this rank */
 } ls_phase;
 
 typedef struct ls_mechanism {
@@ -113,7 +113,8 @@ typedef struct ls_mechanism {
     /* By pattern; NULL: the pattern is not supported. Lists end with name NULL. */
     const ls_phase *phases[4];
     /* By pattern: phases of one decoding step. NULL: no step. A scan's `got` is the state and grows by `sent`; a
-     * reduce after an of_source phase was done by the source; a ring visits this rank's cache; other crossings as usual. */
+     * reduce after an of_source phase was done by the source; a ring visits this rank's cache; other crossings as
+     * usual. */
     const ls_phase *step[4];
     int balance_causal; /* CS over a ring: share the triangle evenly by a zigzag placement */
     int has_weights;    /* there are probabilities: attn_mask, dropout and need_weights make sense */

@@ -36,19 +36,19 @@ const ls_option_info *ls_mechanism_options(const char *mechanism, int *count)
 int ls_mechanism_has(const char *mechanism, ls_pattern pattern)
 {
     const ls_mechanism *m = ls_mechanism_find(mechanism);
-    return m != NULL && (unsigned) pattern < 4 && m->phases[pattern] != NULL;
+    return m != NULL && (unsigned)pattern < 4 && m->phases[pattern] != NULL;
 }
 
 int ls_mechanism_has_step(const char *mechanism, ls_pattern pattern)
 {
     const ls_mechanism *m = ls_mechanism_find(mechanism);
-    return m != NULL && (unsigned) pattern < 4 && m->step[pattern] != NULL;
+    return m != NULL && (unsigned)pattern < 4 && m->step[pattern] != NULL;
 }
 
 const char *ls_pattern_name(ls_pattern pattern)
 {
     static const char *const names[] = {"noncausal self", "causal self", "noncausal cross", "causal cross"};
-    return (unsigned) pattern < 4 ? names[pattern] : "unknown pattern";
+    return (unsigned)pattern < 4 ? names[pattern] : "unknown pattern";
 }
 
 ls_status ls_attention_defaults(const char *mechanism, ls_attention_options *options)

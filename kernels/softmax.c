@@ -1,21 +1,24 @@
 /* Exact softmax attention (Vaswani et al., 2017), in tiles with running statistics (Milakov & Gimelshein, 2018; Dao et
  * al., 2022), over key/value blocks that visit in a ring (Liu et al., 2023).
  *
- *   s_ij = scale q_i·k_j + mask_ij (-inf where j is padded, or j > i in CS),  p = softmax_j(s),  o_i = Σ_j D_ij p_ij v_j
+ *   s_ij = scale q_i·k_j + mask_ij (-inf where j is padded, or j > i in CS),  p = softmax_j(s),  o_i = Σ_j D_ij p_ij
+ * v_j
  *
  * D: dropout. A block's tile updates, for each query, m = max s, l = Σ e^(s-m) and out = Σ D e^(s-m) v. Nothing of size
  * T·S is kept unless weights are asked for.
  *
  * Backward, from lse_i = m_i + ln l_i and δ_i = do_i·o_i:
- *   p = e^(s - lse),  dv_j += Σ_i D p do_i,  ds = p (D do_i·v_j - δ_i),  dq_i += scale Σ_j ds k_j,  dk_j += scale Σ_i ds q_i
+ *   p = e^(s - lse),  dv_j += Σ_i D p do_i,  ds = p (D do_i·v_j - δ_i),  dq_i += scale Σ_j ds k_j,  dk_j += scale Σ_i
+ * ds q_i
  *
- * saved: lse (B,H,T). State of a step: keys and values so far, spread over ranks; (m, l, out) are then summed by softsum. */
+ * saved: lse (B,H,T). State of a step: keys and values so far, spread over ranks; (m, l, out) are then summed by
+ * softsum. */
 #include "gemm.h"
 #include "rng.h"
 #include "tile.h"
 
-enum { TQ = 128, TK = 256 };                                       /* tile of queries, of keys */
-enum { LSE };                                                      /* saved[] */
+enum { TQ = 128, TK = 256 };                                        /* tile of queries, of keys */
+enum { LSE };                                                       /* saved[] */
 enum { MAXIMUM, SUM, DELTA, SCORES, DSCORES, QUERIES, DOUT, DROP }; /* work[] */
 
 static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
@@ -89,21 +92,22 @@ static void scores(ls_pass *p, const tile *t)
     }
 }
 
-/* The dropout factors D of one row of a tile, or NULL. Drawn by (stream, head; sample; i, j): 32-bit words of Philox. */
+/* The dropout factors D of one row of a tile, or NULL. Drawn by (stream, head; sample; i, j): 32-bit words of Philox.
+ */
 static const ls_real *dropout_row(ls_pass *p, const tile *t, int64_t i)
 {
     if (p->dropout_mask != NULL)
         return p->dropout_mask + ((t->b * p->H + t->h) * p->T + t->q0 + i) * p->all_keys + t->j0;
     if (!p->training || p->dropout <= 0 || p->step) return NULL;
     const double threshold = p->dropout * 4294967296.0;
-    const ls_real keep = (ls_real) (1 / (1 - p->dropout));
-    const uint32_t stream = p->stream * 65536u + (uint32_t) t->h, sample = (uint32_t) (p->sample + (uint64_t) t->b);
+    const ls_real keep = (ls_real)(1 / (1 - p->dropout));
+    const uint32_t stream = p->stream * 65536u + (uint32_t)t->h, sample = (uint32_t)(p->sample + (uint64_t)t->b);
     uint32_t word[4] = {0};
     for (int64_t j = 0; j < t->nk; j++) {
-        const uint64_t column = (uint64_t) (t->j0 + j);
+        const uint64_t column = (uint64_t)(t->j0 + j);
         if (j == 0 || column % 4 == 0)
-            ls_random4(p->seed, stream, sample, (uint64_t) (t->i0 + i) << 32 | column / 4, word);
-        p->work[DROP][j] = (double) word[column % 4] >= threshold ? keep : 0;
+            ls_random4(p->seed, stream, sample, (uint64_t)(t->i0 + i) << 32 | column / 4, word);
+        p->work[DROP][j] = (double)word[column % 4] >= threshold ? keep : 0;
     }
     return p->work[DROP];
 }
@@ -112,7 +116,7 @@ static const ls_real *dropout_row(ls_pass *p, const tile *t, int64_t i)
 
 static ls_status begin(ls_pass *p, int phase)
 {
-    (void) phase;
+    (void)phase;
     for (int64_t r = 0; r < p->B * p->H * p->T; r++) p->work[MAXIMUM][r] = -INFINITY;
     ls_zero(p->work[SUM], p->B * p->H * p->T);
     ls_zero_view(p->out, p->B, p->H, p->T, p->d);
@@ -123,7 +127,7 @@ static ls_status begin(ls_pass *p, int phase)
 
 static void load_queries(ls_pass *p, const tile *t)
 {
-    ls_clean_rows(p->q, t->b, t->h, t->q0, t->nq, p->d, p->pad_q, p->T, (ls_real) p->scale, p->work[QUERIES]);
+    ls_clean_rows(p->q, t->b, t->h, t->q0, t->nq, p->d, p->pad_q, p->T, (ls_real)p->scale, p->work[QUERIES]);
 }
 
 static void forward_tile(ls_pass *p, const tile *t)
@@ -133,8 +137,7 @@ static void forward_tile(ls_pass *p, const tile *t)
     for (int64_t i = 0; i < t->nq; i++) {
         ls_real *s = p->work[SCORES] + i * TK, *out = ls_row(p->out, t->b, t->h, t->q0 + i);
         ls_real *m = p->work[MAXIMUM] + row + i, *l = p->work[SUM] + row + i;
-        if (p->weights != NULL)
-            memcpy(p->weights + (row + i) * p->all_keys + t->j0, s, (size_t) t->nk * sizeof *s);
+        if (p->weights != NULL) memcpy(p->weights + (row + i) * p->all_keys + t->j0, s, (size_t)t->nk * sizeof *s);
         const ls_real here = ls_row_max(t->nk, s);
         if (here > *m) {
             const ls_real shrink = *m == -INFINITY ? 0 : ls_exp(*m - here);
@@ -153,15 +156,16 @@ static void forward_tile(ls_pass *p, const tile *t)
 
 static ls_status visit(ls_pass *p, int phase)
 {
-    (void) phase;
+    (void)phase;
     each_tile(p, load_queries, forward_tile);
     return LS_OK;
 }
 
-/* out /= l, lse = m + ln l. A row that saw no key, or is padded, gives 0; its lse is +inf, so that p = 0 in backward. */
+/* out /= l, lse = m + ln l. A row that saw no key, or is padded, gives 0; its lse is +inf, so that p = 0 in backward.
+ */
 static ls_status finish(ls_pass *p, int phase)
 {
-    (void) phase;
+    (void)phase;
     for (int64_t b = 0; b < p->B; b++)
         for (int64_t h = 0; h < p->H; h++)
             for (int64_t t = 0; t < p->T; t++) {
@@ -169,7 +173,7 @@ static ls_status finish(ls_pass *p, int phase)
                 const ls_real l = p->work[SUM][row];
                 ls_real *out = ls_row(p->out, b, h, t);
                 const int dead = l == 0 || is_padded(p->pad_q, b * p->T + t);
-                p->saved[LSE][row] = dead ? INFINITY : p->work[MAXIMUM][row] + (ls_real) log((double) l);
+                p->saved[LSE][row] = dead ? INFINITY : p->work[MAXIMUM][row] + (ls_real)log((double)l);
                 for (int64_t e = 0; e < p->d; e++) out[e] = dead ? 0 : out[e] / l;
                 if (p->weights == NULL) continue;
                 ls_real *w = p->weights + row * p->all_keys;
@@ -182,7 +186,7 @@ static ls_status finish(ls_pass *p, int phase)
 
 static ls_status finish_backward(ls_pass *p, int phase)
 {
-    (void) phase;
+    (void)phase;
     for (int64_t b = 0; b < p->B; b++)
         for (int64_t h = 0; h < p->H; h++)
             for (int64_t t = 0; t < p->T; t++) {
@@ -225,7 +229,7 @@ static void backward_tile(ls_pass *p, const tile *t)
 
 static ls_status visit_backward(ls_pass *p, int phase)
 {
-    (void) phase;
+    (void)phase;
     each_tile(p, load_gradients, backward_tile);
     return LS_OK;
 }
@@ -244,7 +248,7 @@ static ls_status send_statistics(ls_pass *p, int phase)
     for (int64_t row = 0; row < p->B * p->H * p->T; row++, x += 2 + p->d) {
         x[0] = p->work[MAXIMUM][row];
         x[1] = p->work[SUM][row];
-        memcpy(x + 2, ls_row(p->out, row / p->T / p->H, row / p->T % p->H, row % p->T), (size_t) p->d * sizeof *x);
+        memcpy(x + 2, ls_row(p->out, row / p->T / p->H, row / p->T % p->H, row % p->T), (size_t)p->d * sizeof *x);
     }
     return LS_OK;
 }
@@ -255,7 +259,7 @@ static ls_status take_statistics(ls_pass *p, int phase)
     for (int64_t row = 0; row < p->B * p->H * p->T; row++, x += 2 + p->d) {
         p->work[MAXIMUM][row] = x[0];
         p->work[SUM][row] = x[1];
-        memcpy(ls_row(p->out, row / p->T / p->H, row / p->T % p->H, row % p->T), x + 2, (size_t) p->d * sizeof *x);
+        memcpy(ls_row(p->out, row / p->T / p->H, row / p->T % p->H, row % p->T), x + 2, (size_t)p->d * sizeof *x);
     }
     return finish(p, phase);
 }

@@ -12,7 +12,7 @@
 struct ls_saved {
     ls_attention *attention;
     ls_arena arena;
-    int filled;                /* a forward call succeeded: its sizes are below */
+    int filled; /* a forward call succeeded: its sizes are below */
     int64_t batch, T, S, T_all, S_all;
 };
 
@@ -23,17 +23,17 @@ static ls_status check_options(const ls_attention_options *o, const ls_mechanism
     ls_attention_options defaults;
     LS_TRY(ls_attention_defaults(o->mechanism, &defaults)); /* names those that exist */
     const ls_mechanism *m = *mechanism = ls_mechanism_find(o->mechanism);
-    if ((unsigned) o->pattern > 3) LS_FAIL(LS_ERR_ARGUMENT, "%s: there is no pattern %d", m->name, (int) o->pattern);
+    if ((unsigned)o->pattern > 3) LS_FAIL(LS_ERR_ARGUMENT, "%s: there is no pattern %d", m->name, (int)o->pattern);
     if (m->phases[o->pattern] == NULL)
         LS_FAIL(LS_ERR_UNSUPPORTED, "%s: %s attention is not supported", m->name, ls_pattern_name(o->pattern));
     if (o->embed_dim <= 0 || o->num_heads <= 0)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: embed_dim %lld and num_heads %lld must be positive", m->name,
-                (long long) o->embed_dim, (long long) o->num_heads);
+                (long long)o->embed_dim, (long long)o->num_heads);
     if (o->embed_dim % o->num_heads != 0)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: embed_dim %lld is not divisible by num_heads %lld", m->name,
-                (long long) o->embed_dim, (long long) o->num_heads);
+                (long long)o->embed_dim, (long long)o->num_heads);
     if (o->embed_dim > INT32_MAX)
-        LS_FAIL(LS_ERR_ARGUMENT, "%s: embed_dim %lld is too large", m->name, (long long) o->embed_dim);
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: embed_dim %lld is too large", m->name, (long long)o->embed_dim);
     if (!(o->scale >= 0) || o->scale > 1e30)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: scale %g must be a positive number, or 0 for the default", m->name, o->scale);
     if (!(o->dropout >= 0 && o->dropout < 1))
@@ -41,8 +41,8 @@ static ls_status check_options(const ls_attention_options *o, const ls_mechanism
     if (o->dropout > 0 && !m->has_weights)
         LS_FAIL(LS_ERR_UNSUPPORTED, "%s: dropout of attention probabilities is not supported, it has none: use 0",
                 m->name);
-    if ((unsigned) o->layout > LS_TBHD || (unsigned) o->level > LS_LEVEL_LAYER)
-        LS_FAIL(LS_ERR_ARGUMENT, "%s: there is no layout %d or no level %d", m->name, (int) o->layout, (int) o->level);
+    if ((unsigned)o->layout > LS_TBHD || (unsigned)o->level > LS_LEVEL_LAYER)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: there is no layout %d or no level %d", m->name, (int)o->layout, (int)o->level);
     for (int i = 0; m->option != NULL && m->option[i].name != NULL; i++) {
         ls_attention_options copy = *o;
         LS_TRY(ls_attention_set(&copy, m->option[i].name, o->value[i]));
@@ -59,8 +59,13 @@ static void list_params(ls_attention *a)
         for (; a->projections < PROJECTIONS; a->projections++) {
             const int weight = a->projections % 2 == 0;
             /* Glorot & Bengio (2010): uniform with half width sqrt(6 / (in + out)) */
-            a->param[a->projections] = (ls_param_info){names[a->projections], weight ? 2 : 1, {E, weight ? E : 0}, 0, 0,
-                                                       weight ? LS_INIT_UNIFORM : LS_INIT_ZERO, sqrt(3.0 / (double) E)};
+            a->param[a->projections] = (ls_param_info){names[a->projections],
+                                                       weight ? 2 : 1,
+                                                       {E, weight ? E : 0},
+                                                       0,
+                                                       0,
+                                                       weight ? LS_INIT_UNIFORM : LS_INIT_ZERO,
+                                                       sqrt(3.0 / (double)E)};
         }
     a->count = a->projections;
     if (a->mechanism->params != NULL) a->count += a->mechanism->params(&a->options, a->param + a->projections);
@@ -152,7 +157,7 @@ typedef struct layer {
 ls_view ls_view_of(const ls_attention *a, const ls_real *p, int64_t B, int64_t n)
 {
     const int64_t H = a->options.num_heads, d = a->options.embed_dim / H, E = H * d;
-    ls_real *x = (ls_real *) (uintptr_t) p; /* views serve inputs and outputs alike */
+    ls_real *x = (ls_real *)(uintptr_t)p; /* views serve inputs and outputs alike */
     switch (a->options.layout) {
     case LS_BTHD:
         return (ls_view){x, n * E, d, E};
@@ -188,14 +193,14 @@ static ls_status check_call(const ls_attention *a, const ls_attention_shape *sha
                             const ls_real *params, const ls_real *out)
 {
     const char *name = a->mechanism->name;
-    if (shape->batch <= 0) LS_FAIL(LS_ERR_ARGUMENT, "%s: batch %lld must be positive", name, (long long) shape->batch);
+    if (shape->batch <= 0) LS_FAIL(LS_ERR_ARGUMENT, "%s: batch %lld must be positive", name, (long long)shape->batch);
     LS_TRY(check_shard(a, shape->queries, "queries"));
     const ls_shard *keys = shape->keys == NULL && is_self(a->options.pattern) ? shape->queries : shape->keys;
     LS_TRY(check_shard(a, keys, "keys"));
     if (is_self(a->options.pattern) &&
-        memcmp(keys->bounds, shape->queries->bounds, ((size_t) keys->size + 1) * sizeof *keys->bounds) != 0)
+        memcmp(keys->bounds, shape->queries->bounds, ((size_t)keys->size + 1) * sizeof *keys->bounds) != 0)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: self attention needs as many keys (%lld) as queries (%lld), sharded alike", name,
-                (long long) keys->length, (long long) shape->queries->length);
+                (long long)keys->length, (long long)shape->queries->length);
     const int is_layer = a->options.level == LS_LEVEL_LAYER;
     if (shape->queries->n > 0 && (io->query == NULL || out == NULL))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: query or out is NULL", name);
@@ -221,7 +226,7 @@ void ls_pass_begin(const ls_attention *a, int64_t B, int64_t T, int64_t S, const
                       .T = T,
                       .S = S,
                       .d = d,
-                      .scale = a->options.scale > 0 ? a->options.scale : 1 / sqrt((double) d),
+                      .scale = a->options.scale > 0 ? a->options.scale : 1 / sqrt((double)d),
                       .option = a->options.value,
                       .params = params,
                       .param = a->param + a->projections,
@@ -314,8 +319,8 @@ static void mean_over_heads(const ls_pass *p, const ls_real *heads, ls_real *mea
     for (int64_t b = 0; b < p->B; b++)
         for (int64_t i = 0; i < n; i++) {
             double s = 0;
-            for (int64_t h = 0; h < p->H; h++) s += (double) heads[(b * p->H + h) * n + i];
-            mean[b * n + i] = (ls_real) (s / (double) p->H);
+            for (int64_t h = 0; h < p->H; h++) s += (double)heads[(b * p->H + h) * n + i];
+            mean[b * n + i] = (ls_real)(s / (double)p->H);
         }
 }
 

@@ -1,6 +1,7 @@
 /* The only door to the transport. Everything that crosses ranks is a group of messages: posted together, waited for
  * together (the shape of MPI's non-blocking calls and of NCCL's groups), plus the few collectives that set-up needs.
- * Messages between two ranks arrive in the order they were posted. Messages of 0 bytes are not sent: both sides know. */
+ * Messages between two ranks arrive in the order they were posted. Messages of 0 bytes are not sent: both sides know.
+ */
 #ifndef LS_COMM_H
 #define LS_COMM_H
 
@@ -25,10 +26,10 @@ typedef struct ls_comm_ops {
     ls_status (*post)(ls_comm *, const ls_message *, int count, ls_pending *);
     ls_status (*wait)(ls_comm *, ls_pending *);
     void (*forget)(ls_pending *);
-    ls_status (*sum)(ls_comm *, ls_real *x, int64_t n);                /* all-reduce, in place */
-    ls_status (*min)(ls_comm *, int64_t *x, int n);                    /* all-reduce of a few numbers, in place */
+    ls_status (*sum)(ls_comm *, ls_real *x, int64_t n); /* all-reduce, in place */
+    ls_status (*min)(ls_comm *, int64_t *x, int n);     /* all-reduce of a few numbers, in place */
     ls_status (*broadcast)(ls_comm *, void *data, int bytes, int root);
-    ls_status (*gather)(ls_comm *, int64_t mine, int64_t *all);        /* one number from each rank, to every rank */
+    ls_status (*gather)(ls_comm *, int64_t mine, int64_t *all); /* one number from each rank, to every rank */
     void (*close)(ls_comm *);
 } ls_comm_ops;
 struct ls_comm {

@@ -11,7 +11,7 @@
 #endif
 
 enum { TAG = 1 };
-static const size_t CHUNK = (size_t) 1 << 30; /* MPI counts are int: larger messages travel as several */
+static const size_t CHUNK = (size_t)1 << 30; /* MPI counts are int: larger messages travel as several */
 
 static ls_status check(const ls_comm *c, int rc, const char *what)
 {
@@ -24,24 +24,24 @@ static ls_status check(const ls_comm *c, int rc, const char *what)
 
 static MPI_Comm mpi_of(const ls_comm *c)
 {
-    return *(MPI_Comm *) c->own;
+    return *(MPI_Comm *)c->own;
 }
 
 static ls_status post(ls_comm *c, const ls_message *m, int count, ls_pending *p)
 {
     size_t need = 0;
     for (int i = 0; i < count; i++) need += (m[i].bytes + CHUNK - 1) / CHUNK;
-    if ((size_t) p->count + need > (size_t) p->capacity) {
-        void *grown = realloc(p->requests, ((size_t) p->count + need) * sizeof(MPI_Request));
+    if ((size_t)p->count + need > (size_t)p->capacity) {
+        void *grown = realloc(p->requests, ((size_t)p->count + need) * sizeof(MPI_Request));
         if (grown == NULL) LS_FAIL(LS_ERR_MEMORY, "mpi: no memory for %zu requests", need);
         p->requests = grown;
-        p->capacity = p->count + (int) need;
+        p->capacity = p->count + (int)need;
     }
     MPI_Request *request = p->requests;
     for (int i = 0; i < count; i++)
         for (size_t at = 0; at < m[i].bytes; at += CHUNK) {
-            const int n = (int) (m[i].bytes - at < CHUNK ? m[i].bytes - at : CHUNK);
-            char *data = (char *) m[i].data + at;
+            const int n = (int)(m[i].bytes - at < CHUNK ? m[i].bytes - at : CHUNK);
+            char *data = (char *)m[i].data + at;
             MPI_Request *r = &request[p->count];
             LS_TRY(check(c,
                          m[i].receive ? MPI_Irecv(data, n, MPI_BYTE, m[i].peer, TAG, mpi_of(c), r)
@@ -67,8 +67,8 @@ static void forget(ls_pending *p)
 
 static ls_status sum(ls_comm *c, ls_real *x, int64_t n)
 {
-    for (int64_t at = 0; at < n; at += (int64_t) (CHUNK / sizeof *x)) {
-        const int part = (int) ls_min(n - at, (int64_t) (CHUNK / sizeof *x));
+    for (int64_t at = 0; at < n; at += (int64_t)(CHUNK / sizeof *x)) {
+        const int part = (int)ls_min(n - at, (int64_t)(CHUNK / sizeof *x));
         LS_TRY(check(c, MPI_Allreduce(MPI_IN_PLACE, x + at, part, MPI_LS_REAL, MPI_SUM, mpi_of(c)), "all-reduce"));
     }
     return LS_OK;

@@ -9,7 +9,7 @@ ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
     if (options->device != LS_CPU)
         LS_FAIL(LS_ERR_UNSUPPORTED, "context: this build has no CUDA backend: use the CPU device");
     ls_context *c = calloc(1, sizeof *c);
-    const int alone = options->comm == MPI_COMM_NULL || options->comm == (MPI_Comm) 0;
+    const int alone = options->comm == MPI_COMM_NULL || options->comm == (MPI_Comm)0;
     if (c == NULL) LS_FAIL(LS_ERR_MEMORY, "context: no memory");
     c->seed = options->seed;
     ls_status status = LS_OK;
@@ -45,7 +45,8 @@ int ls_context_size(const ls_context *ctx)
     return ctx->exchange.comm.size;
 }
 
-/* One all-reduce of (rank if failed, else size) finds the lowest failing rank; its code and sentence follow only then. */
+/* One all-reduce of (rank if failed, else size) finds the lowest failing rank; its code and sentence follow only then.
+ */
 ls_status ls_agree(ls_context *ctx, ls_status mine)
 {
     ls_comm *comm = &ctx->exchange.comm;
@@ -58,8 +59,8 @@ ls_status ls_agree(ls_context *ctx, ls_status mine)
         char text[1000];
     } message = {mine, ""};
     if (comm->rank == first) strncpy(message.text, ls_last_error(), sizeof message.text - 1);
-    LS_TRY(comm->ops->broadcast(comm, &message, (int) sizeof message, (int) first));
-    return ls_fail((ls_status) message.code, "rank %d: %s", (int) first, message.text);
+    LS_TRY(comm->ops->broadcast(comm, &message, (int)sizeof message, (int)first));
+    return ls_fail((ls_status)message.code, "rank %d: %s", (int)first, message.text);
 }
 
 ls_status ls_all_reduce_sum(ls_context *ctx, ls_real *x, int64_t n)
@@ -75,7 +76,7 @@ void ls_context_traffic(const ls_context *ctx, ls_traffic *traffic)
 const char *ls_crossing_name(ls_crossing crossing)
 {
     static const char *const names[] = {"none", "fetch", "gather", "reduce", "scan", "reverse scan", "ring"};
-    return (unsigned) crossing < LS_CROSSINGS ? names[crossing] : "unknown";
+    return (unsigned)crossing < LS_CROSSINGS ? names[crossing] : "unknown";
 }
 
 ls_status ls_shard_even(const ls_context *ctx, int64_t length, ls_shard *shard)
@@ -87,9 +88,9 @@ ls_status ls_shard_local(ls_context *ctx, int64_t n, ls_shard *shard)
 {
     const int size = ls_context_size(ctx);
     *shard = (ls_shard){0};
-    int64_t *bounds = malloc(((size_t) size + 1) * sizeof *bounds);
+    int64_t *bounds = malloc(((size_t)size + 1) * sizeof *bounds);
     ls_status status = LS_OK;
-    if (n < 0) status = ls_fail(LS_ERR_ARGUMENT, "shard: %lld positions is negative", (long long) n);
+    if (n < 0) status = ls_fail(LS_ERR_ARGUMENT, "shard: %lld positions is negative", (long long)n);
     if (bounds == NULL) status = ls_fail(LS_ERR_MEMORY, "shard: no memory for the bounds of %d ranks", size);
     status = ls_agree(ctx, status);
     if (status == LS_OK) status = ctx->exchange.comm.ops->gather(&ctx->exchange.comm, n, bounds + 1);
@@ -100,7 +101,7 @@ ls_status ls_shard_local(ls_context *ctx, int64_t n, ls_shard *shard)
     bounds[0] = 0;
     for (int p = 0; p < size; p++) bounds[p + 1] += bounds[p];
     const int rank = ls_context_rank(ctx);
-    *shard = (ls_shard){
-        .length = bounds[size], .lo = bounds[rank], .n = n, .rank = rank, .size = size, .bounds = bounds};
+    *shard =
+        (ls_shard){.length = bounds[size], .lo = bounds[rank], .n = n, .rank = rank, .size = size, .bounds = bounds};
     return LS_OK;
 }

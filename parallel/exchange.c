@@ -10,7 +10,7 @@ ls_status ls_exchange_add(ls_exchange *x, void *data, size_t bytes, int peer, in
     if (bytes == 0) return LS_OK;
     if (x->listed == x->list_capacity) {
         const int capacity = x->list_capacity ? 2 * x->list_capacity : 16;
-        ls_message *grown = realloc(x->list, (size_t) capacity * sizeof *grown);
+        ls_message *grown = realloc(x->list, (size_t)capacity * sizeof *grown);
         if (grown == NULL) LS_FAIL(LS_ERR_MEMORY, "exchange: no memory for %d messages", capacity);
         x->list = grown;
         x->list_capacity = capacity;
@@ -48,9 +48,9 @@ void ls_exchange_close(ls_exchange *x)
 static ls_status round_trip(ls_exchange *x, ls_crossing kind, const ls_real *out, int to, ls_real *in, int from,
                             int64_t n)
 {
-    const size_t bytes = (size_t) n * sizeof *in;
+    const size_t bytes = (size_t)n * sizeof *in;
     if (from >= 0) LS_TRY(ls_exchange_add(x, in, bytes, from, 1));
-    if (to >= 0) LS_TRY(ls_exchange_add(x, (void *) (uintptr_t) out, bytes, to, 0));
+    if (to >= 0) LS_TRY(ls_exchange_add(x, (void *)(uintptr_t)out, bytes, to, 0));
     LS_TRY(ls_exchange_begin(x, kind, &x->pending));
     return ls_exchange_end(x, &x->pending);
 }
@@ -75,15 +75,15 @@ static int power_below(int size)
     return p;
 }
 
-/* P = p2 + extra. The first 2·extra ranks form pairs: the odd one gives its summary to the even one before, and gets the
- * total after, the doubling over p2 ranks. Each step joins neighbouring runs of ranks, the lower on the left. */
+/* P = p2 + extra. The first 2·extra ranks form pairs: the odd one gives its summary to the even one before, and gets
+ * the total after, the doubling over p2 ranks. Each step joins neighbouring runs of ranks, the lower on the left. */
 static ls_status reduce(ls_exchange *x, ls_crossing kind, ls_monoid m, const ls_real *mine, ls_real *total)
 {
     const int rank = x->comm.rank, size = x->comm.size;
     const int64_t n = ls_monoid_size(m);
-    memmove(total, mine, (size_t) n * sizeof *total);
+    memmove(total, mine, (size_t)n * sizeof *total);
     if (size == 1 || n == 0) return LS_OK;
-    x->traffic.predicted[kind] += ls_predict_reduce(rank, size, (uint64_t) n * sizeof *mine);
+    x->traffic.predicted[kind] += ls_predict_reduce(rank, size, (uint64_t)n * sizeof *mine);
     ls_real *in, *unused;
     LS_TRY(wire_take(x, n, &in, &unused));
     const int p2 = power_below(size), extra = size - p2;
@@ -143,14 +143,21 @@ ls_status ls_scan(ls_exchange *x, ls_monoid m, int reverse, const ls_real *mine,
     const int64_t n = ls_monoid_size(m);
     ls_real *window, *in;
     LS_TRY(wire_take(x, n, &window, &in));
-    memcpy(window, mine, (size_t) n * sizeof *mine);
+    memcpy(window, mine, (size_t)n * sizeof *mine);
     ls_monoid_identity(m, before);
     if (n == 0) return LS_OK;
-    x->traffic.predicted[kind] += ls_predict_scan(x->comm.rank, size, reverse, (uint64_t) n * sizeof *mine);
+    x->traffic.predicted[kind] += ls_predict_scan(x->comm.rank, size, reverse, (uint64_t)n * sizeof *mine);
     for (int hop = 1; hop < size; hop *= 2) {
         const int to = place + hop < size ? place + hop : -1, from = place - hop;
-        LS_TRY(round_trip(x, kind, window, to < 0 ? -1 : reverse ? size - 1 - to : to, in,
-                          from < 0 ? -1 : reverse ? size - 1 - from : from, n));
+        LS_TRY(round_trip(x, kind, window,
+                          to < 0    ? -1
+                          : reverse ? size - 1 - to
+                                    : to,
+                          in,
+                          from < 0  ? -1
+                          : reverse ? size - 1 - from
+                                    : from,
+                          n));
         if (from < 0) continue;
         /* in rank order: what comes from earlier ranks stands on the left, in a reverse scan on the right */
         ls_monoid_combine(m, reverse ? before : in, reverse ? in : before, before);
@@ -188,12 +195,12 @@ static int64_t sum_before(const int64_t *count, int rank)
 ls_status ls_gather(ls_exchange *x, const int64_t *count, const ls_real *mine, ls_real *all)
 {
     const int rank = x->comm.rank, size = x->comm.size;
-    const size_t own = (size_t) count[rank] * sizeof *all;
-    x->traffic.predicted[LS_GATHER] += (uint64_t) (size - 1) * own;
+    const size_t own = (size_t)count[rank] * sizeof *all;
+    x->traffic.predicted[LS_GATHER] += (uint64_t)(size - 1) * own;
     for (int hop = 1; hop < size; hop++) { /* starting next door, so that not all send to rank 0 first */
         const int to = (rank + hop) % size, from = (rank + size - hop) % size;
-        LS_TRY(ls_exchange_add(x, all + sum_before(count, from), (size_t) count[from] * sizeof *all, from, 1));
-        LS_TRY(ls_exchange_add(x, (void *) (uintptr_t) mine, own, to, 0));
+        LS_TRY(ls_exchange_add(x, all + sum_before(count, from), (size_t)count[from] * sizeof *all, from, 1));
+        LS_TRY(ls_exchange_add(x, (void *)(uintptr_t)mine, own, to, 0));
     }
     LS_TRY(ls_exchange_begin(x, LS_GATHER, &x->pending));
     if (own > 0) memcpy(all + sum_before(count, rank), mine, own);
@@ -210,10 +217,10 @@ ls_status ls_gather_adjoint(ls_exchange *x, const int64_t *count, const ls_real 
     ls_real *in = ls_take(&x->wire, own * size);
     for (int hop = 1; hop < size; hop++) {
         const int to = (rank + hop) % size, from = (rank + size - hop) % size;
-        const size_t bytes = (size_t) count[to] * sizeof *dall;
+        const size_t bytes = (size_t)count[to] * sizeof *dall;
         x->traffic.predicted[LS_GATHER] += bytes;
-        LS_TRY(ls_exchange_add(x, in + own * from, (size_t) own * sizeof *in, from, 1));
-        LS_TRY(ls_exchange_add(x, (void *) (uintptr_t) (dall + sum_before(count, to)), bytes, to, 0));
+        LS_TRY(ls_exchange_add(x, in + own * from, (size_t)own * sizeof *in, from, 1));
+        LS_TRY(ls_exchange_add(x, (void *)(uintptr_t)(dall + sum_before(count, to)), bytes, to, 0));
     }
     LS_TRY(ls_exchange_begin(x, LS_GATHER, &x->pending));
     LS_TRY(ls_exchange_end(x, &x->pending));

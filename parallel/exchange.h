@@ -1,6 +1,6 @@
 /* The crossings and their adjoints, over any transport. Nothing here knows of attention. All are collective, all work
- * with ranks that have nothing, all combine in an order fixed by ranks and never by arrival, and all count their bytes in
- * the ledger twice: as sent, and as the closed formula of the crossing predicts. */
+ * with ranks that have nothing, all combine in an order fixed by ranks and never by arrival, and all count their bytes
+ * in the ledger twice: as sent, and as the closed formula of the crossing predicts. */
 #ifndef LS_EXCHANGE_H
 #define LS_EXCHANGE_H
 
@@ -11,9 +11,9 @@
 typedef struct ls_exchange {
     ls_comm comm;
     ls_traffic traffic;
-    ls_arena wire;      /* message buffers; only grows */
+    ls_arena wire; /* message buffers; only grows */
     ls_pending pending;
-    ls_message *list;   /* of one group of messages */
+    ls_message *list; /* of one group of messages */
     int listed, list_capacity;
 } ls_exchange;
 
@@ -24,8 +24,8 @@ ls_status ls_exchange_add(ls_exchange *x, void *data, size_t bytes, int peer, in
 ls_status ls_exchange_begin(ls_exchange *x, ls_crossing kind, ls_pending *pending);
 ls_status ls_exchange_end(ls_exchange *x, ls_pending *pending);
 
-/* total = mine_0 ⊕ .. ⊕ mine_{P-1}, the same bits on every rank: recursive doubling, ceil(log2 P) rounds (two more where
- * P is no power of two). mine and total may not overlap. */
+/* total = mine_0 ⊕ .. ⊕ mine_{P-1}, the same bits on every rank: recursive doubling, ceil(log2 P) rounds (two more
+ * where P is no power of two). mine and total may not overlap. */
 ls_status ls_reduce(ls_exchange *x, ls_monoid m, const ls_real *mine, ls_real *total);
 /* dmine from dtotal (each rank's own; total on ranks is used by their own outputs). dmine may be dtotal. */
 ls_status ls_reduce_adjoint(ls_exchange *x, ls_monoid m, const ls_real *mine, const ls_real *total,

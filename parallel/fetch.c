@@ -5,13 +5,13 @@
 
 ls_rows ls_rows_of_view(ls_view v, int64_t B, int64_t H, int64_t d)
 {
-    const int64_t e = (int64_t) sizeof(ls_real);
-    return (ls_rows){(char *) v.p, d * e, B, H, v.sb * e, v.sh * e, v.st * e};
+    const int64_t e = (int64_t)sizeof(ls_real);
+    return (ls_rows){(char *)v.p, d * e, B, H, v.sb * e, v.sh * e, v.st * e};
 }
 
 ls_rows ls_rows_of_pad(const uint8_t *pad, int64_t B, int64_t n)
 {
-    return (ls_rows){(char *) (uintptr_t) pad, 1, B, 1, n, 0, 1};
+    return (ls_rows){(char *)(uintptr_t)pad, 1, B, 1, n, 0, 1};
 }
 
 /* What `owner` holds of span: rows from `first` of its shard, n of them, at row `at` of the span. */
@@ -29,7 +29,7 @@ static part intersect(const ls_shard *shard, int owner, ls_span span)
 static size_t row_bytes(const ls_rows *t, int tensors)
 {
     size_t bytes = 0;
-    for (int i = 0; i < tensors; i++) bytes += (size_t) (t[i].row_bytes * t[i].nb * t[i].nh);
+    for (int i = 0; i < tensors; i++) bytes += (size_t)(t[i].row_bytes * t[i].nb * t[i].nh);
     return bytes;
 }
 
@@ -43,7 +43,7 @@ enum action { PACK, UNPACK, ADD };
 /* Rows [first, first + n) of a tensor to or from a packed buffer; returns where the buffer goes on. */
 static char *move(enum action action, ls_rows t, int64_t first, int64_t n, char *wire)
 {
-    const size_t bytes = (size_t) t.row_bytes;
+    const size_t bytes = (size_t)t.row_bytes;
     for (int64_t b = 0; b < t.nb; b++)
         for (int64_t h = 0; h < t.nh; h++)
             for (int64_t i = first; i < first + n; i++, wire += bytes) {
@@ -54,7 +54,7 @@ static char *move(enum action action, ls_rows t, int64_t first, int64_t n, char 
                     memcpy(row, wire, bytes);
                 else
                     for (size_t e = 0; e < bytes / sizeof(ls_real); e++)
-                        ((ls_real *) (void *) row)[e] += ((const ls_real *) (const void *) wire)[e];
+                        ((ls_real *)(void *)row)[e] += ((const ls_real *)(const void *)wire)[e];
             }
     return wire;
 }
@@ -81,8 +81,8 @@ static ls_status travel(ls_exchange *x, const ls_shard *shard, const ls_span *wa
     const ls_rows *source = adjoint ? to : from, *target = adjoint ? from : to;
     size_t out = 0, in = 0;
     for (int p = 0; p < size; p++) {
-        out += bytes * (size_t) (adjoint ? rows_between(shard, want, p, rank) : rows_between(shard, want, rank, p));
-        in += bytes * (size_t) (adjoint ? rows_between(shard, want, rank, p) : rows_between(shard, want, p, rank));
+        out += bytes * (size_t)(adjoint ? rows_between(shard, want, p, rank) : rows_between(shard, want, rank, p));
+        in += bytes * (size_t)(adjoint ? rows_between(shard, want, rank, p) : rows_between(shard, want, p, rank));
     }
     ls_arena_measure(&x->wire);
     ls_arena_take(&x->wire, out), ls_arena_take(&x->wire, in);
@@ -95,7 +95,7 @@ static ls_status travel(ls_exchange *x, const ls_shard *shard, const ls_span *wa
         const int64_t leaving = adjoint ? rows_between(shard, want, p, rank) : rows_between(shard, want, rank, p);
         const int64_t coming = adjoint ? rows_between(shard, want, rank, p) : rows_between(shard, want, p, rank);
         const int owner = adjoint ? p : rank, wanter = adjoint ? rank : p;
-        const size_t n_out = bytes * (size_t) leaving, n_in = bytes * (size_t) coming;
+        const size_t n_out = bytes * (size_t)leaving, n_in = bytes * (size_t)coming;
         if (leaving > 0) move_all(PACK, shard, want, owner, wanter, !adjoint, source, tensors, s);
         if (p == rank) {
             if (n_out > 0) memcpy(r, s, n_out);
@@ -116,7 +116,7 @@ static ls_status travel(ls_exchange *x, const ls_shard *shard, const ls_span *wa
         if (coming == 0) continue;
         move_all(adjoint ? ADD : UNPACK, shard, want, adjoint ? rank : p, adjoint ? p : rank, adjoint, target, tensors,
                  r);
-        r += bytes * (size_t) coming;
+        r += bytes * (size_t)coming;
     }
     return LS_OK;
 }

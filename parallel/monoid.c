@@ -32,7 +32,7 @@ void ls_monoid_combine(ls_monoid m, const ls_real *left, const ls_real *right, l
 void ls_monoid_vjp_begin(ls_monoid m, const ls_real *got, const ls_real *dgot, ls_real *back)
 {
     const int64_t stride = ls_monoid_stride(m);
-    memmove(back, dgot, (size_t) ls_monoid_size(m) * sizeof *back);
+    memmove(back, dgot, (size_t)ls_monoid_size(m) * sizeof *back);
     if (!m.has_max) return;
     for (int64_t g = 0; g < m.groups; g++) {
         const int empty = got[g * stride] == -INFINITY; /* nothing arrived: its gradient has nowhere to go */
@@ -44,7 +44,7 @@ void ls_monoid_vjp_begin(ls_monoid m, const ls_real *got, const ls_real *dgot, l
 void ls_monoid_vjp_end(ls_monoid m, const ls_real *sent, const ls_real *arrived, ls_real *dsent)
 {
     const int64_t stride = ls_monoid_stride(m);
-    memmove(dsent, arrived, (size_t) ls_monoid_size(m) * sizeof *dsent);
+    memmove(dsent, arrived, (size_t)ls_monoid_size(m) * sizeof *dsent);
     if (!m.has_max) return;
     for (int64_t g = 0; g < m.groups; g++) {
         const ls_real from = sent[g * stride], back = dsent[g * stride];

@@ -5,8 +5,8 @@
 #include "mechanism.h"
 
 void ls_monoid_identity(ls_monoid m, ls_real *x);
-/* out = left ⊕ right; out may be left or right. Commutative in exact arithmetic; the order is kept all the same, so that
- * every rank rounds alike. */
+/* out = left ⊕ right; out may be left or right. Commutative in exact arithmetic; the order is kept all the same, so
+ * that every rank rounds alike. */
 void ls_monoid_combine(ls_monoid m, const ls_real *left, const ls_real *right, ls_real *out);
 
 /* The vector-Jacobian product, for any crossing that combines `sent` of some ranks into `got` of others.

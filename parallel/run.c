@@ -10,7 +10,7 @@ static ls_view contiguous(ls_real *p, int64_t H, int64_t n, int64_t d)
 
 static ls_span zigzag(int64_t length, int size, int rank, int half)
 {
-    const int64_t chunks = 2 * (int64_t) size, c = half ? chunks - 1 - rank : rank;
+    const int64_t chunks = 2 * (int64_t)size, c = half ? chunks - 1 - rank : rank;
     const int64_t lo = length / chunks * c + ls_min(c, length % chunks);
     return (ls_span){0, lo, length / chunks + (c < length % chunks)};
 }
@@ -46,8 +46,8 @@ static int64_t largest_block(const ls_call *c)
 
 static size_t block_bytes(const ls_pass *p, int64_t n)
 {
-    const size_t reals = (size_t) (2 * p->B * p->H * n * p->d) * sizeof(ls_real);
-    return reals + (p->own.pad != NULL ? (size_t) (p->B * n) : 0);
+    const size_t reals = (size_t)(2 * p->B * p->H * n * p->d) * sizeof(ls_real);
+    return reals + (p->own.pad != NULL ? (size_t)(p->B * n) : 0);
 }
 
 static int has_crossing(const ls_phase *phases, ls_crossing kind)
@@ -72,15 +72,15 @@ static void plan_placement(ls_call *c, ls_arena *saved, ls_arena *work)
     z->on = c->mechanism->balance_causal && p->pattern == LS_CS && size > 1 && p->attn_mask == NULL &&
             p->dropout_mask == NULL && p->weights == NULL;
     if (!z->on) return;
-    z->want = ls_arena_take(work, (size_t) (2 * size) * sizeof *z->want);
+    z->want = ls_arena_take(work, (size_t)(2 * size) * sizeof *z->want);
     for (int r = 0; z->want != NULL && r < 2 * size; r++) z->want[r] = zigzag(c->keys->length, size, r / 2, r % 2);
     const int64_t n = zigzag(c->keys->length, size, rank, 0).n + zigzag(c->keys->length, size, rank, 1).n;
     const int64_t reals = p->B * p->H * n * p->d;
     ls_view *keep[] = {&z->q, &z->k, &z->v, &z->out}, *pass[] = {&z->dq, &z->dk, &z->dv, &z->dout};
     for (int i = 0; i < 4; i++) *keep[i] = contiguous(ls_take(saved, reals), p->H, n, p->d);
     for (int i = 0; i < 4; i++) *pass[i] = contiguous(ls_take(work, p->backward ? reals : 0), p->H, n, p->d);
-    z->pad_q = p->pad_q == NULL ? NULL : ls_arena_take(saved, (size_t) (p->B * n));
-    z->pad_k = p->own.pad == NULL ? NULL : ls_arena_take(saved, (size_t) (p->B * n));
+    z->pad_q = p->pad_q == NULL ? NULL : ls_arena_take(saved, (size_t)(p->B * n));
+    z->pad_k = p->own.pad == NULL ? NULL : ls_arena_take(saved, (size_t)(p->B * n));
 }
 
 /* The pass as the kernels see it: in its zigzag place, where that is on. */
@@ -113,8 +113,8 @@ void ls_run_plan(ls_call *c, ls_arena *saved, ls_arena *work)
         const int64_t n = largest_block(c), reals = 2 * user->B * user->H * n * user->d;
         const int alone = c->keys->size == 1;
         for (int i = 0; i < 2; i++)
-            c->ring.block[i] = ls_arena_take(work, alone && (i == 1 || user->own.pad == NULL) ? 0
-                                                                                               : block_bytes(user, n));
+            c->ring.block[i] =
+                ls_arena_take(work, alone && (i == 1 || user->own.pad == NULL) ? 0 : block_bytes(user, n));
         for (int i = 0; i < 3; i++) c->ring.gradient[i] = ls_take(work, user->backward && !alone ? reals : 0);
     }
     for (int i = 0; phases[i].name != NULL; i++) {
@@ -128,7 +128,8 @@ void ls_run_plan(ls_call *c, ls_arena *saved, ls_arena *work)
         s->dgot = ls_take(work, user->backward ? n : 0);
     }
     if (c->mechanism->plan == NULL) return;
-    if (work->measuring && c->placement.on) { /* sizes depend on the placed rows; want is not there yet: any NULL will do */
+    if (work->measuring &&
+        c->placement.on) { /* sizes depend on the placed rows; want is not there yet: any NULL will do */
         ls_pass p = *user;
         p.T = p.S = zigzag(c->keys->length, c->keys->size, c->keys->rank, 0).n +
                     zigzag(c->keys->length, c->keys->size, c->keys->rank, 1).n;
@@ -155,13 +156,14 @@ ls_view ls_clean_block(ls_view from, int64_t B, int64_t H, int64_t n, int64_t d,
 static void see_block(const ls_call *c, const ls_pass *p, int rank, char *buffer, ls_block *block)
 {
     describe_block(c, rank, block);
-    ls_real *k = (ls_real *) (void *) buffer, *v = k + p->B * p->H * block->n * p->d;
+    ls_real *k = (ls_real *)(void *)buffer, *v = k + p->B * p->H * block->n * p->d;
     block->k = contiguous(k, p->H, block->n, p->d);
     block->v = contiguous(v, p->H, block->n, p->d);
-    block->pad = p->own.pad == NULL ? NULL : (const uint8_t *) (v + p->B * p->H * block->n * p->d);
+    block->pad = p->own.pad == NULL ? NULL : (const uint8_t *)(v + p->B * p->H * block->n * p->d);
 }
 
-/* This rank's block, with zeros where it is padded, in block[0]; where nobody else is and nothing is padded, as it is. */
+/* This rank's block, with zeros where it is padded, in block[0]; where nobody else is and nothing is padded, as it is.
+ */
 static void start_ring(const ls_call *c, ls_pass *p)
 {
     p->visit = p->own;
@@ -169,7 +171,7 @@ static void start_ring(const ls_call *c, ls_pass *p)
     see_block(c, p, c->keys->rank, c->ring.block[0], &p->visit);
     ls_clean_block(p->own.k, p->B, p->H, p->own.n, p->d, p->own.pad, p->visit.k.p);
     ls_clean_block(p->own.v, p->B, p->H, p->own.n, p->d, p->own.pad, p->visit.v.p);
-    if (p->own.pad != NULL) memcpy((void *) (uintptr_t) p->visit.pad, p->own.pad, (size_t) (p->B * p->own.n));
+    if (p->own.pad != NULL) memcpy((void *)(uintptr_t)p->visit.pad, p->own.pad, (size_t)(p->B * p->own.n));
 }
 
 /* Sends the visiting block on and asks for the one before it. `left`: steps after this one. */
@@ -240,9 +242,9 @@ static ls_status ring_backward(ls_call *c, ls_pass *p, const ls_phase *phase, in
         describe_block(c, (owner + size - 1) % size, &coming);
         ls_real *swap = leaving;
         leaving = making, making = swap;
-        x->traffic.predicted[LS_RING] += (uint64_t) reals * sizeof *leaving;
-        LS_TRY_GOTO(ls_exchange_add(x, arriving, (size_t) (per_row * coming.n) * sizeof *arriving, left, 1));
-        LS_TRY_GOTO(ls_exchange_add(x, leaving, (size_t) reals * sizeof *leaving, right, 0));
+        x->traffic.predicted[LS_RING] += (uint64_t)reals * sizeof *leaving;
+        LS_TRY_GOTO(ls_exchange_add(x, arriving, (size_t)(per_row * coming.n) * sizeof *arriving, left, 1));
+        LS_TRY_GOTO(ls_exchange_add(x, leaving, (size_t)reals * sizeof *leaving, right, 0));
         LS_TRY_GOTO(ls_exchange_begin(x, LS_RING, &sums));
         char *swap_block = here;
         here = next, next = swap_block;
@@ -252,8 +254,8 @@ static ls_status ring_backward(ls_call *c, ls_pass *p, const ls_phase *phase, in
         for (int64_t h = 0; h < p->H; h++)
             for (int64_t t = 0; t < p->own.n; t++) {
                 const ls_real *from = arriving + ((b * p->H + h) * p->own.n + t) * p->d;
-                memcpy(ls_row(p->own.dk, b, h, t), from, (size_t) p->d * sizeof *from);
-                memcpy(ls_row(p->own.dv, b, h, t), from + per_row / 2 * p->own.n, (size_t) p->d * sizeof *from);
+                memcpy(ls_row(p->own.dk, b, h, t), from, (size_t)p->d * sizeof *from);
+                memcpy(ls_row(p->own.dv, b, h, t), from + per_row / 2 * p->own.n, (size_t)p->d * sizeof *from);
             }
 done:
     x->comm.ops->forget(&sums);
@@ -301,8 +303,8 @@ static ls_status put_back(ls_call *c, int tensors, const ls_view *home, const ls
 /* What a phase makes for the ranks after this one is not made where there are none. */
 static int is_needless(const ls_call *c, const ls_phase *phase)
 {
-    return phase->feeds_scan && (phase[1].crossing == LS_SCAN ? c->keys->rank == c->keys->size - 1
-                                                               : c->keys->rank == 0);
+    return phase->feeds_scan &&
+           (phase[1].crossing == LS_SCAN ? c->keys->rank == c->keys->size - 1 : c->keys->rank == 0);
 }
 
 ls_status ls_run_forward(ls_call *c)
@@ -352,8 +354,8 @@ ls_status ls_run_backward(ls_call *c)
             LS_TRY(phase->backward(&p, i));
         if (phase->crossing == LS_REDUCE) LS_TRY(ls_reduce_adjoint(x, s->monoid, s->sent, s->got, s->dgot, s->dsent));
         if (is_scan(phase->crossing))
-            LS_TRY(ls_scan_adjoint(x, s->monoid, phase->crossing == LS_REVERSE_SCAN, s->sent, s->got, s->dgot,
-                                   s->dsent));
+            LS_TRY(
+                ls_scan_adjoint(x, s->monoid, phase->crossing == LS_REVERSE_SCAN, s->sent, s->got, s->dgot, s->dsent));
     }
     if (!z->on) return LS_OK;
     const ls_view home[] = {c->pass.dq, c->pass.own.dk, c->pass.own.dv}, away[] = {z->dq, z->dk, z->dv};

@@ -10,11 +10,11 @@ typedef struct ls_ring_buffers {
     ls_real *gradient[3]; /* dk, dv: being made, arriving, leaving */
 } ls_ring_buffers;
 
-/* Causal softmax gives late queries more work than early ones. In a zigzag placement rank r holds chunks r and 2P-1-r of
- * 2P, so all have the same. Inputs are fetched into it, the output goes back by the adjoint of the fetch. */
+/* Causal softmax gives late queries more work than early ones. In a zigzag placement rank r holds chunks r and 2P-1-r
+ * of 2P, so all have the same. Inputs are fetched into it, the output goes back by the adjoint of the fetch. */
 typedef struct ls_placement {
     int on;
-    ls_span *want;     /* (2 P) */
+    ls_span *want; /* (2 P) */
     ls_view q, k, v, out, dq, dk, dv, dout;
     uint8_t *pad_q, *pad_k;
 } ls_placement;
@@ -35,7 +35,8 @@ void ls_run_plan(ls_call *call, ls_arena *saved, ls_arena *work);
 ls_status ls_run_forward(ls_call *call);
 ls_status ls_run_backward(ls_call *call);
 
-/* Copies a block with zeros at padded rows to contiguous memory, (B,H,n,d) each; returns the view of what was written. */
+/* Copies a block with zeros at padded rows to contiguous memory, (B,H,n,d) each; returns the view of what was written.
+ */
 ls_view ls_clean_block(ls_view from, int64_t B, int64_t H, int64_t n, int64_t d, const uint8_t *pad, ls_real *to);
 
 #endif

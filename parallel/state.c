@@ -2,8 +2,8 @@
  *
  *   scan    the summary of all tokens before is the state; it grows by what the token sends
  *   reduce  of the source alone: done once by ls_state_source; otherwise as usual (it is small)
- *   ring    keys and values so far are a cache, spread over ranks: token t lies on rank t mod P, a source on its owners.
- *           Each rank looks at its own part; the mechanism's next phases combine what they saw
+ *   ring    keys and values so far are a cache, spread over ranks: token t lies on rank t mod P, a source on its
+ * owners. Each rank looks at its own part; the mechanism's next phases combine what they saw
  *
  * So no mechanism writes a step of its own beyond its list of phases. */
 #include "attention.h"
@@ -17,10 +17,10 @@ struct ls_state {
     ls_arena arena;                  /* summaries and, for self attention, the cache */
     ls_real *summary[LS_MAX_PHASES]; /* by phase; NULL: none is kept */
     ls_monoid monoid[LS_MAX_PHASES];
-    ls_arena source;                 /* cross attention: the cache, of the source's length */
-    ls_real *k, *v;                  /* (B,H,rows,d) */
-    uint8_t *pad;                    /* (B,rows) */
-    int64_t rows, used;              /* of this rank */
+    ls_arena source;    /* cross attention: the cache, of the source's length */
+    ls_real *k, *v;     /* (B,H,rows,d) */
+    uint8_t *pad;       /* (B,rows) */
+    int64_t rows, used; /* of this rank */
 };
 
 static int is_cross(const ls_attention *a)
@@ -47,7 +47,7 @@ static void plan_cache(ls_state *s, ls_arena *arena)
     const int64_t E = s->attention->options.embed_dim;
     s->k = ls_take(arena, s->batch * s->rows * E);
     s->v = ls_take(arena, s->batch * s->rows * E);
-    s->pad = ls_arena_take(arena, (size_t) (s->batch * s->rows));
+    s->pad = ls_arena_take(arena, (size_t)(s->batch * s->rows));
 }
 
 static void plan_state(ls_state *s, ls_arena *arena)
@@ -73,7 +73,7 @@ static ls_status create(ls_attention *a, int64_t batch, int64_t max_length, ls_s
                 ls_pattern_name(a->options.pattern));
     if (batch <= 0 || max_length < 0)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: a state needs a positive batch (%lld) and a length (%lld) of 0 or more", name,
-                (long long) batch, (long long) max_length);
+                (long long)batch, (long long)max_length);
     ls_state *s = *state = calloc(1, sizeof *s);
     if (s == NULL) LS_FAIL(LS_ERR_MEMORY, "%s: no memory for a state", name);
     s->attention = a;
@@ -165,8 +165,8 @@ static ls_status reserve_source(ls_attention *a, ls_state *s, const ls_attention
         shape->keys->rank != a->ctx->exchange.comm.rank)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: the shard of the source is missing or is not this rank's", name);
     if (shape->batch != s->batch)
-        LS_FAIL(LS_ERR_ARGUMENT, "%s: the source has batch %lld, the state %lld", name, (long long) shape->batch,
-                (long long) s->batch);
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: the source has batch %lld, the state %lld", name, (long long)shape->batch,
+                (long long)s->batch);
     const int64_t n = shape->keys->n;
     if (n > 0 && (io->key == NULL || (a->options.level == LS_LEVEL_CORE && io->value == NULL)))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: key or value of the source is NULL", name);
@@ -199,8 +199,7 @@ ls_status ls_state_source(ls_attention *a, ls_state *s, const ls_attention_shape
         ls_project(a, V_PROJ, p.B * p.S, io->value != NULL ? io->value : io->key, params, m.v);
     }
     for (int i = 0; phases[i].name != NULL; i++) {
-        if (keeps(a, phases, i))
-            LS_TRY(ls_reduce(&a->ctx->exchange, s->monoid[i], p.summary[i].sent, s->summary[i]));
+        if (keeps(a, phases, i)) LS_TRY(ls_reduce(&a->ctx->exchange, s->monoid[i], p.summary[i].sent, s->summary[i]));
         if (phases[i].of_source) {
             if (i > 0 && keeps(a, phases, i)) p.summary[i].got = s->summary[i];
             LS_TRY(phases[i].forward(&p, i));
@@ -209,8 +208,8 @@ ls_status ls_state_source(ls_attention *a, ls_state *s, const ls_attention_shape
     if (rings(phases)) {
         ls_clean_block(p.own.k, p.B, p.H, p.S, p.d, p.own.pad, s->k);
         ls_clean_block(p.own.v, p.B, p.H, p.S, p.d, p.own.pad, s->v);
-        if (p.B * p.S > 0) memset(s->pad, 0, (size_t) (p.B * p.S));
-        if (p.own.pad != NULL && p.S > 0) memcpy(s->pad, p.own.pad, (size_t) (p.B * p.S));
+        if (p.B * p.S > 0) memset(s->pad, 0, (size_t)(p.B * p.S));
+        if (p.own.pad != NULL && p.S > 0) memcpy(s->pad, p.own.pad, (size_t)(p.B * p.S));
     }
     s->sourced = 1;
     return LS_OK;
@@ -232,7 +231,7 @@ static ls_status reserve_step(ls_attention *a, ls_state *s, const ls_attention_i
         LS_FAIL(LS_ERR_ARGUMENT, "%s: a step of cross attention needs ls_state_source first", name);
     if (!is_cross(a) && s->tokens >= s->max_length)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: the state was made for %lld tokens, this is one more", name,
-                (long long) s->max_length);
+                (long long)s->max_length);
     if (io->attn_mask != NULL || io->dropout_mask != NULL || io->need_weights || io->need_head_weights)
         LS_FAIL(LS_ERR_UNSUPPORTED, "%s: attn_mask, dropout_mask and need_weights are not supported in a step", name);
     ls_pass_begin(a, s->batch, 1, is_cross(a) ? 0 : 1, params, p);
@@ -266,14 +265,14 @@ static void cache_token(ls_state *s, const ls_pass *p)
     const ls_view k = cache_view(s, s->k, p->H, p->d), v = cache_view(s, s->v, p->H, p->d);
     for (int64_t b = 0; b < p->B; b++) {
         const int padded = p->own.pad != NULL && p->own.pad[b];
-        s->pad[b * s->rows + s->used] = (uint8_t) padded;
+        s->pad[b * s->rows + s->used] = (uint8_t)padded;
         for (int64_t h = 0; h < p->H; h++) {
             ls_real *to_k = ls_row(k, b, h, s->used), *to_v = ls_row(v, b, h, s->used);
             ls_zero(to_k, p->d);
             ls_zero(to_v, p->d);
             if (padded) continue;
-            memcpy(to_k, ls_row(p->own.k, b, h, 0), (size_t) p->d * sizeof *to_k);
-            memcpy(to_v, ls_row(p->own.v, b, h, 0), (size_t) p->d * sizeof *to_v);
+            memcpy(to_k, ls_row(p->own.k, b, h, 0), (size_t)p->d * sizeof *to_k);
+            memcpy(to_v, ls_row(p->own.v, b, h, 0), (size_t)p->d * sizeof *to_v);
         }
     }
     s->used++;
@@ -335,34 +334,34 @@ ls_status ls_attention_step(ls_attention *a, ls_state *s, const ls_attention_io 
 static void reorder(char *x, const int64_t *index, int64_t batch, size_t bytes, char *copy)
 {
     if (bytes == 0) return;
-    memcpy(copy, x, (size_t) batch * bytes);
-    for (int64_t b = 0; b < batch; b++) memcpy(x + (size_t) b * bytes, copy + (size_t) index[b] * bytes, bytes);
+    memcpy(copy, x, (size_t)batch * bytes);
+    for (int64_t b = 0; b < batch; b++) memcpy(x + (size_t)b * bytes, copy + (size_t)index[b] * bytes, bytes);
 }
 
 ls_status ls_state_reorder(ls_state *s, const int64_t *index)
 {
     const char *name = s->attention->mechanism->name;
-    const size_t batch = (size_t) s->batch, E = (size_t) s->attention->options.embed_dim;
+    const size_t batch = (size_t)s->batch, E = (size_t)s->attention->options.embed_dim;
     for (int64_t b = 0; b < s->batch; b++)
         if (index[b] < 0 || index[b] >= s->batch)
-            LS_FAIL(LS_ERR_ARGUMENT, "%s: reorder: row %lld is not in a batch of %lld", name, (long long) index[b],
-                    (long long) s->batch);
-    const size_t cache = (size_t) s->rows * E * sizeof(ls_real);
+            LS_FAIL(LS_ERR_ARGUMENT, "%s: reorder: row %lld is not in a batch of %lld", name, (long long)index[b],
+                    (long long)s->batch);
+    const size_t cache = (size_t)s->rows * E * sizeof(ls_real);
     size_t most = cache;
     for (int i = 0; i < LS_MAX_PHASES; i++) {
-        const size_t bytes = s->summary[i] == NULL ? 0 : (size_t) ls_monoid_size(s->monoid[i]) * sizeof(ls_real) / batch;
+        const size_t bytes = s->summary[i] == NULL ? 0 : (size_t)ls_monoid_size(s->monoid[i]) * sizeof(ls_real) / batch;
         if (bytes > most) most = bytes;
     }
     char *copy = malloc(batch * most + 1);
     if (copy == NULL) LS_FAIL(LS_ERR_MEMORY, "%s: no memory to reorder a state", name);
     for (int i = 0; i < LS_MAX_PHASES; i++) /* groups of a monoid run over (B,H,..): a batch row is one run of them */
         if (s->summary[i] != NULL)
-            reorder((char *) s->summary[i], index, s->batch,
-                    (size_t) ls_monoid_size(s->monoid[i]) * sizeof(ls_real) / batch, copy);
+            reorder((char *)s->summary[i], index, s->batch,
+                    (size_t)ls_monoid_size(s->monoid[i]) * sizeof(ls_real) / batch, copy);
     if (s->rows > 0) {
-        reorder((char *) s->k, index, s->batch, cache, copy);
-        reorder((char *) s->v, index, s->batch, cache, copy);
-        reorder((char *) s->pad, index, s->batch, (size_t) s->rows, copy);
+        reorder((char *)s->k, index, s->batch, cache, copy);
+        reorder((char *)s->v, index, s->batch, cache, copy);
+        reorder((char *)s->pad, index, s->batch, (size_t)s->rows, copy);
     }
     free(copy);
     return LS_OK;

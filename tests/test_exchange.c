@@ -1,0 +1,443 @@
+/* Every crossing against its adjoint, and its bytes against its formula, on this many ranks.
+ *
+ *   A linear crossing y = A x on all ranks has the adjoint x' = Aᵀ y' exactly when  Σ_ranks ⟨A x, y'⟩ = Σ_ranks ⟨x, Aᵀ
+ * y'⟩ for random x, y'. A softsum is linear in its scaled and plain parts while the maxima stand still.
+ *
+ * All verdicts are made from sums over all ranks, so every rank fails or none does, and none is left waiting. */
+#include "run.h"
+
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <cmocka.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+static ls_context *ctx;
+static int rank, size;
+#ifdef LS_REAL_DOUBLE
+static const double tolerance = 1e-12;
+#else
+static const double tolerance = 2e-5;
+#endif
+
+static uint64_t state = 88172645463325252ull;
+static double draw(void) /* xorshift, in [-1, 1); each rank starts elsewhere */
+{
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return (double)(state >> 11) * 0x1p-52 - 1;
+}
+static ls_real *filled(int64_t n)
+{
+    ls_real *x = malloc(((size_t)n + 1) * sizeof *x);
+    assert_non_null(x);
+    for (int64_t i = 0; i < n; i++) x[i] = (ls_real)draw();
+    return x;
+}
+static double all(double x)
+{
+    double sum = 0;
+    MPI_Allreduce(&x, &sum, 1, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
+    return sum;
+}
+static void must(ls_status s)
+{
+    const double failed = all(s != LS_OK);
+    if (s != LS_OK) print_message("rank %d: %s\n", rank, ls_last_error());
+    assert_true(failed == 0);
+}
+/* |a - b| against the size of what was summed. */
+static void same(double a, double b, double scale)
+{
+    const double x = all(a), y = all(b), s = all(scale);
+    if (!(fabs(x - y) <= tolerance * (s + 1e-30))) print_message("%g is not %g (scale %g)\n", x, y, s);
+    assert_true(fabs(x - y) <= tolerance * (s + 1e-30));
+}
+static void ledger_agrees(void)
+{
+    ls_traffic t;
+    ls_context_traffic(ctx, &t);
+    double wrong = 0;
+    for (int i = 0; i < LS_CROSSINGS; i++) wrong += t.sent[i] != t.predicted[i];
+    assert_true(all(wrong) == 0);
+}
+
+/* ---------------------------------------------------------------------------------------- reduce and scan */
+
+static const ls_monoid shapes[] = {
+    {.groups = 5, .plain = 7},
+    {.groups = 3, .has_max = 1, .scaled = 4},
+    {.groups = 4, .has_max = 1, .scaled = 3, .plain = 2},
+    {.groups = 0, .plain = 3},
+};
+
+/* sent of a rank; with some elements, and on some ranks all, the identity (nothing was there to sum). */
+static ls_real *summary(ls_monoid m)
+{
+    ls_real *x = filled(ls_monoid_size(m));
+    for (int64_t g = 0; m.has_max && g < m.groups; g++) {
+        ls_real *e = x + g * ls_monoid_stride(m);
+        e[0] *= 40; /* far apart: e^-80 */
+        if ((g + rank) % 3 != 0) continue;
+        e[0] = -INFINITY;
+        for (int64_t i = 1; i <= m.scaled; i++) e[i] = 0;
+    }
+    return x;
+}
+
+static double inner(ls_monoid m, const ls_real *x, const ls_real *y, double *scale)
+{
+    double s = 0;
+    for (int64_t i = 0; i < ls_monoid_size(m); i++) {
+        if (m.has_max && i % ls_monoid_stride(m) == 0) continue;
+        s += (double)x[i] * (double)y[i];
+        *scale += fabs((double)x[i] * (double)y[i]);
+    }
+    return s;
+}
+
+/* The plain fold over ranks [from, to), in double, of what everybody sent. */
+static void fold(ls_monoid m, const ls_real *sent, int from, int to, double *out)
+{
+    const int64_t n = ls_monoid_size(m), stride = ls_monoid_stride(m);
+    double *everyone = malloc(((size_t)(n * size) + 1) * sizeof *everyone),
+           *mine = malloc(((size_t)n + 1) * sizeof *mine);
+    for (int64_t i = 0; i < n; i++) mine[i] = (double)sent[i];
+    MPI_Allgather(mine, (int)n, MPI_DOUBLE, everyone, (int)n, MPI_DOUBLE, MPI_COMM_WORLD);
+    for (int64_t g = 0; g < m.groups; g++) {
+        double top = -INFINITY;
+        for (int p = from; m.has_max && p < to; p++) top = fmax(top, everyone[p * n + g * stride]);
+        for (int64_t i = 0; i < stride; i++) {
+            double s = 0;
+            for (int p = from; p < to; p++) {
+                const double *e = everyone + p * n + g * stride;
+                s += i >= m.has_max && i < m.has_max + m.scaled && m.has_max
+                         ? (isinf(e[0]) ? 0 : exp(e[0] - top) * e[i])
+                         : e[i];
+            }
+            out[g * stride + i] = m.has_max && i == 0 ? top : s;
+        }
+    }
+    free(everyone), free(mine);
+}
+
+static void check_combination(ls_monoid m, int kind) /* 0 reduce, 1 scan, 2 reverse scan */
+{
+    const int64_t n = ls_monoid_size(m);
+    ls_exchange *x = &ctx->exchange;
+    ls_real *sent = summary(m), *got = filled(n), *dgot = filled(n), *dsent = filled(n);
+    double *want = malloc(((size_t)n + 1) * sizeof *want), scale = 0, error = 0;
+    must(kind == 0 ? ls_reduce(x, m, sent, got) : ls_scan(x, m, kind == 2, sent, got));
+    fold(m, sent, kind == 2 ? rank + 1 : 0, kind == 1 ? rank : size, want);
+    for (int64_t i = 0; i < n; i++)
+        if (!((double)got[i] == want[i])) error = fmax(error, fabs((double)got[i] - want[i]) / (1 + fabs(want[i])));
+    assert_true(all(error <= tolerance ? 0 : 1) == 0);
+    if (kind == 0) { /* the same bits everywhere */
+        ls_real *first = malloc(((size_t)n + 1) * sizeof *first);
+        memcpy(first, got, (size_t)n * sizeof *first);
+        MPI_Bcast(first, (int)((size_t)n * sizeof *first), MPI_BYTE, 0, MPI_COMM_WORLD);
+        assert_true(all(n > 0 && memcmp(first, got, (size_t)n * sizeof *first) != 0) == 0);
+        free(first);
+    }
+    must(kind == 0 ? ls_reduce_adjoint(x, m, sent, got, dgot, dsent)
+                   : ls_scan_adjoint(x, m, kind == 2, sent, got, dgot, dsent));
+    const double left = inner(m, got, dgot, &scale), right = inner(m, sent, dsent, &scale);
+    same(left, right, scale);
+    free(sent), free(got), free(dgot), free(dsent), free(want);
+}
+
+static void test_reduce_and_scan(void **unused)
+{
+    (void)unused;
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (int kind = 0; kind < 3; kind++)
+            for (int repeat = 0; repeat < 5; repeat++) check_combination(shapes[i], kind);
+    ledger_agrees();
+}
+
+/* ---------------------------------------------------------------------------------------- gather */
+
+static void test_gather(void **unused)
+{
+    (void)unused;
+    for (int variant = 0; variant < 4; variant++) {
+        int64_t *count = malloc((size_t)size * sizeof *count), total = 0;
+        for (int p = 0; p < size; p++) total += count[p] = variant == 0 ? 5 : (p * 7 + variant) % 4; /* with zeros */
+        ls_real *mine = filled(count[rank]), *everything = filled(total), *dall = filled(total),
+                *dmine = filled(count[rank]);
+        must(ls_gather(&ctx->exchange, count, mine, everything));
+        must(ls_gather_adjoint(&ctx->exchange, count, dall, dmine));
+        double left = 0, right = 0, scale = 0;
+        for (int64_t i = 0; i < total; i++)
+            left += (double)everything[i] * (double)dall[i], scale += fabs((double)dall[i]);
+        for (int64_t i = 0; i < count[rank]; i++) right += (double)mine[i] * (double)dmine[i];
+        same(left, right, scale);
+        int64_t at = 0;
+        for (int p = 0; p < rank; p++) at += count[p];
+        assert_true(all(count[rank] > 0 && memcmp(everything + at, mine, (size_t)count[rank] * sizeof *mine) != 0) ==
+                    0);
+        free(count), free(mine), free(everything), free(dall), free(dmine);
+    }
+    ledger_agrees();
+}
+
+/* ---------------------------------------------------------------------------------------- shards */
+
+static const int64_t lengths[] = {1, 2, 3, 6, 7, 8, 97};
+enum { LENGTHS = sizeof lengths / sizeof *lengths };
+
+/* variant 0: even; others: uneven, with empty ranks, the same on every rank */
+static void make_shard(int64_t length, int variant, ls_shard *shard)
+{
+    int64_t mine = 0;
+    if (variant == 0) {
+        must(ls_shard_even(ctx, length, shard));
+        return;
+    }
+    int64_t left = length;
+    for (int p = 0; p < size; p++) {
+        const int64_t n = p == size - 1 ? left : (p + variant) % 2 ? 0 : (left * (p * 5 + variant) % (left + 1));
+        if (p == rank) mine = n;
+        left -= n;
+    }
+    must(ls_shard_local(ctx, mine, shard));
+    assert_true(shard->length == length);
+}
+
+/* ---------------------------------------------------------------------------------------- fetch */
+
+static void test_fetch(void **unused)
+{
+    (void)unused;
+    enum { B = 2, H = 3, D = 4 };
+    for (int l = 0; l < LENGTHS; l++)
+        for (int variant = 0; variant < 3; variant++) {
+            ls_shard shard;
+            make_shard(lengths[l], variant, &shard);
+            const int64_t L = shard.length;
+            ls_span *want = malloc(2 * (size_t)size * sizeof *want);
+            for (int p = 0; p < size; p++) { /* a halo over the own piece, and something far away */
+                const int64_t lo = ls_max(0, shard.bounds[p] - 2), hi = ls_min(L, shard.bounds[p + 1] + 3);
+                want[2 * p] = (ls_span){0, lo, p % 3 == 2 ? 0 : hi - lo};
+                want[2 * p + 1] = (ls_span){0, L / 2, ls_min(L - L / 2, p % 2 ? 3 : 0)};
+            }
+            const int64_t n = want[2 * rank].n + want[2 * rank + 1].n;
+            ls_real *from = filled(B * H * shard.n * D), *to = filled(B * H * n * D);
+            ls_real *dfrom = calloc((size_t)(B * H * shard.n * D) + 1, sizeof *dfrom), *dto = filled(B * H * n * D);
+            for (int64_t i = 0; i < B * H * shard.n * D; i++) /* a value says where it is from */
+                from[i] = (ls_real)(shard.lo + i / D % (shard.n ? shard.n : 1)) / 8 + (ls_real)(i % D);
+            /* (B,H,n,d) at the owner, (n,B,H,d) at the wanter: layouts need not agree */
+            const ls_view vf = {from, H * shard.n * D, shard.n * D, D}, vdf = {dfrom, H * shard.n * D, shard.n * D, D};
+            const ls_view vt = {to, H * D, D, B * H * D}, vdt = {dto, H * D, D, B * H * D};
+            const ls_rows a = ls_rows_of_view(vf, B, H, D), b = ls_rows_of_view(vt, B, H, D);
+            const ls_rows da = ls_rows_of_view(vdf, B, H, D), db = ls_rows_of_view(vdt, B, H, D);
+            must(ls_fetch(&ctx->exchange, &shard, want, &a, &b, 1));
+            double wrong = 0;
+            for (int64_t t = 0; t < n; t++) {
+                const ls_span first = want[2 * rank];
+                const int64_t global = t < first.n ? first.lo + t : want[2 * rank + 1].lo + t - first.n;
+                for (int64_t e = 0; e < D; e++) wrong += to[t * B * H * D + e] != (ls_real)global / 8 + (ls_real)e;
+            }
+            assert_true(all(wrong) == 0);
+            must(ls_fetch_adjoint(&ctx->exchange, &shard, want, &da, &db, 1));
+            double left = 0, right = 0, scale = 0;
+            for (int64_t i = 0; i < B * H * n * D; i++)
+                left += (double)to[i] * (double)dto[i], scale += fabs((double)to[i]);
+            for (int64_t i = 0; i < B * H * shard.n * D; i++) right += (double)from[i] * (double)dfrom[i];
+            same(left, right, scale);
+            free(from), free(to), free(dfrom), free(dto), free(want);
+            ls_shard_free(&shard);
+        }
+    ledger_agrees();
+}
+
+/* ---------------------------------------------------------------------------------------- ring */
+
+/* A mechanism that is linear in v and knows positions: out_i = Σ_j c(i,j) v_j, over j <= i in CS. */
+static double coefficient(int64_t i, int64_t j)
+{
+    return cos((double)(3 * i + 5 * j));
+}
+static ls_status begin(ls_pass *p, int phase)
+{
+    (void)phase;
+    for (int64_t b = 0; b < p->B; b++)
+        for (int64_t t = 0; t < p->T; t++)
+            for (int64_t e = 0; e < p->d; e++) ls_row(p->out, b, 0, t)[e] = 0;
+    return LS_OK;
+}
+static void visit_all(ls_pass *p, int backward)
+{
+    for (int64_t b = 0; b < p->B; b++)
+        for (int qs = 0; qs < p->query_spans; qs++)
+            for (int64_t i = 0; i < p->query_span[qs].n; i++)
+                for (int ks = 0; ks < p->visit.spans; ks++)
+                    for (int64_t j = 0; j < p->visit.span[ks].n; j++) {
+                        const int64_t gi = p->query_span[qs].lo + i, gj = p->visit.span[ks].lo + j;
+                        const int64_t row = p->query_span[qs].row + i, col = p->visit.span[ks].row + j;
+                        if (p->pattern == LS_CS && gj > gi) continue;
+                        if (p->visit.pad != NULL && p->visit.pad[b * p->visit.n + col]) continue;
+                        const ls_real c = (ls_real)coefficient(gi, gj);
+                        for (int64_t e = 0; e < p->d; e++)
+                            if (backward)
+                                ls_row(p->visit.dv, b, 0, col)[e] += c * ls_row(p->dout, b, 0, row)[e];
+                            else
+                                ls_row(p->out, b, 0, row)[e] += c * ls_row(p->visit.v, b, 0, col)[e];
+                    }
+}
+static ls_status forward_ring(ls_pass *p, int phase)
+{
+    (void)phase;
+    visit_all(p, 0);
+    return LS_OK;
+}
+static ls_status backward_ring(ls_pass *p, int phase)
+{
+    (void)phase;
+    for (int64_t b = 0; b < p->B; b++)
+        for (int64_t t = 0; t < p->T; t++)
+            for (int64_t e = 0; e < p->d; e++) ls_row(p->dq, b, 0, t)[e] = 0;
+    visit_all(p, 1);
+    return LS_OK;
+}
+static const ls_phase linear_phases[] = {
+    {.name = "begin", .forward = begin},
+    {.name = "ring", .crossing = LS_RING, .forward = forward_ring, .backward = backward_ring},
+    {.name = NULL}};
+static const ls_mechanism linear = {.name = "linear", .phases = {linear_phases, linear_phases}, .balance_causal = 1};
+
+static void test_ring(void **unused)
+{
+    (void)unused;
+    enum { B = 2, D = 3 };
+    for (int l = 0; l < LENGTHS; l++)
+        for (int variant = 0; variant < 3; variant++)
+            for (int pattern = 0; pattern < 2; pattern++)
+                for (int padding = 0; padding < 2; padding++) {
+                    ls_shard shard;
+                    make_shard(lengths[l], variant, &shard);
+                    const int64_t n = shard.n, L = shard.length, reals = B * n * D;
+                    ls_real *x[7]; /* q k v out, dq dk dv; dout is q's stand-in below */
+                    for (int i = 0; i < 7; i++) x[i] = filled(reals);
+                    ls_real *dout = filled(reals);
+                    uint8_t *pad = calloc((size_t)(B * n) + 1, 1);
+                    for (int64_t i = 0; padding && i < B * n; i++)
+                        pad[i] = (uint8_t)((shard.lo + i % (n ? n : 1)) % 3 == 1);
+                    ls_call c = {.ctx = ctx, .mechanism = &linear, .queries = &shard, .keys = &shard};
+                    ls_view v[7];
+                    for (int i = 0; i < 7; i++) v[i] = (ls_view){x[i], n * D, n * D, D};
+                    c.pass = (ls_pass){.pattern = (ls_pattern)pattern,
+                                       .B = B,
+                                       .H = 1,
+                                       .T = n,
+                                       .S = n,
+                                       .d = D,
+                                       .all_queries = L,
+                                       .all_keys = L,
+                                       .q = v[0],
+                                       .out = v[3],
+                                       .dq = v[4],
+                                       .dout = {dout, n * D, n * D, D},
+                                       .backward = 1};
+                    c.pass.own =
+                        (ls_block){.k = v[1], .v = v[2], .dk = v[5], .dv = v[6], .n = n, .pad = padding ? pad : NULL};
+                    ls_arena saved = {0}, work = {0};
+                    ls_arena_measure(&saved), ls_arena_measure(&work);
+                    ls_run_plan(&c, &saved, &work);
+                    must(ls_arena_reserve(&saved, "test"));
+                    must(ls_arena_reserve(&work, "test"));
+                    ls_run_plan(&c, &saved, &work);
+                    must(ls_run_forward(&c));
+                    must(ls_run_backward(&c));
+                    double left = 0, right = 0, scale = 0;
+                    for (int64_t i = 0; i < reals; i++) {
+                        left += (double)x[3][i] * (double)dout[i];
+                        right += pad[i / D] ? 0 : (double)x[2][i] * (double)x[6][i];
+                        scale += fabs((double)x[3][i] * (double)dout[i]);
+                    }
+                    same(left, right, scale + 1);
+                    /* and forward against the plain sum: row i of v is known everywhere through an all-reduce */
+                    double *whole = calloc((size_t)(B * L * D), sizeof *whole), wrong = 0;
+                    for (int64_t b = 0; b < B; b++)
+                        for (int64_t t = 0; t < n; t++)
+                            for (int64_t e = 0; e < D; e++)
+                                whole[(b * L + shard.lo + t) * D + e] =
+                                    pad[b * n + t] ? 0 : (double)x[2][(b * n + t) * D + e];
+                    MPI_Allreduce(MPI_IN_PLACE, whole, (int)(B * L * D), MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
+                    for (int64_t b = 0; b < B; b++)
+                        for (int64_t t = 0; t < n; t++)
+                            for (int64_t e = 0; e < D; e++) {
+                                double sum = 0;
+                                for (int64_t j = 0; j < (pattern == LS_CS ? shard.lo + t + 1 : L); j++)
+                                    sum += coefficient(shard.lo + t, j) * whole[(b * L + j) * D + e];
+                                wrong += fabs(sum - (double)x[3][(b * n + t) * D + e]) > tolerance * (double)(L + 1);
+                            }
+                    assert_true(all(wrong) == 0);
+                    for (int i = 0; i < 7; i++) free(x[i]);
+                    free(dout), free(pad), free(whole);
+                    ls_arena_free(&saved), ls_arena_free(&work);
+                    ls_shard_free(&shard);
+                }
+    ledger_agrees();
+}
+
+/* ---------------------------------------------------------------------------------------- bytes */
+
+/* Exact softmax, noncausal forward: all ranks together send (P - 1) · 2 B E S reals, the formula of the ring. */
+static void test_ring_volume(void **unused)
+{
+    (void)unused;
+    enum { B = 2, H = 2, E = 8, T = 5, S = 97 };
+    ls_attention_options o;
+    must(ls_attention_defaults("softmax", &o));
+    o.pattern = LS_NC, o.embed_dim = E, o.num_heads = H;
+    ls_attention *a;
+    must(ls_attention_create(ctx, &o, &a));
+    ls_shard q, k;
+    must(ls_shard_even(ctx, T, &q));
+    must(ls_shard_even(ctx, S, &k));
+    ls_real *xq = filled(B * q.n * E), *xk = filled(B * k.n * E), *xv = filled(B * k.n * E), *out = filled(B * q.n * E);
+    ls_traffic before, after;
+    ls_context_traffic(ctx, &before);
+    must(ls_attention_forward(a, &(ls_attention_shape){B, &q, &k},
+                              &(ls_attention_io){.query = xq, .key = xk, .value = xv}, NULL, out, NULL));
+    ls_context_traffic(ctx, &after);
+    const double sent = all((double)(after.sent[LS_RING] - before.sent[LS_RING]));
+    assert_true(sent == (double)((size - 1) * 2 * B * E * S) * (double)sizeof(ls_real));
+    ledger_agrees();
+    free(xq), free(xk), free(xv), free(out);
+    ls_shard_free(&q), ls_shard_free(&k);
+    ls_attention_free(a);
+}
+
+/* A rank that fails alone: all get its code, and its name and sentence. */
+static void test_agree(void **unused)
+{
+    (void)unused;
+    const int culprit = size - 1;
+    const ls_status mine = rank == culprit ? ls_fail(LS_ERR_IO, "the disk of %s is full", "this rank") : LS_OK;
+    const ls_status status = ls_agree(ctx, mine);
+    char want[64];
+    snprintf(want, sizeof want, size == 1 ? "the disk" : "rank %d: the disk of this rank is full", culprit);
+    assert_true(all(status != LS_ERR_IO || strstr(ls_last_error(), want) == NULL) == 0);
+    assert_true(all(ls_agree(ctx, LS_OK) != LS_OK) == 0);
+}
+
+int main(int argc, char **argv)
+{
+    MPI_Init(&argc, &argv);
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &size);
+    for (int i = 0; i < 10 * rank + 10; i++) draw();
+    const ls_context_options options = {.comm = MPI_COMM_WORLD};
+    if (ls_context_create(&options, &ctx) != LS_OK) return 1;
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_reduce_and_scan), cmocka_unit_test(test_gather),
+        cmocka_unit_test(test_fetch),           cmocka_unit_test(test_ring),
+        cmocka_unit_test(test_ring_volume),     cmocka_unit_test(test_agree),
+    };
+    const int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    ls_context_free(ctx);
+    MPI_Finalize();
+    return failed != 0;
+}
