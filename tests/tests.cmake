@@ -46,3 +46,4 @@ function(longspan_test name)
 endfunction()
 
 longspan_test(dense DOUBLE)
+longspan_test(exchange DOUBLE RANKS 1 2 3 4 5 7)

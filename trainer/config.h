@@ -1,4 +1,4 @@
-/* The configuration of a run: YAML sections with every default written down once, in config.c. */
+/* The configuration of a run: YAML sections with every default written down once, in the table of config.c. */
 #ifndef LS_CONFIG_H
 #define LS_CONFIG_H
 
@@ -55,6 +55,7 @@ typedef struct config {
 
 /* Defaults, then the file (NULL: none), then each "section.key=value" of set[0..nset). Unknown keys, wrong types and
  * out-of-range values are LS_ERR_ARGUMENT with file, line and key in the message; a missing file is LS_ERR_IO.
+ * A mechanism changed by set starts from its own options: those in the file were meant for the other one.
  * Not collective: the trainer reads on rank 0 and broadcasts the text, see config_parse. */
 ls_status config_load(const char *file, const char *const *set, int nset, config *c);
 /* The same from text in memory; `name` stands for the file in messages. */
@@ -63,5 +64,32 @@ ls_status config_parse(const char *name, const char *text, size_t size, const ch
 ls_status config_check(const config *c);
 /* The resolved configuration as YAML text that config_parse reads back to the same values; to be freed. */
 ls_status config_text(const config *c, char **text);
+
+/* One row of the table of keys, which drives reading, --set, writing and the reference alike. */
+typedef enum config_kind {
+    KEY_WHOLE,     /* int64_t; 64K and 1M are understood */
+    KEY_SEED,      /* uint64_t */
+    KEY_REAL,      /* double */
+    KEY_WORD,      /* an enum or a boolean: one of words, stored as its index */
+    KEY_TEXT,      /* char[size]; one of words where there are any */
+    KEY_MECHANISM, /* char[size]: the name of a mechanism */
+    KEY_OPTION     /* an option of whichever mechanism the attention has: range and default are the mechanism's */
+} config_kind;
+typedef struct config_key {
+    char path[80]; /* "model.embed_dim" */
+    config_kind kind;
+    size_t offset, size;      /* of the field in config; options: of the config_attention */
+    const char *range;        /* "[0, 1)": 0 <= x < 1 */
+    const char *const *words; /* NULL-terminated, or NULL */
+    const char *initial;      /* the default as text */
+    const char *help;
+} config_key;
+/* NULL past the end. */
+const config_key *config_key_at(int index);
+/* Every key with its default, range and a line of help, then the options of every mechanism. */
+void config_reference(FILE *out);
+
+/* The word of a NULL-terminated list that `word` was probably meant to be; NULL where none is near. */
+const char *nearest_word(const char *word, const char *const *list);
 
 #endif

@@ -1,5 +1,6 @@
-/* The subcommands, each with the arguments after its name: they return the exit code of the program.
- * Only main.c exits; everything here reports through report_error. */
+/* The subcommands and what they share. argv[0] is the subcommand's name, as getopt_long wants it; every rank has the
+ * same arguments. A subcommand returns the exit code of the program, the same on every rank. Only main.c exits;
+ * everything here reports through report_error. */
 #ifndef LS_TRAINER_H
 #define LS_TRAINER_H
 
@@ -15,16 +16,16 @@ enum {
     EXIT_IO = 4,        /* a file or directory cannot be read or written */
     EXIT_NONFINITE = 5, /* loss or gradient is not finite: the weights were not changed */
     EXIT_MEMORY = 6,
-    EXIT_COMM = 7       /* the transport failed */
+    EXIT_COMM = 7 /* the transport failed */
 };
 int exit_code_of(ls_status status);
 
 /* The ranks of a run: all of them (world), and those that share each sequence. */
 typedef struct ranks {
-    MPI_Comm comm;                 /* of world */
-    ls_context *world, *sequence;  /* sequence: NULL before ranks_split */
-    int rank, size;   /* in world */
-    int group, groups; /* which sequences: data-parallel group */
+    MPI_Comm comm;                /* of world */
+    ls_context *world, *sequence; /* sequence: NULL before ranks_split */
+    int rank, size;               /* in world */
+    int group, groups;            /* which sequences: data-parallel group */
 } ranks;
 
 int command_pack(int argc, char **argv, ranks *r);
@@ -38,6 +39,9 @@ int command_info(int argc, char **argv, ranks *r);
 ls_status ranks_split(ranks *r, int64_t sequence, uint64_t seed);
 /* "longspan: SENTENCE" on standard error, by rank 0 alone, followed by nothing. Returns exit_code_of(status). */
 int report_error(const ranks *r, ls_status status);
+/* Collective: ls_agree over world, except that what rank 0 has to say itself is not prefixed with "rank 0": most of it
+ * is about files and arguments, which all ranks share. */
+ls_status agree(const ranks *r, ls_status mine);
 
 /* Collective over world: rank 0 reads a file (or standard input for "-"), everyone gets the bytes; to be freed. */
 ls_status read_everywhere(const ranks *r, const char *path, char **bytes, size_t *size);
@@ -45,5 +49,37 @@ ls_status read_everywhere(const ranks *r, const char *path, char **bytes, size_t
 ls_status broadcast_bytes(const ranks *r, void *bytes, size_t size);
 /* Collective: rank 0 loads a checkpoint, everyone gets it. */
 ls_status load_everywhere(const ranks *r, const char *path, const model *m, training_state *s);
+/* Collective: the configuration that a checkpoint holds, with each "section.key=value" of set applied. */
+ls_status checkpoint_config_everywhere(const ranks *r, const char *path, const char *const *set, int nset, config *c);
+/* Alone: DIRECTORY/NAME has these bytes, or what it had before; never a part. */
+ls_status write_file(const char *directory, const char *name, const char *bytes, size_t size);
+/* Seconds on a clock that only goes forward. */
+double seconds_now(void);
+
+/* One value that may be given many times. */
+typedef struct text_list {
+    const char **item;
+    int count;
+} text_list;
+ls_status text_list_add(text_list *list, const char *item);
+/* What getopt_long complained about: an unknown option, or one without its value. */
+ls_status refuse_option(const char *command, int answer, char *const *argv, const char *const *known);
+/* A whole number from min on. */
+ls_status read_count(const char *command, const char *option, const char *text, int64_t min, int64_t *value);
+
+/* How well a model predicts a split. */
+typedef struct evaluation {
+    double nll;                /* nats per label, the end of each target included */
+    int64_t tokens, documents; /* labels */
+} evaluation;
+typedef struct evaluation_choice {
+    const char *split;
+    int64_t documents; /* the first so many in file order; 0: all */
+    int shuffle;       /* each target gets the source of another document, half of the split further on */
+} evaluation_choice;
+/* Collective over world. The same value, up to rounding, for any number of ranks. */
+ls_status evaluate_split(const ranks *r, const config *c, dataset *data, model *m, const ls_real *params,
+                         const evaluation_choice *choice, evaluation *out);
+double bits_per_byte(double nll);
 
 #endif

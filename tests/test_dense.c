@@ -1,0 +1,691 @@
+/* The dense layers against naive code in double: forwards by value, backwards by central differences of the naive
+ * forward. Errors are max |got - expected| / max |expected|. Buffers are allocated at their exact size, so that the
+ * sanitizer build sees every access beyond; sizes lie on both sides of the tiles inside. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#include <cmocka.h>
+
+#include "dense.h"
+#include "erf.h"
+#include "rng.h"
+
+#ifdef LS_REAL_DOUBLE
+static const double forward_tolerance = 1e-12, backward_tolerance = 1e-6, cdf_tolerance = 1e-15, tail_tolerance = 1e-13;
+#else
+static const double forward_tolerance = 1e-5, backward_tolerance = 1e-5, cdf_tolerance = 3e-7, tail_tolerance = 1e-5;
+#endif
+
+/* ------------------------------------------------------------------------------------------------ tools */
+
+static void *owned[256];
+static int owned_count;
+
+static void *fresh(int64_t n, size_t size)
+{
+    assert_true(owned_count < 256);
+    return owned[owned_count++] = malloc((size_t)n * size);
+}
+
+static int free_all(void **state)
+{
+    (void)state;
+    while (owned_count > 0) free(owned[--owned_count]);
+    return 0;
+}
+
+static ls_real *fill(int64_t n, double value)
+{
+    ls_real *x = fresh(n, sizeof *x);
+    for (int64_t i = 0; i < n; i++) x[i] = (ls_real)value;
+    return x;
+}
+
+/* Normal numbers, others at each call of a test. */
+static ls_real *noise(int64_t n)
+{
+    ls_real *x = fresh(n, sizeof *x);
+    for (int64_t i = 0; i < n; i++) x[i] = (ls_real)ls_normal(7, (uint32_t)owned_count, 0, (uint64_t)i);
+    return x;
+}
+
+static ls_real *copy(int64_t n, const ls_real *x)
+{
+    ls_real *y = fresh(n, sizeof *y);
+    for (int64_t i = 0; i < n; i++) y[i] = x[i];
+    return y;
+}
+
+static double *widen(int64_t n, const ls_real *x)
+{
+    double *y = fresh(n, sizeof *y);
+    for (int64_t i = 0; i < n; i++) y[i] = (double)x[i];
+    return y;
+}
+
+static double *wide(int64_t n)
+{
+    return fresh(n, sizeof(double));
+}
+
+/* NaN anywhere in got fails too. */
+static void assert_close(int64_t n, const ls_real *got, const double *expected, double tolerance)
+{
+    double max = 0, error = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const double e = fabs((double)got[i] - expected[i]);
+        if (!(e <= error)) error = e;
+        if (fabs(expected[i]) > max) max = fabs(expected[i]);
+    }
+    if (!(error <= tolerance * max)) print_error("error %g of %g, relative %g\n", error, max, error / max);
+    assert_true(error <= tolerance * max);
+}
+
+static void assert_same(int64_t n, const ls_real *a, const ls_real *b)
+{
+    for (int64_t i = 0; i < n; i++) assert_memory_equal(a + i, b + i, sizeof *a);
+}
+
+/* A scalar function of some arrays, by the naive code: Σ dy·f(x, w, b), or a loss. */
+typedef struct problem {
+    int64_t rows, in, out;
+    double *x, *w, *b, *dy, smoothing;
+    const int32_t *target;
+} problem;
+typedef double (*objective)(const problem *);
+
+/* got = before (NULL: 0) + factor · d objective / d at, at up to 150 elements that are spread over the n of `at`. */
+static void check_gradient(objective f, const problem *p, int64_t n, double *at, const ls_real *before, double factor,
+                           const ls_real *got)
+{
+    const double h = 1e-5;
+    const int64_t step = n / 150 + 1, count = (n + step - 1) / step;
+    ls_real *picked = fill(count, 0);
+    double *expected = wide(count);
+    for (int64_t k = 0; k < count; k++) {
+        const double keep = at[k * step];
+        at[k * step] = keep + h;
+        const double up = f(p);
+        at[k * step] = keep - h;
+        const double down = f(p);
+        at[k * step] = keep;
+        expected[k] = factor * (up - down) / (2 * h) + (before ? (double)before[k * step] : 0);
+        picked[k] = got[k * step];
+    }
+    assert_close(count, picked, expected, backward_tolerance);
+}
+
+/* ------------------------------------------------------------------------------------------------ linear */
+
+static void naive_linear(const problem *p, double *y)
+{
+    for (int64_t r = 0; r < p->rows; r++)
+        for (int64_t o = 0; o < p->out; o++) {
+            double sum = p->b ? p->b[o] : 0;
+            for (int64_t i = 0; i < p->in; i++) sum += p->x[r * p->in + i] * p->w[o * p->in + i];
+            y[r * p->out + o] = sum;
+        }
+}
+
+static double linear_objective(const problem *p)
+{
+    double sum = 0, *y = malloc((size_t)(p->rows * p->out) * sizeof *y);
+    naive_linear(p, y);
+    for (int64_t i = 0; i < p->rows * p->out; i++) sum += p->dy[i] * y[i];
+    free(y);
+    return sum;
+}
+
+static const int64_t linear_sizes[][3] = {{1, 1, 1}, {3, 5, 2}, {40, 7, 9}, {2, 3, 300}, {5, 270, 4}};
+
+static void test_linear(void **state)
+{
+    (void)state;
+    for (size_t k = 0; k < sizeof linear_sizes / sizeof *linear_sizes; k++) {
+        const int64_t rows = linear_sizes[k][0], in = linear_sizes[k][1], out = linear_sizes[k][2];
+        const ls_real *x = noise(rows * in), *w = noise(out * in), *b = noise(out);
+        problem p = {.rows = rows, .in = in, .out = out};
+        p.x = widen(rows * in, x), p.w = widen(out * in, w), p.b = widen(out, b);
+        ls_real *y = fill(rows * out, NAN); /* overwritten, whatever stood there */
+        double *expected = wide(rows * out);
+        naive_linear(&p, expected);
+        ls_linear(rows, in, out, x, w, b, y);
+        assert_close(rows * out, y, expected, forward_tolerance);
+        p.b = NULL;
+        y = fill(rows * out, NAN);
+        naive_linear(&p, expected);
+        ls_linear(rows, in, out, x, w, NULL, y);
+        assert_close(rows * out, y, expected, forward_tolerance);
+    }
+}
+
+static void test_linear_backward(void **state)
+{
+    (void)state;
+    for (size_t k = 0; k < sizeof linear_sizes / sizeof *linear_sizes; k++) {
+        const int64_t rows = linear_sizes[k][0], in = linear_sizes[k][1], out = linear_sizes[k][2];
+        const ls_real *x = noise(rows * in), *w = noise(out * in), *b = noise(out), *dy = noise(rows * out);
+        problem p = {.rows = rows, .in = in, .out = out};
+        p.x = widen(rows * in, x), p.w = widen(out * in, w), p.b = widen(out, b), p.dy = widen(rows * out, dy);
+        const ls_real *dx0 = noise(rows * in), *dw0 = noise(out * in), *db0 = noise(out);
+        ls_real *dx = fill(rows * in, NAN), *dw = copy(out * in, dw0), *db = copy(out, db0);
+        ls_linear_backward(rows, in, out, x, w, dy, dx, 0, dw, db);
+        check_gradient(linear_objective, &p, rows * in, p.x, NULL, 1, dx);
+        check_gradient(linear_objective, &p, out * in, p.w, dw0, 1, dw);
+        check_gradient(linear_objective, &p, out, p.b, db0, 1, db);
+        dx = copy(rows * in, dx0);
+        ls_real *dw_again = copy(out * in, dw0);
+        ls_linear_backward(rows, in, out, x, w, dy, dx, 1, dw_again, NULL);
+        check_gradient(linear_objective, &p, rows * in, p.x, dx0, 1, dx);
+        assert_same(out * in, dw_again, dw);
+        dw_again = copy(out * in, dw0);
+        ls_linear_backward(rows, in, out, x, w, dy, NULL, 0, dw_again, NULL);
+        assert_same(out * in, dw_again, dw);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ layer norm */
+
+static void naive_layer_norm(const problem *p, double *y, double *mean, double *rstd)
+{
+    const int64_t E = p->in;
+    for (int64_t r = 0; r < p->rows; r++) {
+        const double *x = p->x + r * E;
+        double m = 0, v = 0;
+        for (int64_t j = 0; j < E; j++) m += x[j] / (double)E;
+        for (int64_t j = 0; j < E; j++) v += (x[j] - m) * (x[j] - m) / (double)E;
+        mean[r] = m;
+        rstd[r] = 1 / sqrt(v + 1e-5);
+        for (int64_t j = 0; j < E; j++) y[r * E + j] = (x[j] - m) * rstd[r] * p->w[j] + p->b[j];
+    }
+}
+
+static double layer_norm_objective(const problem *p)
+{
+    const int64_t n = p->rows * p->in;
+    double sum = 0, *y = malloc((size_t)(n + 2 * p->rows) * sizeof *y);
+    naive_layer_norm(p, y, y + n, y + n + p->rows);
+    for (int64_t i = 0; i < n; i++) sum += p->dy[i] * y[i];
+    free(y);
+    return sum;
+}
+
+static const int64_t norm_sizes[][2] = {{1, 3}, {3, 5}, {32, 16}, {33, 64}, {70, 24}, {35, 300}, {2, 513}};
+
+static void test_layer_norm(void **state)
+{
+    (void)state;
+    for (size_t k = 0; k < sizeof norm_sizes / sizeof *norm_sizes; k++) {
+        const int64_t rows = norm_sizes[k][0], E = norm_sizes[k][1];
+        ls_real *x = noise(rows * E);
+        const ls_real *w = noise(E), *b = noise(E);
+        for (int64_t j = 0; j < E; j++) x[j] += 100; /* one row far from 0 */
+        problem p = {.rows = rows, .in = E};
+        p.x = widen(rows * E, x), p.w = widen(E, w), p.b = widen(E, b);
+        ls_real *y = fill(rows * E, NAN), *mean = fill(rows, NAN), *rstd = fill(rows, NAN);
+        double *expected = wide(rows * E), *expected_mean = wide(rows), *expected_rstd = wide(rows);
+        naive_layer_norm(&p, expected, expected_mean, expected_rstd);
+        ls_layer_norm(rows, E, x, w, b, y, mean, rstd);
+        assert_close(rows * E, y, expected, forward_tolerance);
+        assert_close(rows, mean, expected_mean, forward_tolerance);
+        assert_close(rows, rstd, expected_rstd, forward_tolerance);
+    }
+}
+
+/* Variance 0, also where the first element is the outlier that the shifted sums are taken around. */
+static void test_layer_norm_special_rows(void **state)
+{
+    (void)state;
+    enum { E = 48 };
+    const ls_real *w = noise(E), *b = noise(E);
+    ls_real *x = fill(2 * E, 12345.678), *y = fill(2 * E, NAN), mean[2], rstd[2];
+    for (int64_t j = 1; j < E; j++) x[E + j] = (ls_real)(0.25 * (double)(j % 3));
+    ls_layer_norm(1, E, x, w, b, y, mean, rstd);
+    assert_same(E, y, b);
+    assert_same(1, mean, x);
+    problem p = {.rows = 1, .in = E, .x = widen(E, x + E), .w = widen(E, w), .b = widen(E, b)};
+    double *expected = wide(E), expected_mean, expected_rstd;
+    naive_layer_norm(&p, expected, &expected_mean, &expected_rstd);
+    ls_layer_norm(2, E, x, w, b, y, mean, rstd);
+    assert_close(E, y + E, expected, forward_tolerance);
+    assert_close(1, rstd + 1, &expected_rstd, forward_tolerance);
+    x[3] = (ls_real)NAN; /* is seen, in its own row only */
+    ls_layer_norm(2, E, x, w, b, y, mean, rstd);
+    assert_true(isnan(y[0]));
+    assert_close(E, y + E, expected, forward_tolerance);
+}
+
+static void test_layer_norm_backward(void **state)
+{
+    (void)state;
+    for (size_t k = 0; k < sizeof norm_sizes / sizeof *norm_sizes; k++) {
+        const int64_t rows = norm_sizes[k][0], E = norm_sizes[k][1];
+        const ls_real *x = noise(rows * E), *w = noise(E), *b = noise(E), *dy = noise(rows * E);
+        problem p = {.rows = rows, .in = E};
+        p.x = widen(rows * E, x), p.w = widen(E, w), p.b = widen(E, b), p.dy = widen(rows * E, dy);
+        const ls_real *dx0 = noise(rows * E), *dw0 = noise(E), *db0 = noise(E);
+        ls_real *y = fill(rows * E, 0), *mean = fill(rows, 0), *rstd = fill(rows, 0);
+        ls_layer_norm(rows, E, x, w, b, y, mean, rstd);
+        ls_real *dx = fill(rows * E, NAN), *dw = copy(E, dw0), *db = copy(E, db0);
+        ls_layer_norm_backward(rows, E, x, w, mean, rstd, dy, dx, 0, dw, db);
+        check_gradient(layer_norm_objective, &p, rows * E, p.x, NULL, 1, dx);
+        check_gradient(layer_norm_objective, &p, E, p.w, dw0, 1, dw);
+        check_gradient(layer_norm_objective, &p, E, p.b, db0, 1, db);
+        ls_real *sum = copy(rows * E, dx0), *dw_again = copy(E, dw0), *db_again = copy(E, db0);
+        ls_layer_norm_backward(rows, E, x, w, mean, rstd, dy, sum, 1, dw_again, db_again);
+        check_gradient(layer_norm_objective, &p, rows * E, p.x, dx0, 1, sum);
+        assert_same(E, dw_again, dw);
+        ls_real *both = copy(rows * E, dy);
+        dw_again = copy(E, dw0), db_again = copy(E, db0);
+        ls_layer_norm_backward(rows, E, x, w, mean, rstd, both, both, 0, dw_again, db_again);
+        assert_same(rows * E, both, dx);
+        assert_same(E, dw_again, dw);
+        assert_same(E, db_again, db);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ activations */
+
+static void test_normal_cdf(void **state)
+{
+    (void)state;
+    double worst = 0, worst_tail = 0, worst_density = 0;
+    for (int i = -80000; i <= 80000; i++) {
+        ls_real density;
+        const double x = (double)(ls_real)(i * 1e-4), cdf = (double)ls_normal_cdf((ls_real)x, &density);
+        worst = fmax(worst, fabs(2 * cdf - 1 - erf(x / sqrt(2))));
+        worst_density = fmax(worst_density, fabs((double)density - exp(-x * x / 2) / sqrt(2 * acos(-1))));
+        const double tail = erfc(-x / sqrt(2)) / 2;
+        worst_tail = fmax(worst_tail, fabs(cdf - tail) / tail); /* relative: negative numbers keep their digits */
+    }
+    assert_true(worst <= cdf_tolerance);
+    assert_true(worst_density <= cdf_tolerance);
+    assert_true(worst_tail <= tail_tolerance);
+    ls_real density;
+    assert_true(ls_normal_cdf(-100, &density) == 0 && density == 0);
+    assert_true(ls_normal_cdf(100, &density) == 1 && density == 0);
+}
+
+static double gelu_objective(const problem *p)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < p->in; i++) sum += p->dy[i] * p->x[i] * (1 + erf(p->x[i] / sqrt(2))) / 2;
+    return sum;
+}
+
+static void test_gelu(void **state)
+{
+    (void)state;
+    for (int64_t n = 1; n < 140; n += 23) {
+        ls_real *x = noise(n);
+        const ls_real *dy = noise(n);
+        for (int64_t i = 0; i < n; i++) x[i] *= 3;
+        problem p = {.in = n, .x = widen(n, x), .dy = widen(n, dy)};
+        double *expected = wide(n);
+        for (int64_t i = 0; i < n; i++) expected[i] = p.x[i] * (1 + erf(p.x[i] / sqrt(2))) / 2;
+        ls_real *y = fill(n, NAN), *dx = fill(n, NAN), *in_place = copy(n, x), *d_in_place = copy(n, dy);
+        ls_gelu(n, x, y);
+        assert_close(n, y, expected, forward_tolerance);
+        ls_gelu(n, in_place, in_place);
+        assert_same(n, in_place, y);
+        ls_gelu_backward(n, x, dy, dx);
+        check_gradient(gelu_objective, &p, n, p.x, NULL, 1, dx);
+        ls_gelu_backward(n, x, d_in_place, d_in_place);
+        assert_same(n, d_in_place, dx);
+    }
+}
+
+static void test_relu(void **state)
+{
+    (void)state;
+    enum { N = 77 };
+    ls_real *x = noise(N), *y = fill(N, NAN), *dx = fill(N, NAN);
+    const ls_real *dy = noise(N);
+    x[5] = 0;
+    ls_relu(N, x, y);
+    ls_relu_backward(N, x, dy, dx);
+    for (int i = 0; i < N; i++) {
+        assert_true(y[i] == (x[i] > 0 ? x[i] : 0));
+        assert_true(dx[i] == (x[i] > 0 ? dy[i] : 0));
+    }
+    ls_real *in_place = copy(N, x), *d_in_place = copy(N, dy);
+    ls_relu(N, in_place, in_place);
+    assert_same(N, in_place, y);
+    ls_relu_backward(N, x, d_in_place, d_in_place);
+    assert_same(N, d_in_place, dx);
+    x[70] = x[3] = (ls_real)NAN;
+    ls_relu(N, x, y);
+    assert_true(isnan(y[70]) && isnan(y[3]) && !isnan(y[4]));
+}
+
+/* ------------------------------------------------------------------------------------------------ embedding */
+
+static void test_embedding(void **state)
+{
+    (void)state;
+    enum { V = 5, ROWS = 7, E = 19 };
+    const int32_t token[ROWS] = {3, -1, 0, 3, 4, -1, 3}; /* 3 occurs three times: its gradients add up */
+    const double scale = 4.5;
+    const ls_real *table = noise((int64_t)V * E);
+    ls_real *y = fill((int64_t)ROWS * E, NAN), *dy = noise((int64_t)ROWS * E);
+    ls_embedding(ROWS, E, token, table, scale, y);
+    double *expected = widen((int64_t)ROWS * E, y);
+    for (int r = 0; r < ROWS; r++)
+        for (int j = 0; j < E; j++) expected[r * E + j] = token[r] < 0 ? 0 : scale * (double)table[token[r] * E + j];
+    assert_close((int64_t)ROWS * E, y, expected, forward_tolerance);
+    for (int j = 0; j < E; j++) assert_true(y[E + j] == 0);
+
+    ls_real *dtable = noise((int64_t)V * E);
+    expected = widen((int64_t)V * E, dtable);
+    for (int j = 0; j < E; j++) dy[E + j] = (ls_real)NAN;
+    for (int r = 0; r < ROWS; r++)
+        for (int j = 0; j < E && token[r] >= 0; j++) expected[token[r] * E + j] += scale * (double)dy[r * E + j];
+    ls_embedding_backward(ROWS, E, token, scale, dy, dtable);
+    assert_close((int64_t)V * E, dtable, expected, forward_tolerance);
+}
+
+/* ------------------------------------------------------------------------------------------------ positions */
+
+static void test_positions(void **state)
+{
+    (void)state;
+    const int64_t starts[] = {0, 63, 64, 1000, 1000003, ((int64_t)1 << 31) - 150}, widths[] = {1, 2, 7, 64, 300};
+    const int64_t B = 2, T = 140;
+    for (size_t k = 0; k < sizeof starts / sizeof *starts; k++)
+        for (size_t m = 0; m < sizeof widths / sizeof *widths; m++) {
+            const int64_t E = widths[m], half = E / 2, lo = starts[k];
+            ls_real *x = fill(B * T * E, 2);
+            ls_add_positions(B, T, E, lo, x);
+            double worst = 0;
+            for (int64_t i = 0; i < B * T * E; i++) {
+                const int64_t j = i % E, t = i / E % T;
+                const long double f = powl(10000, -2 * (long double)(j % (half > 0 ? half : 1)) / (long double)E);
+                const long double angle = (long double)(lo + t) * f;
+                const double pe = j >= 2 * half ? 0 : (double)(j < half ? sinl(angle) : cosl(angle));
+                worst = fmax(worst, fabs((double)x[i] - 2 - pe));
+            }
+            assert_true(worst < 1e-6);
+        }
+}
+
+/* A position has the same row bit for bit, wherever the piece that holds it begins. */
+static void test_positions_in_pieces(void **state)
+{
+    (void)state;
+    const int64_t cut[] = {0, 1, 2, 60, 60, 66, 130, 300}, T = 300, E = 301, lo = 123456;
+    ls_real *whole = fill(T * E, 0);
+    ls_add_positions(1, T, E, lo, whole);
+    for (size_t k = 0; k + 1 < sizeof cut / sizeof *cut; k++) {
+        const int64_t n = cut[k + 1] - cut[k];
+        ls_real *piece = fill(2 * n * E, 0);
+        ls_add_positions(2, n, E, lo + cut[k], piece);
+        assert_same(n * E, piece, whole + cut[k] * E);
+        assert_same(n * E, piece + n * E, whole + cut[k] * E);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ dropout */
+
+static const int64_t dropout_widths[] = {1, 5, 8, 13, 64, 520, 1001};
+
+/* The mask by its definition, from ls_random4. */
+static void test_dropout_mask(void **state)
+{
+    (void)state;
+    const int64_t B = 2, T = 21, lo = ((int64_t)1 << 31) - 5;
+    const uint64_t seed = 0x123456789abcdefU, sample = 41;
+    const uint32_t stream = 17;
+    const double rate = 0.3, keep = 1 - round(rate * 65536) / 65536;
+    for (size_t k = 0; k < sizeof dropout_widths / sizeof *dropout_widths; k++) {
+        const int64_t E = dropout_widths[k];
+        const ls_real *x = noise(B * T * E);
+        ls_real *y = copy(B * T * E, x);
+        ls_dropout(B, T, E, rate, seed, stream, sample, lo, y);
+        double *expected = wide(B * T * E);
+        for (int64_t i = 0; i < B * T * E; i++) {
+            const int64_t e = i % E, t = i / E % T, b = i / E / T;
+            uint32_t word[4];
+            uint16_t half[8];
+            ls_random4(seed, stream, (uint32_t)(sample + (uint64_t)b), (uint64_t)((lo + t) * ((E + 7) / 8) + e / 8),
+                       word);
+            memcpy(half, word, sizeof half);
+            expected[i] = half[e % 8] / 65536.0 >= 1 - keep ? (double)x[i] / keep : 0;
+            assert_true((y[i] == 0) == (expected[i] == 0));
+        }
+        assert_close(B * T * E, y, expected, forward_tolerance);
+    }
+}
+
+/* Neither the cut between ranks, nor the number of batch rows in a call, nor what x holds matters to the mask. */
+static void test_dropout_in_pieces(void **state)
+{
+    (void)state;
+    const int64_t cut[] = {0, 1, 6, 6, 20}, B = 3, T = 20;
+    for (size_t k = 0; k < sizeof dropout_widths / sizeof *dropout_widths; k++) {
+        const int64_t E = dropout_widths[k], lo = 77;
+        ls_real *whole = fill(B * T * E, 1), *gradient = fill(B * T * E, -3);
+        ls_dropout(B, T, E, 0.25, 5, 6, 7, lo, whole);
+        ls_dropout(B, T, E, 0.25, 5, 6, 7, lo, gradient); /* the backward pass: the same mask */
+        for (int64_t i = 0; i < B * T * E; i++) assert_true(gradient[i] == -3 * whole[i]);
+        for (size_t c = 0; c + 1 < sizeof cut / sizeof *cut; c++)
+            for (int64_t b = 0; b < B; b++) {
+                const int64_t n = cut[c + 1] - cut[c];
+                ls_real *piece = fill(n * E, 1);
+                ls_dropout(1, n, E, 0.25, 5, 6, 7 + (uint64_t)b, lo + cut[c], piece);
+                assert_same(n * E, piece, whole + (b * T + cut[c]) * E);
+            }
+        ls_real *bad = fill(B * T * E, NAN); /* dropped is 0, whatever stood there */
+        ls_dropout(B, T, E, 0.25, 5, 6, 7, lo, bad);
+        for (int64_t i = 0; i < B * T * E; i++)
+            assert_true(isnan(bad[i]) ? whole[i] != 0 : whole[i] == 0 && bad[i] == 0);
+    }
+}
+
+static int64_t kept(int64_t n, const ls_real *x)
+{
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i++) count += x[i] != 0;
+    return count;
+}
+
+static void test_dropout_rate(void **state)
+{
+    (void)state;
+    const int64_t B = 4, T = 100, E = 200, n = B * T * E;
+    const double rates[] = {0.1, 0.5, 0.9, 0.001};
+    for (size_t k = 0; k < sizeof rates / sizeof *rates; k++) {
+        ls_real *x = fill(n, 1);
+        ls_dropout(B, T, E, rates[k], 1, 2, 3, 0, x);
+        const double sigma = sqrt(rates[k] * (1 - rates[k]) * (double)n);
+        assert_true(fabs((double)kept(n, x) - (1 - rates[k]) * (double)n) <= 5 * sigma);
+        const double keep = 1 - round(rates[k] * 65536) / 65536;
+        for (int64_t i = 0; i < n; i++) assert_true(x[i] == 0 || fabs((double)x[i] * keep - 1) < 1e-6);
+    }
+    ls_real *x = noise(n), *same = copy(n, x);
+    ls_dropout(B, T, E, 0, 1, 2, 3, 0, x);
+    assert_same(n, x, same);
+    ls_dropout(B, T, E, 1, 1, 2, 3, 0, x);
+    assert_int_equal(kept(n, x), 0);
+
+    /* another seed, stream or sample: another mask, which agrees where two independent ones would */
+    ls_real *base = fill(n, 1);
+    ls_dropout(B, T, E, 0.5, 1, 2, 3, 0, base);
+    for (int k = 0; k < 3; k++) {
+        ls_real *other = fill(n, 1);
+        ls_dropout(B, T, E, 0.5, 1 + (k == 0), 2 + (k == 1), 3 + 4 * (k == 2), 0, other);
+        int64_t agree = 0;
+        for (int64_t i = 0; i < n; i++) agree += base[i] == other[i];
+        assert_true(fabs((double)agree - 0.5 * (double)n) <= 5 * sqrt(0.25 * (double)n));
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ cross-entropy */
+
+static double cross_entropy(const problem *p, double *nll)
+{
+    const int64_t V = p->in;
+    double loss = 0;
+    for (int64_t r = 0; r < p->rows; r++) {
+        if (p->target[r] < 0) continue;
+        const double *l = p->x + r * V;
+        double max = l[0], z = 0, all = 0;
+        for (int64_t v = 0; v < V; v++) max = fmax(max, l[v]);
+        for (int64_t v = 0; v < V; v++) z += exp(l[v] - max);
+        for (int64_t v = 0; v < V; v++) all += max + log(z) - l[v];
+        const double mine = max + log(z) - l[p->target[r]];
+        *nll += mine;
+        loss += (1 - p->smoothing) * mine + p->smoothing * all / (double)V;
+    }
+    return loss;
+}
+
+static double cross_entropy_objective(const problem *p)
+{
+    double nll = 0;
+    return cross_entropy(p, &nll);
+}
+
+static void test_cross_entropy(void **state)
+{
+    (void)state;
+    const int64_t rows = 6, sizes[] = {2, 7, 32, 33, 512, 700};
+    const double smoothings[] = {0, 0.1, 1};
+    for (size_t k = 0; k < 3 * (sizeof sizes / sizeof *sizes); k++) {
+        const int64_t V = sizes[k / 3];
+        const int32_t target[] = {1, -1, 0, (int32_t)V - 1, (int32_t)V / 2, -7};
+        ls_real *logits = noise(rows * V);
+        for (int64_t v = 0; v < V; v++) logits[3 * V + v] = 10 * logits[3 * V + v] - 500;
+        problem p = {.rows = rows, .in = V, .x = widen(rows * V, logits), .smoothing = smoothings[k % 3]};
+        p.target = target;
+        double nll = -1, naive_nll = 0;
+        const double naive = cross_entropy(&p, &naive_nll), tolerance = forward_tolerance * naive;
+        for (int64_t v = 0; v < V; v++) logits[V + v] = logits[5 * V + v] = (ls_real)NAN; /* ignored rows */
+
+        double loss = ls_cross_entropy(rows, V, logits, target, p.smoothing, 1, NULL, &nll);
+        assert_true(fabs(loss - naive) <= tolerance && fabs(nll - naive_nll) <= forward_tolerance * naive_nll);
+        ls_real *d = fill(rows * V, NAN);
+        assert_true(ls_cross_entropy(rows, V, logits, target, p.smoothing, 0.125, d, NULL) == loss);
+        for (int64_t v = 0; v < V; v++) assert_true(d[V + v] == 0 && d[5 * V + v] == 0);
+        check_gradient(cross_entropy_objective, &p, rows * V, p.x, NULL, 0.125, d);
+        for (int64_t r = 0; r < rows; r++) { /* also where check_gradient did not look: each row's gradients sum to 0 */
+            double sum = 0;
+            for (int64_t v = 0; v < V; v++) sum += (double)d[r * V + v];
+            assert_true(fabs(sum) < 1e-6);
+        }
+        ls_real *in_place = copy(rows * V, logits);
+        loss = ls_cross_entropy(rows, V, in_place, target, p.smoothing, 0.125, in_place, &nll);
+        assert_true(fabs(loss - naive) <= tolerance);
+        assert_same(rows * V, in_place, d);
+    }
+}
+
+/* Logits that overflow exp; a class that is masked by -inf; a NaN that must not be swallowed. */
+static void test_cross_entropy_extremes(void **state)
+{
+    (void)state;
+    enum { V = 40 };
+    const int32_t target = 2;
+    ls_real *logits = fill(V, -30000), *d = fill(V, NAN);
+    logits[2] = 30000, logits[7] = 30000, logits[9] = (ls_real)-INFINITY;
+    const double loss = ls_cross_entropy(1, V, logits, &target, 0, 1, d, NULL);
+    assert_true(fabs(loss - log(2)) < 1e-6);
+    for (int v = 0; v < V; v++) assert_true(fabs((double)d[v] - (v == 2 ? -0.5 : v == 7 ? 0.5 : 0)) < 1e-6);
+    for (int v = 0; v < V; v += V - 1) { /* within the lanes of the maximum, and in the rest after them */
+        const ls_real keep = logits[v];
+        logits[v] = (ls_real)NAN;
+        assert_true(isnan(ls_cross_entropy(1, V, logits, &target, 0, 1, d, NULL)));
+        logits[v] = keep;
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ rows */
+
+static void test_zero_rows(void **state)
+{
+    (void)state;
+    const int64_t B = 3, T = 4, E = 9, n = B * T * E;
+    const uint8_t pad[] = {0, 1, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1};
+    for (int batch_first = 0; batch_first < 2; batch_first++) {
+        ls_real *x = noise(n), *y = fill(n, NAN);
+        for (int64_t b = 0; b < B; b++)
+            for (int64_t t = 0; t < T; t++)
+                for (int64_t e = 0; e < E && pad[b * T + t]; e++)
+                    x[(batch_first ? b * T + t : t * B + b) * E + e] = (ls_real)NAN;
+        ls_zero_rows(B, T, E, batch_first, pad, x, y);
+        for (int64_t i = 0; i < n; i++) assert_true(isnan(x[i]) ? y[i] == 0 : y[i] == x[i]);
+        ls_real *all = fill(n, 1);
+        ls_zero_rows(B, T, E, batch_first, NULL, x, all);
+        assert_same(n, all, x);
+        ls_zero_rows(B, T, E, batch_first, NULL, all, all);
+        assert_same(n, all, x);
+        ls_zero_rows(B, T, E, batch_first, pad, x, x);
+        assert_same(n, x, y);
+    }
+}
+
+static void test_add(void **state)
+{
+    (void)state;
+    const int64_t n = 1003;
+    const ls_real *x = noise(n), *y0 = noise(n);
+    ls_real *y = copy(n, y0);
+    ls_add(n, x, y);
+    for (int64_t i = 0; i < n; i++) assert_true(y[i] == (ls_real)(y0[i] + x[i]));
+}
+
+/* A rank may own nothing: then there need not even be memory. */
+static void test_no_rows(void **state)
+{
+    (void)state;
+    enum { E = 16 };
+    ls_real *dw = noise((int64_t)E * E), *db = noise(E);
+    const ls_real *w = copy((int64_t)E * E, dw), *b = copy(E, db);
+    double nll = 1;
+    ls_linear(0, E, E, NULL, w, b, NULL);
+    ls_linear_backward(0, E, E, NULL, w, NULL, NULL, 0, dw, db);
+    ls_layer_norm(0, E, NULL, w, b, NULL, NULL, NULL);
+    ls_layer_norm_backward(0, E, NULL, w, NULL, NULL, NULL, NULL, 0, dw, db);
+    ls_gelu(0, NULL, NULL);
+    ls_gelu_backward(0, NULL, NULL, NULL);
+    ls_relu(0, NULL, NULL);
+    ls_relu_backward(0, NULL, NULL, NULL);
+    ls_embedding(0, E, NULL, w, 1, NULL);
+    ls_embedding_backward(0, E, NULL, 1, NULL, dw);
+    ls_add_positions(2, 0, E, 70, NULL);
+    ls_dropout(2, 0, E, 0.5, 1, 2, 3, 70, NULL);
+    ls_zero_rows(2, 0, E, 1, NULL, NULL, NULL);
+    ls_zero_rows(2, 0, E, 0, NULL, NULL, NULL);
+    ls_add(0, NULL, NULL);
+    assert_true(ls_cross_entropy(0, E, NULL, NULL, 0.1, 1, NULL, &nll) == 0 && nll == 0);
+    assert_same((int64_t)E * E, dw, w);
+    assert_same(E, db, b);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_teardown(test_linear, free_all),
+        cmocka_unit_test_teardown(test_linear_backward, free_all),
+        cmocka_unit_test_teardown(test_layer_norm, free_all),
+        cmocka_unit_test_teardown(test_layer_norm_special_rows, free_all),
+        cmocka_unit_test_teardown(test_layer_norm_backward, free_all),
+        cmocka_unit_test_teardown(test_normal_cdf, free_all),
+        cmocka_unit_test_teardown(test_gelu, free_all),
+        cmocka_unit_test_teardown(test_relu, free_all),
+        cmocka_unit_test_teardown(test_embedding, free_all),
+        cmocka_unit_test_teardown(test_positions, free_all),
+        cmocka_unit_test_teardown(test_positions_in_pieces, free_all),
+        cmocka_unit_test_teardown(test_dropout_mask, free_all),
+        cmocka_unit_test_teardown(test_dropout_in_pieces, free_all),
+        cmocka_unit_test_teardown(test_dropout_rate, free_all),
+        cmocka_unit_test_teardown(test_cross_entropy, free_all),
+        cmocka_unit_test_teardown(test_cross_entropy_extremes, free_all),
+        cmocka_unit_test_teardown(test_zero_rows, free_all),
+        cmocka_unit_test_teardown(test_add, free_all),
+        cmocka_unit_test_teardown(test_no_rows, free_all),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,263 @@
+/* What the subcommands share: ranks, errors, and getting the same bytes to everyone. */
+#include "trainer.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+int exit_code_of(ls_status status)
+{
+    switch (status) {
+    case LS_OK:
+        return EXIT_OK;
+    case LS_ERR_ARGUMENT:
+    case LS_ERR_UNSUPPORTED:
+        return EXIT_USAGE;
+    case LS_ERR_FORMAT:
+        return EXIT_FORMAT;
+    case LS_ERR_IO:
+        return EXIT_IO;
+    case LS_ERR_NONFINITE:
+        return EXIT_NONFINITE;
+    case LS_ERR_MEMORY:
+        return EXIT_MEMORY;
+    case LS_ERR_COMM:
+        return EXIT_COMM;
+    default:
+        return EXIT_INTERNAL;
+    }
+}
+
+int report_error(const ranks *r, ls_status status)
+{
+    if (r->rank == 0 && status != LS_OK) {
+        fflush(stdout);
+        fprintf(stderr, "longspan: %s\n", ls_last_error());
+        fflush(stderr);
+    }
+    return exit_code_of(status);
+}
+
+ls_status agree(const ranks *r, ls_status mine)
+{
+    char message[1024];
+    snprintf(message, sizeof message, "%s", ls_last_error());
+    const ls_status all = ls_agree(r->world, mine);
+    if (all != LS_OK && all == mine && r->rank == 0) return ls_fail(mine, "%s", message);
+    return all;
+}
+
+static ls_status mpi(int code, const char *what)
+{
+    if (code == MPI_SUCCESS) return LS_OK;
+    char text[MPI_MAX_ERROR_STRING] = "";
+    int length = 0;
+    MPI_Error_string(code, text, &length);
+    LS_FAIL(LS_ERR_COMM, "mpi: %s failed: %s", what, text);
+}
+
+ls_status ranks_split(ranks *r, int64_t sequence, uint64_t seed)
+{
+    if (sequence == 0) sequence = r->size;
+    if (r->size % sequence != 0) {
+        LS_FAIL(LS_ERR_ARGUMENT,
+                "parallel.sequence: %lld ranks for each sequence cannot be had from %d: choose a divisor of it, or 0",
+                (long long)sequence, r->size);
+    }
+    ls_context_free(r->sequence);
+    r->sequence = NULL;
+    r->group = (int)(r->rank / sequence); /* neighbours share a sequence: they are likely to be near */
+    r->groups = (int)(r->size / sequence);
+    MPI_Comm comm;
+    LS_TRY(agree(r, mpi(MPI_Comm_split(r->comm, r->group, r->rank, &comm), "splitting the ranks")));
+    const ls_context_options options = {.comm = comm, .device = LS_CPU, .seed = seed};
+    const ls_status status = ls_context_create(&options, &r->sequence);
+    MPI_Comm_free(&comm);
+    return agree(r, status);
+}
+
+/* ------------------------------------------------------------------------------------------------ bytes */
+
+ls_status broadcast_bytes(const ranks *r, void *bytes, size_t size)
+{
+    const size_t piece = (size_t)1 << 30; /* MPI counts are int */
+    for (size_t at = 0; at < size; at += piece) {
+        const int n = (int)(size - at < piece ? size - at : piece);
+        LS_TRY(mpi(MPI_Bcast((char *)bytes + at, n, MPI_BYTE, 0, r->comm), "broadcast"));
+    }
+    return LS_OK;
+}
+
+static ls_status read_all(const char *path, char **bytes, size_t *size)
+{
+    const int standard_input = strcmp(path, "-") == 0;
+    FILE *f = standard_input ? stdin : fopen(path, "rb");
+    if (f == NULL) LS_FAIL(LS_ERR_IO, "%s: cannot be opened: %s", path, strerror(errno));
+    ls_status status = LS_OK;
+    size_t room = 0, got = 1;
+    errno = 0;
+    while (got > 0) {
+        if (*size == room) {
+            char *more = realloc(*bytes, room = 2 * room + 65536);
+            if (more == NULL) {
+                status = ls_fail(LS_ERR_MEMORY, "%s: no memory for %zu bytes", path, room);
+                break;
+            }
+            *bytes = more;
+        }
+        got = fread(*bytes + *size, 1, room - *size, f);
+        *size += got;
+    }
+    if (status == LS_OK && ferror(f)) status = ls_fail(LS_ERR_IO, "%s: cannot be read: %s", path, strerror(errno));
+    if (!standard_input) fclose(f);
+    return status;
+}
+
+/* Collective: everyone gets rank 0's bytes, which are of `size` there; the others receive them in new memory. */
+static ls_status share(const ranks *r, ls_status status, char **bytes, size_t *size)
+{
+    LS_TRY(agree(r, status));
+    LS_TRY(broadcast_bytes(r, size, sizeof *size));
+    if (r->rank != 0 && (*bytes = malloc(*size + 1)) == NULL) {
+        status = ls_fail(LS_ERR_MEMORY, "no memory for %zu bytes", *size);
+    }
+    LS_TRY(agree(r, status));
+    return broadcast_bytes(r, *bytes, *size);
+}
+
+ls_status read_everywhere(const ranks *r, const char *path, char **bytes, size_t *size)
+{
+    *bytes = NULL;
+    *size = 0;
+    ls_status status = LS_OK;
+    if (r->rank == 0) status = read_all(path, bytes, size);
+    status = share(r, status, bytes, size);
+    if (status != LS_OK) {
+        free(*bytes);
+        *bytes = NULL;
+    }
+    return status;
+}
+
+ls_status write_file(const char *directory, const char *name, const char *bytes, size_t size)
+{
+    char path[1200], temporary[1200];
+    snprintf(path, sizeof path, "%s/%s", directory, name);
+    snprintf(temporary, sizeof temporary, "%s/.%s.tmp", directory, name);
+    const int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    if (fd < 0) LS_FAIL(LS_ERR_IO, "%s: cannot be written: %s", path, strerror(errno));
+    int failed = 0;
+    for (size_t at = 0; at < size && !failed;) {
+        const ssize_t n = write(fd, bytes + at, size - at);
+        if (n > 0)
+            at += (size_t)n;
+        else
+            failed = n == 0 || errno != EINTR;
+    }
+    failed = failed || fsync(fd) != 0;
+    int code = errno;
+    if (close(fd) != 0 && !failed) {
+        failed = 1;
+        code = errno;
+    }
+    if (!failed && rename(temporary, path) != 0) {
+        failed = 1;
+        code = errno;
+    }
+    if (failed) {
+        unlink(temporary);
+        LS_FAIL(LS_ERR_IO, "%s: cannot be written: %s", path, strerror(code));
+    }
+    const int parent = open(directory, O_RDONLY); /* the rename itself must reach the disk; not all systems can */
+    if (parent >= 0) {
+        fsync(parent);
+        close(parent);
+    }
+    return LS_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------ checkpoints */
+
+ls_status load_everywhere(const ranks *r, const char *path, const model *m, training_state *s)
+{
+    ls_status status = LS_OK;
+    if (r->rank == 0) status = checkpoint_load(path, m, s);
+    LS_TRY(agree(r, status));
+    const size_t bytes = (size_t)model_count(m) * sizeof(ls_real);
+    ls_real *const tensors[] = {s->params, s->adam_m, s->adam_v};
+    training_state received = *s;
+    LS_TRY(broadcast_bytes(r, &received, sizeof received));
+    s->step = received.step;
+    s->samples = received.samples;
+    s->seed = received.seed;
+    s->data_digest = received.data_digest;
+    s->best_nll = received.best_nll;
+    for (int i = 0; i < 3; i++) {
+        if (tensors[i] != NULL) LS_TRY(broadcast_bytes(r, tensors[i], bytes));
+    }
+    return LS_OK;
+}
+
+ls_status checkpoint_config_everywhere(const ranks *r, const char *path, const char *const *set, int nset, config *c)
+{
+    char *text = NULL;
+    size_t size = 0;
+    ls_status status = LS_OK;
+    if (r->rank == 0) {
+        status = checkpoint_config(path, &text);
+        if (status == LS_OK) size = strlen(text);
+    }
+    status = share(r, status, &text, &size);
+    if (status == LS_OK) status = agree(r, config_parse(path, text, size, set, nset, c));
+    free(text);
+    return status;
+}
+
+/* ------------------------------------------------------------------------------------------------ arguments */
+
+ls_status text_list_add(text_list *list, const char *item)
+{
+    const char **more = realloc(list->item, ((size_t)list->count + 1) * sizeof *more);
+    if (more == NULL) LS_FAIL(LS_ERR_MEMORY, "command line: no memory");
+    more[list->count++] = item;
+    list->item = more;
+    return LS_OK;
+}
+
+ls_status refuse_option(const char *command, int answer, char *const *argv, const char *const *known)
+{
+    /* getopt_long has moved on past what it refuses, except from the middle of a cluster of short options */
+    const char *option = argv[optind - 1];
+    if (answer == ':') {
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: %s needs a value; see longspan %s --help", command, option, command);
+    }
+    char word[64];
+    snprintf(word, sizeof word, "%.*s", (int)strcspn(option, "="), option);
+    const char *near = nearest_word(word, known);
+    LS_FAIL(LS_ERR_ARGUMENT, "%s: unknown option %s%s%s%s; see longspan %s --help", command, option,
+            near ? " (did you mean " : "", near ? near : "", near ? "?)" : "", command);
+}
+
+ls_status read_count(const char *command, const char *option, const char *text, int64_t min, int64_t *value)
+{
+    char *end;
+    errno = 0;
+    const long long x = strtoll(text, &end, 10);
+    if (end == text || *end != 0 || errno != 0 || x < min) {
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: %s: '%s' is not a whole number from %lld on", command, option, text,
+                (long long)min);
+    }
+    *value = x;
+    return LS_OK;
+}
+
+double seconds_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}

@@ -1,0 +1,130 @@
+/* One token at a time: what the blocks of the decoder have seen so far is in the states of their attentions, the source
+ * was summarised when decoding began. The new rows are few, and every rank computes all of them. */
+#include "model_internal.h"
+
+#include "dense.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+struct decoder {
+    model *m;
+    int64_t B, position, max_length;
+    ls_state **state; /* by block of the decoder; NULL for ffn */
+    ls_arena arena;
+    workspace w; /* its own: the model may be used between steps */
+    ls_real *x;  /* (B,E) */
+};
+
+static void plan_step(decoder *d)
+{
+    const int64_t rows = d->B, E = d->m->E;
+    d->w = (workspace){0};
+    d->x = ls_take(&d->arena, rows * E);
+    d->w.normed = ls_take(&d->arena, rows * E);
+    d->w.branch = ls_take(&d->arena, rows * E);
+    d->w.mean = ls_take(&d->arena, rows);
+    d->w.rstd = ls_take(&d->arena, rows);
+    d->w.hidden = ls_take(&d->arena, ls_min(HIDDEN_ROWS, rows) * d->m->F);
+}
+
+static ls_status allocate(decoder *d)
+{
+    d->state = calloc((size_t)d->m->decoder.blocks, sizeof(ls_state *));
+    if (d->state == NULL) LS_FAIL(LS_ERR_MEMORY, "decoder: no memory for the list of %d states", d->m->decoder.blocks);
+    ls_arena_measure(&d->arena);
+    plan_step(d);
+    LS_TRY(ls_arena_reserve(&d->arena, "decoder"));
+    plan_step(d);
+    return LS_OK;
+}
+
+/* Collective: the encoder's output becomes a summary in each cross attention's state. */
+static ls_status take_source(decoder *d, const batch *b, const ls_real *params)
+{
+    static const uint8_t none[1] = {0}; /* a rank without rows passes a mask where others do */
+    model *m = d->m;
+    const pass p = {.b = b, .params = params, .keep = KEEP_NOTHING};
+    LS_TRY(pass_begin(m, &p, 0));
+    LS_TRY(encoder_forward(m, &p));
+    const ls_attention_shape shape = {.batch = b->B, .queries = NULL, .keys = &b->source};
+    const ls_attention_io io = {.key = m->w.memory, .key_padding_mask = b->source_pad != NULL ? b->source_pad : none};
+    for (int k = 0; k < m->decoder.blocks; k++) {
+        const block *bl = &m->decoder.block[k];
+        if (bl->kind == BLOCK_FFN) continue;
+        LS_TRY(ls_state_create(bl->attention, d->B, d->max_length, &d->state[k]));
+        if (bl->kind == BLOCK_CROSS)
+            LS_TRY(ls_state_source(bl->attention, d->state[k], &shape, &io, params + bl->params));
+    }
+    return LS_OK;
+}
+
+ls_status decoder_create(model *m, const batch *source, int64_t max_length, const ls_real *params, decoder **out)
+{
+    *out = NULL;
+    ls_status status = LS_OK;
+    decoder *d = calloc(1, sizeof *d);
+    if (source->B < 1 || max_length < 1)
+        status = ls_fail(LS_ERR_ARGUMENT, "decoder: %lld sequences of at most %lld tokens: give at least one of each",
+                         (long long)source->B, (long long)max_length);
+    else if (d == NULL)
+        status = ls_fail(LS_ERR_MEMORY, "decoder: no memory for %zu bytes", sizeof *d);
+    else {
+        *d = (decoder){.m = m, .B = source->B, .max_length = max_length};
+        status = allocate(d);
+    }
+    LS_TRY_GOTO(ls_agree(m->sequence, status));
+    LS_TRY_GOTO(take_source(d, source, params));
+    *out = d;
+    return LS_OK;
+done:
+    decoder_free(d);
+    return status;
+}
+
+void decoder_free(decoder *d)
+{
+    if (d == NULL) return;
+    for (int k = 0; d->state != NULL && k < d->m->decoder.blocks; k++) ls_state_free(d->state[k]);
+    free(d->state);
+    ls_arena_free(&d->arena);
+    free(d);
+}
+
+/* The same on every rank, since all pass the same: nothing to agree on. */
+static ls_status check_step(const decoder *d, const int32_t *token)
+{
+    if (d->position >= d->max_length)
+        LS_FAIL(LS_ERR_ARGUMENT, "decoder: all %lld positions are used: create it with a larger max_length",
+                (long long)d->max_length);
+    for (int64_t b = 0; b < d->B; b++)
+        if (token[b] < 0 || token[b] >= d->m->V)
+            LS_FAIL(LS_ERR_ARGUMENT, "decoder: token %d of sequence %lld is outside [0, %lld)", (int)token[b],
+                    (long long)b, (long long)d->m->V);
+    return LS_OK;
+}
+
+ls_status decoder_step(decoder *d, const int32_t *token, const ls_real *params, ls_real *logits)
+{
+    const model *m = d->m;
+    const stack *s = &m->decoder;
+    const workspace *w = &d->w;
+    const int64_t B = d->B, E = m->E;
+    LS_TRY(check_step(d, token));
+    ls_embedding(B, E, token, params + s->embedding, sqrt((double)E), d->x);
+    ls_add_positions(B, 1, E, d->position, d->x);
+    for (int k = 0; k < s->blocks; k++) {
+        const block *bl = &s->block[k];
+        ls_layer_norm(B, E, d->x, params + bl->norm.weight, params + bl->norm.bias, w->normed, w->mean, w->rstd);
+        if (bl->kind == BLOCK_FFN) {
+            ffn_forward(m, w, &bl->ffn, params, B);
+        } else {
+            const ls_attention_io io = {.query = w->normed};
+            LS_TRY(ls_attention_step(bl->attention, d->state[k], &io, params + bl->params, w->branch));
+        }
+        ls_add(B * E, w->branch, d->x);
+    }
+    output_logits(m, w, params, B, d->x, w->normed, logits);
+    d->position++;
+    return LS_OK;
+}

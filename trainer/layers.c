@@ -1,0 +1,355 @@
+/* One pass through the model: the plan of its memory, blocks forward and backward, the loss in chunks of rows.
+ *
+ * A block is y = x + drop(branch(norm x)). Backward, dy is the running gradient d: first the branch is undone,
+ *   dbranch = drop(d), dnormed = branchᵀ(dbranch), then d += normᵀ(dnormed),
+ * where normed is computed again from x. Only attentions keep more than x. */
+#include "model_internal.h"
+
+#include "dense.h"
+
+#include <math.h>
+
+/* ------------------------------------------------------------------------------------------------ memory */
+
+static int64_t rows_of(const batch *b, const ls_shard *shard)
+{
+    return b->B * shard->n;
+}
+
+/* Where the residual stream is kept. KEEP_NOTHING: one buffer, blocks work in place. KEEP_LAYERS: the inputs of layers,
+ * and one more set for the blocks within whichever layer is being run. KEEP_BLOCKS: all of it. */
+static void plan_stack(const model *m, stack *s, ls_arena *arena, keeping keep, int64_t rows)
+{
+    for (int k = 0; k <= s->blocks; k++) {
+        const int boundary = k % s->per_layer == 0;
+        if (keep == KEEP_NOTHING && k > 0)
+            s->x[k] = s->x[0];
+        else if (keep == KEEP_LAYERS && k > s->per_layer && !boundary)
+            s->x[k] = s->x[k - s->per_layer];
+        else
+            s->x[k] = ls_take(arena, rows * m->E);
+    }
+}
+
+static void plan(model *m, const pass *p, int64_t source, int64_t target)
+{
+    ls_arena *a = &m->arena;
+    workspace *w = &m->w;
+    const int64_t rows = ls_max(source, target), E = m->E, gradient = p->keep != KEEP_NOTHING;
+    *w = (workspace){0};
+    /* The narrow ones first, so that a rank without rows has pointers that are not NULL. */
+    w->hidden = ls_take(a, HIDDEN_ROWS * m->F);
+    w->active = ls_take(a, HIDDEN_ROWS * m->F);
+    w->logits = ls_take(a, LOGIT_ROWS * m->V);
+    w->mean = ls_take(a, rows);
+    w->rstd = ls_take(a, rows);
+    w->normed = ls_take(a, rows * E);
+    w->branch = ls_take(a, rows * E);
+    w->memory = ls_take(a, source * E);
+    plan_stack(m, &m->encoder, a, p->keep, source);
+    plan_stack(m, &m->decoder, a, p->keep, target);
+    if (gradient) {
+        w->dhidden = ls_take(a, HIDDEN_ROWS * m->F);
+        w->dnormed = ls_take(a, rows * E);
+        w->dkey = ls_take(a, source * E);
+        w->dmemory = ls_take(a, source * E);
+        w->dtarget = ls_take(a, target * E);
+    }
+}
+
+static ls_status check_side(const model *m, const char *name, const ls_shard *s, const int32_t *token,
+                            const uint8_t *pad)
+{
+    if (s->size != ls_context_size(m->sequence) || s->rank != ls_context_rank(m->sequence))
+        LS_FAIL(LS_ERR_ARGUMENT,
+                "model: the batch's %s is sharded for rank %d of %d, but the model runs as rank %d of %d: read the "
+                "batch with the ranks of the model's context",
+                name, s->rank, s->size, ls_context_rank(m->sequence), ls_context_size(m->sequence));
+    if (s->length < 1) LS_FAIL(LS_ERR_ARGUMENT, "model: the batch's %s has no positions: give at least one", name);
+    if (s->n > 0 && (token == NULL || pad == NULL))
+        LS_FAIL(LS_ERR_ARGUMENT, "model: the batch's %s lacks tokens or its padding mask", name);
+    return LS_OK;
+}
+
+static ls_status begin(model *m, const pass *p, int with_target)
+{
+    const batch *b = p->b;
+    if (b->B < 1) LS_FAIL(LS_ERR_ARGUMENT, "model: a batch of %lld sequences: give at least one", (long long)b->B);
+    LS_TRY(check_side(m, "source", &b->source, b->source_token, b->source_pad));
+    if (with_target) {
+        LS_TRY(check_side(m, "target", &b->target, b->input_token, b->target_pad));
+        if (b->target.n > 0 && b->label == NULL) LS_FAIL(LS_ERR_ARGUMENT, "model: the batch has no labels");
+    }
+    const int64_t source = rows_of(b, &b->source), target = with_target ? rows_of(b, &b->target) : 0;
+    ls_arena_measure(&m->arena);
+    plan(m, p, source, target);
+    LS_TRY(ls_arena_reserve(&m->arena, "model activations"));
+    plan(m, p, source, target);
+    return LS_OK;
+}
+
+ls_status pass_begin(model *m, const pass *p, int with_target)
+{
+    return ls_agree(m->sequence, begin(m, p, with_target));
+}
+
+/* ------------------------------------------------------------------------------------------------ branches */
+
+static void norm_forward(const model *m, const workspace *w, norm_params n, const ls_real *params, int64_t rows,
+                         const ls_real *x, ls_real *y)
+{
+    ls_layer_norm(rows, m->E, x, params + n.weight, params + n.bias, y, w->mean, w->rstd);
+}
+
+/* From mean and rstd that norm_forward left in w for the same rows. */
+static void norm_backward(const model *m, const pass *p, norm_params n, int64_t rows, const ls_real *x,
+                          const ls_real *dy, ls_real *dx, int accumulate)
+{
+    ls_layer_norm_backward(rows, m->E, x, p->params + n.weight, m->w.mean, m->w.rstd, dy, dx, accumulate,
+                           p->dparams + n.weight, p->dparams + n.bias);
+}
+
+void ffn_forward(const model *m, const workspace *w, const ffn_params *f, const ls_real *params, int64_t rows)
+{
+    const int64_t E = m->E, F = m->F;
+    for (int64_t row = 0; row < rows; row += HIDDEN_ROWS) {
+        const int64_t n = ls_min(HIDDEN_ROWS, rows - row);
+        ls_linear(n, E, F, w->normed + row * E, params + f->weight0, params + f->bias0, w->hidden);
+        if (m->c.model.activation == ACTIVATION_RELU)
+            ls_relu(n * F, w->hidden, w->hidden);
+        else
+            ls_gelu(n * F, w->hidden, w->hidden);
+        ls_linear(n, F, E, w->hidden, params + f->weight1, params + f->bias1, w->branch + row * E);
+    }
+}
+
+/* dnormed from dbranch (in w->branch); hidden units are computed again. */
+static void ffn_backward(const model *m, const pass *p, const ffn_params *f, int64_t rows)
+{
+    const workspace *w = &m->w;
+    const ls_real *params = p->params;
+    const int64_t E = m->E, F = m->F;
+    for (int64_t row = 0; row < rows; row += HIDDEN_ROWS) {
+        const int64_t n = ls_min(HIDDEN_ROWS, rows - row), relu = m->c.model.activation == ACTIVATION_RELU;
+        const ls_real *normed = w->normed + row * E;
+        ls_linear(n, E, F, normed, params + f->weight0, params + f->bias0, w->hidden);
+        (relu ? ls_relu : ls_gelu)(n * F, w->hidden, w->active);
+        ls_linear_backward(n, F, E, w->active, params + f->weight1, w->branch + row * E, w->dhidden, 0,
+                           p->dparams + f->weight1, p->dparams + f->bias1);
+        (relu ? ls_relu_backward : ls_gelu_backward)(n * F, w->hidden, w->dhidden, w->dhidden);
+        ls_linear_backward(n, E, F, normed, params + f->weight0, w->dhidden, w->dnormed + row * E, 0,
+                           p->dparams + f->weight0, p->dparams + f->bias0);
+    }
+}
+
+/* One side of the batch, as the blocks of its stack see it. A rank without rows may hold no mask, but must pass one
+ * where others do. */
+typedef struct side {
+    const ls_shard *shard;
+    const uint8_t *pad;
+    const int32_t *token;
+    int64_t rows;
+} side;
+
+static const uint8_t *mask_of(const uint8_t *pad)
+{
+    static const uint8_t none[1] = {0};
+    return pad != NULL ? pad : none;
+}
+
+static side side_of(const model *m, const pass *p, const stack *s)
+{
+    const batch *b = p->b;
+    if (s == &m->encoder) return (side){&b->source, mask_of(b->source_pad), b->source_token, rows_of(b, &b->source)};
+    return (side){&b->target, mask_of(b->target_pad), b->input_token, rows_of(b, &b->target)};
+}
+
+static void dropout(const model *m, const pass *p, const side *at, uint32_t stream, ls_real *x)
+{
+    if (p->training)
+        ls_dropout(p->b->B, at->shard->n, m->E, m->c.model.dropout, m->c.train.seed, stream, p->b->sample,
+                   at->shard->lo, x);
+}
+
+static ls_attention_io attention_io(const model *m, const pass *p, const side *at, const block *bl)
+{
+    const int cross = bl->kind == BLOCK_CROSS;
+    return (ls_attention_io){.query = m->w.normed,
+                             .key = cross ? m->w.memory : NULL,
+                             .query_padding_mask = at->pad,
+                             .key_padding_mask = cross ? mask_of(p->b->source_pad) : NULL,
+                             .training = p->training,
+                             .sample = p->b->sample};
+}
+
+static ls_attention_shape attention_shape(const pass *p, const side *at, const block *bl)
+{
+    return (ls_attention_shape){
+        .batch = p->b->B, .queries = at->shard, .keys = bl->kind == BLOCK_CROSS ? &p->b->source : at->shard};
+}
+
+/* ------------------------------------------------------------------------------------------------ stacks */
+
+/* y = x + branch, y may be x. */
+static void add_branch(int64_t n, const ls_real *x, const ls_real *branch, ls_real *y)
+{
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) y[i] = x[i] + branch[i];
+}
+
+/* Blocks first .. last - 1. save: their attentions keep what backward wants. */
+static ls_status blocks_forward(model *m, const pass *p, stack *s, int first, int last, int save)
+{
+    const workspace *w = &m->w;
+    const side at = side_of(m, p, s);
+    for (int k = first; k < last; k++) {
+        const block *bl = &s->block[k];
+        norm_forward(m, w, bl->norm, p->params, at.rows, s->x[k], w->normed);
+        if (bl->kind == BLOCK_FFN) {
+            ffn_forward(m, w, &bl->ffn, p->params, at.rows);
+        } else {
+            const ls_attention_io io = attention_io(m, p, &at, bl);
+            const ls_attention_shape shape = attention_shape(p, &at, bl);
+            LS_TRY(ls_attention_forward(bl->attention, &shape, &io, p->params + bl->params, w->branch,
+                                        save ? bl->saved : NULL));
+        }
+        dropout(m, p, &at, bl->stream, w->branch);
+        add_branch(at.rows * m->E, s->x[k], w->branch, s->x[k + 1]);
+    }
+    return LS_OK;
+}
+
+static ls_status stack_forward(model *m, const pass *p, stack *s)
+{
+    const side at = side_of(m, p, s);
+    ls_embedding(at.rows, m->E, at.token, p->params + s->embedding, sqrt((double)m->E), s->x[0]);
+    ls_add_positions(p->b->B, at.shard->n, m->E, at.shard->lo, s->x[0]);
+    dropout(m, p, &at, s->stream, s->x[0]);
+    return blocks_forward(m, p, s, 0, s->blocks, p->keep == KEEP_BLOCKS);
+}
+
+/* d: the gradient of x[k + 1], becomes that of x[k]. */
+static ls_status block_backward(model *m, const pass *p, stack *s, int k, ls_real *d)
+{
+    const workspace *w = &m->w;
+    const block *bl = &s->block[k];
+    const side at = side_of(m, p, s);
+    const int64_t n = at.rows * m->E;
+    if (n > 0) memcpy(w->branch, d, (size_t)n * sizeof *d);
+    dropout(m, p, &at, bl->stream, w->branch);
+    norm_forward(m, w, bl->norm, p->params, at.rows, s->x[k], w->normed);
+    if (bl->kind == BLOCK_FFN) {
+        ffn_backward(m, p, &bl->ffn, at.rows);
+    } else {
+        const ls_attention_io io = attention_io(m, p, &at, bl);
+        const ls_attention_shape shape = attention_shape(p, &at, bl);
+        const int cross = bl->kind == BLOCK_CROSS;
+        const ls_attention_grads grads = {
+            .query = w->dnormed, .key = cross ? w->dkey : NULL, .params = p->dparams + bl->params};
+        /* out: a layer keeps its core's output itself and does not read what came after it, which is gone by now */
+        LS_TRY(ls_attention_backward(bl->attention, &shape, &io, p->params + bl->params, w->branch, w->branch,
+                                     bl->saved, &grads));
+        if (cross) ls_add(rows_of(p->b, &p->b->source) * m->E, w->dkey, w->dmemory);
+    }
+    norm_backward(m, p, bl->norm, at.rows, s->x[k], w->dnormed, d, 1);
+    return LS_OK;
+}
+
+/* d: the gradient of the last x. */
+static ls_status stack_backward(model *m, const pass *p, stack *s, ls_real *d)
+{
+    for (int last = s->blocks; last > 0; last -= s->per_layer) {
+        const int first = last - s->per_layer;
+        /* The inputs of the layer's blocks again; what the last block gives is not needed. */
+        if (p->keep == KEEP_LAYERS) LS_TRY(blocks_forward(m, p, s, first, last - 1, 1));
+        for (int k = last - 1; k >= first; k--) LS_TRY(block_backward(m, p, s, k, d));
+    }
+    const side at = side_of(m, p, s);
+    dropout(m, p, &at, s->stream, d);
+    ls_embedding_backward(at.rows, m->E, at.token, sqrt((double)m->E), d, p->dparams + s->embedding);
+    return LS_OK;
+}
+
+ls_status encoder_forward(model *m, const pass *p)
+{
+    LS_TRY(stack_forward(m, p, &m->encoder));
+    norm_forward(m, &m->w, m->encoder.norm, p->params, rows_of(p->b, &p->b->source), m->encoder.x[m->encoder.blocks],
+                 m->w.memory);
+    return LS_OK;
+}
+
+ls_status decoder_forward(model *m, const pass *p)
+{
+    return stack_forward(m, p, &m->decoder);
+}
+
+static ls_status backward(model *m, const pass *p)
+{
+    const int64_t source = rows_of(p->b, &p->b->source);
+    const ls_real *x = m->encoder.x[m->encoder.blocks];
+    ls_real *d = m->w.dmemory;
+    ls_zero(d, source * m->E);
+    LS_TRY(stack_backward(m, p, &m->decoder, m->w.dtarget));
+    norm_forward(m, &m->w, m->encoder.norm, p->params, source, x, m->w.normed);
+    norm_backward(m, p, m->encoder.norm, source, x, d, d, 0);
+    return stack_backward(m, p, &m->encoder, d);
+}
+
+/* ------------------------------------------------------------------------------------------------ loss */
+
+void output_logits(const model *m, const workspace *w, const ls_real *params, int64_t rows, const ls_real *x,
+                   ls_real *normed, ls_real *logits)
+{
+    norm_forward(m, w, m->decoder.norm, params, rows, x, normed);
+    ls_linear(rows, m->E, m->V, normed, params + m->output, NULL, logits);
+}
+
+/* The loss of this rank's labels and, with p->dparams, the gradient of the last x of the decoder: each chunk of logits
+ * is differentiated as soon as it is there, so (B,T,V) never is. */
+static void output_loss(model *m, const pass *p, double grad_scale, model_loss *out)
+{
+    const workspace *w = &m->w;
+    const int64_t rows = rows_of(p->b, &p->b->target), E = m->E;
+    const int gradient = p->dparams != NULL;
+    *out = (model_loss){0};
+    for (int64_t row = 0; row < rows; row += LOGIT_ROWS) {
+        const int64_t n = ls_min(LOGIT_ROWS, rows - row);
+        const int32_t *label = p->b->label + row;
+        const ls_real *x = m->decoder.x[m->decoder.blocks] + row * E;
+        double nll = 0;
+        output_logits(m, w, p->params, n, x, w->normed, w->logits);
+        out->loss += ls_cross_entropy(n, m->V, w->logits, label, m->c.train.label_smoothing, grad_scale,
+                                      gradient ? w->logits : NULL, &nll);
+        out->nll += nll;
+        for (int64_t i = 0; i < n; i++) out->tokens += label[i] >= 0;
+        if (!gradient) continue;
+        ls_linear_backward(n, E, m->V, w->normed, p->params + m->output, w->logits, w->dnormed, 0,
+                           p->dparams + m->output, NULL);
+        norm_backward(m, p, m->decoder.norm, n, x, w->dnormed, w->dtarget + row * E, 0);
+    }
+}
+
+ls_status model_evaluate(model *m, const batch *b, const ls_real *params, model_loss *out)
+{
+    const pass p = {.b = b, .params = params, .keep = KEEP_NOTHING};
+    LS_TRY(pass_begin(m, &p, 1));
+    LS_TRY(encoder_forward(m, &p));
+    LS_TRY(decoder_forward(m, &p));
+    output_loss(m, &p, 0, out);
+    return LS_OK;
+}
+
+ls_status model_gradient(model *m, const batch *b, const ls_real *params, double grad_scale, ls_real *dparams,
+                         model_loss *out)
+{
+    const pass p = {.b = b,
+                    .params = params,
+                    .dparams = dparams,
+                    .training = 1,
+                    .keep = m->c.train.recompute ? KEEP_LAYERS : KEEP_BLOCKS};
+    LS_TRY(pass_begin(m, &p, 1));
+    LS_TRY(encoder_forward(m, &p));
+    LS_TRY(decoder_forward(m, &p));
+    output_loss(m, &p, grad_scale, out);
+    return backward(m, &p);
+}

@@ -1,0 +1,77 @@
+/* `longspan SUBCOMMAND ...`: starts MPI, makes the context of all ranks, calls the subcommand, and is the only part of
+ * Longspan that ends the program. Runs under mpirun, srun, or alone. */
+#include "trainer.h"
+
+#include <string.h>
+
+static const struct {
+    const char *name, *summary;
+    int (*run)(int argc, char **argv, ranks *r);
+} commands[] = {
+    {"pack", "make a data set from text", command_pack},
+    {"train", "train a model, or go on training it", command_train},
+    {"eval", "measure how well a checkpoint predicts a split", command_eval},
+    {"generate", "write the target of a source, byte by byte", command_generate},
+    {"inspect", "show what a data set or checkpoint holds", command_inspect},
+    {"info", "show what this build can do", command_info},
+};
+enum { COMMANDS = sizeof commands / sizeof *commands };
+
+static void help(void)
+{
+    printf("usage: longspan SUBCOMMAND ...      longspan SUBCOMMAND --help      longspan --version\n"
+           "\n"
+           "Trains encoder-decoder models on sequences that are sharded over MPI ranks:\n"
+           "mpirun -n 4 longspan train run.yaml\n"
+           "\n");
+    for (int i = 0; i < COMMANDS; i++) printf("  %-10s %s\n", commands[i].name, commands[i].summary);
+    printf(
+        "\n"
+        "Exit status: 0 done, 1 a bug, 2 wrong usage or configuration, 3 a damaged or wrong file, 4 a file cannot be\n"
+        "read or written, 5 loss or gradient not finite, 6 out of memory, 7 the transport failed.\n");
+}
+
+static int dispatch(int argc, char **argv, ranks *r)
+{
+    const char *names[COMMANDS + 1] = {0};
+    for (int i = 0; i < COMMANDS; i++) {
+        names[i] = commands[i].name;
+        if (argc > 1 && strcmp(argv[1], names[i]) == 0) return commands[i].run(argc - 1, argv + 1, r);
+    }
+    if (argc > 1 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0)) {
+        if (r->rank == 0) help();
+        return EXIT_OK;
+    }
+    if (argc > 1 && strcmp(argv[1], "--version") == 0) {
+        if (r->rank == 0) printf("longspan %s\n", LS_VERSION_STRING);
+        return EXIT_OK;
+    }
+    if (argc < 2) return report_error(r, ls_fail(LS_ERR_ARGUMENT, "which subcommand? See longspan --help"));
+    const char *near = nearest_word(argv[1], names);
+    return report_error(r, ls_fail(LS_ERR_ARGUMENT, "unknown subcommand '%s'%s%s%s; see longspan --help", argv[1],
+                                   near ? " (did you mean " : "", near ? near : "", near ? "?)" : ""));
+}
+
+int main(int argc, char **argv)
+{
+    int provided;
+    if (MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided) != MPI_SUCCESS) return EXIT_COMM;
+    ranks r = {.groups = 1};
+    MPI_Comm_dup(MPI_COMM_WORLD, &r.comm);
+    MPI_Comm_set_errhandler(r.comm, MPI_ERRORS_RETURN);
+    MPI_Comm_rank(r.comm, &r.rank);
+    MPI_Comm_size(r.comm, &r.size);
+    const ls_context_options options = {.comm = r.comm, .device = LS_CPU};
+    const ls_status status = ls_context_create(&options, &r.world);
+    int code = status == LS_OK ? dispatch(argc, argv, &r) : report_error(&r, status);
+    /* standard output is a result: when it could not be written, that is a failure */
+    if ((fflush(stdout) != 0 || ferror(stdout)) && code == EXIT_OK) {
+        code = report_error(&r, ls_fail(LS_ERR_IO, "standard output cannot be written"));
+    }
+    MPI_Allreduce(MPI_IN_PLACE, &code, 1, MPI_INT, MPI_MAX, r.comm); /* a launcher may look at any rank's */
+    ls_context_free(r.sequence);
+    ls_context_free(r.world);
+    MPI_Comm_free(&r.comm);
+    MPI_Finalize();
+    return code;
+}

@@ -1,0 +1,155 @@
+#include "metrics.h"
+#include "trainer.h"
+
+#include <errno.h>
+#include <jansson.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+static const char file_name[] = "metrics.jsonl";
+enum { SHOW_EVERY = 5 /* seconds, where there is no terminal */ };
+
+struct metrics {
+    FILE *file;
+    char path[1100];
+    int terminal, drawn; /* drawn: the cursor stands behind a progress line */
+    double shown;        /* when a plain line was printed last */
+};
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* The step of a line; -1 where it is no line of ours, such as one cut short when the run was killed. */
+static int64_t step_of(const char *line, size_t size)
+{
+    json_t *object = json_loadb(line, size, 0, NULL);
+    const json_t *step = json_object_get(object, "step");
+    const int64_t value = json_is_integer(step) ? (int64_t)json_integer_value(step) : -1;
+    json_decref(object);
+    return value;
+}
+
+/* Reads a whole file; a missing one is empty. */
+static ls_status slurp(const char *path, char **bytes, size_t *size)
+{
+    *bytes = NULL;
+    *size = 0;
+    FILE *f = fopen(path, "rb");
+    if (f == NULL && errno == ENOENT) return LS_OK;
+    if (f == NULL) LS_FAIL(LS_ERR_IO, "%s: cannot be read: %s", path, strerror(errno));
+    size_t room = 0;
+    ls_status status = LS_OK;
+    for (;;) {
+        if (*size == room) {
+            char *more = realloc(*bytes, room = room * 2 + 65536);
+            if (more == NULL) {
+                status = ls_fail(LS_ERR_MEMORY, "%s: no memory for %zu bytes", path, room);
+                break;
+            }
+            *bytes = more;
+        }
+        const size_t got = fread(*bytes + *size, 1, room - *size, f);
+        *size += got;
+        if (got == 0) break;
+    }
+    if (status == LS_OK && ferror(f)) status = ls_fail(LS_ERR_IO, "%s: cannot be read: %s", path, strerror(errno));
+    fclose(f);
+    return status;
+}
+
+ls_status metrics_open(const char *directory, int64_t resumed, metrics **out)
+{
+    metrics *m = *out = calloc(1, sizeof *m);
+    if (m == NULL) LS_FAIL(LS_ERR_MEMORY, "metrics: no memory");
+    snprintf(m->path, sizeof m->path, "%s/%s", directory, file_name);
+    /* under mpirun standard output is a terminal of mpirun's own making, but standard error is not */
+    m->terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);
+    m->shown = -SHOW_EVERY;
+
+    char *bytes;
+    size_t size, kept = 0;
+    ls_status status = slurp(m->path, &bytes, &size);
+    for (size_t at = 0; status == LS_OK && at < size;) {
+        const char *end = memchr(bytes + at, '\n', size - at);
+        if (end == NULL) break;
+        const size_t length = (size_t)(end - bytes) + 1 - at;
+        const int64_t step = step_of(bytes + at, length);
+        if (step >= 0 && step <= resumed) {
+            memmove(bytes + kept, bytes + at, length);
+            kept += length;
+        }
+        at += length;
+    }
+    if (status == LS_OK) status = write_file(directory, file_name, bytes == NULL ? "" : bytes, kept);
+    free(bytes);
+    if (status == LS_OK && (m->file = fopen(m->path, "ab")) == NULL) {
+        status = ls_fail(LS_ERR_IO, "%s: cannot be written: %s", m->path, strerror(errno));
+    }
+    if (status != LS_OK) {
+        metrics_close(m);
+        *out = NULL;
+    }
+    return status;
+}
+
+void metrics_close(metrics *m)
+{
+    if (m == NULL) return;
+    if (m->drawn) putchar('\n');
+    fflush(stdout);
+    if (m->file != NULL) fclose(m->file);
+    free(m);
+}
+
+static ls_status append(metrics *m, json_t *line)
+{
+    if (line == NULL) LS_FAIL(LS_ERR_MEMORY, "%s: no memory for a line", m->path);
+    errno = 0;
+    const int failed = json_dumpf(line, m->file, JSON_COMPACT | JSON_PRESERVE_ORDER | JSON_REAL_PRECISION(10)) != 0 ||
+                       fputc('\n', m->file) == EOF || fflush(m->file) != 0;
+    json_decref(line);
+    if (failed) LS_FAIL(LS_ERR_IO, "%s: cannot be written: %s", m->path, strerror(errno));
+    return LS_OK;
+}
+
+ls_status metrics_step(metrics *m, const step_metrics *s)
+{
+    char order[20];
+    snprintf(order, sizeof order, "%016llx", (unsigned long long)s->order);
+    const double speed = s->seconds > 0 ? (double)s->tokens / s->seconds : 0;
+    LS_TRY(
+        append(m, json_pack("{s:I, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I, s:s}", "step", (json_int_t)s->step,
+                            "samples", (json_int_t)s->samples, "tokens", (json_int_t)s->tokens, "loss", s->loss, "nll",
+                            s->nll, "grad_norm", s->grad_norm, "lr", s->rate, "seconds", s->seconds,
+                            "tokens_per_second", speed, "bytes_exchanged", (json_int_t)s->bytes_exchanged,
+                            "peak_memory_bytes", (json_int_t)s->peak_memory, "order", order)));
+    const double left = (double)(s->steps - s->step) * s->seconds;
+    const int last = s->step == s->steps;
+    if (!m->terminal && !last && now() - m->shown < SHOW_EVERY) return LS_OK;
+    m->shown = now();
+    printf("%sstep %lld/%lld  loss %.4f  norm %.3g  lr %.3g  %.0f tokens/s  %.0f s left%s", m->terminal ? "\r" : "",
+           (long long)s->step, (long long)s->steps, s->loss, s->grad_norm, s->rate, speed, left,
+           m->terminal ? "\033[K" : "\n");
+    m->drawn = m->terminal;
+    fflush(stdout);
+    return LS_OK;
+}
+
+ls_status metrics_evaluation(metrics *m, const evaluation_metrics *e)
+{
+    LS_TRY(append(m, json_pack("{s:I, s:f, s:f, s:I, s:I, s:f, s:b}", "step", (json_int_t)e->step, "valid_nll", e->nll,
+                               "valid_bits_per_byte", e->bits_per_byte, "valid_tokens", (json_int_t)e->tokens,
+                               "valid_documents", (json_int_t)e->documents, "valid_seconds", e->seconds, "best",
+                               e->best)));
+    printf("%sstep %lld  valid %.4f nats per token, %.4f bits per byte%s\n", m->drawn ? "\n" : "", (long long)e->step,
+           e->nll, e->bits_per_byte, e->best ? " (best so far)" : "");
+    m->drawn = 0;
+    fflush(stdout);
+    return LS_OK;
+}

@@ -1,0 +1,37 @@
+/* RUN/metrics.jsonl: one JSON object a line, appended and flushed by rank 0 after every step and every evaluation.
+ *
+ * step:        step, samples, tokens (labels of this step), loss (objective, nats per token), nll (without smoothing),
+ *              grad_norm (before clipping), lr, seconds (wall clock of rank 0), tokens_per_second,
+ *              bytes_exchanged (this step, sent by all ranks through both contexts),
+ *              peak_memory_bytes (of the processes so far, summed over ranks), order (digest of the batch's documents)
+ * evaluation:  step, valid_nll (nats per token), valid_bits_per_byte, valid_tokens, valid_documents, valid_seconds,
+ * best
+ */
+#ifndef LS_METRICS_H
+#define LS_METRICS_H
+
+#include "status.h"
+
+typedef struct step_metrics {
+    int64_t step, steps, samples, tokens;
+    double loss, nll, grad_norm, rate, seconds;
+    uint64_t bytes_exchanged, peak_memory, order;
+} step_metrics;
+
+typedef struct evaluation_metrics {
+    int64_t step, tokens, documents;
+    double nll, bits_per_byte, seconds;
+    int best;
+} evaluation_metrics;
+
+typedef struct metrics metrics;
+
+/* Keeps the lines up to and including step `resumed` (0: a new run) and goes on after them, so that no step is told
+ * twice. Rank 0 only, like everything here. */
+ls_status metrics_open(const char *directory, int64_t resumed, metrics **m);
+void metrics_close(metrics *m);
+/* Also shows the step to who is watching: a line redrawn on a terminal, a new line every few seconds elsewhere. */
+ls_status metrics_step(metrics *m, const step_metrics *s);
+ls_status metrics_evaluation(metrics *m, const evaluation_metrics *e);
+
+#endif

@@ -1,0 +1,98 @@
+/* The model from inside: what model.c lays out, layers.c walks forward and backward, and decode.c steps through.
+ *
+ * Both stacks are chains of residual blocks y = x + drop(branch(norm x)); a branch is an attention or a feed-forward
+ * net. A layer is 2 blocks of the encoder (attention, ffn) or 3 of the decoder (self, cross, ffn). Between the blocks
+ * flows the residual stream, and it is all that this model keeps of a forward pass besides what attentions save:
+ * normalised rows, hidden units and logits are cheaper to compute again than to keep. */
+#ifndef LS_MODEL_INTERNAL_H
+#define LS_MODEL_INTERNAL_H
+
+#include "arena.h"
+#include "model.h"
+
+/* Rows at a time through what is wider than the model: hidden units (F) and logits (V). Enough for a matrix product to
+ * be efficient, few enough to stay in a cache: with E = 128, F = 512, chunks of 256 to 512 rows are 15 % faster than
+ * all rows at once, which about pays for computing the hidden units twice. */
+enum { HIDDEN_ROWS = 512, LOGIT_ROWS = 512 };
+
+/* Offsets in the flat vector of parameters. */
+typedef struct norm_params {
+    int64_t weight, bias;
+} norm_params;
+typedef struct ffn_params {
+    int64_t weight0, bias0, weight1, bias1;
+} ffn_params;
+
+typedef enum { BLOCK_SELF, BLOCK_CROSS, BLOCK_FFN } block_kind;
+typedef struct block {
+    block_kind kind;
+    norm_params norm;
+    ffn_params ffn;
+    ls_attention *attention; /* NULL for ffn */
+    int64_t params;          /* of the attention: one contiguous run */
+    ls_saved *saved;         /* under recompute that of the same block of layer 0 */
+    uint32_t stream;         /* of the dropout on the branch */
+} block;
+
+typedef struct stack {
+    int blocks, per_layer;
+    block *block; /* (blocks) */
+    norm_params norm;
+    int64_t embedding;
+    uint32_t stream; /* of the dropout on the embeddings */
+    ls_real **x;     /* (blocks + 1): x[k] goes into block k; which of them share memory is decided by the plan */
+} stack;
+
+typedef enum { KEEP_NOTHING, KEEP_LAYERS, KEEP_BLOCKS } keeping;
+
+/* Scratch rows (rows, E) and what is narrower or wider than them. */
+typedef struct workspace {
+    ls_real *normed, *branch, *mean, *rstd;
+    ls_real *hidden, *active; /* (HIDDEN_ROWS, F) */
+    ls_real *logits;          /* (LOGIT_ROWS, V) */
+    ls_real *dnormed, *dhidden, *dkey;
+    ls_real *memory, *dmemory, *dtarget; /* encoder output, its gradient; the running gradient of the decoder */
+} workspace;
+
+typedef enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_UNIFORM } init_kind;
+typedef struct tensor_init {
+    init_kind kind;
+    double scale; /* standard deviation, or half the width */
+} tensor_init;
+
+struct model {
+    ls_context *sequence;
+    config c;
+    int64_t E, F, V;
+    stack encoder, decoder;
+    int64_t output; /* (V,E): the embedding table where tied */
+    int num_tensors, max_tensors;
+    model_tensor *tensor;
+    tensor_init *init;
+    int64_t count;
+    ls_arena arena; /* activations and scratch of one call, as large as the largest call so far */
+    workspace w;
+};
+
+/* One call: what every block of both stacks sees. */
+typedef struct pass {
+    const batch *b;
+    const ls_real *params;
+    ls_real *dparams;
+    int training;
+    keeping keep;
+} pass;
+
+/* Collective: sizes and places all memory of a pass; m->w and the x of both stacks point into it until the next. */
+ls_status pass_begin(model *m, const pass *p, int with_target);
+/* Collective: embeddings, blocks, final norm: fills m->w.memory. */
+ls_status encoder_forward(model *m, const pass *p);
+/* Collective: embeddings and blocks; the last x waits for its norm and the logits, which go by in chunks. */
+ls_status decoder_forward(model *m, const pass *p);
+/* rows <= LOGIT_ROWS: normed (rows,E) = norm x, logits (rows,V) = normed Wᵀ. */
+void output_logits(const model *m, const workspace *w, const ls_real *params, int64_t rows, const ls_real *x,
+                   ls_real *normed, ls_real *logits);
+/* branch (rows,E) = W1 act(W0 normed + b0) + b1. */
+void ffn_forward(const model *m, const workspace *w, const ffn_params *f, const ls_real *params, int64_t rows);
+
+#endif

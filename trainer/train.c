@@ -1,0 +1,601 @@
+/* `longspan train`: refuses what it can before anything is created, then takes steps until the last one or a signal.
+ *
+ * One step: every rank knows the whole global batch and how many labels it has. Groups take contiguous runs of it, and
+ * work through them in `accumulation` micro-batches; loss and gradient are scaled by the labels of the whole batch, so
+ * that one all-reduce of the gradients, with a few scalars at their end, makes the sums of a single rank. All ranks
+ * then make the same update. Nothing outlives a step but training_state, which is what a checkpoint holds: so a run
+ * that was resumed is the run that was not interrupted. */
+#include "metrics.h"
+#include "real.h"
+#include "trainer.h"
+
+#include <errno.h>
+#include <getopt.h>
+#include <math.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <xxhash.h>
+
+static const char usage[] =
+    "usage: longspan train CONFIG.yaml [options]\n"
+    "\n"
+    "Trains a model; run it under mpirun or srun for more than one rank. Checkpoints, metrics.jsonl and the resolved\n"
+    "config.yaml go to run.directory. SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint\n"
+    "(mpirun passes SIGUSR1 on to the ranks).\n"
+    "\n"
+    "  --set KEY=VALUE    change a key of the configuration, e.g. train.steps=100; may be given many times\n"
+    "  --resume WHAT      none: start anew (default; refuses a directory that holds checkpoints)\n"
+    "                     auto: go on from the newest checkpoint in run.directory, if there is one\n"
+    "                     PATH: go on from this checkpoint, or from the newest one in this directory\n"
+    "  --dry-run          check everything, show who would own what, write nothing\n"
+    "  --help-config      the keys of a configuration with defaults and ranges\n"
+    "  --help             this text\n";
+
+enum { PATH_SIZE = 1200 };
+/* What travels behind the gradients in their all-reduce. */
+enum { TAIL_LOSS, TAIL_NLL, TAIL_TOKENS, TAIL_STOP, TAIL };
+
+typedef struct train_options {
+    const char *file, *resume;
+    text_list set;
+    int dry_run, help, help_config;
+} train_options;
+
+/* LONGSPAN_TEST_FAIL=RANK:STEP:HOW, for tests: at this step the rank
+ *   memory     has none (the default)     nan   gets a loss that is not a number
+ *   kill       dies at once               torn  dies in the middle of the next file it writes that is not small
+ *   full       finds the disk full there */
+typedef struct rehearsal {
+    int rank;
+    int64_t step;
+    char how[8];
+} rehearsal;
+
+typedef struct run {
+    ranks *r;
+    config c;
+    char *config_text;
+    char resume[PATH_SIZE]; /* the checkpoint to go on from, or "" */
+    dataset *data;
+    model *m;
+    int64_t count;  /* of parameters */
+    ls_real *grads; /* (count + TAIL) */
+    training_state s;
+    int64_t *index; /* (batch): documents of the step */
+    batch b;
+    metrics *log;   /* rank 0 */
+    ls_status late; /* what rank 0 could not write; told at the next agreement */
+    int64_t evaluated, saved;
+    evaluation last;
+    double seconds; /* of all steps of this process */
+    int64_t tokens;
+    uint64_t sent, peak_memory;
+    rehearsal test;
+} run;
+
+static volatile sig_atomic_t stop_wanted;
+
+static void want_stop(int signal_number)
+{
+    (void)signal_number;
+    stop_wanted = 1;
+}
+
+/* ------------------------------------------------------------------------------------------------ arguments */
+
+static ls_status parse(int argc, char **argv, train_options *o)
+{
+    static const struct option options[] = {
+        {"set", required_argument, NULL, 's'}, {"resume", required_argument, NULL, 'r'},
+        {"dry-run", no_argument, NULL, 'd'},   {"help-config", no_argument, NULL, 'c'},
+        {"help", no_argument, NULL, 'h'},      {NULL, 0, NULL, 0}};
+    static const char *const known[] = {"--set", "--resume", "--dry-run", "--help-config", "--help", NULL};
+    *o = (train_options){.resume = "none"};
+    int which;
+    opterr = 0;
+    optind = 1;
+    while ((which = getopt_long(argc, argv, ":", options, NULL)) != -1) {
+        switch (which) {
+        case 's':
+            LS_TRY(text_list_add(&o->set, optarg));
+            break;
+        case 'r':
+            o->resume = optarg;
+            break;
+        case 'd':
+            o->dry_run = 1;
+            break;
+        case 'c':
+            o->help_config = 1;
+            return LS_OK;
+        case 'h':
+            o->help = 1;
+            return LS_OK;
+        default:
+            return refuse_option("train", which, argv, known);
+        }
+    }
+    if (optind != argc - 1) {
+        LS_FAIL(LS_ERR_ARGUMENT, "train: %s; see longspan train --help",
+                optind >= argc ? "which configuration?" : "one configuration is all it takes");
+    }
+    o->file = argv[optind];
+    return LS_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------ prepare */
+
+static ls_status read_config(const train_options *o, run *t)
+{
+    char *text;
+    size_t size;
+    LS_TRY(read_everywhere(t->r, o->file, &text, &size));
+    ls_status status = config_parse(o->file, text, size, o->set.item, o->set.count, &t->c);
+    free(text);
+    if (status == LS_OK) status = config_text(&t->c, &t->config_text);
+    if (status == LS_OK && t->c.data.path[0] == 0) {
+        status = ls_fail(LS_ERR_ARGUMENT, "%s: data.path: which data set?", o->file);
+    } else if (status == LS_OK && t->c.run.directory[0] == 0) {
+        status = ls_fail(LS_ERR_ARGUMENT, "%s: run.directory: where do checkpoints and metrics go?", o->file);
+    }
+    return agree(t->r, status);
+}
+
+static ls_status open_data(run *t)
+{
+    const config *c = &t->c;
+    LS_TRY(ranks_split(t->r, c->parallel.sequence, c->train.seed));
+    if (c->train.batch < t->r->groups) {
+        LS_FAIL(LS_ERR_ARGUMENT,
+                "train.batch: %lld sequences are not enough for %d groups of ranks: let more ranks share each sequence "
+                "(parallel.sequence), or raise it",
+                (long long)c->train.batch, t->r->groups);
+    }
+    LS_TRY(dataset_open(t->r->world, c->data.path, c->data.verify, &t->data));
+    if (dataset_documents(t->data, "train") == 0) {
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: has no split train to learn from", c->data.path);
+    }
+    return LS_OK;
+}
+
+static ls_status allocate(run *t)
+{
+    LS_TRY(agree(t->r, model_create(t->r->sequence, &t->c, &t->m)));
+    t->count = model_count(t->m);
+    const size_t n = (size_t)t->count;
+    t->grads = malloc((n + TAIL) * sizeof(ls_real));
+    t->s.params = malloc(n * sizeof(ls_real));
+    t->s.adam_m = calloc(n, sizeof(ls_real));
+    t->s.adam_v = calloc(n, sizeof(ls_real));
+    t->index = malloc((size_t)t->c.train.batch * sizeof *t->index);
+    ls_status status = LS_OK;
+    if (t->grads == NULL || t->s.params == NULL || t->s.adam_m == NULL || t->s.adam_v == NULL || t->index == NULL) {
+        status = ls_fail(LS_ERR_MEMORY, "no memory for %lld parameters with gradients and optimizer, %.0f MiB",
+                         (long long)t->count, 4.0 * (double)n * sizeof(ls_real) / 1048576);
+    }
+    return agree(t->r, status);
+}
+
+/* Rank 0: which checkpoint to go on from, by what was asked and what is there. */
+static ls_status choose_resume(const char *directory, const char *asked, char resume[PATH_SIZE])
+{
+    char newest[PATH_SIZE] = "";
+    struct stat there, other;
+    resume[0] = 0;
+    if (stat(directory, &there) == 0) {
+        if (!S_ISDIR(there.st_mode)) LS_FAIL(LS_ERR_IO, "run.directory: %s is not a directory", directory);
+        LS_TRY(checkpoint_latest(directory, newest));
+    }
+    if (strcmp(asked, "none") == 0) {
+        if (newest[0] == 0) return LS_OK;
+        LS_FAIL(LS_ERR_ARGUMENT,
+                "run.directory: %s is there already: go on with --resume auto, or choose another "
+                "directory",
+                newest);
+    }
+    if (strcmp(asked, "auto") == 0) {
+        strcpy(resume, newest);
+        return LS_OK;
+    }
+    if (strlen(asked) >= PATH_SIZE) LS_FAIL(LS_ERR_ARGUMENT, "--resume: the path is too long");
+    if (stat(asked, &there) != 0) LS_FAIL(LS_ERR_IO, "--resume: %s: %s", asked, strerror(errno));
+    if (S_ISDIR(there.st_mode)) {
+        LS_TRY(checkpoint_latest(asked, resume));
+        if (resume[0] == 0) LS_FAIL(LS_ERR_IO, "--resume: %s holds no checkpoint", asked);
+        if (stat(resume, &there) != 0) LS_FAIL(LS_ERR_IO, "--resume: %s: %s", resume, strerror(errno));
+    } else {
+        strcpy(resume, asked);
+    }
+    /* beside other checkpoints than the one to go on from, newest would soon mean two things */
+    if (newest[0] != 0 && (stat(newest, &other) != 0 || other.st_ino != there.st_ino || other.st_dev != there.st_dev)) {
+        LS_FAIL(LS_ERR_ARGUMENT,
+                "run.directory: %s is there, but the run is to go on from %s: choose another directory", newest,
+                resume);
+    }
+    return LS_OK;
+}
+
+/* What must not change when a run goes on: the model except its dropout, and what decides the order of the data. */
+static ls_status check_same_run(const run *t, const config *before)
+{
+    for (int i = 0; config_key_at(i) != NULL; i++) {
+        const config_key *key = config_key_at(i);
+        const char *name = strrchr(key->path, '.');
+        const int model_key = strncmp(key->path, "model.", 6) == 0 && strcmp(name, ".dropout") != 0;
+        if (!model_key && strcmp(key->path, "train.seed") != 0 && strcmp(key->path, "train.batch") != 0) continue;
+        const size_t offset = key->kind == KEY_OPTION ? key->offset + offsetof(config_attention, value) : key->offset;
+        const size_t size = key->kind == KEY_OPTION ? sizeof before->model.encoder.value : key->size;
+        if (memcmp((const char *)before + offset, (const char *)&t->c + offset, size) != 0) {
+            const char *what = key->path;
+            const int length = key->kind == KEY_OPTION ? (int)(name - what) : (int)strlen(what);
+            LS_FAIL(LS_ERR_ARGUMENT, "%s: was trained with other %.*s than the configuration has; they cannot change",
+                    t->resume, length, what);
+        }
+    }
+    return LS_OK;
+}
+
+static ls_status resume(run *t)
+{
+    config before;
+    LS_TRY(checkpoint_config_everywhere(t->r, t->resume, NULL, 0, &before));
+    LS_TRY(agree(t->r, check_same_run(t, &before)));
+    LS_TRY(load_everywhere(t->r, t->resume, t->m, &t->s));
+    if (t->s.data_digest != dataset_digest(t->data)) {
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: was trained on another data set than %s (digest %016llx, here %016llx)",
+                t->resume, t->c.data.path, (unsigned long long)t->s.data_digest,
+                (unsigned long long)dataset_digest(t->data));
+    }
+    if (t->s.samples != t->s.step * t->c.train.batch || t->s.seed != t->c.train.seed) {
+        LS_FAIL(LS_ERR_FORMAT, "%s: step, samples and seed contradict its configuration: not written by Longspan",
+                t->resume);
+    }
+    return LS_OK;
+}
+
+static void start(run *t)
+{
+    t->s.seed = t->c.train.seed;
+    t->s.data_digest = dataset_digest(t->data);
+    t->s.best_nll = INFINITY;
+    model_init(t->m, t->c.train.seed, t->s.params);
+}
+
+static ls_status make_directories(const char *path)
+{
+    char part[PATH_SIZE];
+    snprintf(part, sizeof part, "%s", path);
+    for (char *at = part + 1;; at++) {
+        const char end = *at;
+        if (end != '/' && end != 0) continue;
+        *at = 0;
+        if (mkdir(part, 0777) != 0 && errno != EEXIST) {
+            LS_FAIL(LS_ERR_IO, "run.directory: %s cannot be made: %s", part, strerror(errno));
+        }
+        *at = end;
+        if (end == 0) return LS_OK;
+    }
+}
+
+/* Rank 0: the first thing that is created. That config.yaml could be written shows that checkpoints can. */
+static ls_status create_run(run *t)
+{
+    const char *directory = t->c.run.directory;
+    LS_TRY(make_directories(directory));
+    LS_TRY(write_file(directory, "config.yaml", t->config_text, strlen(t->config_text)));
+    return metrics_open(directory, t->s.step, &t->log);
+}
+
+/* ------------------------------------------------------------------------------------------------ plan */
+
+static void print_shards(const char *title, int64_t tokens, int ranks_of_sequence)
+{
+    printf("  %-16s%lld tokens: %lld to %lld positions on each rank\n", title, (long long)tokens,
+           (long long)(tokens / ranks_of_sequence), (long long)((tokens + ranks_of_sequence - 1) / ranks_of_sequence));
+}
+
+static int64_t cut(int64_t length, int64_t most)
+{
+    return most > 0 && length > most ? most : length;
+}
+
+static void print_plan(const run *t)
+{
+    const config *c = &t->c;
+    const int share = ls_context_size(t->r->sequence), groups = t->r->groups;
+    const int64_t pieces = groups * c->train.accumulation;
+    const double mib = (double)t->count * sizeof(ls_real) / 1048576;
+    printf("plan of %s\n", c->run.directory);
+    printf("  %-16s%d in %d group%s of %d: each group has its own sequences, its ranks share each of them\n", "ranks",
+           t->r->size, groups, groups == 1 ? "" : "s", share);
+    printf("  %-16s%lld sequences a step, up to %lld at once in a group\n", "batch", (long long)c->train.batch,
+           (long long)((c->train.batch + pieces - 1) / pieces));
+    print_shards("longest source", cut(dataset_longest(t->data, "train", 0), c->data.max_source), share);
+    print_shards("longest target", cut(dataset_longest(t->data, "train", 1), c->data.max_target) + 1, share);
+    printf("  %-16s%lld train, %lld valid\n", "documents", (long long)dataset_documents(t->data, "train"),
+           (long long)dataset_documents(t->data, "valid"));
+    printf("  %-16s%lld parameters in %d tensors\n", "model", (long long)t->count, model_num_tensors(t->m));
+    printf("  %-16sparameters %.1f MiB, gradients %.1f MiB, optimizer %.1f MiB on each rank; activations come on top\n",
+           "memory", mib, mib, 2 * mib);
+    if (t->resume[0] != 0) printf("  %-16sfrom %s\n", "goes on", t->resume);
+}
+
+/* ------------------------------------------------------------------------------------------------ a step */
+
+static uint64_t bytes_sent(const ranks *r)
+{
+    uint64_t sum = 0;
+    ls_traffic traffic;
+    const ls_context *each[] = {r->world, r->sequence};
+    for (int i = 0; i < 2; i++) {
+        ls_context_traffic(each[i], &traffic);
+        for (int k = 0; k < LS_CROSSINGS; k++) sum += traffic.sent[k];
+    }
+    return sum;
+}
+
+/* Labels of the whole global batch, by the lengths that every rank knows. */
+static int64_t labels_of(const run *t)
+{
+    int64_t sum = 0;
+    for (int64_t i = 0; i < t->c.train.batch; i++) {
+        int64_t source, target;
+        dataset_lengths(t->data, "train", t->index[i], &source, &target);
+        sum += cut(target, t->c.data.max_target) + 1;
+    }
+    return sum;
+}
+
+/* Collective over the sequence: this group's part of the gradient. */
+static ls_status gradient(run *t, int64_t labels, model_loss *sum)
+{
+    const config *c = &t->c;
+    const ranks *r = t->r;
+    const int64_t pieces = r->groups * c->train.accumulation;
+    for (int64_t a = 0; a < c->train.accumulation; a++) {
+        const int64_t piece = r->group * c->train.accumulation + a;
+        const int64_t lo = c->train.batch * piece / pieces, hi = c->train.batch * (piece + 1) / pieces;
+        if (lo == hi) continue;
+        LS_TRY(ls_agree(r->sequence,
+                        dataset_read(t->data, "train", t->index + lo, hi - lo, c->data.max_source, c->data.max_target,
+                                     ls_context_rank(r->sequence), ls_context_size(r->sequence), &t->b)));
+        t->b.sample = (uint64_t)(t->s.samples + lo);
+        model_loss loss;
+        LS_TRY(model_gradient(t->m, &t->b, t->s.params, 1.0 / (double)labels, t->grads, &loss));
+        sum->loss += loss.loss;
+        sum->nll += loss.nll;
+        sum->tokens += loss.tokens;
+    }
+    return LS_OK;
+}
+
+static ls_status rehearse(const run *t, int64_t step, model_loss *loss)
+{
+    const char *how = t->test.how;
+    if (t->test.rank != t->r->rank || t->test.step != step) return LS_OK;
+    if (strcmp(how, "kill") == 0) raise(SIGKILL);
+    if (strcmp(how, "nan") == 0) loss->loss = NAN;
+    if (strcmp(how, "torn") == 0 || strcmp(how, "full") == 0) {
+        /* beyond the limit a write ends the process, or fails where that signal is ignored */
+        const struct rlimit small = {.rlim_cur = 65536, .rlim_max = RLIM_INFINITY};
+        if (strcmp(how, "full") == 0) signal(SIGXFSZ, SIG_IGN);
+        setrlimit(RLIMIT_FSIZE, &small);
+    }
+    if (strcmp(how, "memory") != 0) return LS_OK;
+    LS_FAIL(LS_ERR_MEMORY, "step %lld: no memory (only a test: LONGSPAN_TEST_FAIL)", (long long)step);
+}
+
+/* Collective. *stop: some rank was asked to end the run. */
+static ls_status take_step(run *t, int *stop)
+{
+    const config *c = &t->c;
+    const double begin = seconds_now();
+    const int64_t step = t->s.step + 1;
+    ls_status status = t->late;
+    if (status == LS_OK) {
+        status = dataset_order(t->data, c->train.seed, c->train.batch, t->s.samples, c->train.batch, t->index);
+    }
+    LS_TRY(agree(t->r, status));
+    const int64_t labels = labels_of(t);
+    model_loss mine = {0};
+    ls_zero(t->grads, t->count + TAIL);
+    status = gradient(t, labels, &mine);
+    if (status == LS_OK) status = rehearse(t, step, &mine);
+    LS_TRY(agree(t->r, status));
+
+    ls_real *tail = t->grads + t->count;
+    tail[TAIL_LOSS] = (ls_real)(mine.loss / (double)labels);
+    tail[TAIL_NLL] = (ls_real)(mine.nll / (double)labels);
+    tail[TAIL_TOKENS] = (ls_real)((double)mine.tokens / (double)labels); /* all ranks together: 1 */
+    tail[TAIL_STOP] = stop_wanted != 0;
+    LS_TRY(ls_all_reduce_sum(t->r->world, t->grads, t->count + TAIL));
+    const double loss = (double)tail[TAIL_LOSS], norm = gradient_norm(t->grads, t->count);
+    if (!isfinite(loss) || !isfinite(norm)) {
+        LS_FAIL(
+            LS_ERR_NONFINITE,
+            "step %lld: the loss is %g and the norm of the gradient %g: stopped before the weights changed; the last "
+            "checkpoint is of step %lld (a lower train.learning_rate or train.clip_norm may help)",
+            (long long)step, loss, norm, (long long)t->saved);
+    }
+    if (!(fabs((double)tail[TAIL_TOKENS] - 1) < 1e-3)) {
+        LS_FAIL(LS_ERR_INTERNAL, "step %lld: the ranks together saw %g of the %lld labels", (long long)step,
+                (double)tail[TAIL_TOKENS], (long long)labels);
+    }
+    const double rate = schedule_rate(c, step);
+    const double clip = c->train.clip_norm > 0 && norm > c->train.clip_norm ? c->train.clip_norm / norm : 1;
+    adamw_update(c, t->m, step, rate, clip, t->s.params, t->grads, t->s.adam_m, t->s.adam_v);
+    t->s.step = step;
+    t->s.samples += c->train.batch;
+    *stop = tail[TAIL_STOP] > 0;
+
+    struct rusage use;
+    getrusage(RUSAGE_SELF, &use);
+    const uint64_t sent = bytes_sent(t->r);
+    uint64_t counts[2] = {sent - t->sent, (uint64_t)use.ru_maxrss * 1024}, sums[2] = {0};
+    t->sent = sent;
+    if (MPI_Reduce(counts, sums, 2, MPI_UINT64_T, MPI_SUM, 0, t->r->comm) != MPI_SUCCESS) {
+        LS_FAIL(LS_ERR_COMM, "mpi: adding up the bytes of step %lld failed", (long long)step);
+    }
+    const double seconds = seconds_now() - begin;
+    t->seconds += seconds;
+    t->tokens += labels;
+    t->peak_memory = sums[1];
+    const step_metrics line = {.step = step,
+                               .steps = c->train.steps,
+                               .samples = t->s.samples,
+                               .tokens = labels,
+                               .loss = loss,
+                               .nll = (double)tail[TAIL_NLL],
+                               .grad_norm = norm,
+                               .rate = rate,
+                               .seconds = seconds,
+                               .bytes_exchanged = sums[0],
+                               .peak_memory = sums[1],
+                               .order = XXH3_64bits(t->index, (size_t)c->train.batch * sizeof *t->index)};
+    if (t->r->rank == 0) t->late = metrics_step(t->log, &line);
+    return LS_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------ the run */
+
+static ls_status save(run *t, int best)
+{
+    ls_status status = t->late;
+    if (status == LS_OK && t->r->rank == 0) {
+        status = checkpoint_save(t->c.run.directory, best, t->c.train.keep, t->m, t->config_text, &t->s);
+    }
+    LS_TRY(agree(t->r, status));
+    if (!best) t->saved = t->s.step;
+    return LS_OK;
+}
+
+static ls_status evaluate(run *t)
+{
+    t->evaluated = t->s.step;
+    if (dataset_documents(t->data, "valid") == 0) return LS_OK;
+    const double begin = seconds_now();
+    const evaluation_choice choice = {.split = "valid", .documents = t->c.train.evaluate_documents};
+    LS_TRY(evaluate_split(t->r, &t->c, t->data, t->m, t->s.params, &choice, &t->last));
+    const evaluation_metrics line = {.step = t->s.step,
+                                     .tokens = t->last.tokens,
+                                     .documents = t->last.documents,
+                                     .nll = t->last.nll,
+                                     .bits_per_byte = bits_per_byte(t->last.nll),
+                                     .seconds = seconds_now() - begin,
+                                     .best = t->last.nll < t->s.best_nll};
+    if (t->r->rank == 0 && t->late == LS_OK) t->late = metrics_evaluation(t->log, &line);
+    if (!line.best) return LS_OK;
+    t->s.best_nll = t->last.nll;
+    return save(t, 1);
+}
+
+static int due(int64_t step, int64_t every)
+{
+    return every > 0 && step % every == 0;
+}
+
+static ls_status loop(run *t)
+{
+    const config *c = &t->c;
+    int stop = 0;
+    t->evaluated = t->saved = t->s.step;
+    t->sent = bytes_sent(t->r);
+    while (t->s.step < c->train.steps && !stop) {
+        LS_TRY(take_step(t, &stop));
+        const int last = t->s.step == c->train.steps;
+        if (due(t->s.step, c->train.evaluate_every) || last) LS_TRY(evaluate(t));
+        if (due(t->s.step, c->train.save_every) || last || stop) LS_TRY(save(t, 0));
+    }
+    LS_TRY(agree(t->r, t->late));
+    if (t->r->rank != 0) return LS_OK;
+    metrics_close(t->log);
+    t->log = NULL;
+    if (t->s.step < c->train.steps) {
+        printf("stopped by a signal after step %lld of %lld; the checkpoint is in %s: go on with --resume auto\n",
+               (long long)t->s.step, (long long)c->train.steps, c->run.directory);
+    } else {
+        printf("done: step %lld", (long long)t->s.step);
+        if (t->last.tokens > 0) {
+            printf(", valid %.4f nats per token, %.4f bits per byte", t->last.nll, bits_per_byte(t->last.nll));
+        }
+        printf(", %.0f tokens/s, peak memory %.0f MiB on %d rank%s; the results are in %s\n",
+               (double)t->tokens / t->seconds, (double)t->peak_memory / 1048576, t->r->size, t->r->size == 1 ? "" : "s",
+               c->run.directory);
+    }
+    return LS_OK;
+}
+
+static ls_status train(const train_options *o, run *t)
+{
+    const char *test = getenv("LONGSPAN_TEST_FAIL");
+    long long test_step = -1;
+    t->test.rank = -1;
+    strcpy(t->test.how, "memory");
+    if (test != NULL && sscanf(test, "%d:%lld:%7s", &t->test.rank, &test_step, t->test.how) < 2) t->test.rank = -1;
+    t->test.step = test_step;
+
+    LS_TRY(read_config(o, t));
+    LS_TRY(open_data(t));
+    LS_TRY(allocate(t));
+    ls_status status = LS_OK;
+    if (t->r->rank == 0) status = choose_resume(t->c.run.directory, o->resume, t->resume);
+    LS_TRY(agree(t->r, status));
+    LS_TRY(broadcast_bytes(t->r, t->resume, sizeof t->resume));
+    if (t->resume[0] != 0)
+        LS_TRY(resume(t));
+    else
+        start(t);
+    if (o->dry_run) {
+        if (t->r->rank == 0) print_plan(t);
+        return LS_OK;
+    }
+    if (t->s.step >= t->c.train.steps) {
+        if (t->r->rank == 0) {
+            printf("nothing to do: %s is at step %lld of %lld\n", t->resume, (long long)t->s.step,
+                   (long long)t->c.train.steps);
+        }
+        return LS_OK;
+    }
+    if (t->r->rank == 0) status = create_run(t);
+    LS_TRY(agree(t->r, status));
+    if (t->r->rank == 0 && t->resume[0] != 0) printf("goes on from %s\n", t->resume);
+    return loop(t);
+}
+
+int command_train(int argc, char **argv, ranks *r)
+{
+    train_options o;
+    run t = {.r = r};
+    ls_status status = parse(argc, argv, &o);
+    if (status == LS_OK && (o.help || o.help_config)) {
+        if (r->rank == 0 && o.help_config)
+            config_reference(stdout);
+        else if (r->rank == 0)
+            fputs(usage, stdout);
+        free(o.set.item);
+        return EXIT_OK;
+    }
+    struct sigaction action = {.sa_handler = want_stop, .sa_flags = SA_RESTART}, before[2];
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGTERM, &action, &before[0]);
+    sigaction(SIGUSR1, &action, &before[1]);
+    if (status == LS_OK) status = train(&o, &t);
+    sigaction(SIGTERM, &before[0], NULL);
+    sigaction(SIGUSR1, &before[1], NULL);
+    metrics_close(t.log); /* ends a progress line before the error */
+    const int code = report_error(r, status);
+    batch_free(&t.b);
+    model_free(t.m);
+    dataset_close(t.data);
+    free(t.grads);
+    free(t.s.params);
+    free(t.s.adam_m);
+    free(t.s.adam_v);
+    free(t.index);
+    free(t.config_text);
+    free(o.set.item);
+    return code;
+}
