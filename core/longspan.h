@@ -214,7 +214,8 @@ typedef struct ls_attention_io {
     uint64_t sample; /* random streams: global number of batch row 0; row b is sample + b */
 } ls_attention_io;
 
-/* What forward keeps for backward. Reusable: memory grows to the largest use. Free with ls_saved_free. */
+/* What forward keeps for backward. Reusable, also by another attention of the context: it belongs to the last forward
+ * call that was given it. Memory grows to the largest use. Free with ls_saved_free. */
 typedef struct ls_saved ls_saved;
 ls_status ls_saved_create(ls_attention *attention, ls_saved **saved);
 void ls_saved_free(ls_saved *saved);

@@ -41,7 +41,7 @@ int main(int argc, char **argv)
     TRY(ls_all_reduce_sum(ctx, dw, (int64_t)weights)); /* every rank has its share of the parameters' gradient */
 
     if (ls_context_rank(ctx) == 0)
-        printf("%d ranks, y[0] = %.6f, dw[0] = %.4f\n", shard.size, (double)y[0], (double)dw[0]);
+        printf("%d ranks, y[0] = %.4f, dw[0] = %.2f\n", shard.size, (double)y[0], (double)dw[0]);
     ls_saved_free(saved), ls_shard_free(&shard), ls_attention_free(attention), ls_context_free(ctx), free(x);
     return MPI_Finalize();
 }

@@ -345,7 +345,10 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
     ls_call c;
     layer l;
     ls_arena *keep = saved != NULL ? &saved->arena : &a->ctx->unsaved;
-    if (saved != NULL) saved->filled = 0;
+    if (saved != NULL) {
+        saved->filled = 0;
+        saved->attention = a; /* attentions that never need theirs at the same time may share one */
+    }
     LS_TRY(ls_agree(a->ctx, reserve_forward(a, shape, io, params, out, keep, &c, &l)));
     const ls_pass *p = &c.pass;
     const int64_t rows = p->B * p->T;

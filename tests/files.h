@@ -1,4 +1,5 @@
-/* What the tests of files share: a folder of their own, whole files as bytes, and refusals with their words. */
+/* What the tests of files share: a folder of their own, whole files as bytes, refusals with their words, and that
+ * nothing of HDF5 stays open. */
 #ifndef FILES_H
 #define FILES_H
 
@@ -14,6 +15,7 @@
 #include <cmocka.h>
 
 #include <dirent.h>
+#include <hdf5.h>
 #include <stdio.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -48,9 +50,27 @@ static inline void remove_tree(const char *path)
     remove(path);
 }
 
+/* Identifiers of HDF5 that are in use: leak checkers do not see those that are forgotten. */
+static inline int64_t identifiers(void)
+{
+    static const H5I_type_t kinds[] = {H5I_FILE,    H5I_GROUP, H5I_DATATYPE,   H5I_DATASPACE,
+                                       H5I_DATASET, H5I_ATTR,  H5I_GENPROP_LST};
+    int64_t sum = 0;
+    H5open();
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        hsize_t n = 0;
+        if (H5Inmembers(kinds[i], &n) >= 0) sum += (int64_t)n;
+    }
+    return sum;
+}
+
+static int64_t identifiers_before;
+
 static inline int make_folder(void **state)
 {
     (void)state;
+    H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
+    identifiers_before = identifiers();
     const char *base = getenv("TMPDIR");
     snprintf(folder, sizeof folder, "%.40s/longspan-XXXXXX", base == NULL ? "/tmp" : base);
     return mkdtemp(folder) == NULL;
@@ -60,7 +80,9 @@ static inline int remove_folder(void **state)
 {
     (void)state;
     remove_tree(folder);
-    return 0;
+    const int64_t forgotten = identifiers() - identifiers_before;
+    if (forgotten != 0) print_error("%lld identifiers of HDF5 were not closed\n", (long long)forgotten);
+    return forgotten != 0;
 }
 
 /* Files in a folder whose names contain a text. */

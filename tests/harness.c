@@ -712,7 +712,7 @@ int answer_equal(const problem *p, const answer *a, const answer *b, double tole
     what[0] = '\0';
     for (int i = 0; i < n; i++) {
         const int cancelled = p->steep || largest(list[i].n, list[i].b) < CANCELLED * list[i].siblings;
-        const double scale = cancelled ? list[i].siblings : 0;
+        const double scale = (cancelled ? 1 : FLOOR) * list[i].siblings;
         const double error = relative_error(list[i].n, list[i].a, list[i].b, scale);
         if (error <= tolerance) continue;
         ok = 0;

@@ -86,11 +86,16 @@ void draw_padding(draw *r, padding kind, int64_t B, int64_t n, uint8_t *pad); /*
 double relative_error(int64_t n, const ls_real *a, const ls_real *b, double scale);
 double largest(int64_t n, const ls_real *x); /* max|x|, INFINITY with NaN */
 
+/* Errors of a gradient are relative to its tensor, but never to less than FLOOR times the largest of its siblings: the
+ * law's tolerance of that is two or three units of rounding in the terms it sums. A tensor CANCELLED times smaller than
+ * its siblings is rounding noise around zero, and is measured against them. */
 #ifdef LS_REAL_DOUBLE
 #define LAW_TOLERANCE 1e-11
-#define CANCELLED 1e-7 /* a tensor this much smaller than its siblings is rounding noise around zero */
+#define FLOOR 1e-4
+#define CANCELLED 1e-7
 #else
 #define LAW_TOLERANCE 1e-5
+#define FLOOR 0.03
 #define CANCELLED 1e-4
 #endif
 

@@ -4,7 +4,6 @@
 
 #include "files.h"
 
-#include <hdf5.h>
 #include <math.h>
 #include <signal.h>
 #include <sys/resource.h>
@@ -529,7 +528,6 @@ static void full_disk_keeps_the_old(void **state)
 
 int main(void)
 {
-    H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(comes_back),
         cmocka_unit_test(keeps_the_newest),

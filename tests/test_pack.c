@@ -4,7 +4,6 @@
 
 #include "files.h"
 
-#include <hdf5.h>
 #include <jansson.h>
 #include <signal.h>
 #include <sys/resource.h>

@@ -12,7 +12,7 @@ set(test_environment OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;O
 # longspan_test(NAME [DOUBLE] [HDF5] [RANKS 1 2 ...] [ARGS ...]): programs test_NAME and, with DOUBLE, test_NAME_double,
 # each run once for every rank count.
 function(longspan_test name)
-  cmake_parse_arguments(T "DOUBLE;HDF5;TRAINER" "TIMEOUT" "RANKS;ARGS;LIBRARIES" ${ARGN})
+  cmake_parse_arguments(T "DOUBLE;HDF5;TRAINER" "" "RANKS;ARGS;SOURCES" ${ARGN})
   set(variants ${name})
   if(T_DOUBLE)
     list(APPEND variants ${name}_double)
@@ -25,7 +25,7 @@ function(longspan_test name)
     else()
       set(library longspan)
     endif()
-    add_executable(test_${variant} ${PROJECT_SOURCE_DIR}/tests/test_${name}.c)
+    add_executable(test_${variant} ${PROJECT_SOURCE_DIR}/tests/test_${name}.c ${T_SOURCES})
     set_target_properties(test_${variant} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests)
     target_include_directories(test_${variant} PRIVATE ${PROJECT_SOURCE_DIR}/tests)
     target_link_libraries(test_${variant} PRIVATE ${library} PkgConfig::CMOCKA longspan_flags m)
@@ -45,5 +45,22 @@ function(longspan_test name)
   endforeach()
 endfunction()
 
+set(harness ${PROJECT_SOURCE_DIR}/tests/harness.c)
+set(golden ${PROJECT_SOURCE_DIR}/tests/golden)
 longspan_test(dense DOUBLE)
 longspan_test(exchange DOUBLE RANKS 1 2 3 4 5 7)
+longspan_test(golden DOUBLE HDF5 SOURCES ${harness} RANKS 1 3 ARGS ${golden})
+#longspan_test(laws DOUBLE SOURCES ${harness} RANKS 1 2 3 4 5 7)
+
+longspan_test(config TRAINER)
+longspan_test(optim TRAINER)
+longspan_test(pack TRAINER)
+longspan_test(checkpoint TRAINER)
+longspan_test(data TRAINER RANKS 1 3)
+longspan_test(model TRAINER RANKS 1 2 3 5)
+
+# ---- the program and the installed package, as their users meet them
+add_test(NAME train_equality COMMAND ${PROJECT_SOURCE_DIR}/tests/train_equality.sh $<TARGET_FILE:longspan_program>
+  ${PROJECT_BINARY_DIR}/tests/train_equality)
+add_test(NAME install COMMAND ${PROJECT_SOURCE_DIR}/tests/install.sh ${PROJECT_BINARY_DIR} ${PROJECT_SOURCE_DIR})
+set_tests_properties(train_equality install PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 600)

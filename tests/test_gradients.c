@@ -1,0 +1,145 @@
+/* Hand-written gradients against central differences of the forward pass alone, on tiny shapes, for every case of
+ * cases.def, both levels, every input and every parameter, each element of them:
+ *
+ *   L(x) = Σ dout · out(x),   dL/dx_i ≈ (8 (L(x+h) - L(x-h)) - (L(x+2h) - L(x-2h))) / 12h,   error O(h⁴)
+ *
+ * In double, h = 2e-4, they must agree to 1e-6 of the largest element of the tensor; in float the rounding of L leaves
+ * two digits, enough to see a wrong formula. On several ranks (mpirun) L is summed over the shards. */
+#include "harness.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#ifdef LS_REAL_DOUBLE
+#define STEP 2e-4
+#define TOLERANCE 1e-6
+#else
+#define STEP 3e-2
+#define TOLERANCE 1e-2
+#endif
+
+/* One attention that evaluates L of a problem again and again: its pieces are cut anew each time. */
+typedef struct loss {
+    ls_attention *attention;
+    const int64_t *queries, *keys;
+    int status;
+} loss;
+
+static double evaluate(loss *l, const problem *p)
+{
+    pieces x;
+    double sum = 0;
+    if (l->status == LS_OK) l->status = pieces_make(here.all, here.comm, p, l->queries, l->keys, &x);
+    if (l->status != LS_OK) return NAN;
+    l->status = same_status(here.comm, ls_attention_forward(l->attention, &x.shape, &x.io, p->params, x.out, NULL));
+    const int64_t n = p->B * p->heads * x.queries.n * p->out_width;
+    for (int64_t i = 0; l->status == LS_OK && i < n; i++) sum += (double)x.dout[i] * (double)x.out[i];
+    pieces_free(&x);
+    MPI_Allreduce(MPI_IN_PLACE, &sum, 1, MPI_DOUBLE, MPI_SUM, here.comm);
+    return sum;
+}
+
+static double difference(loss *l, const problem *p, ls_real *x)
+{
+    const ls_real at = *x;
+    double sum = 0;
+    for (int k = -2; k <= 2; k++) {
+        static const double weight[] = {1, -8, 0, 8, -1};
+        if (k == 0) continue;
+        *x = (ls_real)((double)at + k * STEP);
+        sum += weight[k + 2] * evaluate(l, p);
+    }
+    *x = at;
+    return sum / (12 * STEP);
+}
+
+/* The worst disagreement over a tensor, relative to its largest element or to a hundredth of its siblings'. */
+static double compare(loss *l, const problem *p, ls_real *x, const ls_real *gradient, int64_t n, double siblings)
+{
+    double worst = 0, most = siblings / 100;
+    for (int64_t i = 0; i < n && l->status == LS_OK; i++) {
+        const double d = difference(l, p, x + i);
+        const double e = fabs(d - (double)gradient[i]);
+        worst = e <= 1e300 ? fmax(worst, e) : INFINITY;
+        most = fmax(most, fabs(d));
+    }
+    return worst <= 0 ? 0 : most > 0 ? worst / most : INFINITY;
+}
+
+static void check(const char *text, const char *tensor, double error, const loss *l)
+{
+    verdict(error <= TOLERANCE && l->status == LS_OK, "%s: gradient of %s differs by %.2e %s", text, tensor, error,
+            l->status == LS_OK ? "" : here.error);
+}
+
+static void gradients_of(const setting *s)
+{
+    problem p;
+    answer a;
+    loss l = {0};
+    int64_t queries[64], keys[64];
+    draw r = draw_from(s->seed, 1);
+    draw_split(&r, SPLIT_RANDOM, here.size, s->T, queries);
+    draw_split(&r, SPLIT_RANDOM, here.size, s->S, keys);
+    l.queries = queries;
+    l.keys = keys;
+    l.status = (int)problem_draw(s, &p);
+    a = (answer){0};
+    if (l.status == LS_OK) l.status = problem_run(here.all, here.comm, &p, queries, keys, &a);
+    if (l.status == LS_OK) l.status = same_status(here.comm, ls_attention_create(here.all, &p.options, &l.attention));
+    if (l.status != LS_OK) {
+        verdict(0, "%s: %s", p.text, here.error);
+    } else {
+        double all = fmax(largest(a.n_query, a.dquery), largest(a.n_params, a.dparams));
+        if (a.dkey != NULL) all = fmax(all, largest(a.n_key, a.dkey));
+        if (a.dvalue != NULL) all = fmax(all, largest(a.n_key, a.dvalue));
+        check(p.text, "query", compare(&l, &p, p.query, a.dquery, a.n_query, all), &l);
+        if (p.key != NULL) check(p.text, "key", compare(&l, &p, p.key, a.dkey, a.n_key, all), &l);
+        if (p.value != NULL) check(p.text, "value", compare(&l, &p, p.value, a.dvalue, a.n_key, all), &l);
+        for (int i = 0; i < p.parameters; i++) {
+            const ls_param_info *info = &p.parameter[i].info;
+            check(p.text, p.parameter[i].name,
+                  compare(&l, &p, p.params + info->offset, a.dparams + info->offset, info->count, all), &l);
+        }
+    }
+    if (l.attention != NULL) ls_attention_free(l.attention);
+    answer_free(&a);
+    problem_free(&p);
+}
+
+int main(int argc, char **argv)
+{
+    world_open(&argc, &argv);
+    for (const case_row *row = cases; row->mechanism != NULL; row++) {
+        const unsigned traits = mechanism_of(row->mechanism)->traits;
+        const int cross = row->pattern == LS_NC || row->pattern == LS_CC;
+        if (!library_has(row->mechanism, row->pattern) || row->extras & (NO_DIFFERENCES | STEEP)) continue;
+        if (argc == 2 && strcmp(argv[1], row->mechanism) != 0) continue;
+        for (int variant = 0; variant < 4; variant++) { /* two levels, then again with padding */
+            watchdog(240);
+            const ls_level level = variant % 2 ? LS_LEVEL_LAYER : LS_LEVEL_CORE;
+            if (level == LS_LEVEL_CORE && traits & LAYER_ONLY) continue;
+            const int64_t H = traits & ONE_HEAD ? 1 : 2, index = row - cases;
+            static const alias self[] = {ALIAS_NONE, ALIAS_ALL_NULL, ALIAS_ALL, ALIAS_NONE};
+            static const alias crossing[] = {ALIAS_NONE, ALIAS_VALUE_NULL, ALIAS_VALUE, ALIAS_NONE};
+            const alias one_input = level == LS_LEVEL_CORE ? ALIAS_ALL : ALIAS_ALL_NULL;
+            const padding pads[] = {PAD_TAIL, PAD_RANDOM, PAD_WHOLE};
+            const setting s = {.row = row,
+                               .level = level,
+                               .layout = (ls_layout)((index + variant) % 3),
+                               .B = 2,
+                               .H = H,
+                               .d = 4 / H,
+                               .T = cross ? 5 : 7,
+                               .S = 7,
+                               .pad = variant < 2 ? PAD_NONE : pads[(index + variant) % 3],
+                               .alias = traits & ONE_INPUT ? one_input
+                                        : cross            ? crossing[variant]
+                                                           : self[variant],
+                               .seed = (uint64_t)(10 * index + variant + 1)};
+            gradients_of(&s);
+        }
+    }
+    return world_close();
+}
