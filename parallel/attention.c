@@ -151,7 +151,8 @@ typedef struct layer {
     const ls_real *x_q, *x_k, *x_v; /* inputs after the aliases are resolved */
     ls_real *q, *k, *v, *o;         /* saved */
     ls_real *dq, *dk, *dv, *do_, *dy, *clean, *no_grad;
-    ls_real *heads; /* weights per head, where the mean over heads was asked for */
+    int key_aliased, value_aliased; /* core: key is query, value is one of them: dk, dv are made aside and added */
+    ls_real *heads;                 /* weights per head, where the mean over heads was asked for */
 } layer;
 
 ls_view ls_view_of(const ls_attention *a, const ls_real *p, int64_t B, int64_t n)
@@ -293,6 +294,13 @@ static void plan(ls_attention *a, const ls_attention_io *io, ls_call *c, layer *
         p->own.dv = ls_view_of(a, l->dv, p->B, p->S);
         p->dout = ls_view_of(a, l->do_, p->B, p->T);
         l->no_grad = ls_take(work, back * a->reals); /* where parameter gradients go that nobody wants */
+    } else if (back) {
+        l->key_aliased = l->x_k == l->x_q;
+        l->value_aliased = l->x_v == l->x_q || l->x_v == l->x_k;
+        l->dk = ls_take(work, l->key_aliased ? rows_k * E : 0);
+        l->dv = ls_take(work, l->value_aliased ? rows_k * E : 0);
+        if (l->key_aliased) p->own.dk = ls_view_of(a, l->dk, p->B, p->S);
+        if (l->value_aliased) p->own.dv = ls_view_of(a, l->dv, p->B, p->S);
     }
     const int mean = io->need_weights && !io->need_head_weights && !back;
     l->heads = ls_take(work, mean ? p->B * p->H * p->T * p->all_keys : 0);
@@ -388,7 +396,8 @@ static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *sha
         LS_FAIL(LS_ERR_ARGUMENT, "%s: backward has other sizes than the forward call that saved", name);
     if (p->T > 0 && dout == NULL) LS_FAIL(LS_ERR_ARGUMENT, "%s: dout is NULL", name);
     if (a->options.level == LS_LEVEL_CORE &&
-        ((p->T > 0 && grads->query == NULL) || (p->S > 0 && (grads->key == NULL || grads->value == NULL)) ||
+        ((p->T > 0 && grads->query == NULL) || (p->S > 0 && grads->key == NULL && l->x_k != l->x_q) ||
+         (p->S > 0 && grads->value == NULL && l->x_v != l->x_q && l->x_v != l->x_k) ||
          (a->reals > 0 && grads->params == NULL)))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: a gradient is NULL: at core level all of them are needed", name);
     c->pass.dq = ls_view_of(a, grads->query, p->B, p->T);
@@ -431,10 +440,14 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
     ls_call c;
     layer l;
     LS_TRY(ls_agree(a->ctx, reserve_backward(a, shape, io, params, out, dout, saved, grads, &c, &l)));
-    if (a->options.level == LS_LEVEL_CORE) return ls_run_backward(&c);
-
     const ls_pass *p = &c.pass;
     const int64_t E = a->options.embed_dim;
+    if (a->options.level == LS_LEVEL_CORE) {
+        LS_TRY(ls_run_backward(&c));
+        if (l.key_aliased) ls_add(p->B * p->S * E, l.dk, grads->query);
+        if (l.value_aliased) ls_add(p->B * p->S * E, l.dv, l.x_v == l.x_q ? grads->query : grads->key);
+        return LS_OK;
+    }
     if (p->pad_q != NULL) {
         ls_zero_rows(p->B, p->T, E, batch_first(a), p->pad_q, dout, l.dy);
         dout = l.dy;

@@ -79,7 +79,8 @@ static ls_status create(ls_attention *a, int64_t batch, int64_t max_length, ls_s
     s->attention = a;
     s->batch = batch;
     s->max_length = max_length;
-    s->rows = is_cross(a) ? 0 : (max_length + comm->size - 1) / comm->size;
+    const int cached = !is_cross(a) && rings(a->mechanism->step[a->options.pattern]);
+    s->rows = cached ? (max_length + comm->size - 1) / comm->size : 0;
     ls_arena_measure(&s->arena);
     plan_state(s, &s->arena);
     LS_TRY(ls_arena_reserve(&s->arena, name));
