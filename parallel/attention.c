@@ -93,10 +93,18 @@ static ls_status create(ls_context *ctx, const ls_attention_options *options, ls
     return LS_OK;
 }
 
+static uint64_t sign_options(const ls_attention_options *o)
+{
+    uint64_t s = o->mechanism == NULL ? LS_SIGNATURE : ls_sign(LS_SIGNATURE, o->mechanism, strlen(o->mechanism));
+    const int64_t numbers[] = {o->pattern, o->level, o->embed_dim, o->num_heads, o->stream};
+    s = ls_sign(ls_sign(s, numbers, sizeof numbers), &o->scale, sizeof o->scale);
+    return ls_sign(ls_sign(s, &o->dropout, sizeof o->dropout), o->value, sizeof o->value);
+}
+
 ls_status ls_attention_create(ls_context *ctx, const ls_attention_options *options, ls_attention **attention)
 {
     *attention = NULL;
-    const ls_status status = ls_agree(ctx, create(ctx, options, attention));
+    const ls_status status = ls_agree_alike(ctx, create(ctx, options, attention), "attention", sign_options(options));
     if (status != LS_OK) {
         free(*attention);
         *attention = NULL;
@@ -183,6 +191,26 @@ static ls_status check_shard(const ls_attention *a, const ls_shard *s, const cha
         s->length != s->bounds[s->size])
         LS_FAIL(LS_ERR_ARGUMENT, "%s: the shard of the %s contradicts itself", name, what);
     return LS_OK;
+}
+
+/* What must be the same on every rank of a call. Called with shape and shards that were found whole. */
+static uint64_t sign_call(const ls_attention *a, const ls_call *c, int backward, int wants_weights)
+{
+    const ls_pass *p = &c->pass;
+    const int64_t numbers[] = {backward,
+                               wants_weights,
+                               p->B,
+                               p->training,
+                               p->pad_q != NULL,
+                               p->own.pad != NULL,
+                               p->attn_mask != NULL,
+                               p->attn_mask_per_head,
+                               p->dropout_mask != NULL,
+                               (int64_t)p->sample};
+    const size_t bytes = ((size_t)c->keys->size + 1) * sizeof *c->keys->bounds;
+    uint64_t s = ls_sign(sign_options(&a->options), numbers, sizeof numbers);
+    s = ls_sign(s, c->queries->bounds, bytes);
+    return ls_sign(s, c->keys->bounds, bytes);
 }
 
 static int is_self(ls_pattern p)
@@ -357,7 +385,9 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
         saved->filled = 0;
         saved->attention = a; /* attentions that never need theirs at the same time may share one */
     }
-    LS_TRY(ls_agree(a->ctx, reserve_forward(a, shape, io, params, out, keep, &c, &l)));
+    const ls_status status = reserve_forward(a, shape, io, params, out, keep, &c, &l);
+    LS_TRY(ls_agree_alike(a->ctx, status, a->mechanism->name,
+                          status == LS_OK ? sign_call(a, &c, 0, io->need_weights || io->need_head_weights) : 0));
     const ls_pass *p = &c.pass;
     const int64_t rows = p->B * p->T;
     if (a->options.level == LS_LEVEL_LAYER) {
@@ -439,7 +469,8 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
 {
     ls_call c;
     layer l;
-    LS_TRY(ls_agree(a->ctx, reserve_backward(a, shape, io, params, out, dout, saved, grads, &c, &l)));
+    const ls_status status = reserve_backward(a, shape, io, params, out, dout, saved, grads, &c, &l);
+    LS_TRY(ls_agree_alike(a->ctx, status, a->mechanism->name, status == LS_OK ? sign_call(a, &c, 1, 0) : 0));
     const ls_pass *p = &c.pass;
     const int64_t E = a->options.embed_dim;
     if (a->options.level == LS_LEVEL_CORE) {

@@ -45,22 +45,57 @@ int ls_context_size(const ls_context *ctx)
     return ctx->exchange.comm.size;
 }
 
-/* One all-reduce of (rank if failed, else size) finds the lowest failing rank; its code and sentence follow only then.
- */
-ls_status ls_agree(ls_context *ctx, ls_status mine)
+uint64_t ls_sign(uint64_t signature, const void *bytes, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        signature = (signature ^ ((const unsigned char *)bytes)[i]) * UINT64_C(1099511628211);
+    return signature;
+}
+
+/* The slow path: all are well, but not all the same. */
+static ls_status name_who_differs(ls_comm *comm, const char *what, int64_t signature)
+{
+    int64_t *all = malloc((size_t)comm->size * sizeof *all);
+    int64_t short_of_memory = all == NULL ? -1 : 0;
+    ls_status status = comm->ops->min(comm, &short_of_memory, 1);
+    if (status == LS_OK && short_of_memory < 0) status = ls_fail(LS_ERR_MEMORY, "%s: no memory to compare ranks", what);
+    if (status == LS_OK) status = comm->ops->gather(comm, signature, all);
+    if (status == LS_OK) {
+        int odd = 0;
+        while (odd + 1 < comm->size && all[odd] == all[0]) odd++;
+        status =
+            ls_fail(LS_ERR_ARGUMENT,
+                    "%s: rank %d has another batch, other shards, options or optional inputs than rank 0: they must "
+                    "be the same on every rank",
+                    what, odd);
+    }
+    free(all);
+    return status;
+}
+
+/* One all-reduce of three numbers does both: the lowest failing rank, whose code and sentence follow only then, and the
+ * least and the greatest signature. */
+ls_status ls_agree_alike(ls_context *ctx, ls_status mine, const char *what, uint64_t signature)
 {
     ls_comm *comm = &ctx->exchange.comm;
     if (comm->size == 1) return mine;
-    int64_t first = mine == LS_OK ? comm->size : comm->rank;
-    LS_TRY(comm->ops->min(comm, &first, 1));
-    if (first == comm->size) return LS_OK;
+    const int64_t sign = (int64_t)(signature >> 1); /* not negative, so that its negative exists */
+    int64_t least[3] = {mine == LS_OK ? comm->size : comm->rank, sign, -sign};
+    LS_TRY(comm->ops->min(comm, least, 3));
+    const int first = (int)least[0];
+    if (first == comm->size) return least[1] == -least[2] ? LS_OK : name_who_differs(comm, what, sign);
     struct {
         int64_t code;
         char text[1000];
     } message = {mine, ""};
     if (comm->rank == first) strncpy(message.text, ls_last_error(), sizeof message.text - 1);
-    LS_TRY(comm->ops->broadcast(comm, &message, (int)sizeof message, (int)first));
-    return ls_fail((ls_status)message.code, "rank %d: %s", (int)first, message.text);
+    LS_TRY(comm->ops->broadcast(comm, &message, (int)sizeof message, first));
+    return ls_fail((ls_status)message.code, "rank %d: %s", first, message.text);
+}
+
+ls_status ls_agree(ls_context *ctx, ls_status mine)
+{
+    return ls_agree_alike(ctx, mine, "", 0);
 }
 
 ls_status ls_all_reduce_sum(ls_context *ctx, ls_real *x, int64_t n)

@@ -13,4 +13,12 @@ struct ls_context {
     ls_device device;
 };
 
+/* Collective: ls_agree, and LS_ERR_ARGUMENT where all are well but their signatures (of whatever must be the same on
+ * every rank) are not; `what` begins the message, which names the first rank that differs from rank 0. */
+ls_status ls_agree_alike(ls_context *ctx, ls_status mine, const char *what, uint64_t signature);
+
+/* A signature in the making: FNV-1a over any bytes. Begin with LS_SIGNATURE. */
+#define LS_SIGNATURE UINT64_C(14695981039346656037)
+uint64_t ls_sign(uint64_t signature, const void *bytes, size_t n);
+
 #endif
