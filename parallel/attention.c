@@ -289,6 +289,7 @@ static void begin_call(ls_attention *a, const ls_attention_shape *shape, const l
     p->sample = io->sample;
     p->backward = backward;
     if (io->need_weights || io->need_head_weights) p->weights = io->weights;
+    c->in_place = io->attn_mask != NULL || io->dropout_mask != NULL || io->need_weights || io->need_head_weights;
     l->x_q = io->query;
     l->x_k = io->key == NULL ? io->query : io->key;
     l->x_v = io->value == NULL ? l->x_k : io->value;

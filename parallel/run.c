@@ -69,8 +69,7 @@ static void plan_placement(ls_call *c, ls_arena *saved, ls_arena *work)
     ls_pass *p = &c->pass;
     ls_placement *z = &c->placement;
     const int size = c->keys->size, rank = c->keys->rank;
-    z->on = c->mechanism->balance_causal && p->pattern == LS_CS && size > 1 && p->attn_mask == NULL &&
-            p->dropout_mask == NULL && p->weights == NULL;
+    z->on = c->mechanism->balance_causal && p->pattern == LS_CS && size > 1 && !c->in_place;
     if (!z->on) return;
     z->want = ls_arena_take(work, (size_t)(2 * size) * sizeof *z->want);
     for (int r = 0; z->want != NULL && r < 2 * size; r++) z->want[r] = zigzag(c->keys->length, size, r / 2, r % 2);

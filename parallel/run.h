@@ -24,6 +24,7 @@ typedef struct ls_call {
     ls_context *ctx;
     const ls_mechanism *mechanism;
     const ls_shard *queries, *keys;
+    int in_place; /* masks or weights lie by the caller's rows: no zigzag placement */
     ls_pass pass;
     ls_placement placement;
     ls_ring_buffers ring;

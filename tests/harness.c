@@ -2,6 +2,7 @@
 
 #include <math.h>
 #include <mpi.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -344,6 +345,7 @@ ls_status problem_draw(const setting *s, problem *p)
              s->row->options, s->row->extras, (long long)s->B, (long long)s->H, (long long)s->d, (long long)s->T,
              (long long)s->S, padding_name[s->pad], layout_name[s->layout], alias_name[s->alias],
              (unsigned long long)s->seed);
+    memcpy(here.doing, p->text, sizeof here.doing);
     ls_status status = ls_attention_defaults(s->row->mechanism, &p->options);
     if (status == LS_OK) {
         p->options.pattern = s->row->pattern;
@@ -503,9 +505,21 @@ int same_status(MPI_Comm comm, ls_status status)
     return -1;
 }
 
+static void bark(int signal)
+{
+    static const char text[] = "\nFAILED: no end of: ";
+    (void)signal;
+    if (write(STDOUT_FILENO, text, sizeof text - 1) < 0 || write(STDOUT_FILENO, here.doing, strlen(here.doing)) < 0 ||
+        write(STDOUT_FILENO, "\n", 1) < 0)
+        _exit(2);
+    _exit(1); /* and mpirun ends the others */
+}
+
 void watchdog(unsigned seconds)
 {
-    alarm(seconds); /* the default action of SIGALRM ends the process, and mpirun the others */
+    struct sigaction action = {.sa_handler = bark};
+    sigaction(SIGALRM, &action, NULL);
+    alarm(seconds);
 }
 
 /* ------------------------------------------------------------------------------------------------ run */

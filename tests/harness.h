@@ -181,6 +181,7 @@ typedef struct world {
     ls_context *all, *one;
     int passed, failed;
     char error[1024]; /* of the last call that failed */
+    char doing[256];  /* what to name when the watchdog barks */
 } world;
 extern world here;
 void world_open(int *argc, char ***argv); /* MPI_Init, contexts; a program that cannot even do that ends here */
@@ -189,7 +190,7 @@ int world_close(void);                    /* exit status, the same on every rank
 int verdict(int ok, const char *format, ...) __attribute__((format(printf, 2, 3)));
 /* The status all ranks of comm got; -1 and a message where they differ. Keeps the error text in here.error. */
 int same_status(MPI_Comm comm, ls_status status);
-/* Ends the program when a section hangs. */
+/* Ends the program, and says what it was doing, unless called again within so many seconds. */
 void watchdog(unsigned seconds);
 
 typedef struct pieces {

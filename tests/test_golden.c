@@ -487,6 +487,7 @@ static int run_case(hid_t file, const char *path, const char *name)
     static const char *const layout_names[] = {"(B,H,T,d)", "(B,T,H,d)", "(T,B,H,d)"};
     problem p;
     trouble[0] = '\0';
+    snprintf(here.doing, sizeof here.doing, "%.100s %.100s", path, name);
     const hid_t group = H5Gopen2(file, name, H5P_DEFAULT);
     if (group < 0) {
         complain("no group");

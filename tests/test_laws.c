@@ -1139,6 +1139,7 @@ static void refused_calls(const char *mechanism, ls_pattern pattern, ls_level le
         char what[256];
         snprintf(what, sizeof what, "forward, %s %s %s, %s: %s", mechanism, pattern_letters(pattern),
                  level == LS_LEVEL_CORE ? "core" : "layer", alone ? "the last rank alone" : "all ranks", name);
+        memcpy(here.doing, what, sizeof here.doing);
         const int needless = (fault == 9 && p.param_count == 0) || (fault == 1 && (!alone || here.size == 1)) ||
                              (fault == 8 && !alone && here.size > 1);
         if (!needless)
