@@ -9,7 +9,12 @@
  *
  * Gradients treat m as a constant: K̃ = x/s gives dx = dK̃/s, ds = -dK̃·K̃/s, and a key gets, with e = e^(a - m),
  *   de = ds + k·dx,  da = e de,  dk = Σ_r e dx_r + da φ_kᵀ,  dφ_k += kᵀ da   (and the same for v, b, φ_v)
- * Nothing is saved but the summaries: the backward pass makes a, b and the probabilities anew. */
+ * Nothing is saved but the summaries: the backward pass makes a, b and the probabilities anew.
+ *
+ * Where few keys are left the slots are nearly alike, and the gradients are small differences of large numbers. So what
+ * a softmax cannot see is taken out before it can round: over all keys, slots and rows are taken from their common
+ * centre c = mean_r K̃_r (Σ_r dlogit_r = 0, Σ_j da_j = 0, and ds + c·dx = Σ (c - K̃)·dx); the causal recurrences run in
+ * double. */
 #include "gemm.h"
 #include "tile.h"
 
@@ -17,7 +22,7 @@ enum { SLOTS };                                                                 
 enum { PHI_K, PHI_V };                                                          /* param[] */
 enum { CHUNK = 256 };                                                           /* rows worked on at a time */
 enum { SUMS = 0, APPLY = 1 };                                                   /* phases */
-enum { ROWS_A, ROWS_B, LOGITS, DLOGITS, SLOT_KEYS, SLOT_VALUES, TRACE, STATE }; /* work[] */
+enum { ROWS_A, ROWS_B, LOGITS, DLOGITS, SLOT_KEYS, SLOT_VALUES, TRACE, STATE }; /* work[]; STATE holds doubles */
 
 static const ls_option_info options[] = {
     {"num_slots", "R", 16, 1, 4096, 1, "memory slots that the keys are written to"},
@@ -54,10 +59,11 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[ROWS_B] = ls_take(work, CHUNK * d);
     p->work[LOGITS] = ls_take(work, CHUNK * R);
     p->work[DLOGITS] = ls_take(work, CHUNK * R);
-    p->work[SLOT_KEYS] = ls_take(work, R * (d + 2));
-    p->work[SLOT_VALUES] = ls_take(work, R * (d + 2));
-    p->work[STATE] = ls_take(work, 2 * R * (d + 2));
-    p->work[TRACE] = ls_take(work, p->pattern == LS_CS && p->backward ? TRACES * R * p->T : 0);
+    p->work[SLOT_KEYS] = ls_take(work, R * (d + 2) + 4 * (R + d)); /* or three short rows of doubles */
+    p->work[SLOT_VALUES] = ls_take(work, R * (d + 2) + R + d);
+    p->work[STATE] = ls_arena_take(work, (size_t)(2 * R * (d + 2)) * sizeof(double));
+    const int traced = p->pattern == LS_CS && p->backward;
+    p->work[TRACE] = ls_arena_take(work, traced ? (size_t)(TRACES * R * p->T) * sizeof(double) : 0);
 }
 
 /* The elements of (b,h): which = 0 for keys, 1 for values. */
@@ -133,22 +139,39 @@ static ls_status sums(ls_pass *p, int phase)
     return LS_OK;
 }
 
-/* Rows [t, t + n) get their gradient from that of the summary. In CS the prefix form wrote dk, dv before: add. */
+/* slot (R,d) = x / s, 0 where no key was left, less their mean, which goes to centre (d). */
+static void centred_slots(int64_t R, int64_t d, const ls_real *element, ls_real *slot, ls_real *centre)
+{
+    ls_zero(centre, d);
+    for (int64_t r = 0; r < R; r++, element += d + 2)
+        for (int64_t i = 0; i < d; i++) {
+            slot[r * d + i] = element[1] > 0 ? element[2 + i] / element[1] : 0;
+            centre[i] += slot[r * d + i] / (ls_real)R;
+        }
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t i = 0; i < d; i++) slot[r * d + i] -= centre[i];
+}
+
+/* Rows [t, t + n) get their gradient from that of the summary: de_jr = constant_r + (k_j - c)·dx_r. Over all keys c is
+ * the centre of the slots and constant_r = (c - K̃_r)·dx_r; in CS c = 0, constant_r = ds_r, and the prefix form wrote
+ * dk, dv before: add. */
 static void sum_chunk_backward(ls_pass *p, int which, int64_t b, int64_t h, int64_t t, int64_t n,
-                               const ls_real *element, const ls_real *delement)
+                               const ls_real *element, const ls_real *delement, const ls_real *centre,
+                               const ls_real *constant)
 {
     const int64_t R = slots(p), d = p->d, stride = d + 2;
-    const int add = p->pattern == LS_CS;
+    const int causal = p->pattern == LS_CS;
     ls_real *rows = p->work[ROWS_A], *e = p->work[LOGITS], *de = p->work[DLOGITS], *drows = p->work[ROWS_B];
     const ls_view grad = which ? p->own.dv : p->own.dk;
     ls_clean_rows(which ? p->own.v : p->own.k, b, h, t, n, d, p->own.pad, p->S, 1, rows);
     write_logits(p, which, b, t, n, rows, e);
+    for (int64_t j = 0; !causal && j < n; j++) ls_axpy(d, -1, centre, rows + j * d);
     ls_gemm(0, 1, n, R, d, 1, rows, d, delement + 2, stride, 0, de, R);
     for (int64_t j = 0; j < n; j++)
         for (int64_t r = 0; r < R; r++) {
             const ls_real m = element[r * stride];
             const ls_real weight = m == -INFINITY ? 0 : ls_exp(e[j * R + r] - m);
-            de[j * R + r] = weight * (delement[r * stride + 1] + de[j * R + r]);
+            de[j * R + r] = weight * (constant[r] + de[j * R + r]);
             e[j * R + r] = weight;
         }
     ls_gemm(0, 0, n, d, R, 1, e, R, delement + 2, stride, 0, drows, d);
@@ -156,45 +179,44 @@ static void sum_chunk_backward(ls_pass *p, int which, int64_t b, int64_t h, int6
     ls_gemm(1, 0, d, R, n, 1, rows, d, de, R, 1, phi(p, which, p->dparams), R);
     for (int64_t j = 0; j < n; j++) {
         ls_real *to = ls_row(grad, b, h, t + j);
-        if (!add) ls_zero(to, d);
+        if (!causal) ls_zero(to, d);
         ls_axpy(d, 1, drows + j * d, to);
     }
 }
 
 static ls_status sums_backward(ls_pass *p, int phase)
 {
+    const int64_t R = slots(p), d = p->d;
     const ls_summary *s = &p->summary[phase + 1];
+    ls_real *slot = p->work[SLOT_KEYS], *centre = p->work[SLOT_VALUES], *constant = centre + d;
     for (int64_t b = 0; b < p->B; b++)
         for (int64_t h = 0; h < p->H; h++)
-            for (int64_t t = 0; t < p->S; t += CHUNK)
-                for (int which = 0; which < 2; which++)
-                    sum_chunk_backward(p, which, b, h, t, ls_min(CHUNK, p->S - t), elements(p, s->sent, b, h, which),
-                                       elements(p, s->dsent, b, h, which));
+            for (int which = 0; which < 2; which++) {
+                const ls_real *sent = elements(p, s->sent, b, h, which), *dsent = elements(p, s->dsent, b, h, which);
+                centred_slots(R, d, elements(p, s->got, b, h, which), slot, centre);
+                for (int64_t r = 0; r < R; r++)
+                    constant[r] = p->pattern == LS_CS ? dsent[r * (d + 2) + 1]
+                                                      : -ls_dot(d, slot + r * d, dsent + r * (d + 2) + 2);
+                for (int64_t t = 0; t < p->S; t += CHUNK)
+                    sum_chunk_backward(p, which, b, h, t, ls_min(CHUNK, p->S - t), sent, dsent, centre, constant);
+            }
     return LS_OK;
 }
 
 /* ------------------------------------------------------------------------------------------------ apply, all keys */
 
-/* slot (R,d) = x / s; 0 where no key was left. */
-static void normalise(int64_t R, int64_t d, const ls_real *element, ls_real *slot)
-{
-    for (int64_t r = 0; r < R; r++, element += d + 2)
-        for (int64_t i = 0; i < d; i++) slot[r * d + i] = element[1] > 0 ? element[2 + i] / element[1] : 0;
-}
-
-/* d(s, x) of the elements from the gradient of the slots. */
-static void normalise_backward(int64_t R, int64_t d, const ls_real *element, const ls_real *slot, const ls_real *dslot,
-                               ls_real *delement)
+/* dx of the elements from the gradient of the slots. What s is owed, -dx·K̃, is paid where the keys take theirs. */
+static void slots_backward(int64_t R, int64_t d, const ls_real *element, const ls_real *dslot, ls_real *delement)
 {
     for (int64_t r = 0; r < R; r++) {
         const ls_real s = element[r * (d + 2) + 1], inverse = s > 0 ? 1 / s : 0;
         ls_real *to = delement + r * (d + 2);
-        to[0] = 0;
-        to[1] = -inverse * ls_dot(d, dslot + r * d, slot + r * d);
+        to[0] = to[1] = 0;
         for (int64_t i = 0; i < d; i++) to[2 + i] = inverse * dslot[r * d + i];
     }
 }
 
+/* LOGITS (n,R) = softmax_r(scale q·(K̃_r - c)); ROWS_A keeps scale·q. */
 static void probabilities(ls_pass *p, int64_t b, int64_t h, int64_t t, int64_t n, const ls_real *keys)
 {
     const int64_t R = slots(p), d = p->d;
@@ -203,18 +225,20 @@ static void probabilities(ls_pass *p, int64_t b, int64_t h, int64_t t, int64_t n
     for (int64_t i = 0; i < n; i++) ls_row_softmax(R, p->work[LOGITS] + i * R);
 }
 
+/* o = c_V + Σ_r p_r (Ṽ_r - c_V), since Σ_r p_r = 1. */
 static ls_status apply(ls_pass *p, int phase)
 {
     const int64_t R = slots(p), d = p->d;
-    ls_real *keys = p->work[SLOT_KEYS], *values = p->work[SLOT_VALUES];
+    ls_real *keys = p->work[SLOT_KEYS], *values = p->work[SLOT_VALUES], *centre = values + R * d;
     for (int64_t b = 0; b < p->B; b++)
         for (int64_t h = 0; h < p->H; h++) {
-            normalise(R, d, elements(p, p->summary[phase].got, b, h, 0), keys);
-            normalise(R, d, elements(p, p->summary[phase].got, b, h, 1), values);
+            centred_slots(R, d, elements(p, p->summary[phase].got, b, h, 0), keys, centre);
+            centred_slots(R, d, elements(p, p->summary[phase].got, b, h, 1), values, centre);
             for (int64_t t = 0; t < p->T; t += CHUNK) {
                 const int64_t n = ls_min(CHUNK, p->T - t);
                 probabilities(p, b, h, t, n, keys);
-                ls_gemm(0, 0, n, d, R, 1, p->work[LOGITS], R, values, d, 0, ls_row(p->out, b, h, t), p->out.st);
+                for (int64_t i = t; i < t + n; i++) memcpy(ls_row(p->out, b, h, i), centre, (size_t)d * sizeof *centre);
+                ls_gemm(0, 0, n, d, R, 1, p->work[LOGITS], R, values, d, 1, ls_row(p->out, b, h, t), p->out.st);
                 for (int64_t i = t; i < t + n; i++)
                     if (padded(p->pad_q, b * p->T + i)) ls_zero(ls_row(p->out, b, h, i), d);
             }
@@ -226,13 +250,13 @@ static ls_status apply_backward(ls_pass *p, int phase)
 {
     const int64_t R = slots(p), d = p->d;
     const ls_summary *s = &p->summary[phase];
-    ls_real *keys = p->work[SLOT_KEYS], *values = p->work[SLOT_VALUES];
+    ls_real *keys = p->work[SLOT_KEYS], *values = p->work[SLOT_VALUES], *centre = values + R * d;
     ls_real *dkeys = p->work[STATE], *dvalues = dkeys + R * d, *dout = p->work[ROWS_B], *dl = p->work[DLOGITS];
     for (int64_t b = 0; b < p->B; b++)
         for (int64_t h = 0; h < p->H; h++) {
             ls_real *got_k = elements(p, s->got, b, h, 0), *got_v = elements(p, s->got, b, h, 1);
-            normalise(R, d, got_k, keys);
-            normalise(R, d, got_v, values);
+            centred_slots(R, d, got_k, keys, centre);
+            centred_slots(R, d, got_v, values, centre);
             ls_zero(dkeys, 2 * R * d);
             for (int64_t t = 0; t < p->T; t += CHUNK) {
                 const int64_t n = ls_min(CHUNK, p->T - t);
@@ -250,34 +274,49 @@ static ls_status apply_backward(ls_pass *p, int phase)
                 for (int64_t i = t; i < t + n; i++)
                     if (padded(p->pad_q, b * p->T + i)) ls_zero(ls_row(p->dq, b, h, i), d);
             }
-            normalise_backward(R, d, got_k, keys, dkeys, elements(p, s->dgot, b, h, 0));
-            normalise_backward(R, d, got_v, values, dvalues, elements(p, s->dgot, b, h, 1));
+            slots_backward(R, d, got_k, dkeys, elements(p, s->dgot, b, h, 0));
+            slots_backward(R, d, got_v, dvalues, elements(p, s->dgot, b, h, 1));
         }
     return LS_OK;
 }
 
 /* ------------------------------------------------------------------------------------------------ apply, causal */
 
+static double *state_of(const ls_pass *p, int which)
+{
+    return (double *)(void *)p->work[STATE] + which * slots(p) * (p->d + 2);
+}
+
+static double dot(int64_t n, const ls_real *x, const double *y)
+{
+    double s = 0;
+#pragma omp simd reduction(+ : s)
+    for (int64_t i = 0; i < n; i++) s += (double)x[i] * y[i];
+    return s;
+}
+
 /* One key joins the R elements at `state`: m, s, x. */
-static void join(int64_t R, int64_t d, const ls_real *logit, const ls_real *row, ls_real *state)
+static void join(int64_t R, int64_t d, const ls_real *logit, const ls_real *row, double *state)
 {
     for (int64_t r = 0; r < R; r++, state += d + 2) {
-        ls_real shrink = 1, e = 1;
-        if (logit[r] > state[0]) {
-            shrink = state[0] == -INFINITY ? 0 : ls_exp(state[0] - logit[r]);
-            state[0] = logit[r];
+        const ls_real m = (ls_real)state[0];
+        double shrink = 1, e = 1;
+        if (logit[r] > m) {
+            shrink = m == -INFINITY ? 0 : (double)ls_exp(m - logit[r]);
+            state[0] = (double)logit[r];
         } else
-            e = ls_exp(logit[r] - state[0]);
+            e = (double)ls_exp(logit[r] - m);
         state[1] = state[1] * shrink + e;
-        for (int64_t i = 2; i < d + 2; i++) state[i] = state[i] * shrink + e * row[i - 2];
+        for (int64_t i = 2; i < d + 2; i++) state[i] = state[i] * shrink + e * (double)row[i - 2];
     }
 }
 
 static void load_state(ls_pass *p, int phase, int64_t b, int64_t h)
 {
-    const size_t bytes = (size_t)(slots(p) * (p->d + 2)) * sizeof(ls_real);
+    const int64_t n = slots(p) * (p->d + 2);
     for (int which = 0; which < 2; which++)
-        memcpy(p->work[STATE] + which * slots(p) * (p->d + 2), elements(p, p->summary[phase].got, b, h, which), bytes);
+        for (int64_t i = 0; i < n; i++)
+            state_of(p, which)[i] = (double)elements(p, p->summary[phase].got, b, h, which)[i];
 }
 
 /* Chunk [t, t + n) made ready: clean keys in ROWS_A, clean values in ROWS_B, their logits. */
@@ -289,20 +328,32 @@ static void load_keys(ls_pass *p, int64_t b, int64_t h, int64_t t, int64_t n)
     write_logits(p, PHI_V, b, t, n, p->work[ROWS_B], p->work[DLOGITS]);
 }
 
-/* prob (R) = softmax_r(scale q·K̃_r) at the present state; logit, when asked for, keeps what the softmax saw. */
-static void look(int64_t R, int64_t d, ls_real scale, const ls_real *q, const ls_real *state, ls_real *logit,
-                 ls_real *prob)
+/* Row i of the chunk joins both states, unless it is padded. */
+static void join_row(ls_pass *p, int64_t b, int64_t t, int64_t i)
 {
-    for (int64_t r = 0; r < R; r++, state += d + 2)
-        prob[r] = state[1] > 0 ? scale * ls_dot(d, q, state + 2) / state[1] : 0;
-    if (logit != NULL) memcpy(logit, prob, (size_t)R * sizeof *prob);
-    ls_row_softmax(R, prob);
+    const int64_t R = slots(p), d = p->d;
+    if (padded(p->own.pad, b * p->S + t + i)) return;
+    join(R, d, p->work[LOGITS] + i * R, p->work[ROWS_A] + i * d, state_of(p, 0));
+    join(R, d, p->work[DLOGITS] + i * R, p->work[ROWS_B] + i * d, state_of(p, 1));
+}
+
+/* prob (R) = softmax_r(logit), logit (R) = scale q·K̃_r at the present state; both are exact to double's rounding but
+ * for the exponential, whose relative error does no harm. */
+static void look(int64_t R, int64_t d, double scale, const ls_real *q, const double *state, double *logit, double *prob)
+{
+    double top = -INFINITY, sum = 0;
+    for (int64_t r = 0; r < R; r++, state += d + 2) {
+        logit[r] = state[1] > 0 ? scale * dot(d, q, state + 2) / state[1] : 0;
+        top = logit[r] > top ? logit[r] : top;
+    }
+    for (int64_t r = 0; r < R; r++) sum += prob[r] = (double)ls_exp((ls_real)(logit[r] - top));
+    for (int64_t r = 0; r < R; r++) prob[r] /= sum;
 }
 
 static ls_status apply_causal(ls_pass *p, int phase)
 {
     const int64_t R = slots(p), d = p->d, stride = d + 2;
-    ls_real *state_k = p->work[STATE], *state_v = state_k + R * stride, *prob = p->work[SLOT_KEYS];
+    double *prob = (double *)(void *)p->work[SLOT_KEYS], *logit = prob + R, *row = logit + R;
     for (int64_t b = 0; b < p->B; b++)
         for (int64_t h = 0; h < p->H; h++) {
             load_state(p, phase, b, h);
@@ -310,89 +361,93 @@ static ls_status apply_causal(ls_pass *p, int phase)
                 const int64_t n = ls_min(CHUNK, p->T - t);
                 load_keys(p, b, h, t, n);
                 for (int64_t i = 0; i < n; i++) {
-                    if (!padded(p->own.pad, b * p->S + t + i)) {
-                        join(R, d, p->work[LOGITS] + i * R, p->work[ROWS_A] + i * d, state_k);
-                        join(R, d, p->work[DLOGITS] + i * R, p->work[ROWS_B] + i * d, state_v);
-                    }
+                    join_row(p, b, t, i);
                     ls_real *out = ls_row(p->out, b, h, t + i);
                     ls_zero(out, d);
                     if (padded(p->pad_q, b * p->T + t + i)) continue;
-                    look(R, d, (ls_real)p->scale, ls_row(p->q, b, h, t + i), state_k, NULL, prob);
+                    look(R, d, p->scale, ls_row(p->q, b, h, t + i), state_of(p, 0), logit, prob);
+                    for (int64_t e = 0; e < d; e++) row[e] = 0;
                     for (int64_t r = 0; r < R; r++) {
-                        const ls_real *v = state_v + r * stride;
-                        if (v[1] > 0) ls_axpy(d, prob[r] / v[1], v + 2, out);
+                        const double *v = state_of(p, 1) + r * stride, w = v[1] > 0 ? prob[r] / v[1] : 0;
+                        for (int64_t e = 0; e < d; e++) row[e] += w * v[2 + e];
                     }
+                    for (int64_t e = 0; e < d; e++) out[e] = (ls_real)row[e];
                 }
             }
         }
     return LS_OK;
 }
 
+static double *trace_of(const ls_pass *p, int64_t t)
+{
+    return (double *)(void *)p->work[TRACE] + t * TRACES * slots(p);
+}
+
 /* Pass 1, forward in time: the states again; dq, and of each query what its slots' gradients are made of. */
 static void causal_queries(ls_pass *p, int phase, int64_t b, int64_t h)
 {
     const int64_t R = slots(p), d = p->d, stride = d + 2;
-    ls_real *state_k = p->work[STATE], *state_v = state_k + R * stride;
-    ls_real *prob = p->work[SLOT_KEYS], *logit = p->work[SLOT_VALUES];
+    double *prob = (double *)(void *)p->work[SLOT_KEYS], *logit = prob + R, *row = logit + R;
     load_state(p, phase, b, h);
     for (int64_t t = 0; t < p->T; t += CHUNK) {
         const int64_t n = ls_min(CHUNK, p->T - t);
         load_keys(p, b, h, t, n);
         for (int64_t i = 0; i < n; i++) {
-            ls_real *trace = p->work[TRACE] + (t + i) * TRACES * R, *dq = ls_row(p->dq, b, h, t + i);
-            const ls_real *a = p->work[LOGITS] + i * R, *bb = p->work[DLOGITS] + i * R;
-            if (!padded(p->own.pad, b * p->S + t + i)) {
-                join(R, d, a, p->work[ROWS_A] + i * d, state_k);
-                join(R, d, bb, p->work[ROWS_B] + i * d, state_v);
-            }
-            ls_zero(trace, TRACES * R);
-            memcpy(trace + A * R, a, (size_t)R * sizeof *a);
-            memcpy(trace + B * R, bb, (size_t)R * sizeof *bb);
+            double *trace = trace_of(p, t + i);
+            const double *state_k = state_of(p, 0), *state_v = state_of(p, 1);
+            ls_real *dq = ls_row(p->dq, b, h, t + i);
+            join_row(p, b, t, i);
             for (int64_t r = 0; r < R; r++) {
+                trace[A * R + r] = (double)p->work[LOGITS][i * R + r];
+                trace[B * R + r] = (double)p->work[DLOGITS][i * R + r];
                 trace[M_K * R + r] = state_k[r * stride];
                 trace[M_V * R + r] = state_v[r * stride];
+                trace[DLOGIT * R + r] = trace[DS_K * R + r] = trace[P_V * R + r] = trace[DS_V * R + r] = 0;
             }
             ls_zero(dq, d);
             if (padded(p->pad_q, b * p->T + t + i)) continue;
             const ls_real *dout = ls_row(p->dout, b, h, t + i);
-            look(R, d, (ls_real)p->scale, ls_row(p->q, b, h, t + i), state_k, logit, prob);
-            ls_real mean = 0, *dp = trace + DS_V * R;
+            look(R, d, p->scale, ls_row(p->q, b, h, t + i), state_k, logit, prob);
+            double mean = 0, *dp = trace + DS_V * R;
             for (int64_t r = 0; r < R; r++) {
-                const ls_real *v = state_v + r * stride;
-                dp[r] = v[1] > 0 ? ls_dot(d, dout, v + 2) / v[1] : 0;
+                const double *v = state_v + r * stride;
+                dp[r] = v[1] > 0 ? dot(d, dout, v + 2) / v[1] : 0;
                 mean += prob[r] * dp[r];
             }
+            for (int64_t e = 0; e < d; e++) row[e] = 0;
             for (int64_t r = 0; r < R; r++) {
-                const ls_real sk = state_k[r * stride + 1], sv = state_v[r * stride + 1];
-                const ls_real rk = sk > 0 ? 1 / sk : 0, rv = sv > 0 ? 1 / sv : 0;
-                const ls_real dl = prob[r] * (dp[r] - mean), g = (ls_real)p->scale * dl * rk;
+                const double *k = state_k + r * stride, sk = k[1], sv = state_v[r * stride + 1];
+                const double rk = sk > 0 ? 1 / sk : 0, rv = sv > 0 ? 1 / sv : 0;
+                const double dl = prob[r] * (dp[r] - mean), g = p->scale * dl * rk;
                 trace[DLOGIT * R + r] = g;                 /* dx_r of K̃ is g q */
                 trace[DS_K * R + r] = -dl * logit[r] * rk; /* ds = -dK̃·K̃/s, and dK̃·K̃ = dl logit */
                 trace[P_V * R + r] = prob[r] * rv;         /* dx_r of Ṽ is this times do */
-                ls_axpy(d, g, state_k + r * stride + 2, dq);
+                for (int64_t e = 0; e < d; e++) row[e] += g * k[2 + e];
                 dp[r] = -prob[r] * rv * dp[r];
             }
+            for (int64_t e = 0; e < d; e++) dq[e] = (ls_real)row[e];
         }
     }
 }
 
 /* One key leaves its gradient: with e = e^(logit - m), m the state's maximum at this key, to (d) and da (R). */
-static void leave(int64_t R, int64_t d, const ls_real *logit, const ls_real *m, const ls_real *row,
-                  const ls_real *dstate, ls_real *to, ls_real *da)
+static void leave(int64_t R, int64_t d, const double *logit, const double *m, const ls_real *row, const double *dstate,
+                  double *to, ls_real *da)
 {
+    for (int64_t e = 0; e < d; e++) to[e] = 0;
     for (int64_t r = 0; r < R; r++, dstate += d + 2) {
-        const ls_real e = ls_exp(logit[r] - m[r]);
-        da[r] = e * (dstate[1] + ls_dot(d, row, dstate + 2));
-        ls_axpy(d, e, dstate + 2, to);
+        const double w = (double)ls_exp((ls_real)(logit[r] - m[r]));
+        da[r] = (ls_real)(w * (dstate[1] + dot(d, row, dstate + 2)));
+        for (int64_t e = 0; e < d; e++) to[e] += w * dstate[2 + e];
     }
 }
 
 /* The running gradient of a state, whose maxima fall from `later` to `now` as time runs backward. */
-static void rescale(int64_t R, int64_t d, const ls_real *later, const ls_real *now, ls_real *dstate)
+static void rescale(int64_t R, int64_t d, const double *later, const double *now, double *dstate)
 {
     for (int64_t r = 0; r < R; r++, dstate += d + 2) {
         if (now[r] == later[r]) continue;
-        const ls_real shrink = now[r] == -INFINITY ? 0 : ls_exp(now[r] - later[r]);
+        const double shrink = now[r] == -INFINITY ? 0 : (double)ls_exp((ls_real)(now[r] - later[r]));
         for (int64_t i = 1; i < d + 2; i++) dstate[i] *= shrink;
     }
 }
@@ -401,10 +456,10 @@ static void rescale(int64_t R, int64_t d, const ls_real *later, const ls_real *n
 static void causal_keys(ls_pass *p, int phase, int64_t b, int64_t h)
 {
     const int64_t R = slots(p), d = p->d, stride = d + 2;
-    ls_real *dk_state = p->work[STATE], *dv_state = dk_state + R * stride;
+    double *dk_state = state_of(p, 0), *dv_state = state_of(p, 1), *row = (double *)(void *)p->work[SLOT_KEYS];
     ls_real *k = p->work[ROWS_A], *v = p->work[ROWS_B], *da = p->work[LOGITS], *db = p->work[DLOGITS];
-    ls_zero(dk_state, 2 * R * stride);
-    const ls_real *later = NULL;
+    for (int64_t i = 0; i < R * stride; i++) dk_state[i] = dv_state[i] = 0;
+    const double *later = NULL;
     for (int64_t end = p->T; end > 0;) {
         const int64_t n = (end - 1) % CHUNK + 1, t = end - n;
         ls_clean_rows(p->own.k, b, h, t, n, d, p->own.pad, p->S, 1, k);
@@ -412,7 +467,7 @@ static void causal_keys(ls_pass *p, int phase, int64_t b, int64_t h)
         ls_zero(da, n * R);
         ls_zero(db, n * R);
         for (int64_t i = n - 1; i >= 0; i--) {
-            const ls_real *trace = p->work[TRACE] + (t + i) * TRACES * R;
+            const double *trace = trace_of(p, t + i);
             if (later != NULL) {
                 rescale(R, d, later + M_K * R, trace + M_K * R, dk_state);
                 rescale(R, d, later + M_V * R, trace + M_V * R, dv_state);
@@ -421,18 +476,22 @@ static void causal_keys(ls_pass *p, int phase, int64_t b, int64_t h)
             if (!padded(p->pad_q, b * p->T + t + i)) {
                 const ls_real *q = ls_row(p->q, b, h, t + i), *dout = ls_row(p->dout, b, h, t + i);
                 for (int64_t r = 0; r < R; r++) {
-                    dk_state[r * stride + 1] += trace[DS_K * R + r];
-                    dv_state[r * stride + 1] += trace[DS_V * R + r];
-                    ls_axpy(d, trace[DLOGIT * R + r], q, dk_state + r * stride + 2);
-                    ls_axpy(d, trace[P_V * R + r], dout, dv_state + r * stride + 2);
+                    double *gk = dk_state + r * stride, *gv = dv_state + r * stride;
+                    const double a = trace[DLOGIT * R + r], c = trace[P_V * R + r];
+                    gk[1] += trace[DS_K * R + r];
+                    gv[1] += trace[DS_V * R + r];
+                    for (int64_t e = 0; e < d; e++) gk[2 + e] += a * (double)q[e];
+                    for (int64_t e = 0; e < d; e++) gv[2 + e] += c * (double)dout[e];
                 }
             }
             ls_real *dk = ls_row(p->own.dk, b, h, t + i), *dv = ls_row(p->own.dv, b, h, t + i);
             ls_zero(dk, d);
             ls_zero(dv, d);
             if (padded(p->own.pad, b * p->S + t + i)) continue;
-            leave(R, d, trace + A * R, trace + M_K * R, k + i * d, dk_state, dk, da + i * R);
-            leave(R, d, trace + B * R, trace + M_V * R, v + i * d, dv_state, dv, db + i * R);
+            leave(R, d, trace + A * R, trace + M_K * R, k + i * d, dk_state, row, da + i * R);
+            for (int64_t e = 0; e < d; e++) dk[e] = (ls_real)row[e];
+            leave(R, d, trace + B * R, trace + M_V * R, v + i * d, dv_state, row, db + i * R);
+            for (int64_t e = 0; e < d; e++) dv[e] = (ls_real)row[e];
         }
         ls_gemm(0, 1, n, d, R, 1, da, R, phi(p, PHI_K, p->params), R, 1, ls_row(p->own.dk, b, h, t), p->own.dk.st);
         ls_gemm(0, 1, n, d, R, 1, db, R, phi(p, PHI_V, p->params), R, 1, ls_row(p->own.dv, b, h, t), p->own.dv.st);
@@ -444,11 +503,13 @@ static void causal_keys(ls_pass *p, int phase, int64_t b, int64_t h)
         const ls_real *got = elements(p, p->summary[phase].got, b, h, which);
         ls_real *to = elements(p, p->summary[phase].dgot, b, h, which);
         for (int64_t r = 0; r < R; r++) {
-            const ls_real *from = (which ? dv_state : dk_state) + r * stride;
+            const double *from = (which ? dv_state : dk_state) + r * stride;
             const ls_real m = got[r * stride];
-            const ls_real w = later == NULL || m == -INFINITY ? 0 : ls_exp(m - later[(which ? M_V : M_K) * R + r]);
+            const double w = later == NULL || m == -INFINITY
+                                 ? 0
+                                 : (double)ls_exp((ls_real)((double)m - later[(which ? M_V : M_K) * R + r]));
             to[r * stride] = 0;
-            for (int64_t i = 1; i < stride; i++) to[r * stride + i] = w * from[i];
+            for (int64_t i = 1; i < stride; i++) to[r * stride + i] = (ls_real)(w * from[i]);
         }
     }
 }
