@@ -215,11 +215,17 @@ static void backward_tile(ls_pass *p, const tile *t)
         const ls_real lse = p->saved[LSE][row + i], delta = p->work[DELTA][row + i];
         const ls_real *D = dropout_row(p, t, i);
         ls_real *si = s + i * TK, *di = ds + i * TK;
-        for (int64_t j = 0; j < t->nk; j++) {
-            const ls_real keep = D == NULL ? 1 : D[j], prob = ls_exp(si[j] - lse);
-            di[j] = prob * (keep * di[j] - delta);
-            si[j] = prob * keep;
-        }
+        if (D == NULL)
+            for (int64_t j = 0; j < t->nk; j++) {
+                si[j] = ls_exp(si[j] - lse);
+                di[j] = si[j] * (di[j] - delta);
+            }
+        else
+            for (int64_t j = 0; j < t->nk; j++) {
+                const ls_real prob = ls_exp(si[j] - lse);
+                di[j] = prob * (D[j] * di[j] - delta);
+                si[j] = prob * D[j];
+            }
     }
     ls_gemm(1, 0, t->nk, d, t->nq, 1, s, TK, p->work[DOUT], d, 1, ls_row(v->dv, t->b, t->h, t->k0), v->dv.st);
     ls_gemm(1, 0, t->nk, d, t->nq, 1, ds, TK, p->work[QUERIES], d, 1, ls_row(v->dk, t->b, t->h, t->k0), v->dk.st);

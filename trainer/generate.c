@@ -95,6 +95,8 @@ static ls_status parse(int argc, char **argv, generate_options *o)
     if (optind != argc - 1)
         LS_FAIL(LS_ERR_ARGUMENT, "generate: %s; see longspan generate --help",
                 optind >= argc ? "which checkpoint?" : "one checkpoint is all it takes");
+    if (o->max_bytes > INT32_MAX) /* positions end there */
+        LS_FAIL(LS_ERR_ARGUMENT, "generate: --max-bytes %lld is more than %d", (long long)o->max_bytes, INT32_MAX);
     if ((int64_t)strlen(o->prefix) > o->max_bytes)
         LS_FAIL(LS_ERR_ARGUMENT, "generate: the prefix has %zu bytes, more than --max-bytes %lld", strlen(o->prefix),
                 (long long)o->max_bytes);
