@@ -125,7 +125,7 @@ static void run_jobs(const char *law, const jobs *j)
         int reference_status = LS_OK;
         char reference_error[1024] = "";
         if (mine < j->count) {
-            reference_status = problem_draw(&j->list[mine].s, &p);
+            reference_status = (int)problem_draw(&j->list[mine].s, &p);
             if (reference_status == LS_OK) reference_status = problem_run_alone(&p, &reference);
             memcpy(reference_error, here.error, sizeof reference_error);
             problem_free(&p);

@@ -129,7 +129,12 @@ static void test_init(void **state)
         const int same = memcmp(a + t->offset, b + t->offset, (size_t)t->count * sizeof *a) == 0;
         if (norm || bias) {
             assert_true(same);
-            for (int64_t j = 0; norm && j < t->count; j++) assert_true(a[t->offset + j] == 1);
+            /* one value; the last norm of the decoder is the one that may start at another than 1 */
+            const int last = strcmp(t->name, "decoder.norm.weight") == 0;
+            for (int64_t j = 0; norm && j < t->count; j++) {
+                assert_true(a[t->offset + j] == (last ? a[t->offset] : 1));
+                assert_true(a[t->offset + j] > 0);
+            }
         } else if (t->ndim == 2) {
             assert_false(same); /* another seed, another matrix */
         }
@@ -261,7 +266,7 @@ static void test_ranks(void **state)
         {.B = 1, .S = 1, .T = 1, .change = -1},
         {.B = 2, .S = 23, .T = 4, .change = -1}, /* memory grows and is used again for less */
         {.B = 1, .S = 5, .T = 17, .change = -1},
-        {.B = 2, .S = 300, .T = 600, .change = -1}, /* more rows than go through a chunk at a time */
+        {.B = 2, .S = 20, .T = 300, .change = -1}, /* more rows than go through a chunk at a time */
     };
     for (int e = 0; e < EXAMPLES; e++) {
         model *m = make_model(world, &examples[e]), *alone = make_model(self, &examples[e]);

@@ -30,9 +30,9 @@ static int64_t add_tensor(model *m, tensor_init init, int64_t dim0, int64_t dim1
     return t->offset;
 }
 
-static norm_params add_norm(model *m, const char *prefix)
+static norm_params add_norm(model *m, const char *prefix, double gain)
 {
-    const int64_t weight = add_tensor(m, (tensor_init){INIT_ONE, 0}, m->E, 0, "%snorm.weight", prefix);
+    const int64_t weight = add_tensor(m, (tensor_init){INIT_CONSTANT, gain}, m->E, 0, "%snorm.weight", prefix);
     return (norm_params){weight, add_tensor(m, (tensor_init){INIT_ZERO, 0}, m->E, 0, "%snorm.bias", prefix)};
 }
 
@@ -56,10 +56,10 @@ static int64_t add_attention(model *m, const char *prefix, const ls_attention *a
         t->decay = info->ndim > 1 && info->init != LS_INIT_ONE;
         snprintf(t->name, sizeof t->name, "%s.%s", prefix, info->name);
         const init_kind kind = info->init == LS_INIT_ZERO     ? INIT_ZERO
-                               : info->init == LS_INIT_ONE    ? INIT_ONE
+                               : info->init == LS_INIT_ONE    ? INIT_CONSTANT
                                : info->init == LS_INIT_NORMAL ? INIT_NORMAL
                                                               : INIT_UNIFORM;
-        m->init[m->num_tensors++] = (tensor_init){kind, info->init_scale};
+        m->init[m->num_tensors++] = (tensor_init){kind, info->init == LS_INIT_ONE ? 1 : info->init_scale};
     }
     m->count += ls_attention_param_count(attention);
     return first;
@@ -76,7 +76,7 @@ static void list_stack(model *m, stack *s, const char *name)
         char prefix[64];
         if (bl->kind == BLOCK_FFN) {
             snprintf(prefix, sizeof prefix, "%s.%d.ffn_", name, layer);
-            bl->norm = add_norm(m, prefix);
+            bl->norm = add_norm(m, prefix, 1);
             snprintf(prefix, sizeof prefix, "%s.%d", name, layer);
             bl->ffn.weight0 = add_linear(m, prefix, 0, m->F, m->E, 1.0, &bl->ffn.bias0);
             /* What is added to the residual stream shrinks with depth, so that its variance does not grow (Radford et
@@ -85,14 +85,16 @@ static void list_stack(model *m, stack *s, const char *name)
         } else {
             const char *which = names[k % s->per_layer];
             snprintf(prefix, sizeof prefix, "%s.%d.%s_", name, layer, which);
-            bl->norm = add_norm(m, prefix);
+            bl->norm = add_norm(m, prefix, 1);
             snprintf(prefix, sizeof prefix, "%s.%d.%s", name, layer, which);
             bl->params = add_attention(m, prefix, bl->attention);
         }
     }
     char prefix[64];
     snprintf(prefix, sizeof prefix, "%s.", name);
-    s->norm = add_norm(m, prefix);
+    /* The decoder's last norm starts small: logits near 0, so that the first loss is ln V and not a bet on the input byte,
+     * which a tied table would make. */
+    s->norm = add_norm(m, prefix, s == &m->decoder ? 0.2 : 1);
 }
 
 /* Fills the list in the order of the flat vector. Room was made for the largest number of tensors. */
@@ -124,8 +126,8 @@ void model_init(const model *m, uint64_t seed, ls_real *params)
             case INIT_ZERO:
                 p[j] = 0;
                 break;
-            case INIT_ONE:
-                p[j] = 1;
+            case INIT_CONSTANT:
+                p[j] = (ls_real)init.scale;
                 break;
             case INIT_NORMAL:
                 p[j] = (ls_real)(init.scale * ls_normal(seed, stream, STEP_INIT, (uint64_t)j));
