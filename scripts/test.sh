@@ -23,8 +23,8 @@ cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=$type -DLONGSPAN_WERROR
 cmake --build "$build"
 
 if [ -n "$sanitize" ]; then
-  # Open MPI and its transports keep memory until exit; what we leak is still reported.
-  export ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=1:abort_on_error=0:allocator_may_return_null=1}
+  # Open MPI and its transports keep memory until exit (whole call stacks are needed to tell); ours is still reported.
+  export ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=1:fast_unwind_on_malloc=0:allocator_may_return_null=1}
   export LSAN_OPTIONS=${LSAN_OPTIONS:-suppressions=$root/tests/lsan.supp:print_suppressions=0}
   export UBSAN_OPTIONS=${UBSAN_OPTIONS:-print_stacktrace=1}
 fi

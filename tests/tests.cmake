@@ -49,14 +49,15 @@ set(harness ${PROJECT_SOURCE_DIR}/tests/harness.c)
 set(golden ${PROJECT_SOURCE_DIR}/tests/golden)
 longspan_test(dense DOUBLE)
 longspan_test(exchange DOUBLE RANKS 1 2 3 4 5 7)
-longspan_test(golden DOUBLE HDF5 SOURCES ${harness} RANKS 1 3 ARGS ${golden})
+longspan_test(golden DOUBLE HDF5 SOURCES ${harness} RANKS 1 2 3 5 ARGS ${golden})
+longspan_test(gradients DOUBLE SOURCES ${harness} RANKS 1 2)
 longspan_test(laws DOUBLE SOURCES ${harness} RANKS 1 2 3 4 5 7)
 
 longspan_test(config TRAINER)
 longspan_test(optim TRAINER)
 longspan_test(pack TRAINER)
 longspan_test(checkpoint TRAINER)
-longspan_test(data TRAINER RANKS 1 3)
+longspan_test(data TRAINER RANKS 1 2 3)
 longspan_test(model TRAINER RANKS 1 2 3 5)
 
 # ---- the program and the installed package, as their users meet them

@@ -94,7 +94,7 @@ static void list_stack(model *m, stack *s, const char *name)
     snprintf(prefix, sizeof prefix, "%s.", name);
     /* The decoder's last norm starts small: logits near 0, so that the first loss is ln V and not a bet on the input byte,
      * which a tied table would make. */
-    s->norm = add_norm(m, prefix, s == &m->decoder ? 0.2 : 1);
+    s->norm = add_norm(m, prefix, s == &m->decoder ? 0.4 : 1);
 }
 
 /* Fills the list in the order of the flat vector. Room was made for the largest number of tensors. */

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Installs what is missing and builds the library and the program in build/ (no tests): scripts/build.sh
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+"$root/scripts/setup.sh"
+cmake -S "$root" -B "$root/build" -G Ninja -DCMAKE_BUILD_TYPE=Release
+cmake --build "$root/build" --target longspan_program
