@@ -63,5 +63,7 @@ longspan_test(model TRAINER RANKS 1 2 3 5)
 # ---- the program and the installed package, as their users meet them
 add_test(NAME train_equality COMMAND ${PROJECT_SOURCE_DIR}/tests/train_equality.sh $<TARGET_FILE:longspan_program>
   ${PROJECT_BINARY_DIR}/tests/train_equality)
+add_test(NAME faults COMMAND ${PROJECT_SOURCE_DIR}/tests/faults.sh $<TARGET_FILE:longspan_program>
+  ${PROJECT_BINARY_DIR}/tests/faults)
 add_test(NAME install COMMAND ${PROJECT_SOURCE_DIR}/tests/install.sh ${PROJECT_BINARY_DIR} ${PROJECT_SOURCE_DIR})
-set_tests_properties(train_equality install PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 600)
+set_tests_properties(train_equality faults install PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 600)

@@ -34,9 +34,12 @@ int exit_code_of(ls_status status)
 
 int report_error(const ranks *r, ls_status status)
 {
-    if (r->rank == 0 && status != LS_OK) {
+    /* where the transport fails, ranks cannot agree who speaks: each says what it knows */
+    const int lost = status == LS_ERR_COMM;
+    if ((r->rank == 0 || lost) && status != LS_OK) {
         fflush(stdout);
-        fprintf(stderr, "longspan: %s\n", ls_last_error());
+        if (lost) fprintf(stderr, "longspan: rank %d: %s\n", r->rank, ls_last_error());
+        if (!lost) fprintf(stderr, "longspan: %s\n", ls_last_error());
         fflush(stderr);
     }
     return exit_code_of(status);

@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# Bad input through the program, on 1 and on 3 ranks: one clear sentence, the right exit code, nothing written, no hang.
+#   faults.sh LONGSPAN SCRATCH_FOLDER
+set -uo pipefail
+[ $# -eq 2 ] || { echo "usage: tests/faults.sh LONGSPAN SCRATCH_FOLDER" >&2; exit 2; }
+longspan=$(realpath "$1")
+mpirun="mpirun --oversubscribe --allow-run-as-root --bind-to none"
+rm -rf "$2" && mkdir -p "$2" && cd "$2" || exit 1
+passed=0 failed=0
+complain() { failed=$((failed + 1)); printf 'FAILED: %s\n' "$*"; sed 's/^/    /' stderr | head -n 20; }
+
+# refuse NAME CODE FRAGMENT -- ARGUMENT...: on 1 and 3 ranks the program ends with CODE, its only line on standard error that
+# begins with "longspan:" holds FRAGMENT, and the folder `out` (where every case may write) stays empty.
+refuse() {
+  local name=$1 code=$2 fragment=$3 ranks launch got lines
+  shift 4
+  for ranks in 1 3; do
+    rm -rf out && mkdir out
+    launch=()
+    [ $ranks = 1 ] || launch=($mpirun -n $ranks)
+    got=0
+    timeout 60 "${launch[@]}" "$longspan" "$@" >stdout 2>stderr </dev/null || got=$?
+    lines=$(grep -c '^longspan: ' stderr)
+    if [ $got -ne "$code" ]; then complain "$name on $ranks ranks: exit code $got, not $code"
+    elif [ "$lines" -ne 1 ]; then complain "$name on $ranks ranks: $lines sentences"
+    elif ! grep '^longspan: ' stderr | grep -qF -- "$fragment"; then complain "$name on $ranks ranks: no \"$fragment\""
+    elif [ -n "$(ls -A out)" ]; then complain "$name on $ranks ranks: left $(ls -A out)"
+    else passed=$((passed + 1)); fi
+  done
+}
+
+# ---- what is well: a data set, a configuration, a checkpoint
+for i in $(seq 12); do printf 'd%d\tthe cat %d sat on the mat\tTHE CAT %d\n' "$i" "$i" "$i"; done >good.tsv
+"$longspan" pack --train good.tsv --valid good.tsv --out good.h5 >/dev/null || { echo "FAILED: pack"; exit 1; }
+cat >good.yaml <<'EOF'
+data: {path: good.h5}
+model: {embed_dim: 16, ffn_dim: 16, num_heads: 2, encoder_layers: 1, decoder_layers: 1}
+train: {steps: 2, batch: 2, warmup_steps: 1, evaluate_every: 0, save_every: 1}
+run: {directory: out/run}
+EOF
+mkdir -p out
+"$longspan" train good.yaml --set run.directory=well >/dev/null || { echo "FAILED: train"; exit 1; }
+good=well/step-000002.h5
+
+# a copy with one byte changed: flip FILE OFFSET COPY
+flip() {
+  cp "$1" "$3"
+  local byte
+  byte=$(od -An -tu1 -j "$2" -N 1 "$1")
+  printf "\\x$(printf %x $((byte ^ 16)))" | dd of="$3" bs=1 seek="$2" conv=notrunc status=none
+}
+cut_to() { head -c $(($(stat -c %s "$1") * $2 / 100)) "$1" >"$3"; }
+
+# ---- command line and configuration
+refuse "no subcommand" 2 "subcommand" --
+refuse "unknown subcommand" 2 "did you mean train?" -- trian
+refuse "unknown option" 2 "" -- train good.yaml --stepz 3
+refuse "configuration missing" 4 "nowhere.yaml" -- train nowhere.yaml
+printf 'model: {embed_dimm: 16}\n' >typo.yaml
+refuse "misspelt key" 2 "typo.yaml:1: model.embed_dimm: unknown key (did you mean embed_dim?)" -- train typo.yaml
+printf 'model:\n  embed_dim: wide\n' >type.yaml
+refuse "wrong type" 2 "type.yaml:2: model.embed_dim" -- train type.yaml
+refuse "out of range" 2 "train.batch" -- train good.yaml --set train.batch=0
+refuse "unknown key in --set" 2 "model.heads" -- train good.yaml --set model.heads=2
+refuse "heads do not divide the width" 2 "model.num_heads=3" -- train good.yaml --set model.num_heads=3
+refuse "unknown mechanism" 2 "attention9" -- train good.yaml --set model.encoder.mechanism=attention9
+refuse "option of another mechanism" 2 "num_slots" -- train good.yaml --set model.encoder.options.num_slots=8
+refuse "dropout where there are no probabilities" 2 "abc" -- train good.yaml --set model.encoder.mechanism=abc \
+  --set model.encoder.dropout=0.1
+refuse "ranks that do not divide" 2 "parallel.sequence" -- train good.yaml --set parallel.sequence=2
+refuse "no CUDA backend" 2 "cuda" -- train good.yaml --set device=cuda
+refuse "no NCCL" 2 "nccl" -- train good.yaml --set parallel.transport=nccl
+refuse "batch not divisible" 2 "accumulation" -- train good.yaml --set train.accumulation=3
+
+# ---- data sets
+refuse "data missing" 4 "nowhere.h5" -- train good.yaml --set data.path=nowhere.h5
+refuse "data is a directory" 4 "out" -- train good.yaml --set data.path=out
+refuse "data is not HDF5" 3 "good.tsv" -- train good.yaml --set data.path=good.tsv
+refuse "data is a checkpoint" 3 "$good" -- train good.yaml --set data.path=$good
+for percent in 10 50 90 99; do
+  cut_to good.h5 $percent cut.h5
+  refuse "data cut to $percent%" 3 "cut.h5" -- train good.yaml --set data.path=cut.h5
+done
+token=$(LC_ALL=C grep -abo -P 't\x00h\x00e\x00 \x00c' good.h5 | head -n 1 | cut -d: -f1)
+[ -n "$token" ] || { echo "FAILED: no text in good.h5"; exit 1; }
+flip good.h5 "$token" flipped.h5
+refuse "data with a flipped bit" 3 "flipped.h5" -- train good.yaml --set data.path=flipped.h5
+flip good.h5 $((token + 1)) range.h5
+refuse "token out of range, digest wrong" 3 "range.h5" -- train good.yaml --set data.path=range.h5
+
+# ---- checkpoints
+refuse "checkpoint missing" 4 "nowhere.h5" -- generate nowhere.h5 --input good.tsv
+refuse "checkpoint is not HDF5" 3 "good.tsv" -- generate good.tsv --input good.tsv
+refuse "checkpoint is a data set" 3 "good.h5" -- generate good.h5 --input good.tsv
+for percent in 10 50 99; do
+  cut_to $good $percent cut.h5
+  refuse "checkpoint cut to $percent%" 3 "cut.h5" -- generate cut.h5 --input good.tsv
+  refuse "resume from a checkpoint cut to $percent%" 3 "cut.h5" -- train good.yaml --resume cut.h5
+done
+size=$(stat -c %s $good)
+for percent in 30 60 80; do
+  flip $good $((size * percent / 100)) flipped.h5
+  refuse "checkpoint with a bit flipped at $percent%" 3 "flipped.h5" -- train good.yaml --resume flipped.h5
+done
+refuse "a directory that holds a run" 2 "resume" -- train good.yaml --set run.directory=well
+refuse "resume with another model" 2 "model.embed_dim" -- train good.yaml --resume $good --set model.embed_dim=32
+refuse "empty source" 2 "empty" -- generate $good --input /dev/null
+
+# ---- places that cannot be written (a file in the way: root may write anywhere else)
+refuse "run directory below a file" 4 "good.tsv" -- train good.yaml --set run.directory=good.tsv/run
+refuse "data set below a file" 4 "good.tsv" -- pack --train good.tsv --out good.tsv/x.h5
+
+# ---- text that cannot be packed
+printf 'a\tb\n\tc\n' >empty.tsv
+refuse "empty document" 3 "empty.tsv" -- pack --train empty.tsv --out out/x.h5
+printf 'a\tb\tc\td\n' >columns.tsv
+refuse "too many columns" 3 "columns.tsv" -- pack --train columns.tsv --out out/x.h5
+printf 'a\tb\\q\n' >escape.tsv
+refuse "unknown escape" 3 "escape.tsv" -- pack --train escape.tsv --out out/x.h5
+
+# ---- during the run: a rank that fails alone, a loss that is not a number
+during() { # NAME CODE FRAGMENT HOW RANK
+  local got=0
+  rm -rf out && mkdir out
+  LONGSPAN_TEST_FAIL=$5:2:$4 timeout 60 $mpirun -n 3 "$longspan" train good.yaml >stdout 2>stderr </dev/null || got=$?
+  if [ $got -ne "$2" ]; then complain "$1: exit code $got, not $2"
+  elif ! grep '^longspan: ' stderr | grep -qF -- "$3"; then complain "$1: no \"$3\""
+  elif [ ! -f out/run/step-000001.h5 ] || [ -f out/run/step-000002.h5 ]; then complain "$1: checkpoints $(ls out/run)"
+  else passed=$((passed + 1)); fi
+}
+during "a rank without memory" 6 "rank 2" memory 2
+during "a loss that is not a number" 5 "step 2" nan 1
+
+printf '%d passed, %d failed\n' $passed $failed
+[ $failed -eq 0 ] && [ $passed -gt 0 ]
