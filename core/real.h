@@ -20,7 +20,7 @@ static inline ls_real ls_exp(ls_real x)
  * NaN stays NaN. */
 static inline float ls_exp(float x)
 {
-    const float c = x < -88.0f ? -88.0f : x > 89.0f ? 89.0f : x;
+    const float c = x > -88.0f ? (x < 89.0f ? x : 89.0f) : -88.0f; /* also NaN, which comes back at the end */
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
     const float n = (c * 1.44269504f + shift) - shift;
     const float r = (c - n * 0.693145752f) - n * 1.42860677e-6f;
@@ -38,7 +38,7 @@ static inline float ls_exp(float x)
         float f;
     } a = {(half + 127) << 23}, b = {(i - half + 127) << 23};
     const float y = p * a.f * b.f;
-    return x < -87.3f ? 0.0f : y;
+    return x > -87.3f ? y : x == x ? 0.0f : x;
 }
 #endif
 

@@ -26,7 +26,7 @@ echo "$three"
 
 export PKG_CONFIG_PATH=$(dirname "$(find "$scratch/prefix" -name longspan.pc)")
 read -r -a flags <<<"$(pkg-config --cflags --libs longspan)"
-cc -std=c11 "$source/examples/one_attention.c" -o "$scratch/by_pkg_config" "${flags[@]}" -Wl,-rpath,"$(dirname "$library")"
+cc -std=c11 ${CFLAGS-} "$source/examples/one_attention.c" -o "$scratch/by_pkg_config" "${flags[@]}" -Wl,-rpath,"$(dirname "$library")"
 by_pkg_config=$($run -n 2 "$scratch/by_pkg_config")
 echo "$by_pkg_config"
 [ "${one#*, }" = "${by_pkg_config#*, }" ]

@@ -35,11 +35,11 @@ function(longspan_test name)
     endif()
     if(NOT T_RANKS)
       add_test(NAME ${variant} COMMAND test_${variant} ${T_ARGS})
-      set_tests_properties(${variant} PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 600)
+      set_tests_properties(${variant} PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 1500)
     endif()
     foreach(ranks ${T_RANKS})
       add_test(NAME ${variant}_${ranks} COMMAND ${mpirun} -n ${ranks} $<TARGET_FILE:test_${variant}> ${T_ARGS})
-      set_tests_properties(${variant}_${ranks} PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 600
+      set_tests_properties(${variant}_${ranks} PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 1500
         PROCESSORS ${ranks})
     endforeach()
   endforeach()
@@ -66,4 +66,7 @@ add_test(NAME train_equality COMMAND ${PROJECT_SOURCE_DIR}/tests/train_equality.
 add_test(NAME faults COMMAND ${PROJECT_SOURCE_DIR}/tests/faults.sh $<TARGET_FILE:longspan_program>
   ${PROJECT_BINARY_DIR}/tests/faults)
 add_test(NAME install COMMAND ${PROJECT_SOURCE_DIR}/tests/install.sh ${PROJECT_BINARY_DIR} ${PROJECT_SOURCE_DIR})
-set_tests_properties(train_equality faults install PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 600)
+if(LONGSPAN_SANITIZE) # what links a sanitized library must be built so itself
+  list(APPEND test_environment "CFLAGS=-fsanitize=${LONGSPAN_SANITIZE}")
+endif()
+set_tests_properties(train_equality faults install PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 1500)
