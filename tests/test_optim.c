@@ -25,6 +25,21 @@ static void near(double a, double b)
     if (!(fabs(a - b) <= 1e-12 * fmax(fabs(a), fabs(b)))) fail_msg("%.17g is not %.17g", a, b);
 }
 
+static void lengths(void **state)
+{
+    (void)state;
+    const config c = WITH("train.short_length=100", "train.short_steps=10", "train.lengthen_steps=3");
+    assert_int_equal(schedule_length(&c, 1, 1600), 100);
+    assert_int_equal(schedule_length(&c, 10, 1600), 100);
+    assert_int_equal(schedule_length(&c, 11, 1600), 200); /* 16 fold in 4 equal factors */
+    assert_int_equal(schedule_length(&c, 12, 1600), 400);
+    assert_int_equal(schedule_length(&c, 13, 1600), 800);
+    assert_int_equal(schedule_length(&c, 14, 1600), 1600);
+    assert_int_equal(schedule_length(&c, 1, 50), 50); /* shorter than short */
+    const config never = WITH("train.short_length=0", "train.short_steps=10");
+    assert_int_equal(schedule_length(&never, 1, 1600), 1600);
+}
+
 static void cosine(void **state)
 {
     (void)state;
@@ -244,6 +259,7 @@ static void same_bits_every_time(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(lengths),
         cmocka_unit_test(cosine),
         cmocka_unit_test(inverse_square_root),
         cmocka_unit_test(constant_and_corners),

@@ -36,6 +36,7 @@ typedef struct config {
         double learning_rate, min_learning_rate;
         int64_t warmup_steps;
         config_schedule schedule;
+        int64_t short_length, short_steps, lengthen_steps; /* sequence length warm-up, see schedule_length */
         double weight_decay, beta1, beta2, epsilon;
         double clip_norm; /* 0: none */
         double label_smoothing;

@@ -21,6 +21,15 @@ double schedule_rate(const config *c, int64_t step)
     }
 }
 
+int64_t schedule_length(const config *c, int64_t step, int64_t full)
+{
+    const int64_t low = c->train.short_length, after = step - c->train.short_steps;
+    if (low == 0 || low >= full || after > c->train.lengthen_steps) return full;
+    if (after <= 0) return low;
+    const double part = (double)after / (double)(c->train.lengthen_steps + 1);
+    return (int64_t)((double)low * pow((double)full / (double)low, part));
+}
+
 double gradient_norm(const ls_real *g, int64_t n)
 {
     enum { LANES = 16 }; /* separate sums, added in this order whatever the compiler does with the loop */

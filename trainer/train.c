@@ -64,7 +64,8 @@ typedef struct run {
     int64_t count;  /* of parameters */
     ls_real *grads; /* (count + TAIL) */
     training_state s;
-    int64_t *index; /* (batch): documents of the step */
+    int64_t *index;                 /* (batch): documents of the step */
+    int64_t max_source, max_target; /* what they are cut to at the step */
     batch b;
     metrics *log;   /* rank 0 */
     ls_status late; /* what rank 0 could not write; told at the next agreement */
@@ -344,7 +345,7 @@ static int64_t labels_of(const run *t)
     for (int64_t i = 0; i < t->c.train.batch; i++) {
         int64_t source, target;
         dataset_lengths(t->data, "train", t->index[i], &source, &target);
-        sum += cut(target, t->c.data.max_target) + 1;
+        sum += cut(target, t->max_target) + 1;
     }
     return sum;
 }
@@ -359,9 +360,9 @@ static ls_status gradient(run *t, int64_t labels, model_loss *sum)
         const int64_t piece = r->group * c->train.accumulation + a;
         const int64_t lo = c->train.batch * piece / pieces, hi = c->train.batch * (piece + 1) / pieces;
         if (lo == hi) continue;
-        LS_TRY(ls_agree(r->sequence,
-                        dataset_read(t->data, "train", t->index + lo, hi - lo, c->data.max_source, c->data.max_target,
-                                     ls_context_rank(r->sequence), ls_context_size(r->sequence), &t->b)));
+        LS_TRY(
+            ls_agree(r->sequence, dataset_read(t->data, "train", t->index + lo, hi - lo, t->max_source, t->max_target,
+                                               ls_context_rank(r->sequence), ls_context_size(r->sequence), &t->b)));
         t->b.sample = (uint64_t)(t->s.samples + lo);
         model_loss loss;
         LS_TRY(model_gradient(t->m, &t->b, t->s.params, 1.0 / (double)labels, t->grads, &loss));
@@ -399,6 +400,11 @@ static ls_status take_step(run *t, int *stop)
         status = dataset_order(t->data, c->train.seed, c->train.batch, t->s.samples, c->train.batch, t->index);
     }
     LS_TRY(agree(t->r, status));
+    t->max_source = c->data.max_source, t->max_target = c->data.max_target;
+    if (c->train.short_length > 0) {
+        t->max_source = schedule_length(c, step, cut(dataset_longest(t->data, "train", 0), t->max_source));
+        t->max_target = schedule_length(c, step, cut(dataset_longest(t->data, "train", 1), t->max_target));
+    }
     const int64_t labels = labels_of(t);
     model_loss mine = {0};
     ls_zero(t->grads, t->count + TAIL);
