@@ -21,6 +21,7 @@ void ls_arena_replay(ls_arena *arena)
 
 ls_status ls_arena_reserve(ls_arena *arena, const char *what)
 {
+    arena->overrun = 0;
     const size_t need = arena->used + ALIGN; /* one more, so that a take of 0 bytes is a pointer and not NULL */
     arena->used = 0;
     arena->measuring = 0;
@@ -37,12 +38,22 @@ ls_status ls_arena_reserve(ls_arena *arena, const char *what)
     return LS_OK;
 }
 
+ls_status ls_arena_check(const ls_arena *arena, const char *what)
+{
+    if (!arena->overrun) return LS_OK;
+    LS_FAIL(LS_ERR_INTERNAL, "%s: a plan took %zu bytes of %zu that it had measured: please report this", what,
+            arena->used, arena->capacity);
+}
+
 void *ls_arena_take(ls_arena *arena, size_t bytes)
 {
     const size_t at = arena->used, size = (bytes + ALIGN - 1) / ALIGN * ALIGN;
     arena->used += size;
     if (arena->measuring) return NULL;
-    if (arena->used > arena->capacity) abort(); /* a plan that takes more than it measured: never on user input */
+    if (arena->used > arena->capacity) {
+        arena->overrun = 1;
+        return NULL;
+    }
 #ifndef NDEBUG
     if (!arena->replaying) memset(arena->base + at, 0xff, size); /* all ones is a NaN in both precisions */
 #endif

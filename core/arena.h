@@ -8,7 +8,7 @@
 typedef struct ls_arena {
     char *base;
     size_t capacity, used, peak;
-    int measuring, replaying;
+    int measuring, replaying, overrun;
 } ls_arena;
 
 /* Starts a measuring run; ls_arena_used tells the bytes afterwards. */
@@ -17,7 +17,9 @@ void ls_arena_measure(ls_arena *arena);
 ls_status ls_arena_reserve(ls_arena *arena, const char *what);
 /* Runs the plan once more over the same memory, contents kept: for the backward pass. */
 void ls_arena_replay(ls_arena *arena);
-/* n bytes on a 64-byte boundary, or NULL while measuring. In debug builds the memory is filled with NaN. */
+/* After the real run: LS_ERR_INTERNAL if the plan took more than it had measured. To be asked before the memory is used. */
+ls_status ls_arena_check(const ls_arena *arena, const char *what);
+/* n bytes on a 64-byte boundary, or NULL while measuring (and past what was reserved, see ls_arena_check). In debug builds the memory is filled with NaN. */
 void *ls_arena_take(ls_arena *arena, size_t bytes);
 static inline ls_real *ls_take(ls_arena *arena, int64_t n)
 {

@@ -373,7 +373,8 @@ static ls_status reserve_forward(ls_attention *a, const ls_attention_shape *shap
     LS_TRY(ls_arena_reserve(keep, a->mechanism->name));
     LS_TRY(ls_arena_reserve(work, a->mechanism->name));
     plan(a, io, c, l, keep, work);
-    return LS_OK;
+    LS_TRY(ls_arena_check(keep, a->mechanism->name));
+    return ls_arena_check(work, a->mechanism->name);
 }
 
 ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
@@ -443,6 +444,8 @@ static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *sha
     LS_TRY(ls_arena_reserve(work, name));
     ls_arena_replay(&saved->arena);
     plan(a, io, c, l, &saved->arena, work);
+    LS_TRY(ls_arena_check(&saved->arena, name));
+    LS_TRY(ls_arena_check(work, name));
     if (a->options.level == LS_LEVEL_LAYER && grads->params == NULL) {
         ls_zero(l->no_grad, a->reals);
         c->pass.dparams = l->no_grad;

@@ -85,6 +85,7 @@ static ls_status create(ls_attention *a, int64_t batch, int64_t max_length, ls_s
     plan_state(s, &s->arena);
     LS_TRY(ls_arena_reserve(&s->arena, name));
     plan_state(s, &s->arena);
+    LS_TRY(ls_arena_check(&s->arena, name));
     for (int i = 0; i < LS_MAX_PHASES; i++)
         if (s->summary[i] != NULL) ls_monoid_identity(s->monoid[i], s->summary[i]);
     return LS_OK;
@@ -152,7 +153,7 @@ static ls_status reserve_call(const ls_attention *a, ls_pass *p, buffers *m)
     plan_call(a, p, m, work);
     LS_TRY(ls_arena_reserve(work, a->mechanism->name));
     plan_call(a, p, m, work);
-    return LS_OK;
+    return ls_arena_check(work, a->mechanism->name);
 }
 
 /* ------------------------------------------------------------------------------------------------ source */
@@ -185,7 +186,7 @@ static ls_status reserve_source(ls_attention *a, ls_state *s, const ls_attention
     plan_cache(s, &s->source);
     LS_TRY(ls_arena_reserve(&s->source, name));
     plan_cache(s, &s->source);
-    return LS_OK;
+    return ls_arena_check(&s->source, name);
 }
 
 ls_status ls_state_source(ls_attention *a, ls_state *s, const ls_attention_shape *shape, const ls_attention_io *io,

@@ -36,7 +36,7 @@ static ls_status allocate(decoder *d)
     plan_step(d);
     LS_TRY(ls_arena_reserve(&d->arena, "decoder"));
     plan_step(d);
-    return LS_OK;
+    return ls_arena_check(&d->arena, "decoder");
 }
 
 /* Collective: the encoder's output becomes a summary in each cross attention's state. */

@@ -85,7 +85,7 @@ static ls_status begin(model *m, const pass *p, int with_target)
     plan(m, p, source, target);
     LS_TRY(ls_arena_reserve(&m->arena, "model activations"));
     plan(m, p, source, target);
-    return LS_OK;
+    return ls_arena_check(&m->arena, "model activations");
 }
 
 ls_status pass_begin(model *m, const pass *p, int with_target)
