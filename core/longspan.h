@@ -176,7 +176,7 @@ void ls_attention_free(ls_attention *attention);
 
 /* Parameters: one flat vector, the tensors one after the other in the order of this list. Linear weights are (out,in),
  * y = x Wᵀ + b. */
-#define LS_MAX_PARAMS 32
+#define LS_MAX_PARAMS 40
 typedef struct ls_param_info {
     const char *name; /* "q_proj.weight", "phi_k", ... */
     int ndim;
@@ -210,8 +210,19 @@ typedef struct ls_attention_io {
     ls_real *weights;            /* out, softmax: (B,T,S_all) with need_weights, (B,H,T,S_all) with
                                   * need_head_weights; before dropout */
     int need_weights, need_head_weights;
-    int training;    /* 0: no dropout, no fresh noise */
+    int training;    /* 0: no dropout, no fresh noise, the features of draw 0 */
     uint64_t sample; /* random streams: global number of batch row 0; row b is sample + b */
+    uint64_t draw;   /* performer, in training: which set of random features, e.g. the optimizer step; same on all ranks */
+
+    /* Random numbers given instead of drawn. Each belongs to one mechanism, the others refuse it. */
+    const ls_real *features; /* performer: (H,m,d), the same on every rank */
+    const ls_real *noise;    /* lara: (B,H,landmarks,d), the same on every rank; taken as training noise */
+    const int32_t *samples;  /* probsparse: for this rank's queries the global keys to sample, (T,U) or, with
+                              * samples_per_batch, (B,T,U), of which row b uses its first U_b = min(f ceil(ln n), n)
+                              * columns, n its unpadded keys; -1 in the others */
+    int64_t num_samples;     /* U */
+    int samples_per_batch;
+    uint8_t *selected; /* out, probsparse: (B,H,T), 1 where the query was one of the top; may be NULL */
 } ls_attention_io;
 
 /* What forward keeps for backward. Reusable, also by another attention of the context: it belongs to the last forward

@@ -19,11 +19,19 @@
 /* A monoid on summaries: `groups` independent elements, each [max if has_max][scaled][plain] reals.
  *   softsum: (m, s) ⊕ (m', s') = (M, s e^(m-M) + s' e^(m'-M)), M = max(m, m'); identity m = -inf, s = 0
  *   sum:     has_max = 0, only plain.
- * m is a constant to the gradient: only s e^m means anything. */
+ *   decay:   plain = 2: each element is a complex number s that shrinks by e^λ for every position it is carried over;
+ *            one more real at the end of the summary counts the positions n:
+ *            (s, n) ⊕ (s', n') = (s e^(λ n') + s', n + n'), and in a reverse scan (s + s' e^(λ n), n + n').
+ * m is a constant to the gradient: only s e^m means anything. λ is one too: who owns a position answers for the step of
+ * the state over it, also the first of its shard. */
 typedef struct ls_monoid {
     int64_t groups;
     int has_max;
     int64_t scaled, plain;
+    const double *decay; /* (decays, 2) λ: re, im; element g has λ number g % decays. NULL: no decay */
+    int64_t decays;
+    int counts;              /* 1 with decay: the count at the end */
+    int conjugate, reversed; /* set by the exchange: the adjoint's λ, the direction of the scan */
 } ls_monoid;
 static inline int64_t ls_monoid_stride(ls_monoid m)
 {
@@ -31,7 +39,7 @@ static inline int64_t ls_monoid_stride(ls_monoid m)
 }
 static inline int64_t ls_monoid_size(ls_monoid m)
 {
-    return m.groups * ls_monoid_stride(m);
+    return m.groups * ls_monoid_stride(m) + m.counts;
 }
 
 /* Rows [row, row + n) of a block hold the global positions [lo, lo + n). */
@@ -39,13 +47,15 @@ typedef struct ls_span {
     int64_t row, lo, n;
 } ls_span;
 
-/* Keys and values with their positions: this rank's own, or a block that visits in a ring. */
+/* Keys and values with their positions: this rank's own, a block that visits in a ring, or what a fetch brought. */
 typedef struct ls_block {
-    ls_view k, v, dk, dv; /* (B,H,n,d) */
-    const uint8_t *pad;   /* (B,n), or NULL */
+    ls_view k, v, dk, dv;   /* (B,H,n,d) */
+    ls_view extra, dextra;  /* (B,1,n,extra_width): the layer's fourth projection, where there is one */
+    const uint8_t *pad;     /* (B,n), or NULL */
     int64_t n;
     int spans;
     ls_span span[2]; /* two where causal work is balanced by a zigzag placement */
+    ls_real *note;   /* a few reals of the owner that travel with its block, see ls_phase.notes */
 } ls_block;
 
 /* What arrives over the crossing before a phase, and its gradients. dsent, dgot live only in backward. */
@@ -54,7 +64,13 @@ typedef struct ls_summary {
     ls_real *sent, *got, *dsent, *dgot;
 } ls_summary;
 
-enum { LS_MAX_PHASES = 8 };
+/* What a gather brings: every rank's piece, in rank order, and its gradients (the ranks' dall are summed into dmine). */
+typedef struct ls_collection {
+    int64_t count, before, total; /* reals of this rank's piece, of the pieces before it, of all */
+    ls_real *mine, *all, *dmine, *dall;
+} ls_collection;
+
+enum { LS_MAX_PHASES = 12, LS_MAX_BUFFERS = 16 };
 
 /* One call on one rank, as its kernels see it. */
 typedef struct ls_pass {
@@ -68,13 +84,16 @@ typedef struct ls_pass {
     ls_real *dparams;
     const ls_param_info *param; /* the mechanism's own parameters (without projections): name, dims, offset */
 
-    /* queries: q and out are (B,H,T,d), their rows at query_span */
+    /* queries: q and out are (B,H,T,d), their rows at query_span. Mechanisms of one input read q alone, as (B,1,T,E),
+     * and have out (B,1,T,out_width) */
     ls_view q, out, dq, dout;
+    int64_t out_width, extra_width;
     const uint8_t *pad_q; /* (B,T) or NULL */
     int query_spans;
     ls_span query_span[2];
     ls_block own;   /* this rank's keys */
     ls_block visit; /* ring phases: the block to work on; dk, dv accumulate */
+    ls_block halo;  /* from a fetch phase on: the keys within reach, 0 where padded; the kernels overwrite its dk, dv */
 
     /* softmax extras, rows of this rank's queries x all keys */
     const ls_real *attn_mask, *dropout_mask;
@@ -82,43 +101,95 @@ typedef struct ls_pass {
     ls_real *weights; /* (B,H,T,all_keys) per head, or NULL */
     int training;
     double dropout;
-    uint64_t seed, sample;
+    uint64_t seed, sample, draw;
     uint32_t stream;
+
+    /* random numbers given from outside instead of drawn, see ls_attention_io; NULL: draw */
+    const ls_real *given_features, *given_noise;
+    const int32_t *given_samples;
+    int64_t samples; /* columns of given_samples */
+    int samples_per_batch;
+    uint8_t *selected; /* out, (B,H,T), or NULL */
 
     int step;                          /* 1: a decoding step, see ls_mechanism.step */
     int backward;                      /* 1: work[] is planned for the backward pass (saved[] is the same for both) */
     ls_summary summary[LS_MAX_PHASES]; /* by phase number */
-    ls_real *saved[8], *work[8];       /* the mechanism's own memory, from plan() */
+    ls_collection gathered[LS_MAX_PHASES];
+    ls_real *saved[LS_MAX_BUFFERS], *work[LS_MAX_BUFFERS]; /* the mechanism's own memory, from plan() */
 } ls_pass;
+
+static inline int ls_is_padded(const uint8_t *pad, int64_t row)
+{
+    return pad != NULL && pad[row];
+}
+
+enum { LS_KEYS = 1, LS_VALUES = 2, LS_EXTRA = 4 };
 
 typedef struct ls_phase {
     const char *name;
     ls_crossing crossing;                 /* what must have arrived before the kernel runs */
+    int (*needed)(const ls_pass *);       /* 0: this phase is left out in this call, on all ranks alike. NULL: always */
     ls_monoid (*monoid)(const ls_pass *); /* reduce and scan: the shape of what crosses */
-    ls_status (*forward)(ls_pass *, int phase);
+    /* fetch: the global keys that queries [lo, lo + n), n > 0, look at; may reach beyond the ends. LS_KEYS | ... says
+     * which tensors come (pads always do). In backward their gradients overwrite own.dk, ... or, with `adds`, add. */
+    ls_span (*reach)(const ls_pass *, int64_t lo, int64_t n);
+    int fetches, adds;
+    /* gather: reals that a rank with positions [lo, lo + n) of the keys gives */
+    int64_t (*piece)(const ls_pass *, int64_t lo, int64_t n);
+    /* ... and, where a step gathers: a piece is [items][B][item reals], so that the pieces of tokens add up to a list */
+    int64_t (*item)(const ls_pass *);
+    /* ring: only keys visit, no values; notes reals of the owner (own.note) come along */
+    int keys_only;
+    int64_t (*notes)(const ls_pass *);
+    ls_status (*forward)(ls_pass *, int phase); /* NULL: there is just the crossing */
     ls_status (*backward)(ls_pass *, int phase);
+    int constant;   /* nothing that crosses has a gradient: no kernel and no adjoint in backward */
     int of_source;  /* cross attention: depends on keys and values alone, so a state does it once */
     int feeds_scan; /* fills only what the next scan sends on: left out where nobody is after this rank */
 } ls_phase;
+
+static inline int ls_is_needed(const ls_pass *p, const ls_phase *phase)
+{
+    return phase->needed == NULL || phase->needed(p);
+}
+
+/* The layer around a core: projections of the rows that come in and of those that go out. */
+typedef struct ls_layer_form {
+    int inputs; /* how many of input[]; 0: the core reads the rows as they are */
+    struct {
+        const char *weight, *bias; /* bias NULL: none */
+        int64_t width;
+    } input[4];      /* query, key, value, and extra, which is projected from the query's rows */
+    int64_t core_width; /* of the core's rows of output */
+    int gelu;           /* of the core's output, before out_proj */
+    const char *out_weight, *out_bias;
+} ls_layer_form;
 
 typedef struct ls_mechanism {
     const char *name;
     const ls_option_info *option; /* ends with name NULL */
     /* The mechanism's own parameters, projections aside: fills list (name, dims, init), returns how many. */
     int (*params)(const ls_attention_options *, ls_param_info *list);
-    /* Refuses options that do not go together. May be NULL. */
+    /* Refuses options that do not go together; for a state, those that have no step. Either may be NULL. */
     ls_status (*check)(const ls_attention_options *);
+    ls_status (*check_step)(const ls_attention_options *);
+    /* Where the layer is not q_proj, k_proj, v_proj, out_proj with biases. May be NULL. */
+    void (*layer)(const ls_attention_options *, ls_layer_form *);
     /* Takes memory: pass->saved[i] from the one arena, pass->work[i] from the other. May be NULL. */
     void (*plan)(ls_pass *, ls_arena *saved, ls_arena *work);
     /* By pattern; NULL: the pattern is not supported. Lists end with name NULL. */
     const ls_phase *phases[4];
     /* By pattern: phases of one decoding step. NULL: no step. A scan's `got` is the state and grows by `sent`; a
-     * reduce after an of_source phase was done by the source; a ring visits this rank's cache; other crossings as
-     * usual. */
+     * reduce after an of_source phase was done by the source; a ring visits this rank's cache; a fetch sees the last
+     * keys that were fed; what was gathered grows by what each token gives. */
     const ls_phase *step[4];
     int balance_causal; /* CS over a ring: share the triangle evenly by a zigzag placement */
     int has_weights;    /* there are probabilities: attn_mask, dropout and need_weights make sense */
+    int one_input;      /* reads query alone, all heads at once: pass.H = 1, pass.d = E */
+    int layer_only;     /* has no core level */
+    int draws;          /* random numbers that may be given: one of ls_given, or 0 */
 } ls_mechanism;
+enum ls_given { LS_GIVEN_FEATURES = 1, LS_GIVEN_NOISE = 2, LS_GIVEN_SAMPLES = 3 };
 
 /* From mechanisms.def. NULL for an unknown name. */
 const ls_mechanism *ls_mechanism_find(const char *name);

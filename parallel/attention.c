@@ -43,6 +43,9 @@ static ls_status check_options(const ls_attention_options *o, const ls_mechanism
                 m->name);
     if ((unsigned)o->layout > LS_TBHD || (unsigned)o->level > LS_LEVEL_LAYER)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: there is no layout %d or no level %d", m->name, (int)o->layout, (int)o->level);
+    if (o->level == LS_LEVEL_CORE && m->layer_only)
+        LS_FAIL(LS_ERR_UNSUPPORTED, "%s: it has no core level, its projections are part of it: use LS_LEVEL_LAYER",
+                m->name);
     for (int i = 0; m->option != NULL && m->option[i].name != NULL; i++) {
         ls_attention_options copy = *o;
         LS_TRY(ls_attention_set(&copy, m->option[i].name, o->value[i]));
@@ -50,25 +53,35 @@ static ls_status check_options(const ls_attention_options *o, const ls_mechanism
     return m->check == NULL ? LS_OK : m->check(o);
 }
 
+static void add_projection(ls_attention *a, int which, const char *weight, const char *bias)
+{
+    const int64_t in = ls_projection_in(a, which), out = ls_projection_out(a, which);
+    a->weight[which] = a->count;
+    /* Glorot & Bengio (2010): uniform with half width sqrt(6 / (in + out)) */
+    a->param[a->count++] = (ls_param_info){weight, 2, {out, in}, 0, 0, LS_INIT_UNIFORM, sqrt(6.0 / (double)(in + out))};
+    if (bias == NULL) return;
+    a->bias[which] = a->count;
+    a->param[a->count++] = (ls_param_info){bias, 1, {out}, 0, 0, LS_INIT_ZERO, 0};
+}
+
 static void list_params(ls_attention *a)
 {
-    static const char *const names[] = {"q_proj.weight", "q_proj.bias", "k_proj.weight",   "k_proj.bias",
-                                        "v_proj.weight", "v_proj.bias", "out_proj.weight", "out_proj.bias"};
     const int64_t E = a->options.embed_dim;
-    if (a->options.level == LS_LEVEL_LAYER)
-        for (; a->projections < PROJECTIONS; a->projections++) {
-            const int weight = a->projections % 2 == 0;
-            /* Glorot & Bengio (2010): uniform with half width sqrt(6 / (in + out)) */
-            a->param[a->projections] = (ls_param_info){names[a->projections],
-                                                       weight ? 2 : 1,
-                                                       {E, weight ? E : 0},
-                                                       0,
-                                                       0,
-                                                       weight ? LS_INIT_UNIFORM : LS_INIT_ZERO,
-                                                       sqrt(3.0 / (double)E)};
-        }
-    a->count = a->projections;
-    if (a->mechanism->params != NULL) a->count += a->mechanism->params(&a->options, a->param + a->projections);
+    a->form = (ls_layer_form){.inputs = 3,
+                              .input = {{"q_proj.weight", "q_proj.bias", E},
+                                        {"k_proj.weight", "k_proj.bias", E},
+                                        {"v_proj.weight", "v_proj.bias", E}},
+                              .core_width = E,
+                              .out_weight = "out_proj.weight",
+                              .out_bias = "out_proj.bias"};
+    if (a->mechanism->layer != NULL) a->mechanism->layer(&a->options, &a->form);
+    for (int i = 0; i < PROJECTIONS; i++) a->weight[i] = a->bias[i] = -1;
+    if (ls_is_layer(a)) {
+        for (int i = 0; i < a->form.inputs; i++) add_projection(a, i, a->form.input[i].weight, a->form.input[i].bias);
+        add_projection(a, OUT_PROJ, a->form.out_weight, a->form.out_bias);
+    }
+    a->own = a->count;
+    if (a->mechanism->params != NULL) a->count += a->mechanism->params(&a->options, a->param + a->own);
     for (int i = 0; i < a->count; i++) {
         ls_param_info *p = &a->param[i];
         p->offset = a->reals;
@@ -88,6 +101,8 @@ static ls_status create(ls_context *ctx, const ls_attention_options *options, ls
     a->mechanism = mechanism;
     a->options = *options;
     a->options.mechanism = mechanism->name;
+    a->H = mechanism->one_input ? 1 : options->num_heads;
+    a->d = options->embed_dim / a->H;
     list_params(a);
     *attention = a;
     return LS_OK;
@@ -156,26 +171,34 @@ size_t ls_saved_bytes(const ls_saved *saved)
 
 /* What the layer adds to a call of the core: projected rows, their gradients, clean copies of padded inputs. */
 typedef struct layer {
-    const ls_real *x_q, *x_k, *x_v; /* inputs after the aliases are resolved */
-    ls_real *q, *k, *v, *o;         /* saved */
-    ls_real *dq, *dk, *dv, *do_, *dy, *clean, *no_grad;
+    const ls_real *x_q, *x_k, *x_v;         /* inputs after the aliases are resolved */
+    ls_real *in[4], *o, *active;            /* projected rows (saved), the core's output (saved), gelu of it */
+    ls_real *din[4], *do_, *dy, *clean, *no_grad; /* gradients of those */
+    ls_real *dk, *dv;
     int key_aliased, value_aliased; /* core: key is query, value is one of them: dk, dv are made aside and added */
     ls_real *heads;                 /* weights per head, where the mean over heads was asked for */
 } layer;
 
+ls_view ls_view_rows(const ls_attention *a, const ls_real *p, int64_t B, int64_t n, int64_t width)
+{
+    ls_real *x = (ls_real *)(uintptr_t)p; /* views serve inputs and outputs alike */
+    return a->options.layout == LS_TBHD ? (ls_view){x, width, 0, B * width} : (ls_view){x, n * width, 0, width};
+}
+
 ls_view ls_view_of(const ls_attention *a, const ls_real *p, int64_t B, int64_t n)
 {
-    const int64_t H = a->options.num_heads, d = a->options.embed_dim / H, E = H * d;
-    ls_real *x = (ls_real *)(uintptr_t)p; /* views serve inputs and outputs alike */
-    switch (a->options.layout) {
-    case LS_BTHD:
-        return (ls_view){x, n * E, d, E};
-    case LS_TBHD:
-        return (ls_view){x, E, d, B * E};
-    default:
-        /* rows of a layer are model-wide: (B,T,E) is (B,T,H,d) */
-        return a->options.level == LS_LEVEL_LAYER ? (ls_view){x, n * E, d, E} : (ls_view){x, H * n * d, n * d, d};
-    }
+    const int64_t E = a->options.embed_dim;
+    /* rows of a layer are model-wide: (B,T,E) is (B,T,H,d) */
+    if (a->options.layout == LS_BHTD && !ls_is_layer(a))
+        return (ls_view){(ls_real *)(uintptr_t)p, n * E, n * a->d, a->d};
+    ls_view v = ls_view_rows(a, p, B, n, E);
+    v.sh = a->d;
+    return v;
+}
+
+ls_view ls_view_out(const ls_attention *a, const ls_real *p, int64_t B, int64_t n)
+{
+    return a->mechanism->one_input ? ls_view_rows(a, p, B, n, a->form.core_width) : ls_view_of(a, p, B, n);
 }
 
 static ls_status check_shard(const ls_attention *a, const ls_shard *s, const char *what)
@@ -206,6 +229,12 @@ static uint64_t sign_call(const ls_attention *a, const ls_call *c, int backward,
                                p->attn_mask != NULL,
                                p->attn_mask_per_head,
                                p->dropout_mask != NULL,
+                               p->given_features != NULL,
+                               p->given_noise != NULL,
+                               p->given_samples != NULL,
+                               p->samples,
+                               p->samples_per_batch,
+                               (int64_t)p->draw,
                                (int64_t)p->sample};
     const size_t bytes = ((size_t)c->keys->size + 1) * sizeof *c->keys->bounds;
     uint64_t s = ls_sign(sign_options(&a->options), numbers, sizeof numbers);
@@ -230,10 +259,12 @@ static ls_status check_call(const ls_attention *a, const ls_attention_shape *sha
         memcmp(keys->bounds, shape->queries->bounds, ((size_t)keys->size + 1) * sizeof *keys->bounds) != 0)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: self attention needs as many keys (%lld) as queries (%lld), sharded alike", name,
                 (long long)keys->length, (long long)shape->queries->length);
-    const int is_layer = a->options.level == LS_LEVEL_LAYER;
+    const int is_layer = ls_is_layer(a), one_input = a->mechanism->one_input;
+    if (one_input && ((io->key != NULL && io->key != io->query) || (io->value != NULL && io->value != io->query)))
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: it reads query alone: let key and value be NULL or the same", name);
     if (shape->queries->n > 0 && (io->query == NULL || out == NULL))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: query or out is NULL", name);
-    if (keys->n > 0 && !is_layer && (io->key == NULL || io->value == NULL))
+    if (keys->n > 0 && !is_layer && !one_input && (io->key == NULL || io->value == NULL))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: key or value is NULL", name);
     if (keys->n > 0 && is_layer && !is_self(a->options.pattern) && io->key == NULL)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: key is NULL: cross attention needs a source", name);
@@ -241,6 +272,19 @@ static ls_status check_call(const ls_attention *a, const ls_attention_shape *sha
     const int wants_weights = io->need_weights || io->need_head_weights;
     if ((io->attn_mask != NULL || io->dropout_mask != NULL || wants_weights) && !a->mechanism->has_weights)
         LS_FAIL(LS_ERR_UNSUPPORTED, "%s: attn_mask, dropout_mask and need_weights are not supported", name);
+    const struct {
+        const void *given;
+        int kind;
+        const char *what;
+    } random[] = {{io->features, LS_GIVEN_FEATURES, "features"},
+                  {io->noise, LS_GIVEN_NOISE, "noise"},
+                  {io->samples, LS_GIVEN_SAMPLES, "samples"},
+                  {io->selected, LS_GIVEN_SAMPLES, "selected"}};
+    for (int i = 0; i < 4; i++)
+        if (random[i].given != NULL && a->mechanism->draws != random[i].kind)
+            LS_FAIL(LS_ERR_UNSUPPORTED, "%s: %s are not supported", name, random[i].what);
+    if (io->samples != NULL && io->num_samples < 0)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: num_samples %lld is negative", name, (long long)io->num_samples);
     if (wants_weights && io->weights == NULL && shape->queries->n > 0)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: need_weights without a place for them: weights is NULL", name);
     return LS_OK;
@@ -248,17 +292,18 @@ static ls_status check_call(const ls_attention *a, const ls_attention_shape *sha
 
 void ls_pass_begin(const ls_attention *a, int64_t B, int64_t T, int64_t S, const ls_real *params, ls_pass *pass)
 {
-    const int64_t H = a->options.num_heads, d = a->options.embed_dim / H;
     *pass = (ls_pass){.pattern = a->options.pattern,
                       .B = B,
-                      .H = H,
+                      .H = a->H,
                       .T = T,
                       .S = S,
-                      .d = d,
-                      .scale = a->options.scale > 0 ? a->options.scale : 1 / sqrt((double)d),
+                      .d = a->d,
+                      .out_width = a->mechanism->one_input ? a->form.core_width : a->d,
+                      .extra_width = ls_has_projection(a, EXTRA_PROJ) ? a->form.input[EXTRA_PROJ].width : 0,
+                      .scale = a->options.scale > 0 ? a->options.scale : 1 / sqrt((double)a->d),
                       .option = a->options.value,
                       .params = params,
-                      .param = a->param + a->projections,
+                      .param = a->param + a->own,
                       .dropout = a->options.dropout,
                       .seed = a->ctx->seed,
                       .stream = a->options.stream};
@@ -287,6 +332,13 @@ static void begin_call(ls_attention *a, const ls_attention_shape *shape, const l
     p->dropout_mask = io->dropout_mask;
     p->training = io->training;
     p->sample = io->sample;
+    p->draw = io->training ? io->draw : 0;
+    p->given_features = io->features;
+    p->given_noise = io->noise;
+    p->given_samples = io->samples;
+    p->samples = io->samples == NULL ? 0 : io->num_samples;
+    p->samples_per_batch = io->samples != NULL && io->samples_per_batch;
+    p->selected = io->selected;
     p->backward = backward;
     if (io->need_weights || io->need_head_weights) p->weights = io->weights;
     c->in_place = io->attn_mask != NULL || io->dropout_mask != NULL || io->need_weights || io->need_head_weights;
@@ -296,34 +348,54 @@ static void begin_call(ls_attention *a, const ls_attention_shape *shape, const l
     p->q = ls_view_of(a, l->x_q, p->B, p->T);
     p->own.k = ls_view_of(a, l->x_k, p->B, p->S);
     p->own.v = ls_view_of(a, l->x_v, p->B, p->S);
-    p->out = ls_view_of(a, out, p->B, p->T);
+    p->out = ls_view_out(a, out, p->B, p->T);
+}
+
+static int64_t rows_of(const ls_pass *p, int which)
+{
+    return p->B * (which == K_PROJ || which == V_PROJ ? p->S : p->T);
+}
+
+/* The layer's memory: what it projects becomes what the core sees. Without input projections the core sees the rows. */
+static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, ls_arena *work)
+{
+    ls_pass *p = &c->pass;
+    const int64_t E = a->options.embed_dim, W = a->form.core_width, T = p->B * p->T, back = p->backward;
+    for (int i = 0; i < a->form.inputs; i++) {
+        l->in[i] = ls_take(saved, rows_of(p, i) * a->form.input[i].width);
+        l->din[i] = ls_take(work, back * rows_of(p, i) * a->form.input[i].width);
+    }
+    l->o = ls_take(saved, T * W);
+    l->active = ls_take(work, a->form.gelu ? T * W : 0);
+    l->do_ = ls_take(work, back * T * W);
+    l->dy = ls_take(work, back && p->pad_q != NULL ? T * E : 0);
+    l->clean = ls_take(work, back && (p->pad_q != NULL || p->own.pad != NULL) ? p->B * ls_max(p->T, p->S) * E : 0);
+    l->no_grad = ls_take(work, back * a->reals); /* where parameter gradients go that nobody wants */
+    if (a->form.inputs == 0) l->din[Q_PROJ] = ls_take(work, back * T * E);
+    p->out = ls_view_out(a, l->o, p->B, p->T);
+    p->dout = ls_view_out(a, l->do_, p->B, p->T);
+    if (a->form.inputs == 0) {
+        if (p->dq.p == NULL) p->dq = ls_view_of(a, l->din[Q_PROJ], p->B, p->T);
+        return;
+    }
+    p->q = ls_view_of(a, l->in[Q_PROJ], p->B, p->T);
+    p->own.k = ls_view_of(a, l->in[K_PROJ], p->B, p->S);
+    p->own.v = ls_view_of(a, l->in[V_PROJ], p->B, p->S);
+    p->dq = ls_view_of(a, l->din[Q_PROJ], p->B, p->T);
+    p->own.dk = ls_view_of(a, l->din[K_PROJ], p->B, p->S);
+    p->own.dv = ls_view_of(a, l->din[V_PROJ], p->B, p->S);
+    if (!ls_has_projection(a, EXTRA_PROJ)) return;
+    p->own.extra = ls_view_rows(a, l->in[EXTRA_PROJ], p->B, p->T, p->extra_width);
+    p->own.dextra = ls_view_rows(a, l->din[EXTRA_PROJ], p->B, p->T, p->extra_width);
 }
 
 static void plan(ls_attention *a, const ls_attention_io *io, ls_call *c, layer *l, ls_arena *saved, ls_arena *work)
 {
     ls_pass *p = &c->pass;
-    const int64_t E = a->options.embed_dim, rows_q = p->B * p->T, rows_k = p->B * p->S, back = p->backward;
-    if (a->options.level == LS_LEVEL_LAYER) {
-        l->q = ls_take(saved, rows_q * E);
-        l->k = ls_take(saved, rows_k * E);
-        l->v = ls_take(saved, rows_k * E);
-        l->o = ls_take(saved, rows_q * E);
-        l->dq = ls_take(work, back * rows_q * E);
-        l->dk = ls_take(work, back * rows_k * E);
-        l->dv = ls_take(work, back * rows_k * E);
-        l->do_ = ls_take(work, back * rows_q * E);
-        l->dy = ls_take(work, back && p->pad_q != NULL ? rows_q * E : 0);
-        l->clean = ls_take(work, back && (p->pad_q != NULL || p->own.pad != NULL) ? ls_max(rows_q, rows_k) * E : 0);
-        p->q = ls_view_of(a, l->q, p->B, p->T);
-        p->own.k = ls_view_of(a, l->k, p->B, p->S);
-        p->own.v = ls_view_of(a, l->v, p->B, p->S);
-        p->out = ls_view_of(a, l->o, p->B, p->T);
-        p->dq = ls_view_of(a, l->dq, p->B, p->T);
-        p->own.dk = ls_view_of(a, l->dk, p->B, p->S);
-        p->own.dv = ls_view_of(a, l->dv, p->B, p->S);
-        p->dout = ls_view_of(a, l->do_, p->B, p->T);
-        l->no_grad = ls_take(work, back * a->reals); /* where parameter gradients go that nobody wants */
-    } else if (back) {
+    const int64_t E = a->options.embed_dim, rows_k = p->B * p->S, back = p->backward;
+    if (ls_is_layer(a)) {
+        plan_layer(a, c, l, saved, work);
+    } else if (back && !a->mechanism->one_input) {
         l->key_aliased = l->x_k == l->x_q;
         l->value_aliased = l->x_v == l->x_q || l->x_v == l->x_k;
         l->dk = ls_take(work, l->key_aliased ? rows_k * E : 0);
@@ -341,8 +413,16 @@ static void plan(ls_attention *a, const ls_attention_io *io, ls_call *c, layer *
 
 void ls_project(const ls_attention *a, int which, int64_t rows, const ls_real *x, const ls_real *params, ls_real *y)
 {
-    const int64_t E = a->options.embed_dim;
-    ls_linear(rows, E, E, x, ls_param_of(a, params, which), ls_param_of(a, params, which + 1), y);
+    const ls_real *bias = a->bias[which] < 0 ? NULL : params + a->param[a->bias[which]].offset;
+    ls_linear(rows, ls_projection_in(a, which), ls_projection_out(a, which), x,
+              params + a->param[a->weight[which]].offset, bias, y);
+}
+
+void ls_project_out(const ls_attention *a, int64_t rows, const ls_real *o, ls_real *active, const ls_real *params,
+                    ls_real *y)
+{
+    if (a->form.gelu) ls_gelu(rows * a->form.core_width, o, active);
+    ls_project(a, OUT_PROJ, rows, a->form.gelu ? active : o, params, y);
 }
 
 static int batch_first(const ls_attention *a)
@@ -392,14 +472,12 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
                           status == LS_OK ? sign_call(a, &c, 0, io->need_weights || io->need_head_weights) : 0));
     const ls_pass *p = &c.pass;
     const int64_t rows = p->B * p->T;
-    if (a->options.level == LS_LEVEL_LAYER) {
-        ls_project(a, Q_PROJ, rows, l.x_q, params, l.q);
-        ls_project(a, K_PROJ, p->B * p->S, l.x_k, params, l.k);
-        ls_project(a, V_PROJ, p->B * p->S, l.x_v, params, l.v);
-    }
+    const ls_real *const x[] = {l.x_q, l.x_k, l.x_v, l.x_q};
+    for (int i = 0; i < EXTRA_PROJ + 1; i++)
+        if (ls_has_projection(a, i)) ls_project(a, i, rows_of(p, i), x[i], params, l.in[i]);
     LS_TRY(ls_run_forward(&c));
-    if (a->options.level == LS_LEVEL_LAYER) {
-        ls_project(a, OUT_PROJ, rows, l.o, params, out);
+    if (ls_is_layer(a)) {
+        ls_project_out(a, rows, l.o, l.active, params, out);
         if (p->pad_q != NULL) ls_zero_rows(p->B, p->T, a->options.embed_dim, batch_first(a), p->pad_q, out, out);
     }
     if (l.heads != NULL && p->weights == l.heads) mean_over_heads(p, l.heads, io->weights);
@@ -427,7 +505,7 @@ static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *sha
         saved->S_all != p->all_keys)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: backward has other sizes than the forward call that saved", name);
     if (p->T > 0 && dout == NULL) LS_FAIL(LS_ERR_ARGUMENT, "%s: dout is NULL", name);
-    if (a->options.level == LS_LEVEL_CORE &&
+    if (!ls_is_layer(a) &&
         ((p->T > 0 && grads->query == NULL) || (p->S > 0 && grads->key == NULL && l->x_k != l->x_q) ||
          (p->S > 0 && grads->value == NULL && l->x_v != l->x_q && l->x_v != l->x_k) ||
          (a->reals > 0 && grads->params == NULL)))
@@ -435,7 +513,7 @@ static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *sha
     c->pass.dq = ls_view_of(a, grads->query, p->B, p->T);
     c->pass.own.dk = ls_view_of(a, grads->key, p->B, p->S);
     c->pass.own.dv = ls_view_of(a, grads->value, p->B, p->S);
-    c->pass.dout = ls_view_of(a, dout, p->B, p->T);
+    c->pass.dout = ls_view_out(a, dout, p->B, p->T);
     c->pass.dparams = grads->params;
     ls_arena nothing = {0}, *work = &a->ctx->work; /* saved is as forward left it: only work is measured */
     ls_arena_measure(&nothing);
@@ -446,7 +524,7 @@ static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *sha
     plan(a, io, c, l, &saved->arena, work);
     LS_TRY(ls_arena_check(&saved->arena, name));
     LS_TRY(ls_arena_check(work, name));
-    if (a->options.level == LS_LEVEL_LAYER && grads->params == NULL) {
+    if (ls_is_layer(a) && grads->params == NULL) {
         ls_zero(l->no_grad, a->reals);
         c->pass.dparams = l->no_grad;
     }
@@ -457,13 +535,14 @@ static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *sha
 static void project_backward(ls_attention *a, int which, const ls_pass *p, int64_t n, const uint8_t *pad,
                              const ls_real *x, const ls_real *dy, ls_real *clean, ls_real *to, int *begun)
 {
-    const int64_t E = a->options.embed_dim;
+    const int64_t in = ls_projection_in(a, which);
     if (pad != NULL) { /* 0 · NaN is not 0: padded rows must not reach the product */
-        ls_zero_rows(p->B, n, E, batch_first(a), pad, x, clean);
+        ls_zero_rows(p->B, n, in, batch_first(a), pad, x, clean);
         x = clean;
     }
-    ls_linear_backward(p->B * n, E, E, x, ls_param_of(a, p->params, which), dy, to, to != NULL && *begun,
-                       p->dparams + a->param[which].offset, p->dparams + a->param[which + 1].offset);
+    ls_real *dbias = a->bias[which] < 0 ? NULL : p->dparams + a->param[a->bias[which]].offset;
+    ls_linear_backward(p->B * n, in, ls_projection_out(a, which), x, p->params + a->param[a->weight[which]].offset, dy,
+                       to, to != NULL && *begun, p->dparams + a->param[a->weight[which]].offset, dbias);
     *begun = 1;
 }
 
@@ -477,7 +556,7 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
     LS_TRY(ls_agree_alike(a->ctx, status, a->mechanism->name, status == LS_OK ? sign_call(a, &c, 1, 0) : 0));
     const ls_pass *p = &c.pass;
     const int64_t E = a->options.embed_dim;
-    if (a->options.level == LS_LEVEL_CORE) {
+    if (!ls_is_layer(a)) {
         LS_TRY(ls_run_backward(&c));
         if (l.key_aliased) ls_add(p->B * p->S * E, l.dk, grads->query);
         if (l.value_aliased) ls_add(p->B * p->S * E, l.dv, l.x_v == l.x_q ? grads->query : grads->key);
@@ -488,15 +567,23 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
         dout = l.dy;
     }
     int unused = 0;
-    project_backward(a, OUT_PROJ, p, p->T, NULL, l.o, dout, l.clean, l.do_, &unused);
+    const int64_t reals = p->B * p->T * a->form.core_width;
+    if (a->form.gelu) ls_gelu(reals, l.o, l.active);
+    project_backward(a, OUT_PROJ, p, p->T, NULL, a->form.gelu ? l.active : l.o, dout, l.clean, l.do_, &unused);
+    if (a->form.gelu) ls_gelu_backward(reals, l.o, l.do_, l.do_);
     LS_TRY(ls_run_backward(&c));
     /* the gradient of an input arrives in the first of query, key, value that is this input */
     ls_real *dx_q = grads->query, *dx_k = l.x_k == l.x_q ? dx_q : grads->key;
     ls_real *dx_v = l.x_v == l.x_q ? dx_q : l.x_v == l.x_k ? dx_k : grads->value;
     int begun_q = 0, begun_k = 0, begun_v = 0;
     int *k = l.x_k == l.x_q ? &begun_q : &begun_k, *v = l.x_v == l.x_q ? &begun_q : l.x_v == l.x_k ? k : &begun_v;
-    project_backward(a, Q_PROJ, p, p->T, p->pad_q, l.x_q, l.dq, l.clean, dx_q, &begun_q);
-    project_backward(a, K_PROJ, p, p->S, p->own.pad, l.x_k, l.dk, l.clean, dx_k, k);
-    project_backward(a, V_PROJ, p, p->S, p->own.pad, l.x_v, l.dv, l.clean, dx_v, v);
+    if (ls_has_projection(a, Q_PROJ))
+        project_backward(a, Q_PROJ, p, p->T, p->pad_q, l.x_q, l.din[Q_PROJ], l.clean, dx_q, &begun_q);
+    if (ls_has_projection(a, K_PROJ))
+        project_backward(a, K_PROJ, p, p->S, p->own.pad, l.x_k, l.din[K_PROJ], l.clean, dx_k, k);
+    if (ls_has_projection(a, V_PROJ))
+        project_backward(a, V_PROJ, p, p->S, p->own.pad, l.x_v, l.din[V_PROJ], l.clean, dx_v, v);
+    if (ls_has_projection(a, EXTRA_PROJ))
+        project_backward(a, EXTRA_PROJ, p, p->T, p->pad_q, l.x_q, l.din[EXTRA_PROJ], l.clean, dx_q, &begun_q);
     return LS_OK;
 }

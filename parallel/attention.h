@@ -4,30 +4,53 @@
 
 #include "run.h"
 
+/* The projections of a layer, in the order of its inputs; OUT_PROJ is the last of a->form. */
+enum { Q_PROJ = 0, K_PROJ, V_PROJ, EXTRA_PROJ, OUT_PROJ, PROJECTIONS };
+
 struct ls_attention {
     ls_context *ctx;
     const ls_mechanism *mechanism;
     ls_attention_options options;
-    int count, projections; /* parameters in all; the first ones are the layer's projections */
+    ls_layer_form form;
+    int64_t H, d;                         /* as the core sees them */
+    int count, own;                       /* parameters in all; the first that is the mechanism's own */
+    int weight[PROJECTIONS], bias[PROJECTIONS]; /* places in param[], -1: there is none */
     int64_t reals;
     ls_param_info param[LS_MAX_PARAMS];
 };
 
-/* The projections' places in param[], weight then bias. */
-enum { Q_PROJ = 0, K_PROJ = 2, V_PROJ = 4, OUT_PROJ = 6, PROJECTIONS = 8 };
-
-static inline const ls_real *ls_param_of(const ls_attention *a, const ls_real *params, int i)
+static inline int ls_is_layer(const ls_attention *a)
 {
-    return params + a->param[i].offset;
+    return a->options.level == LS_LEVEL_LAYER;
 }
 
-/* A (B,H,n,d) view of memory in a layout. */
+/* Widths of what projection `which` takes and gives. */
+static inline int64_t ls_projection_in(const ls_attention *a, int which)
+{
+    return which == OUT_PROJ ? a->form.core_width : a->options.embed_dim;
+}
+static inline int64_t ls_projection_out(const ls_attention *a, int which)
+{
+    return which == OUT_PROJ ? a->options.embed_dim : a->form.input[which].width;
+}
+static inline int ls_has_projection(const ls_attention *a, int which)
+{
+    return a->weight[which] >= 0;
+}
+
+/* A (B,H,n,d) view of memory in a layout; rows of a layer, of any width, are one head. */
 ls_view ls_view_of(const ls_attention *a, const ls_real *p, int64_t B, int64_t n);
+ls_view ls_view_rows(const ls_attention *a, const ls_real *p, int64_t B, int64_t n, int64_t width);
+/* What a core gives: like ls_view_of, or rows of form.core_width. */
+ls_view ls_view_out(const ls_attention *a, const ls_real *p, int64_t B, int64_t n);
 
 /* The pass of a call without its tensors: problem, options, streams. */
 void ls_pass_begin(const ls_attention *a, int64_t B, int64_t T, int64_t S, const ls_real *params, ls_pass *pass);
 
-/* y (rows,E) = projection `which` of x, rows where pad is 1 set to 0 afterwards if zero_rows. */
+/* y = projection `which` of x (rows, ls_projection_in). */
 void ls_project(const ls_attention *a, int which, int64_t rows, const ls_real *x, const ls_real *params, ls_real *y);
+/* The layer's output from the core's rows `o`; `active` (same size) is used where there is a gelu between. */
+void ls_project_out(const ls_attention *a, int64_t rows, const ls_real *o, ls_real *active, const ls_real *params,
+                    ls_real *y);
 
 #endif

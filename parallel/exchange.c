@@ -142,6 +142,7 @@ ls_status ls_scan(ls_exchange *x, ls_monoid m, int reverse, const ls_real *mine,
     const int size = x->comm.size, place = reverse ? size - 1 - x->comm.rank : x->comm.rank;
     const int64_t n = ls_monoid_size(m);
     ls_real *window, *in;
+    m.reversed = reverse;
     LS_TRY(wire_take(x, n, &window, &in));
     memcpy(window, mine, (size_t)n * sizeof *mine);
     ls_monoid_identity(m, before);
@@ -178,6 +179,8 @@ ls_status ls_scan_adjoint(ls_exchange *x, ls_monoid m, int reverse, const ls_rea
                           const ls_real *dbefore, ls_real *dmine)
 {
     ls_monoid_vjp_begin(m, before, dbefore, dmine);
+    if (m.counts) dmine[ls_monoid_size(m) - 1] = mine[ls_monoid_size(m) - 1]; /* gradients cross the same positions */
+    m.conjugate = !m.conjugate;
     LS_TRY(ls_scan(x, m, !reverse, dmine, dmine));
     ls_monoid_vjp_end(m, mine, dmine, dmine);
     return LS_OK;

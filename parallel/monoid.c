@@ -13,8 +13,29 @@ static ls_real weight(ls_real m, ls_real M)
     return m == -INFINITY ? 0 : ls_exp(m - M);
 }
 
+/* One side is carried over the positions of the other. */
+static void combine_decay(ls_monoid m, const ls_real *left, const ls_real *right, ls_real *out)
+{
+    const int64_t reals = 2 * m.groups;
+    const ls_real *far = m.reversed ? right : left, *near = m.reversed ? left : right;
+    const double n = (double)near[reals], sign = m.conjugate ? -1 : 1;
+    out[reals] = left[reals] + right[reals];
+    for (int64_t g = 0; g < m.groups; g++) {
+        const double *lambda = m.decay + 2 * (g % m.decays), size = exp(lambda[0] * n);
+        const double re = size * cos(lambda[1] * n), im = sign * size * sin(lambda[1] * n);
+        const double x = (double)far[2 * g], y = (double)far[2 * g + 1];
+        const ls_real near_re = near[2 * g], near_im = near[2 * g + 1];
+        out[2 * g] = (ls_real)(re * x - im * y + (double)near_re);
+        out[2 * g + 1] = (ls_real)(re * y + im * x + (double)near_im);
+    }
+}
+
 void ls_monoid_combine(ls_monoid m, const ls_real *left, const ls_real *right, ls_real *out)
 {
+    if (m.decay != NULL) {
+        combine_decay(m, left, right, out);
+        return;
+    }
     const int64_t stride = ls_monoid_stride(m);
     for (int64_t g = 0; g < m.groups; g++, left += stride, right += stride, out += stride) {
         ls_real a = 1, b = 1;

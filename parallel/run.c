@@ -44,17 +44,24 @@ static int64_t largest_block(const ls_call *c)
     return n;
 }
 
-static size_t block_bytes(const ls_pass *p, int64_t n)
+/* A block on the wire: k, v (unless only keys visit), notes, pads. */
+static int64_t block_reals(const ls_pass *p, const ls_phase *ring, int64_t n)
 {
-    const size_t reals = (size_t)(2 * p->B * p->H * n * p->d) * sizeof(ls_real);
-    return reals + (p->own.pad != NULL ? (size_t)(p->B * n) : 0);
+    return (ring->keys_only ? 1 : 2) * p->B * p->H * n * p->d + (ring->notes != NULL ? ring->notes(p) : 0);
 }
 
-static int has_crossing(const ls_phase *phases, ls_crossing kind)
+static size_t block_bytes(const ls_pass *p, const ls_phase *ring, int64_t n)
+{
+    if (n == 0) return 0;
+    return (size_t)block_reals(p, ring, n) * sizeof(ls_real) + (p->own.pad != NULL ? (size_t)(p->B * n) : 0);
+}
+
+/* The phase of this call with such a crossing, or NULL. */
+static const ls_phase *find_crossing(const ls_pass *p, const ls_phase *phases, ls_crossing kind)
 {
     for (; phases->name != NULL; phases++)
-        if (phases->crossing == kind) return 1;
-    return 0;
+        if (phases->crossing == kind && ls_is_needed(p, phases)) return phases;
+    return NULL;
 }
 
 static int is_scan(ls_crossing c)
@@ -103,28 +110,94 @@ static ls_pass placed(const ls_call *c)
     return p;
 }
 
+static void plan_ring(ls_call *c, const ls_phase *ring, ls_arena *work)
+{
+    const ls_pass *p = &c->pass;
+    const int64_t n = largest_block(c), reals = 2 * p->B * p->H * n * p->d;
+    const int alone = c->keys->size == 1, as_it_is = alone && p->own.pad == NULL;
+    for (int i = 0; i < 2; i++)
+        c->ring.block[i] = ls_arena_take(work, as_it_is || (alone && i == 1) ? 0 : block_bytes(p, ring, n));
+    const int back = p->backward && !alone && ring->backward != NULL;
+    for (int i = 0; i < 3; i++) c->ring.gradient[i] = ls_take(work, back ? reals : 0);
+}
+
+/* The keys that the queries of `rank` look at, those that exist. */
+static ls_span reach_of(const ls_call *c, const ls_phase *phase, int rank)
+{
+    const int64_t *bounds = c->queries->bounds;
+    if (bounds[rank + 1] == bounds[rank]) return (ls_span){0, 0, 0};
+    const ls_span s = phase->reach(&c->pass, bounds[rank], bounds[rank + 1] - bounds[rank]);
+    const int64_t lo = ls_min(ls_max(s.lo, 0), c->keys->length);
+    return (ls_span){0, lo, ls_max(0, ls_min(s.lo + s.n, c->keys->length) - lo)};
+}
+
+/* The halo lives as long as saved: backward looks at it again. */
+static void plan_fetch(ls_call *c, const ls_phase *phase, ls_arena *saved, ls_arena *work)
+{
+    ls_pass *p = &c->pass;
+    const int size = c->keys->size;
+    const ls_span mine = reach_of(c, phase, c->keys->rank);
+    const int64_t n = mine.n, W = p->extra_width, reals = p->B * p->H * n * p->d, back = p->backward;
+    const int64_t k = phase->fetches & LS_KEYS ? reals : 0, v = phase->fetches & LS_VALUES ? reals : 0;
+    const int64_t e = phase->fetches & LS_EXTRA ? p->B * n * W : 0;
+    c->reach.want = ls_arena_take(work, (size_t)(2 * size) * sizeof *c->reach.want);
+    c->reach.n = n;
+    for (int r = 0; c->reach.want != NULL && r < size; r++) {
+        c->reach.want[2 * r] = reach_of(c, phase, r);
+        c->reach.want[2 * r + 1] = (ls_span){0, 0, 0};
+    }
+    ls_block *h = &p->halo;
+    *h = (ls_block){.n = n, .spans = 1, .span = {mine}};
+    h->k = contiguous(ls_take(saved, k), p->H, n, p->d);
+    h->v = contiguous(ls_take(saved, v), p->H, n, p->d);
+    h->extra = (ls_view){ls_take(saved, e), n * W, 0, W};
+    h->dk = contiguous(ls_take(work, back * k), p->H, n, p->d);
+    h->dv = contiguous(ls_take(work, back * v), p->H, n, p->d);
+    h->dextra = (ls_view){ls_take(work, back * e), n * W, 0, W};
+    h->pad = p->own.pad == NULL ? NULL : ls_arena_take(saved, (size_t)(p->B * n));
+}
+
+static void plan_gather(ls_call *c, int i, const ls_phase *phase, ls_arena *saved, ls_arena *work)
+{
+    ls_pass *p = &c->pass;
+    ls_collection *g = &p->gathered[i];
+    const int size = c->keys->size;
+    c->piece[i] = ls_arena_take(work, (size_t)size * sizeof *c->piece[i]);
+    *g = (ls_collection){0};
+    for (int r = 0; r < size; r++) {
+        const int64_t lo = c->keys->bounds[r], n = phase->piece(p, lo, c->keys->bounds[r + 1] - lo);
+        if (c->piece[i] != NULL) c->piece[i][r] = n;
+        if (r < c->keys->rank) g->before += n;
+        if (r == c->keys->rank) g->count = n;
+        g->total += n;
+    }
+    const int64_t back = p->backward && !phase->constant;
+    g->mine = ls_take(saved, g->count);
+    g->all = ls_take(saved, g->total);
+    g->dmine = ls_take(work, back * g->count);
+    g->dall = ls_take(work, back * g->total);
+}
+
 void ls_run_plan(ls_call *c, ls_arena *saved, ls_arena *work)
 {
     ls_pass *user = &c->pass;
     const ls_phase *phases = c->mechanism->phases[user->pattern];
     plan_placement(c, saved, work);
-    if (has_crossing(phases, LS_RING)) {
-        const int64_t n = largest_block(c), reals = 2 * user->B * user->H * n * user->d;
-        const int alone = c->keys->size == 1;
-        for (int i = 0; i < 2; i++)
-            c->ring.block[i] =
-                ls_arena_take(work, alone && (i == 1 || user->own.pad == NULL) ? 0 : block_bytes(user, n));
-        for (int i = 0; i < 3; i++) c->ring.gradient[i] = ls_take(work, user->backward && !alone ? reals : 0);
-    }
+    const ls_phase *ring = find_crossing(user, phases, LS_RING), *fetch = find_crossing(user, phases, LS_FETCH);
+    if (ring != NULL) plan_ring(c, ring, work);
+    if (fetch != NULL) plan_fetch(c, fetch, saved, work);
+    for (int i = 0; phases[i].name != NULL; i++)
+        if (phases[i].crossing == LS_GATHER && ls_is_needed(user, &phases[i]))
+            plan_gather(c, i, &phases[i], saved, work);
     for (int i = 0; phases[i].name != NULL; i++) {
-        if (phases[i].monoid == NULL) continue;
+        if (phases[i].monoid == NULL || !ls_is_needed(user, &phases[i])) continue;
         ls_summary *s = &user->summary[i];
         s->monoid = phases[i].monoid(user);
-        const int64_t n = ls_monoid_size(s->monoid);
+        const int64_t n = ls_monoid_size(s->monoid), back = user->backward && !phases[i].constant;
         s->sent = ls_take(saved, n);
         s->got = ls_take(saved, n);
-        s->dsent = ls_take(work, user->backward ? n : 0);
-        s->dgot = ls_take(work, user->backward ? n : 0);
+        s->dsent = ls_take(work, back * n);
+        s->dgot = ls_take(work, back * n);
     }
     if (c->mechanism->plan == NULL) return;
     if (work->measuring &&
@@ -152,38 +225,43 @@ ls_view ls_clean_block(ls_view from, int64_t B, int64_t H, int64_t n, int64_t d,
 }
 
 /* The block of `rank` as it lies in a buffer. */
-static void see_block(const ls_call *c, const ls_pass *p, int rank, char *buffer, ls_block *block)
+static void see_block(const ls_call *c, const ls_pass *p, const ls_phase *ring, int rank, char *buffer,
+                      ls_block *block)
 {
     describe_block(c, rank, block);
-    ls_real *k = (ls_real *)(void *)buffer, *v = k + p->B * p->H * block->n * p->d;
+    const int64_t reals = p->B * p->H * block->n * p->d;
+    ls_real *k = (ls_real *)(void *)buffer, *v = k + reals;
     block->k = contiguous(k, p->H, block->n, p->d);
-    block->v = contiguous(v, p->H, block->n, p->d);
-    block->pad = p->own.pad == NULL ? NULL : (const uint8_t *)(v + p->B * p->H * block->n * p->d);
+    block->v = contiguous(ring->keys_only ? NULL : v, p->H, block->n, p->d);
+    block->note = ring->keys_only ? v : v + reals;
+    block->pad = p->own.pad == NULL ? NULL : (const uint8_t *)(k + block_reals(p, ring, block->n));
 }
 
 /* This rank's block, with zeros where it is padded, in block[0]; where nobody else is and nothing is padded, as it is.
  */
-static void start_ring(const ls_call *c, ls_pass *p)
+static void start_ring(const ls_call *c, ls_pass *p, const ls_phase *ring)
 {
     p->visit = p->own;
     if (c->keys->size == 1 && p->own.pad == NULL) return;
-    see_block(c, p, c->keys->rank, c->ring.block[0], &p->visit);
+    see_block(c, p, ring, c->keys->rank, c->ring.block[0], &p->visit);
+    if (p->own.n == 0) return;
     ls_clean_block(p->own.k, p->B, p->H, p->own.n, p->d, p->own.pad, p->visit.k.p);
-    ls_clean_block(p->own.v, p->B, p->H, p->own.n, p->d, p->own.pad, p->visit.v.p);
+    if (!ring->keys_only) ls_clean_block(p->own.v, p->B, p->H, p->own.n, p->d, p->own.pad, p->visit.v.p);
+    if (ring->notes != NULL) memcpy(p->visit.note, p->own.note, (size_t)ring->notes(p) * sizeof *p->own.note);
     if (p->own.pad != NULL) memcpy((void *)(uintptr_t)p->visit.pad, p->own.pad, (size_t)(p->B * p->own.n));
 }
 
 /* Sends the visiting block on and asks for the one before it. `left`: steps after this one. */
-static ls_status pass_block(ls_call *c, const ls_pass *p, int owner, char *here, char *next, ls_pending *pending)
+static ls_status pass_block(ls_call *c, const ls_pass *p, const ls_phase *ring, int owner, char *here, char *next, ls_pending *pending)
 {
     ls_exchange *x = &c->ctx->exchange;
     const int size = x->comm.size, rank = x->comm.rank, before = (owner + size - 1) % size;
     ls_block mine, coming;
     describe_block(c, owner, &mine);
     describe_block(c, before, &coming);
-    x->traffic.predicted[LS_RING] += mine.n > 0 ? block_bytes(p, mine.n) : 0;
-    LS_TRY(ls_exchange_add(x, next, coming.n > 0 ? block_bytes(p, coming.n) : 0, (rank + size - 1) % size, 1));
-    LS_TRY(ls_exchange_add(x, here, mine.n > 0 ? block_bytes(p, mine.n) : 0, (rank + 1) % size, 0));
+    x->traffic.predicted[LS_RING] += block_bytes(p, ring, mine.n);
+    LS_TRY(ls_exchange_add(x, next, block_bytes(p, ring, coming.n), (rank + size - 1) % size, 1));
+    LS_TRY(ls_exchange_add(x, here, block_bytes(p, ring, mine.n), (rank + 1) % size, 0));
     return ls_exchange_begin(x, LS_RING, pending);
 }
 
@@ -192,11 +270,11 @@ static ls_status ring_forward(ls_call *c, ls_pass *p, const ls_phase *phase, int
     ls_exchange *x = &c->ctx->exchange;
     const int size = x->comm.size, rank = x->comm.rank;
     char *here = c->ring.block[0], *next = c->ring.block[1];
-    start_ring(c, p);
+    start_ring(c, p, phase);
     for (int step = 0; step < size; step++) {
         const int owner = (rank + size - step) % size, more = step + 1 < size;
-        if (step > 0) see_block(c, p, owner, here, &p->visit);
-        if (more) LS_TRY(pass_block(c, p, owner, here, next, &x->pending));
+        if (step > 0) see_block(c, p, phase, owner, here, &p->visit);
+        if (more) LS_TRY(pass_block(c, p, phase, owner, here, next, &x->pending));
         const ls_status status = phase->forward(p, i); /* while the next block travels */
         if (more) LS_TRY(ls_exchange_end(x, &x->pending));
         LS_TRY(status);
@@ -216,7 +294,7 @@ static ls_status ring_backward(ls_call *c, ls_pass *p, const ls_phase *phase, in
     ls_real *making = c->ring.gradient[0], *arriving = c->ring.gradient[1], *leaving = c->ring.gradient[2];
     ls_pending sums = {0};
     ls_status status = LS_OK;
-    start_ring(c, p);
+    start_ring(c, p, phase);
     if (size == 1) {
         p->visit.dk = p->own.dk, p->visit.dv = p->own.dv;
         ls_zero_view(p->own.dk, p->B, p->H, p->own.n, p->d);
@@ -225,8 +303,8 @@ static ls_status ring_backward(ls_call *c, ls_pass *p, const ls_phase *phase, in
     }
     for (int step = 0; step < size; step++) {
         const int owner = (rank + size - step) % size, more = step + 1 < size;
-        if (step > 0) see_block(c, p, owner, here, &p->visit);
-        if (more) LS_TRY_GOTO(pass_block(c, p, owner, here, next, &x->pending));
+        if (step > 0) see_block(c, p, phase, owner, here, &p->visit);
+        if (more) LS_TRY_GOTO(pass_block(c, p, phase, owner, here, next, &x->pending));
         const int64_t n = p->visit.n, reals = per_row * n;
         p->visit.dk = contiguous(making, p->H, n, p->d);
         p->visit.dv = contiguous(making + reals / 2, p->H, n, p->d);
@@ -297,6 +375,63 @@ static ls_status put_back(ls_call *c, int tensors, const ls_view *home, const ls
     return ls_fetch_adjoint(&c->ctx->exchange, c->keys, c->placement.want, a, b, tensors);
 }
 
+/* ------------------------------------------------------------------------------------------------ fetch, gather */
+
+/* The tensors of a fetch: own rows and halo rows, or their gradients. */
+static int fetched(const ls_pass *p, const ls_phase *phase, int gradients, ls_rows *own, ls_rows *halo)
+{
+    const ls_block *a = &p->own, *b = &p->halo;
+    int n = 0;
+    if (phase->fetches & LS_KEYS) {
+        own[n] = ls_rows_of_view(gradients ? a->dk : a->k, p->B, p->H, p->d);
+        halo[n++] = ls_rows_of_view(gradients ? b->dk : b->k, p->B, p->H, p->d);
+    }
+    if (phase->fetches & LS_VALUES) {
+        own[n] = ls_rows_of_view(gradients ? a->dv : a->v, p->B, p->H, p->d);
+        halo[n++] = ls_rows_of_view(gradients ? b->dv : b->v, p->B, p->H, p->d);
+    }
+    if (phase->fetches & LS_EXTRA) {
+        own[n] = ls_rows_of_view(gradients ? a->dextra : a->extra, p->B, 1, p->extra_width);
+        halo[n++] = ls_rows_of_view(gradients ? b->dextra : b->extra, p->B, 1, p->extra_width);
+    }
+    if (!gradients && a->pad != NULL) {
+        own[n] = ls_rows_of_pad(a->pad, p->B, p->S);
+        halo[n++] = ls_rows_of_pad(b->pad, p->B, b->n);
+    }
+    return n;
+}
+
+void ls_clean_halo(const ls_pass *p, const ls_phase *phase)
+{
+    const ls_block *x = &p->halo;
+    for (int64_t b = 0; x->pad != NULL && b < p->B; b++)
+        for (int64_t t = 0; t < x->n; t++) {
+            if (!x->pad[b * x->n + t]) continue;
+            for (int64_t h = 0; phase->fetches & LS_KEYS && h < p->H; h++) ls_zero(ls_row(x->k, b, h, t), p->d);
+            for (int64_t h = 0; phase->fetches & LS_VALUES && h < p->H; h++) ls_zero(ls_row(x->v, b, h, t), p->d);
+            if (phase->fetches & LS_EXTRA) ls_zero(ls_row(x->extra, b, 0, t), p->extra_width);
+        }
+}
+
+static ls_status fetch(ls_call *c, const ls_pass *p, const ls_phase *phase)
+{
+    ls_rows own[4], halo[4];
+    const int n = fetched(p, phase, 0, own, halo);
+    LS_TRY(ls_fetch(&c->ctx->exchange, c->keys, c->reach.want, own, halo, n));
+    ls_clean_halo(p, phase);
+    return LS_OK;
+}
+
+static ls_status fetch_adjoint(ls_call *c, const ls_pass *p, const ls_phase *phase)
+{
+    ls_rows own[4], halo[4];
+    const int n = fetched(p, phase, 1, own, halo), overwrite = !phase->adds;
+    if (overwrite && phase->fetches & LS_KEYS) ls_zero_view(p->own.dk, p->B, p->H, p->S, p->d);
+    if (overwrite && phase->fetches & LS_VALUES) ls_zero_view(p->own.dv, p->B, p->H, p->S, p->d);
+    if (overwrite && phase->fetches & LS_EXTRA) ls_zero_view(p->own.dextra, p->B, 1, p->S, p->extra_width);
+    return ls_fetch_adjoint(&c->ctx->exchange, c->keys, c->reach.want, own, halo, n);
+}
+
 /* ------------------------------------------------------------------------------------------------ walk */
 
 /* What a phase makes for the ranks after this one is not made where there are none. */
@@ -306,9 +441,36 @@ static int is_needless(const ls_call *c, const ls_phase *phase)
            (phase[1].crossing == LS_SCAN ? c->keys->rank == c->keys->size - 1 : c->keys->rank == 0);
 }
 
-ls_status ls_run_forward(ls_call *c)
+static ls_status cross(ls_call *c, ls_pass *p, const ls_phase *phase, int i)
 {
     ls_exchange *x = &c->ctx->exchange;
+    ls_summary *s = &p->summary[i];
+    ls_collection *g = &p->gathered[i];
+    if (phase->monoid != NULL) s->monoid = phase->monoid(p); /* its decays are known by now */
+    if (phase->crossing == LS_REDUCE) return ls_reduce(x, s->monoid, s->sent, s->got);
+    if (is_scan(phase->crossing))
+        return ls_scan(x, s->monoid, phase->crossing == LS_REVERSE_SCAN, s->sent, s->got);
+    if (phase->crossing == LS_FETCH) return fetch(c, p, phase);
+    if (phase->crossing == LS_GATHER) return ls_gather(x, c->piece[i], g->mine, g->all);
+    return LS_OK;
+}
+
+static ls_status cross_adjoint(ls_call *c, ls_pass *p, const ls_phase *phase, int i)
+{
+    ls_exchange *x = &c->ctx->exchange;
+    ls_summary *s = &p->summary[i];
+    ls_collection *g = &p->gathered[i];
+    if (phase->monoid != NULL) s->monoid = phase->monoid(p);
+    if (phase->crossing == LS_REDUCE) return ls_reduce_adjoint(x, s->monoid, s->sent, s->got, s->dgot, s->dsent);
+    if (is_scan(phase->crossing))
+        return ls_scan_adjoint(x, s->monoid, phase->crossing == LS_REVERSE_SCAN, s->sent, s->got, s->dgot, s->dsent);
+    if (phase->crossing == LS_FETCH) return fetch_adjoint(c, p, phase);
+    if (phase->crossing == LS_GATHER) return ls_gather_adjoint(x, c->piece[i], g->dall, g->dmine);
+    return LS_OK;
+}
+
+ls_status ls_run_forward(ls_call *c)
+{
     const ls_phase *phases = c->mechanism->phases[c->pass.pattern];
     const ls_placement *z = &c->placement;
     if (z->on) {
@@ -318,17 +480,15 @@ ls_status ls_run_forward(ls_call *c)
     ls_pass p = placed(c);
     for (int i = 0; phases[i].name != NULL; i++) {
         const ls_phase *phase = &phases[i];
-        ls_summary *s = &p.summary[i];
+        if (!ls_is_needed(&p, phase)) continue;
         if (is_needless(c, phase)) {
             ls_monoid_identity(p.summary[i + 1].monoid, p.summary[i + 1].sent);
             continue;
         }
-        if (phase->crossing == LS_REDUCE) LS_TRY(ls_reduce(x, s->monoid, s->sent, s->got));
-        if (is_scan(phase->crossing))
-            LS_TRY(ls_scan(x, s->monoid, phase->crossing == LS_REVERSE_SCAN, s->sent, s->got));
+        LS_TRY(cross(c, &p, phase, i));
         if (phase->crossing == LS_RING)
             LS_TRY(ring_forward(c, &p, phase, i));
-        else
+        else if (phase->forward != NULL)
             LS_TRY(phase->forward(&p, i));
     }
     return z->on ? put_back(c, 1, &c->pass.out, &z->out) : LS_OK;
@@ -336,7 +496,6 @@ ls_status ls_run_forward(ls_call *c)
 
 ls_status ls_run_backward(ls_call *c)
 {
-    ls_exchange *x = &c->ctx->exchange;
     const ls_phase *phases = c->mechanism->phases[c->pass.pattern];
     const ls_placement *z = &c->placement;
     if (z->on) LS_TRY(place(c, 1, &c->pass.dout, &z->dout, 0));
@@ -345,16 +504,12 @@ ls_status ls_run_backward(ls_call *c)
     while (phases[last].name != NULL) last++;
     for (int i = last - 1; i >= 0; i--) {
         const ls_phase *phase = &phases[i];
-        ls_summary *s = &p.summary[i];
-        if (phase->backward == NULL || is_needless(c, phase)) continue;
+        if (!ls_is_needed(&p, phase) || phase->constant || is_needless(c, phase)) continue;
         if (phase->crossing == LS_RING)
             LS_TRY(ring_backward(c, &p, phase, i));
-        else
+        else if (phase->backward != NULL)
             LS_TRY(phase->backward(&p, i));
-        if (phase->crossing == LS_REDUCE) LS_TRY(ls_reduce_adjoint(x, s->monoid, s->sent, s->got, s->dgot, s->dsent));
-        if (is_scan(phase->crossing))
-            LS_TRY(
-                ls_scan_adjoint(x, s->monoid, phase->crossing == LS_REVERSE_SCAN, s->sent, s->got, s->dgot, s->dsent));
+        LS_TRY(cross_adjoint(c, &p, phase, i));
     }
     if (!z->on) return LS_OK;
     const ls_view home[] = {c->pass.dq, c->pass.own.dk, c->pass.own.dv}, away[] = {z->dq, z->dk, z->dv};

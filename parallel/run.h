@@ -19,6 +19,12 @@ typedef struct ls_placement {
     uint8_t *pad_q, *pad_k;
 } ls_placement;
 
+/* What a fetch needs beside the halo itself. */
+typedef struct ls_reach {
+    ls_span *want; /* (2 P): of every rank, see ls_fetch */
+    int64_t n;     /* keys of this rank's halo */
+} ls_reach;
+
 /* One call of a core: the pass as the caller sees it, and what the driver adds. */
 typedef struct ls_call {
     ls_context *ctx;
@@ -28,6 +34,8 @@ typedef struct ls_call {
     ls_pass pass;
     ls_placement placement;
     ls_ring_buffers ring;
+    ls_reach reach;
+    int64_t *piece[LS_MAX_PHASES]; /* (P): what every rank gives to a gather */
 } ls_call;
 
 /* Takes the memory of a call; the same order every time, so a saved arena can be replayed. Sets pass.backward's. */
@@ -39,5 +47,8 @@ ls_status ls_run_backward(ls_call *call);
 /* Copies a block with zeros at padded rows to contiguous memory, (B,H,n,d) each; returns the view of what was written.
  */
 ls_view ls_clean_block(ls_view from, int64_t B, int64_t H, int64_t n, int64_t d, const uint8_t *pad, ls_real *to);
+
+/* Zeros at the padded rows of the halo. */
+void ls_clean_halo(const ls_pass *p, const ls_phase *phase);
 
 #endif

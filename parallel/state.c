@@ -3,29 +3,49 @@
  *   scan    the summary of all tokens before is the state; it grows by what the token sends
  *   reduce  of the source alone: done once by ls_state_source; otherwise as usual (it is small)
  *   ring    keys and values so far are a cache, spread over ranks: token t lies on rank t mod P, a source on its
- * owners. Each rank looks at its own part; the mechanism's next phases combine what they saw
+ *           owners. Each rank looks at its own part; the mechanism's next phases combine what they saw
+ *   fetch   the last keys and values within reach are kept, on every rank
+ *   gather  what tokens gave so far is a list, which grows by what this one gives
  *
  * So no mechanism writes a step of its own beyond its list of phases. */
 #include "attention.h"
 
 #include <stdlib.h>
 
+/* The last rows that were fed, (B,capacity) of each: they move to the front when the end is reached. */
+typedef struct window {
+    int64_t reach, capacity; /* the most rows a token looks at; 0: no phase fetches */
+    int64_t held, first;     /* rows held, the position of the first */
+    int fetches;
+    ls_real *k, *v, *extra; /* (B,capacity,E or extra_width) */
+    uint8_t *pad;           /* (B,capacity) */
+} window;
+
 struct ls_state {
     ls_attention *attention;
     int64_t batch, max_length, tokens; /* tokens fed so far */
     int sourced;
-    ls_arena arena;                  /* summaries and, for self attention, the cache */
+    ls_arena arena;                  /* summaries and, for self attention, cache, window and lists */
     ls_real *summary[LS_MAX_PHASES]; /* by phase; NULL: none is kept */
     ls_monoid monoid[LS_MAX_PHASES];
+    window recent;
+    ls_real *list[LS_MAX_PHASES]; /* by phase: what was gathered, [items][B][item] */
+    int64_t listed[LS_MAX_PHASES], item[LS_MAX_PHASES]; /* reals in the list, reals of one item of one batch row */
     ls_arena source;    /* cross attention: the cache, of the source's length */
     ls_real *k, *v;     /* (B,H,rows,d) */
     uint8_t *pad;       /* (B,rows) */
     int64_t rows, used; /* of this rank */
+    int64_t source_lo, source_length;
 };
 
 static int is_cross(const ls_attention *a)
 {
     return a->options.pattern == LS_NC || a->options.pattern == LS_CC;
+}
+
+static const ls_phase *phases_of(const ls_attention *a)
+{
+    return a->mechanism->step[a->options.pattern];
 }
 
 /* The summary that arrives before phase i is kept from call to call. */
@@ -50,16 +70,37 @@ static void plan_cache(ls_state *s, ls_arena *arena)
     s->pad = ls_arena_take(arena, (size_t)(s->batch * s->rows));
 }
 
+static void plan_window(ls_state *s, const ls_pass *p, const ls_phase *phase, ls_arena *arena)
+{
+    window *w = &s->recent;
+    const int64_t E = s->attention->options.embed_dim;
+    w->fetches = phase->fetches;
+    if (w->reach == 0) /* every token's reach is asked for: it need not be the same for all */
+        for (int64_t t = 0; t < s->max_length; t++) w->reach = ls_max(w->reach, t + 1 - ls_max(0, phase->reach(p, t, 1).lo));
+    w->capacity = ls_min(2 * w->reach, s->max_length);
+    const int64_t rows = s->batch * w->capacity;
+    w->k = ls_take(arena, phase->fetches & LS_KEYS ? rows * E : 0);
+    w->v = ls_take(arena, phase->fetches & LS_VALUES ? rows * E : 0);
+    w->extra = ls_take(arena, phase->fetches & LS_EXTRA ? rows * p->extra_width : 0);
+    w->pad = ls_arena_take(arena, 2 * (size_t)rows); /* and once more: those of the halo */
+}
+
 static void plan_state(ls_state *s, ls_arena *arena)
 {
     const ls_attention *a = s->attention;
-    const ls_phase *phases = a->mechanism->step[a->options.pattern];
+    const ls_phase *phases = phases_of(a);
     ls_pass p;
     ls_pass_begin(a, s->batch, 1, 1, NULL, &p);
+    p.all_queries = p.all_keys = s->max_length;
     for (int i = 0; phases[i].name != NULL; i++) {
-        if (!keeps(a, phases, i)) continue;
-        s->monoid[i] = phases[i].monoid(&p);
-        s->summary[i] = ls_take(arena, ls_monoid_size(s->monoid[i]));
+        if (keeps(a, phases, i)) {
+            s->monoid[i] = phases[i].monoid(&p);
+            s->summary[i] = ls_take(arena, ls_monoid_size(s->monoid[i]));
+        }
+        if (phases[i].crossing == LS_FETCH) plan_window(s, &p, &phases[i], arena);
+        if (phases[i].crossing != LS_GATHER) continue;
+        s->item[i] = phases[i].item(&p);
+        s->list[i] = ls_take(arena, phases[i].piece(&p, 0, s->max_length));
     }
     if (!is_cross(a) && rings(phases)) plan_cache(s, arena);
 }
@@ -71,6 +112,7 @@ static ls_status create(ls_attention *a, int64_t batch, int64_t max_length, ls_s
     if (a->mechanism->step[a->options.pattern] == NULL)
         LS_FAIL(LS_ERR_UNSUPPORTED, "%s: step of %s attention is not supported", name,
                 ls_pattern_name(a->options.pattern));
+    if (a->mechanism->check_step != NULL) LS_TRY(a->mechanism->check_step(&a->options));
     if (batch <= 0 || max_length < 0)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: a state needs a positive batch (%lld) and a length (%lld) of 0 or more", name,
                 (long long)batch, (long long)max_length);
@@ -118,23 +160,31 @@ size_t ls_state_bytes(const ls_state *state)
 /* ------------------------------------------------------------------------------------------------ memory of a call */
 
 typedef struct buffers {
-    ls_real *q, *k, *v, *o;
+    ls_real *in[4], *o, *active;
 } buffers;
 
-/* Work memory of a step or of the source: projected rows, summaries on their way, the mechanism's own. */
+/* Work memory of a step or of the source: projected rows, what is on its way, the mechanism's own. */
 static void plan_call(const ls_attention *a, ls_pass *p, buffers *m, ls_arena *arena)
 {
-    const int64_t E = a->options.embed_dim;
-    const ls_phase *phases = a->mechanism->step[a->options.pattern];
-    if (a->options.level == LS_LEVEL_LAYER) {
-        m->q = ls_take(arena, p->B * p->T * E);
-        m->k = ls_take(arena, p->B * p->S * E);
-        m->v = ls_take(arena, p->B * p->S * E);
-        m->o = ls_take(arena, p->B * p->T * E);
-        p->q = ls_view_of(a, m->q, p->B, p->T);
-        p->own.k = ls_view_of(a, m->k, p->B, p->S);
-        p->own.v = ls_view_of(a, m->v, p->B, p->S);
-        p->out = ls_view_of(a, m->o, p->B, p->T);
+    const ls_phase *phases = phases_of(a);
+    if (ls_is_layer(a)) {
+        for (int i = 0; i < a->form.inputs; i++)
+            m->in[i] = ls_take(arena, p->B * (i == Q_PROJ || i == EXTRA_PROJ ? p->T : p->S) * a->form.input[i].width);
+        m->o = ls_take(arena, p->B * p->T * a->form.core_width);
+        m->active = ls_take(arena, a->form.gelu ? p->B * p->T * a->form.core_width : 0);
+        p->out = ls_view_out(a, m->o, p->B, p->T);
+        if (a->form.inputs > 0) {
+            p->q = ls_view_of(a, m->in[Q_PROJ], p->B, p->T);
+            p->own.k = ls_view_of(a, m->in[K_PROJ], p->B, p->S);
+            p->own.v = ls_view_of(a, m->in[V_PROJ], p->B, p->S);
+        }
+        if (ls_has_projection(a, EXTRA_PROJ))
+            p->own.extra = ls_view_rows(a, m->in[EXTRA_PROJ], p->B, p->T, p->extra_width);
+    }
+    for (int i = 0; phases[i].name != NULL; i++) {
+        if (phases[i].crossing != LS_GATHER) continue;
+        p->gathered[i].count = p->own.spans ? phases[i].piece(p, p->own.span[0].lo, p->own.span[0].n) : 0;
+        p->gathered[i].mine = ls_take(arena, p->gathered[i].count);
     }
     for (int i = 0; phases[i].name != NULL; i++) {
         if (phases[i].monoid == NULL) continue;
@@ -181,7 +231,9 @@ static ls_status reserve_source(ls_attention *a, ls_state *s, const ls_attention
     p->own.k = ls_view_of(a, io->key, p->B, n);
     p->own.v = ls_view_of(a, io->value != NULL ? io->value : io->key, p->B, n);
     LS_TRY(reserve_call(a, p, m));
-    s->rows = s->used = rings(a->mechanism->step[a->options.pattern]) ? n : 0;
+    s->rows = s->used = rings(phases_of(a)) ? n : 0;
+    s->source_lo = shape->keys->lo;
+    s->source_length = shape->keys->length;
     ls_arena_measure(&s->source);
     plan_cache(s, &s->source);
     LS_TRY(ls_arena_reserve(&s->source, name));
@@ -195,17 +247,18 @@ ls_status ls_state_source(ls_attention *a, ls_state *s, const ls_attention_shape
     ls_pass p;
     buffers m = {0};
     LS_TRY(ls_agree(a->ctx, reserve_source(a, s, shape, io, params, &p, &m)));
-    const ls_phase *phases = a->mechanism->step[a->options.pattern];
-    if (a->options.level == LS_LEVEL_LAYER) {
-        ls_project(a, K_PROJ, p.B * p.S, io->key, params, m.k);
-        ls_project(a, V_PROJ, p.B * p.S, io->value != NULL ? io->value : io->key, params, m.v);
+    const ls_phase *phases = phases_of(a);
+    if (ls_is_layer(a)) {
+        ls_project(a, K_PROJ, p.B * p.S, io->key, params, m.in[K_PROJ]);
+        ls_project(a, V_PROJ, p.B * p.S, io->value != NULL ? io->value : io->key, params, m.in[V_PROJ]);
     }
     for (int i = 0; phases[i].name != NULL; i++) {
-        if (keeps(a, phases, i)) LS_TRY(ls_reduce(&a->ctx->exchange, s->monoid[i], p.summary[i].sent, s->summary[i]));
-        if (phases[i].of_source) {
-            if (i > 0 && keeps(a, phases, i)) p.summary[i].got = s->summary[i];
-            LS_TRY(phases[i].forward(&p, i));
+        if (keeps(a, phases, i)) {
+            s->monoid[i] = phases[i].monoid(&p);
+            LS_TRY(ls_reduce(&a->ctx->exchange, s->monoid[i], p.summary[i].sent, s->summary[i]));
+            p.summary[i].got = s->summary[i];
         }
+        if (phases[i].of_source) LS_TRY(phases[i].forward(&p, i));
     }
     if (rings(phases)) {
         ls_clean_block(p.own.k, p.B, p.H, p.S, p.d, p.own.pad, s->k);
@@ -217,7 +270,7 @@ ls_status ls_state_source(ls_attention *a, ls_state *s, const ls_attention_shape
     return LS_OK;
 }
 
-/* ------------------------------------------------------------------------------------------------ step */
+/* ------------------------------------------------------------------------------------------------ cache */
 
 static ls_status reserve_step(ls_attention *a, ls_state *s, const ls_attention_io *io, const ls_real *params,
                               const ls_real *out, ls_pass *p, buffers *m)
@@ -227,7 +280,7 @@ static ls_status reserve_step(ls_attention *a, ls_state *s, const ls_attention_i
     if (s->attention != a) LS_FAIL(LS_ERR_ARGUMENT, "%s: the state belongs to another attention", name);
     if (io->query == NULL || out == NULL || (a->reals > 0 && params == NULL))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: query, params or out of a step is NULL", name);
-    if (core && !is_cross(a) && (io->key == NULL || io->value == NULL))
+    if (core && !is_cross(a) && !a->mechanism->one_input && (io->key == NULL || io->value == NULL))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: key or value of a step is NULL", name);
     if (is_cross(a) && !s->sourced)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: a step of cross attention needs ls_state_source first", name);
@@ -244,11 +297,12 @@ static ls_status reserve_step(ls_attention *a, ls_state *s, const ls_attention_i
         if (p->pad_q == NULL) p->pad_q = io->key_padding_mask;
         if (p->own.pad == NULL) p->own.pad = io->query_padding_mask;
     }
-    p->all_queries = p->all_keys = s->tokens + 1;
+    p->all_queries = s->tokens + 1;
+    p->all_keys = is_cross(a) ? s->source_length : s->tokens + 1;
     p->query_spans = p->own.spans = 1;
     p->query_span[0] = p->own.span[0] = (ls_span){0, s->tokens, 1};
     p->q = ls_view_of(a, io->query, p->B, 1);
-    p->out = ls_view_of(a, out, p->B, 1);
+    p->out = ls_view_out(a, out, p->B, 1);
     p->own.k = ls_view_of(a, io->key != NULL ? io->key : io->query, p->B, p->S);
     p->own.v = ls_view_of(a, io->value != NULL ? io->value : io->key != NULL ? io->key : io->query, p->B, p->S);
     return reserve_call(a, p, m);
@@ -280,7 +334,8 @@ static void cache_token(ls_state *s, const ls_pass *p)
     s->used++;
 }
 
-/* The cache as the visiting block. All of it is in the past, so its rows may be called positions 0 .. used - 1. */
+/* The cache as the visiting block: a source at its positions; of self attention all is in the past, so its rows may be
+ * called positions 0 .. used - 1. */
 static void visit_cache(const ls_state *s, ls_pass *p)
 {
     p->visit = (ls_block){.k = cache_view(s, s->k, p->H, p->d),
@@ -288,7 +343,90 @@ static void visit_cache(const ls_state *s, ls_pass *p)
                           .pad = s->pad,
                           .n = s->rows,
                           .spans = 1,
-                          .span = {{0, 0, s->used}}};
+                          .span = {{0, is_cross(s->attention) ? s->source_lo : 0, s->used}}};
+}
+
+/* ------------------------------------------------------------------------------------------------ window */
+
+static ls_view window_view(const window *w, ls_real *rows, int64_t at, int64_t width, int64_t d)
+{
+    return (ls_view){rows + at * width, w->capacity * width, d, width};
+}
+
+/* Keeps the last reach - 1 rows: the one that comes makes them enough. */
+static void make_room(const ls_state *s, window *w)
+{
+    const int64_t E = s->attention->options.embed_dim, keep = w->reach - 1, drop = w->held - keep;
+    const int64_t X = ls_has_projection(s->attention, EXTRA_PROJ) ? s->attention->form.input[EXTRA_PROJ].width : 0;
+    for (int64_t b = 0; b < s->batch; b++) {
+        const int64_t row = b * w->capacity;
+        const size_t rows = (size_t)keep, real = sizeof(ls_real);
+        if (w->fetches & LS_KEYS) memmove(w->k + row * E, w->k + (row + drop) * E, rows * (size_t)E * real);
+        if (w->fetches & LS_VALUES) memmove(w->v + row * E, w->v + (row + drop) * E, rows * (size_t)E * real);
+        if (w->fetches & LS_EXTRA) memmove(w->extra + row * X, w->extra + (row + drop) * X, rows * (size_t)X * real);
+        memmove(w->pad + row, w->pad + row + drop, rows);
+    }
+    w->held = keep;
+    w->first += drop;
+}
+
+/* The token joins the window, and what it may look at becomes the halo. */
+static void fetch_recent(ls_state *s, ls_pass *p, const ls_phase *phase)
+{
+    window *w = &s->recent;
+    const int64_t E = s->attention->options.embed_dim, X = p->extra_width;
+    if (w->held == w->capacity) make_room(s, w);
+    const ls_view k = window_view(w, w->k, w->held, E, p->d), v = window_view(w, w->v, w->held, E, p->d);
+    const ls_view extra = window_view(w, w->extra, w->held, X, 0);
+    for (int64_t b = 0; b < p->B; b++) {
+        w->pad[b * w->capacity + w->held] = (uint8_t)ls_is_padded(p->own.pad, b);
+        for (int64_t h = 0; h < p->H; h++) {
+            if (w->fetches & LS_KEYS) memcpy(ls_row(k, b, h, 0), ls_row(p->own.k, b, h, 0), (size_t)p->d * sizeof *k.p);
+            if (w->fetches & LS_VALUES)
+                memcpy(ls_row(v, b, h, 0), ls_row(p->own.v, b, h, 0), (size_t)p->d * sizeof *v.p);
+        }
+        if (w->fetches & LS_EXTRA)
+            memcpy(ls_row(extra, b, 0, 0), ls_row(p->own.extra, b, 0, 0), (size_t)X * sizeof *extra.p);
+    }
+    w->held++;
+    const int64_t lo = ls_max(0, phase->reach(p, s->tokens, 1).lo), at = lo - w->first, n = s->tokens + 1 - lo;
+    p->halo = (ls_block){.k = window_view(w, w->k, at, E, p->d),
+                         .v = window_view(w, w->v, at, E, p->d),
+                         .extra = window_view(w, w->extra, at, X, 0),
+                         .n = n,
+                         .spans = 1,
+                         .span = {{0, lo, n}}};
+    /* the mask of a block is (B,n): one of its own, at the end of the pads */
+    uint8_t *pad = w->pad + p->B * w->capacity;
+    for (int64_t b = 0; b < p->B && n > 0; b++) memcpy(pad + b * n, w->pad + b * w->capacity + at, (size_t)n);
+    p->halo.pad = pad;
+    ls_clean_halo(p, phase);
+}
+
+/* ------------------------------------------------------------------------------------------------ step */
+
+static ls_status cross_step(ls_attention *a, ls_state *s, ls_pass *p, const ls_phase *phases, int i)
+{
+    const ls_phase *phase = &phases[i];
+    ls_summary *sum = &p->summary[i];
+    ls_collection *g = &p->gathered[i];
+    if (phase->monoid != NULL) sum->monoid = phase->monoid(p);
+    if (keeps(a, phases, i))
+        sum->got = s->summary[i];
+    else if (phase->crossing == LS_REDUCE)
+        LS_TRY(ls_reduce(&a->ctx->exchange, sum->monoid, sum->sent, sum->got));
+    if (phase->crossing == LS_RING) {
+        if (!is_cross(a)) cache_token(s, p);
+        visit_cache(s, p);
+    }
+    if (phase->crossing == LS_FETCH) fetch_recent(s, p, phase);
+    if (phase->crossing == LS_GATHER) {
+        if (g->count > 0) memcpy(s->list[i] + s->listed[i], g->mine, (size_t)g->count * sizeof *g->mine);
+        g->before = s->listed[i];
+        g->total = s->listed[i] += g->count;
+        g->all = s->list[i];
+    }
+    return LS_OK;
 }
 
 ls_status ls_attention_step(ls_attention *a, ls_state *s, const ls_attention_io *io, const ls_real *params,
@@ -297,33 +435,26 @@ ls_status ls_attention_step(ls_attention *a, ls_state *s, const ls_attention_io 
     ls_pass p;
     buffers m = {0};
     LS_TRY(ls_agree(a->ctx, reserve_step(a, s, io, params, out, &p, &m)));
-    const ls_phase *phases = a->mechanism->step[a->options.pattern];
-    const int layer = a->options.level == LS_LEVEL_LAYER;
-    if (layer) {
-        ls_project(a, Q_PROJ, p.B, io->query, params, m.q);
-        const ls_real *x_k = io->key != NULL ? io->key : io->query, *x_v = io->value != NULL ? io->value : x_k;
-        if (!is_cross(a)) ls_project(a, K_PROJ, p.B, x_k, params, m.k);
-        if (!is_cross(a)) ls_project(a, V_PROJ, p.B, x_v, params, m.v);
-    }
+    const ls_phase *phases = phases_of(a);
+    const ls_real *x_k = io->key != NULL ? io->key : io->query, *x_v = io->value != NULL ? io->value : x_k;
+    const ls_real *const x[] = {io->query, x_k, x_v, io->query};
+    for (int i = 0; i <= EXTRA_PROJ; i++)
+        if (ls_has_projection(a, i) && !(is_cross(a) && (i == K_PROJ || i == V_PROJ)))
+            ls_project(a, i, p.B, x[i], params, m.in[i]);
     for (int i = 0; phases[i].name != NULL; i++) {
-        const ls_phase *phase = &phases[i];
-        if (is_cross(a) && phase->of_source) continue;
-        if (keeps(a, phases, i))
-            p.summary[i].got = s->summary[i];
-        else if (phase->crossing == LS_REDUCE)
-            LS_TRY(ls_reduce(&a->ctx->exchange, p.summary[i].monoid, p.summary[i].sent, p.summary[i].got));
-        if (phase->crossing == LS_RING) {
-            if (!is_cross(a)) cache_token(s, &p);
-            visit_cache(s, &p);
+        if (is_cross(a) && phases[i].of_source) {
+            if (keeps(a, phases, i)) p.summary[i].got = s->summary[i];
+            continue;
         }
-        LS_TRY(phase->forward(&p, i));
+        LS_TRY(cross_step(a, s, &p, phases, i));
+        if (phases[i].forward != NULL) LS_TRY(phases[i].forward(&p, i));
     }
     for (int i = 0; phases[i].name != NULL; i++)
         if (phases[i].crossing == LS_SCAN)
-            ls_monoid_combine(s->monoid[i], s->summary[i], p.summary[i].sent, s->summary[i]);
+            ls_monoid_combine(p.summary[i].monoid, s->summary[i], p.summary[i].sent, s->summary[i]);
     s->tokens++;
-    if (layer) {
-        ls_project(a, OUT_PROJ, p.B, m.o, params, out);
+    if (ls_is_layer(a)) {
+        ls_project_out(a, p.B, m.o, m.active, params, out);
         for (int64_t b = 0; p.pad_q != NULL && b < p.B; b++)
             if (p.pad_q[b]) ls_zero(out + b * a->options.embed_dim, a->options.embed_dim);
     }
@@ -340,6 +471,13 @@ static void reorder(char *x, const int64_t *index, int64_t batch, size_t bytes, 
     for (int64_t b = 0; b < batch; b++) memcpy(x + (size_t)b * bytes, copy + (size_t)index[b] * bytes, bytes);
 }
 
+/* Groups of a monoid run over (B,H,..): a batch row is one run of them, whatever is counted stands after all. */
+static size_t summary_bytes(const ls_state *s, int i)
+{
+    const ls_monoid m = s->monoid[i];
+    return (size_t)((ls_monoid_size(m) - m.counts) / s->batch) * sizeof(ls_real);
+}
+
 ls_status ls_state_reorder(ls_state *s, const int64_t *index)
 {
     const char *name = s->attention->mechanism->name;
@@ -348,22 +486,33 @@ ls_status ls_state_reorder(ls_state *s, const int64_t *index)
         if (index[b] < 0 || index[b] >= s->batch)
             LS_FAIL(LS_ERR_ARGUMENT, "%s: reorder: row %lld is not in a batch of %lld", name, (long long)index[b],
                     (long long)s->batch);
-    const size_t cache = (size_t)s->rows * E * sizeof(ls_real);
-    size_t most = cache;
+    const window *w = &s->recent;
+    const size_t real = sizeof(ls_real), cache = (size_t)s->rows * E * real, rows = (size_t)w->capacity;
+    const size_t extra = ls_has_projection(s->attention, EXTRA_PROJ) ? (size_t)s->attention->form.input[EXTRA_PROJ].width : 0;
+    size_t most = cache > rows * E * real ? cache : rows * E * real;
+    if (rows * extra * real > most) most = rows * extra * real;
     for (int i = 0; i < LS_MAX_PHASES; i++) {
-        const size_t bytes = s->summary[i] == NULL ? 0 : (size_t)ls_monoid_size(s->monoid[i]) * sizeof(ls_real) / batch;
+        const size_t bytes = s->summary[i] == NULL ? 0 : summary_bytes(s, i);
         if (bytes > most) most = bytes;
+        if ((size_t)s->item[i] * real > most) most = (size_t)s->item[i] * real;
     }
     char *copy = malloc(batch * most + 1);
     if (copy == NULL) LS_FAIL(LS_ERR_MEMORY, "%s: no memory to reorder a state", name);
-    for (int i = 0; i < LS_MAX_PHASES; i++) /* groups of a monoid run over (B,H,..): a batch row is one run of them */
-        if (s->summary[i] != NULL)
-            reorder((char *)s->summary[i], index, s->batch,
-                    (size_t)ls_monoid_size(s->monoid[i]) * sizeof(ls_real) / batch, copy);
+    for (int i = 0; i < LS_MAX_PHASES; i++) {
+        if (s->summary[i] != NULL) reorder((char *)s->summary[i], index, s->batch, summary_bytes(s, i), copy);
+        for (int64_t at = 0; at < s->listed[i]; at += s->batch * s->item[i])
+            reorder((char *)(s->list[i] + at), index, s->batch, (size_t)s->item[i] * real, copy);
+    }
     if (s->rows > 0) {
         reorder((char *)s->k, index, s->batch, cache, copy);
         reorder((char *)s->v, index, s->batch, cache, copy);
         reorder((char *)s->pad, index, s->batch, (size_t)s->rows, copy);
+    }
+    if (rows > 0) {
+        if (w->fetches & LS_KEYS) reorder((char *)w->k, index, s->batch, rows * E * real, copy);
+        if (w->fetches & LS_VALUES) reorder((char *)w->v, index, s->batch, rows * E * real, copy);
+        if (w->fetches & LS_EXTRA) reorder((char *)w->extra, index, s->batch, rows * extra * real, copy);
+        reorder((char *)w->pad, index, s->batch, rows, copy);
     }
     free(copy);
     return LS_OK;

@@ -249,6 +249,27 @@ void problem_shape(problem *p, int64_t B, int64_t T, int64_t S)
     p->heads = layer ? 1 : p->H;
     p->width = layer ? p->options.embed_dim : p->d;
     p->out_width = p->width;
+    int count = 0;
+    const ls_option_info *option = ls_mechanism_options(p->options.mechanism, &count);
+    for (int i = 0; !layer && i < count; i++) /* s4d's core gives all channels side by side */
+        if (strcmp(option[i].name, "channels") == 0) p->out_width *= (int64_t)p->options.value[i];
+}
+
+static int64_t sample_groups(const problem *p)
+{
+    return p->samples_per_batch ? p->B : 1;
+}
+
+/* Rows [lo, lo + n) of the samples of T queries. */
+static int32_t *take_samples(const problem *p, int64_t lo, int64_t n)
+{
+    if (p->samples == NULL) return NULL;
+    int32_t *part = NEW(int32_t, sample_groups(p) * n * p->num_samples);
+    for (int64_t g = 0; g < sample_groups(p); g++)
+        if (n * p->num_samples > 0)
+            memcpy(part + g * n * p->num_samples, p->samples + (g * p->T + lo) * p->num_samples,
+                   (size_t)(n * p->num_samples) * sizeof *part);
+    return part;
 }
 
 ls_status problem_parameters(problem *p)
@@ -431,6 +452,9 @@ problem problem_cut(const problem *p, int64_t T, int64_t S)
     c.pad_q = take_pad(p->B, p->T, 0, T, p->pad_q);
     c.pad_k = take_pad(p->B, p->S, 0, S, p->pad_k);
     c.params = copy_of(p->params, p->param_count, sizeof *p->params);
+    c.features = copy_of(p->features, p->n_features, sizeof *p->features);
+    c.noise = copy_of(p->noise, p->n_noise, sizeof *p->noise);
+    c.samples = take_samples(p, 0, T);
     ls_real *rows = cut_rows(masks, p->T, p->S, T, p->attn_mask);
     c.attn_mask = cut_rows(masks * T, p->S, 1, S, rows);
     free(rows);
@@ -444,6 +468,7 @@ void problem_free(problem *p)
 {
     free(p->query), free(p->key), free(p->value), free(p->dout);
     free(p->pad_q), free(p->pad_k), free(p->attn_mask), free(p->dropout_mask), free(p->params);
+    free(p->features), free(p->noise), free(p->samples);
     *p = (problem){0};
 }
 
@@ -574,6 +599,8 @@ int pieces_make(ls_context *ctx, MPI_Comm comm, const problem *p, const int64_t 
         rows_take(LS_BHTD, BH, 1, p->T, p->S, q->lo, q->n, p->dropout_mask, x->dropout_mask);
     }
     if (p->weights) x->weights = undefined((p->weights == 2 ? BH : B) * q->n * p->S);
+    x->samples = take_samples(p, q->lo, q->n);
+    if (p->wants_selected) x->selected = NEW(uint8_t, BH * q->n);
     x->out = undefined(groups * q->n * p->out_width);
     x->dquery = undefined(groups * q->n * p->width);
     x->dkey = undefined(groups * k->n * p->width);
@@ -591,7 +618,13 @@ int pieces_make(ls_context *ctx, MPI_Comm comm, const problem *p, const int64_t 
                               .need_weights = p->weights == 1,
                               .need_head_weights = p->weights == 2,
                               .training = p->training,
-                              .sample = p->sample};
+                              .sample = p->sample,
+                              .features = p->features,
+                              .noise = p->noise,
+                              .samples = x->samples,
+                              .num_samples = p->num_samples,
+                              .samples_per_batch = p->samples_per_batch,
+                              .selected = x->selected};
     x->io.value = x->value != NULL ? x->value : by_null ? NULL : x->io.key;
     x->io.query_padding_mask = is_cross(p) || p->give_pads != 2 ? x->pad_q : NULL;
     x->io.key_padding_mask = is_cross(p) || p->give_pads != 1 ? x->pad_k : NULL;
@@ -605,7 +638,7 @@ void pieces_free(pieces *x)
     if (x->keys.bounds != NULL) ls_shard_free(&x->keys);
     free(x->query), free(x->key), free(x->value), free(x->attn_mask), free(x->dropout_mask), free(x->weights);
     free(x->out), free(x->dout), free(x->dquery), free(x->dkey), free(x->dvalue), free(x->dparams);
-    free(x->pad_q), free(x->pad_k);
+    free(x->pad_q), free(x->pad_k), free(x->selected), free(x->samples);
     *x = (pieces){0};
 }
 
@@ -651,11 +684,19 @@ void answer_gather(MPI_Comm comm, const problem *p, const pieces *x, answer *a)
         a->wrote_alias |= !all_undefined(own, x->dvalue);
     MPI_Allreduce(MPI_IN_PLACE, &a->wrote_alias, 1, MPI_INT, MPI_MAX, comm);
     a->dparams = copy_of(x->dparams, p->param_count, sizeof *a->dparams);
+    if (x->selected != NULL) {
+        const int64_t n = B * p->H;
+        a->selected = NEW(uint8_t, n * p->T);
+        for (int64_t g = 0; g < n && q->n > 0; g++)
+            memcpy(a->selected + g * p->T + q->lo, x->selected + g * q->n, (size_t)q->n);
+        MPI_Allreduce(MPI_IN_PLACE, a->selected, (int)(n * p->T), MPI_UINT8_T, MPI_MAX, comm);
+    }
 }
 
 void answer_free(answer *a)
 {
     free(a->out), free(a->weights), free(a->dquery), free(a->dkey), free(a->dvalue), free(a->dparams);
+    free(a->selected);
     *a = (answer){0};
 }
 

@@ -130,6 +130,11 @@ typedef struct problem {
     int attn_mask_per_head;
     ls_real *dropout_mask; /* (B,H,T,S), or NULL */
     int weights;           /* 0: none, 1: mean over heads, 2: per head */
+    ls_real *features, *noise; /* (H,m,d), (B,H,landmarks,d), or NULL: drawn by the library */
+    int64_t n_features, n_noise;
+    int32_t *samples; /* (T,U), or (B,T,U) with samples_per_batch, or NULL */
+    int64_t num_samples;
+    int samples_per_batch, wants_selected;
     int steep;             /* its softmax is nearly one-hot: gradients are small differences of large terms */
     int training;
     uint64_t sample;
@@ -199,7 +204,8 @@ typedef struct pieces {
     ls_attention_io io;
     ls_attention_grads grads; /* all given, filled with NaN; params zero */
     ls_real *query, *key, *value, *attn_mask, *dropout_mask, *weights, *out, *dout, *dquery, *dkey, *dvalue, *dparams;
-    uint8_t *pad_q, *pad_k;
+    uint8_t *pad_q, *pad_k, *selected;
+    int32_t *samples;
 } pieces;
 /* queries, keys: rows of each rank, NULL: even. keys is ignored in self attention. Collective. */
 int pieces_make(ls_context *ctx, MPI_Comm comm, const problem *p, const int64_t *queries, const int64_t *keys,
@@ -209,6 +215,7 @@ void pieces_free(pieces *x);
 typedef struct answer {
     ls_real *out, *weights, *dquery, *dkey, *dvalue, *dparams; /* whole; dkey, dvalue NULL where aliases */
     int64_t n_out, n_weights, n_query, n_key, n_params;
+    uint8_t *selected; /* (B,H,T), or NULL */
     int wrote_alias; /* a gradient that should not have been written was */
 } answer;
 /* Collective: whole tensors on every rank from the pieces. */

@@ -292,7 +292,8 @@ static uint8_t *take_padding(hid_t group, const char *name, int64_t count)
 static void take_inputs(hid_t group, problem *p)
 {
     static const char *const known[] = {"q",    "k",     "v",     "u",         "x",       "x_q",
-                                        "x_kv", "pad_q", "pad_k", "attn_mask", "dropout", NULL};
+                                        "x_kv", "pad_q", "pad_k", "attn_mask", "dropout", "W", "noise",
+                                        "idx", NULL};
     names list = members(group, "inputs");
     for (int i = 0; i < list.count; i++)
         if (!is_one_of(list.name[i], known)) complain("this test has no place for inputs/%s", list.name[i]);
@@ -332,6 +333,23 @@ static void take_inputs(hid_t group, problem *p)
     }
     p->dropout_mask = take_input(group, "dropout", p->B * p->H * p->T * p->S);
     if (p->dropout_mask != NULL) p->training = 1;
+    tensor random = read_tensor(group, "inputs", "W");
+    if (random.x != NULL) p->features = as_reals(&random), p->n_features = random.count;
+    free(random.x);
+    random = read_tensor(group, "inputs", "noise");
+    if (random.x != NULL) p->noise = as_reals(&random), p->n_noise = random.count;
+    free(random.x);
+    random = read_tensor(group, "inputs", "idx");
+    if (random.x != NULL) {
+        p->samples_per_batch = random.ndim == 3;
+        p->num_samples = (int64_t)random.dim[random.ndim - 1];
+        p->samples = NEW(int32_t, random.count);
+        for (int64_t i = 0; i < random.count; i++) p->samples[i] = (int32_t)random.x[i];
+    }
+    free(random.x);
+    tensor top = read_tensor(group, "outputs", "top");
+    p->wants_selected = top.x != NULL;
+    free(top.x);
 
     tensor dout = read_tensor(group, "", "dout");
     if (dout.x == NULL || dout.count % (p->B * p->heads * p->T) != 0) {
@@ -438,6 +456,12 @@ static void compare_case(hid_t group, const problem *p, const answer *a)
     t = read_tensor(group, "outputs", "weights");
     if (t.x != NULL) compare("weights", &t, a->n_weights, a->weights, 0, for_out);
     if (t.x == NULL && p->weights) complain("the file has no outputs/weights");
+    free(t.x);
+
+    t = read_tensor(group, "outputs", "top");
+    int64_t others = 0;
+    for (int64_t i = 0; t.x != NULL && i < t.count; i++) others += (t.x[i] > 0.5) != (a->selected[i] != 0);
+    if (others > 0) complain("top: %lld queries are not the ones selected", (long long)others);
     free(t.x);
 
     names list = members(group, "grads");
