@@ -78,6 +78,7 @@ ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
 void ls_context_free(ls_context *ctx);
 int ls_context_rank(const ls_context *ctx);
 int ls_context_size(const ls_context *ctx);
+size_t ls_context_bytes(const ls_context *ctx); /* scratch memory that all its attentions share, as it has grown */
 
 /* Collective: every rank passes its own status and gets the same one back: LS_OK if all were LS_OK, otherwise that of
  * the lowest failing rank, whose message (prefixed "rank N: ") becomes ls_last_error() everywhere. */
@@ -162,11 +163,16 @@ const char *ls_mechanism_name(int index);
 const ls_option_info *ls_mechanism_options(const char *mechanism, int *count);
 int ls_mechanism_has(const char *mechanism, ls_pattern pattern);      /* 1 if forward and backward exist */
 int ls_mechanism_has_step(const char *mechanism, ls_pattern pattern); /* 1 if step exists */
+/* The phases of the forward pass in order: name, and what crosses ranks before each. NULL past the end. */
+const char *ls_mechanism_phase(const char *mechanism, ls_pattern pattern, int index, ls_crossing *crossing);
 
 /* Everything at its default, for a known mechanism. */
 ls_status ls_attention_defaults(const char *mechanism, ls_attention_options *options);
 /* Sets the mechanism's own option by its name or symbol; refuses unknown names and values out of range. */
 ls_status ls_attention_set(ls_attention_options *options, const char *name, double value);
+
+/* Not collective: what ls_attention_create would refuse, before there are any ranks. */
+ls_status ls_attention_check(const ls_attention_options *options);
 
 typedef struct ls_attention ls_attention;
 /* Collective. Refuses an unsupported pattern ("probsparse: causal cross attention is not supported") and impossible
@@ -187,6 +193,8 @@ typedef struct ls_param_info {
 } ls_param_info;
 int ls_attention_num_params(const ls_attention *attention);
 const ls_param_info *ls_attention_param(const ls_attention *attention, int index);
+/* 1 for a matrix that all rows of the layer pass through. */
+int ls_attention_is_projection(const ls_attention *attention, int index);
 int64_t ls_attention_param_count(const ls_attention *attention); /* reals in the flat vector */
 
 /* The sequences of a call. For self attention keys == queries (or NULL). Same batch on every rank. */

@@ -45,6 +45,15 @@ int ls_mechanism_has_step(const char *mechanism, ls_pattern pattern)
     return m != NULL && (unsigned)pattern < 4 && m->step[pattern] != NULL;
 }
 
+const char *ls_mechanism_phase(const char *mechanism, ls_pattern pattern, int index, ls_crossing *crossing)
+{
+    if (!ls_mechanism_has(mechanism, pattern) || index < 0) return NULL;
+    const ls_phase *phase = ls_mechanism_find(mechanism)->phases[pattern];
+    while (index > 0 && phase->name != NULL) phase++, index--;
+    if (phase->name != NULL) *crossing = phase->crossing;
+    return phase->name;
+}
+
 const char *ls_pattern_name(ls_pattern pattern)
 {
     static const char *const names[] = {"noncausal self", "causal self", "noncausal cross", "causal cross"};

@@ -53,6 +53,12 @@ static ls_status check_options(const ls_attention_options *o, const ls_mechanism
     return m->check == NULL ? LS_OK : m->check(o);
 }
 
+ls_status ls_attention_check(const ls_attention_options *options)
+{
+    const ls_mechanism *mechanism;
+    return check_options(options, &mechanism);
+}
+
 static void add_projection(ls_attention *a, int which, const char *weight, const char *bias)
 {
     const int64_t in = ls_projection_in(a, which), out = ls_projection_out(a, which);
@@ -140,6 +146,11 @@ int ls_attention_num_params(const ls_attention *attention)
 const ls_param_info *ls_attention_param(const ls_attention *attention, int index)
 {
     return index >= 0 && index < attention->count ? &attention->param[index] : NULL;
+}
+
+int ls_attention_is_projection(const ls_attention *attention, int index)
+{
+    return index >= 0 && index < attention->own && attention->param[index].ndim == 2;
 }
 
 int64_t ls_attention_param_count(const ls_attention *attention)

@@ -40,6 +40,11 @@ int ls_context_rank(const ls_context *ctx)
     return ctx->exchange.comm.rank;
 }
 
+size_t ls_context_bytes(const ls_context *ctx)
+{
+    return ctx->work.capacity + ctx->unsaved.capacity + ctx->exchange.wire.capacity;
+}
+
 int ls_context_size(const ls_context *ctx)
 {
     return ctx->exchange.comm.size;

@@ -453,11 +453,21 @@ ls_status config_load(const char *file, const char *const *set, int nset, config
 
 /* ------------------------------------------------------------------------------------------------ checking */
 
-static ls_status check_pattern(const char *place, const config_attention *a, ls_pattern pattern)
+/* What the library would refuse once there are ranks: patterns, and options that do not go together. */
+static ls_status check_attention(const char *place, const config *c, const config_attention *a, ls_pattern pattern)
 {
-    if (ls_mechanism_has(a->mechanism, pattern)) return LS_OK;
-    LS_FAIL(LS_ERR_UNSUPPORTED, "%s.mechanism: %s: %s attention is not supported", place, a->mechanism,
-            ls_pattern_name(pattern));
+    ls_attention_options o;
+    LS_TRY(ls_attention_defaults(a->mechanism, &o));
+    o.pattern = pattern;
+    o.level = LS_LEVEL_LAYER;
+    o.embed_dim = c->model.embed_dim;
+    o.num_heads = c->model.num_heads;
+    o.scale = a->scale;
+    o.dropout = a->dropout;
+    memcpy(o.value, a->value, sizeof o.value);
+    const ls_status status = ls_attention_check(&o);
+    if (status == LS_OK) return LS_OK;
+    LS_FAIL(status, "%s.mechanism: %s", place, ls_last_error());
 }
 
 ls_status config_check(const config *c)
@@ -491,9 +501,9 @@ ls_status config_check(const config *c)
                 c->train.min_learning_rate, c->train.learning_rate);
     }
     /* cross attention is causal: an output may depend on no later query, though training knows them all */
-    LS_TRY(check_pattern(places[0], &c->model.encoder, LS_NS));
-    LS_TRY(check_pattern(places[1], &c->model.decoder, LS_CS));
-    LS_TRY(check_pattern(places[2], &c->model.cross, LS_CC));
+    LS_TRY(check_attention(places[0], c, &c->model.encoder, LS_NS));
+    LS_TRY(check_attention(places[1], c, &c->model.decoder, LS_CS));
+    LS_TRY(check_attention(places[2], c, &c->model.cross, LS_CC));
     if (strcmp(c->device, "cpu") != 0) LS_FAIL(LS_ERR_UNSUPPORTED, "device: cuda: this build has no CUDA backend");
     if (strcmp(c->parallel.transport, "nccl") == 0) {
         LS_FAIL(LS_ERR_UNSUPPORTED, "parallel.transport: nccl: this build has no NCCL transport");

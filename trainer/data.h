@@ -45,7 +45,8 @@ typedef struct batch {
     int32_t *source_token;        /* (B, source.n) */
     int32_t *input_token, *label; /* (B, target.n): BOS t0 t1 .. and t0 t1 .. EOS */
     uint8_t *source_pad, *target_pad;
-    uint64_t sample;  /* global number of row 0, for random streams: the caller's to set */
+    uint64_t sample;  /* global number of row 0, for random streams: the caller's to set, like draw: */
+    uint64_t draw;    /* number of the optimizer step, the same on all ranks */
     int64_t tokens;   /* labels of the whole rows, all ranks of the group */
     int64_t capacity; /* private: elements that each array has room for */
 } batch;

@@ -179,7 +179,8 @@ static ls_attention_io attention_io(const model *m, const pass *p, const side *a
                              .query_padding_mask = at->pad,
                              .key_padding_mask = cross ? mask_of(p->b->source_pad) : NULL,
                              .training = p->training,
-                             .sample = p->b->sample};
+                             .sample = p->b->sample,
+                             .draw = p->b->draw};
 }
 
 static ls_attention_shape attention_shape(const pass *p, const side *at, const block *bl)

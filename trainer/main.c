@@ -13,6 +13,7 @@ static const struct {
     {"eval", "measure how well a checkpoint predicts a split", command_eval},
     {"generate", "write the target of a source, byte by byte", command_generate},
     {"inspect", "show what a data set or checkpoint holds", command_inspect},
+    {"bench", "time the mechanisms, with memory and bytes exchanged", command_bench},
     {"info", "show what this build can do", command_info},
 };
 enum { COMMANDS = sizeof commands / sizeof *commands };

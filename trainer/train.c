@@ -364,6 +364,7 @@ static ls_status gradient(run *t, int64_t labels, model_loss *sum)
             ls_agree(r->sequence, dataset_read(t->data, "train", t->index + lo, hi - lo, t->max_source, t->max_target,
                                                ls_context_rank(r->sequence), ls_context_size(r->sequence), &t->b)));
         t->b.sample = (uint64_t)(t->s.samples + lo);
+        t->b.draw = (uint64_t)t->s.step + 1;
         model_loss loss;
         LS_TRY(model_gradient(t->m, &t->b, t->s.params, 1.0 / (double)labels, t->grads, &loss));
         sum->loss += loss.loss;

@@ -33,6 +33,7 @@ int command_train(int argc, char **argv, ranks *r);
 int command_eval(int argc, char **argv, ranks *r);
 int command_generate(int argc, char **argv, ranks *r);
 int command_inspect(int argc, char **argv, ranks *r);
+int command_bench(int argc, char **argv, ranks *r);
 int command_info(int argc, char **argv, ranks *r);
 
 /* Collective: splits world into groups of `sequence` ranks (0: all) and makes r->sequence. */
