@@ -59,7 +59,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[ROWS_B] = ls_take(work, CHUNK * d);
     p->work[LOGITS] = ls_take(work, CHUNK * R);
     p->work[DLOGITS] = ls_take(work, CHUNK * R);
-    p->work[SLOT_KEYS] = ls_take(work, R * (d + 2) + 4 * (R + d)); /* or three short rows of doubles */
+    p->work[SLOT_KEYS] = ls_take(work, R * (d + 2) + 4 * (R + d)); /* or four short rows of doubles */
     p->work[SLOT_VALUES] = ls_take(work, R * (d + 2) + R + d);
     p->work[STATE] = ls_arena_take(work, (size_t)(2 * R * (d + 2)) * sizeof(double));
     const int traced = p->pattern == LS_CS && p->backward;
@@ -282,41 +282,79 @@ static ls_status apply_backward(ls_pass *p, int phase)
 
 /* ------------------------------------------------------------------------------------------------ apply, causal */
 
-static double *state_of(const ls_pass *p, int which)
+/* The running elements of one (b,h), apart by kind so that the loops over slots become vector code. */
+typedef struct running {
+    double *m, *s, *x; /* (R), (R), (R,d) */
+} running;
+
+static running state_of(const ls_pass *p, int which)
 {
-    return (double *)(void *)p->work[STATE] + which * slots(p) * (p->d + 2);
+    double *at = (double *)(void *)p->work[STATE] + which * slots(p) * (p->d + 2);
+    return (running){at, at + slots(p), at + 2 * slots(p)};
 }
 
-static double dot(int64_t n, const ls_real *x, const double *y)
+static double dot(int64_t n, const double *x, const double *y)
 {
     double s = 0;
 #pragma omp simd reduction(+ : s)
-    for (int64_t i = 0; i < n; i++) s += (double)x[i] * y[i];
+    for (int64_t i = 0; i < n; i++) s += x[i] * y[i];
     return s;
 }
 
-/* One key joins the R elements at `state`: m, s, x. */
-static void join(int64_t R, int64_t d, const ls_real *logit, const ls_real *row, double *state)
+static void add_scaled(int64_t n, double a, const double *x, double *y)
 {
-    for (int64_t r = 0; r < R; r++, state += d + 2) {
-        const ls_real m = (ls_real)state[0];
-        double shrink = 1, e = 1;
-        if (logit[r] > m) {
-            shrink = m == -INFINITY ? 0 : (double)ls_exp(m - logit[r]);
-            state[0] = (double)logit[r];
-        } else
-            e = (double)ls_exp(logit[r] - m);
-        state[1] = state[1] * shrink + e;
-        for (int64_t i = 2; i < d + 2; i++) state[i] = state[i] * shrink + e * (double)row[i - 2];
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) y[i] += a * x[i];
+}
+
+static void widen(int64_t n, const ls_real *x, double *y)
+{
+    for (int64_t i = 0; i < n; i++) y[i] = (double)x[i];
+}
+
+static void narrow(int64_t n, const double *x, ls_real *y)
+{
+    for (int64_t i = 0; i < n; i++) y[i] = (ls_real)x[i];
+}
+
+/* Where a logit is above the maximum so far, the sums shrink to the new one. Rare: maxima of n keys change ln n times. */
+static void raise_maxima(int64_t R, int64_t d, const ls_real *logit, running y)
+{
+    for (int64_t r = 0; r < R; r++) {
+        if (!((double)logit[r] > y.m[r])) continue;
+        const double shrink = y.m[r] == -INFINITY ? 0 : (double)ls_exp((ls_real)y.m[r] - logit[r]);
+        y.m[r] = (double)logit[r];
+        y.s[r] *= shrink;
+        for (int64_t i = 0; i < d; i++) y.x[r * d + i] *= shrink;
     }
+}
+
+/* One key joins: logit (R), row (d). e (R) is scratch. */
+static void join(int64_t R, int64_t d, const ls_real *logit, const double *row, running y, ls_real *e)
+{
+    int higher = 0;
+    for (int64_t r = 0; r < R; r++) higher |= (double)logit[r] > y.m[r];
+    if (higher) raise_maxima(R, d, logit, y);
+#pragma omp simd
+    for (int64_t r = 0; r < R; r++) {
+        e[r] = ls_exp(logit[r] - (ls_real)y.m[r]);
+        y.s[r] += (double)e[r];
+    }
+    for (int64_t r = 0; r < R; r++) add_scaled(d, (double)e[r], row, y.x + r * d);
 }
 
 static void load_state(ls_pass *p, int phase, int64_t b, int64_t h)
 {
-    const int64_t n = slots(p) * (p->d + 2);
-    for (int which = 0; which < 2; which++)
-        for (int64_t i = 0; i < n; i++)
-            state_of(p, which)[i] = (double)elements(p, p->summary[phase].got, b, h, which)[i];
+    const int64_t R = slots(p), d = p->d;
+    for (int which = 0; which < 2; which++) {
+        const ls_real *from = elements(p, p->summary[phase].got, b, h, which);
+        const running y = state_of(p, which);
+        for (int64_t r = 0; r < R; r++, from += d + 2) {
+            y.m[r] = (double)from[0];
+            y.s[r] = (double)from[1];
+            widen(d, from + 2, y.x + r * d);
+        }
+    }
 }
 
 /* Chunk [t, t + n) made ready: clean keys in ROWS_A, clean values in ROWS_B, their logits. */
@@ -328,32 +366,48 @@ static void load_keys(ls_pass *p, int64_t b, int64_t h, int64_t t, int64_t n)
     write_logits(p, PHI_V, b, t, n, p->work[ROWS_B], p->work[DLOGITS]);
 }
 
+/* Short rows of doubles for the row under way, and R reals. */
+typedef struct scratch {
+    double *row, *sum, *prob, *logit; /* (d), (d), (R), (R) */
+    ls_real *e;                       /* (R) */
+} scratch;
+
+static scratch scratch_of(const ls_pass *p)
+{
+    double *at = (double *)(void *)p->work[SLOT_KEYS];
+    return (scratch){at, at + p->d, at + 2 * p->d, at + 2 * p->d + slots(p), p->work[SLOT_VALUES]};
+}
+
 /* Row i of the chunk joins both states, unless it is padded. */
-static void join_row(ls_pass *p, int64_t b, int64_t t, int64_t i)
+static void join_row(ls_pass *p, int64_t b, int64_t t, int64_t i, scratch w)
 {
     const int64_t R = slots(p), d = p->d;
     if (padded(p->own.pad, b * p->S + t + i)) return;
-    join(R, d, p->work[LOGITS] + i * R, p->work[ROWS_A] + i * d, state_of(p, 0));
-    join(R, d, p->work[DLOGITS] + i * R, p->work[ROWS_B] + i * d, state_of(p, 1));
+    widen(d, p->work[ROWS_A] + i * d, w.row);
+    join(R, d, p->work[LOGITS] + i * R, w.row, state_of(p, 0), w.e);
+    widen(d, p->work[ROWS_B] + i * d, w.row);
+    join(R, d, p->work[DLOGITS] + i * R, w.row, state_of(p, 1), w.e);
 }
 
 /* prob (R) = softmax_r(logit), logit (R) = scale q·K̃_r at the present state; both are exact to double's rounding but
  * for the exponential, whose relative error does no harm. */
-static void look(int64_t R, int64_t d, double scale, const ls_real *q, const double *state, double *logit, double *prob)
+static void look(int64_t R, int64_t d, double scale, const double *q, running y, double *logit, double *prob)
 {
     double top = -INFINITY, sum = 0;
-    for (int64_t r = 0; r < R; r++, state += d + 2) {
-        logit[r] = state[1] > 0 ? scale * dot(d, q, state + 2) / state[1] : 0;
+    for (int64_t r = 0; r < R; r++) {
+        logit[r] = y.s[r] > 0 ? scale * dot(d, q, y.x + r * d) / y.s[r] : 0;
         top = logit[r] > top ? logit[r] : top;
     }
+#pragma omp simd reduction(+ : sum)
     for (int64_t r = 0; r < R; r++) sum += prob[r] = (double)ls_exp((ls_real)(logit[r] - top));
     for (int64_t r = 0; r < R; r++) prob[r] /= sum;
 }
 
 static ls_status apply_causal(ls_pass *p, int phase)
 {
-    const int64_t R = slots(p), d = p->d, stride = d + 2;
-    double *prob = (double *)(void *)p->work[SLOT_KEYS], *logit = prob + R, *row = logit + R;
+    const int64_t R = slots(p), d = p->d;
+    const running keys = state_of(p, 0), values = state_of(p, 1);
+    const scratch w = scratch_of(p);
     for (int64_t b = 0; b < p->B; b++)
         for (int64_t h = 0; h < p->H; h++) {
             load_state(p, phase, b, h);
@@ -361,17 +415,16 @@ static ls_status apply_causal(ls_pass *p, int phase)
                 const int64_t n = ls_min(CHUNK, p->T - t);
                 load_keys(p, b, h, t, n);
                 for (int64_t i = 0; i < n; i++) {
-                    join_row(p, b, t, i);
+                    join_row(p, b, t, i, w);
                     ls_real *out = ls_row(p->out, b, h, t + i);
                     ls_zero(out, d);
                     if (padded(p->pad_q, b * p->T + t + i)) continue;
-                    look(R, d, p->scale, ls_row(p->q, b, h, t + i), state_of(p, 0), logit, prob);
-                    for (int64_t e = 0; e < d; e++) row[e] = 0;
-                    for (int64_t r = 0; r < R; r++) {
-                        const double *v = state_of(p, 1) + r * stride, w = v[1] > 0 ? prob[r] / v[1] : 0;
-                        for (int64_t e = 0; e < d; e++) row[e] += w * v[2 + e];
-                    }
-                    for (int64_t e = 0; e < d; e++) out[e] = (ls_real)row[e];
+                    widen(d, ls_row(p->q, b, h, t + i), w.row);
+                    look(R, d, p->scale, w.row, keys, w.logit, w.prob);
+                    for (int64_t e = 0; e < d; e++) w.sum[e] = 0;
+                    for (int64_t r = 0; r < R; r++)
+                        add_scaled(d, values.s[r] > 0 ? w.prob[r] / values.s[r] : 0, values.x + r * d, w.sum);
+                    narrow(d, w.sum, out);
                 }
             }
         }
@@ -383,82 +436,132 @@ static double *trace_of(const ls_pass *p, int64_t t)
     return (double *)(void *)p->work[TRACE] + t * TRACES * slots(p);
 }
 
+/* The trace of a query, and dq: with dp_r = do·Ṽ_r and dlogit = p (dp - Σ p dp),
+ *   the gradient of x_r of K̃ is g q, g = scale dlogit / s, and that of s is -dlogit logit / s, since dK̃·K̃ = dlogit logit;
+ *   the gradient of x_r of Ṽ is do p / s, and that of s is -dp p / s. */
+static void trace_query(ls_pass *p, const scratch w, const double *dout, double *trace, double *dq)
+{
+    const int64_t R = slots(p), d = p->d;
+    const running keys = state_of(p, 0), values = state_of(p, 1);
+    double mean = 0, *dp = trace + DS_V * R;
+    for (int64_t r = 0; r < R; r++) {
+        dp[r] = values.s[r] > 0 ? dot(d, dout, values.x + r * d) / values.s[r] : 0;
+        mean += w.prob[r] * dp[r];
+    }
+    for (int64_t e = 0; e < d; e++) dq[e] = 0;
+    for (int64_t r = 0; r < R; r++) {
+        const double rk = keys.s[r] > 0 ? 1 / keys.s[r] : 0, rv = values.s[r] > 0 ? 1 / values.s[r] : 0;
+        const double dl = w.prob[r] * (dp[r] - mean), g = p->scale * dl * rk;
+        trace[DLOGIT * R + r] = g;
+        trace[DS_K * R + r] = -dl * w.logit[r] * rk;
+        trace[P_V * R + r] = w.prob[r] * rv;
+        dp[r] = -w.prob[r] * rv * dp[r];
+        add_scaled(d, g, keys.x + r * d, dq);
+    }
+}
+
 /* Pass 1, forward in time: the states again; dq, and of each query what its slots' gradients are made of. */
 static void causal_queries(ls_pass *p, int phase, int64_t b, int64_t h)
 {
-    const int64_t R = slots(p), d = p->d, stride = d + 2;
-    double *prob = (double *)(void *)p->work[SLOT_KEYS], *logit = prob + R, *row = logit + R;
+    const int64_t R = slots(p), d = p->d;
+    const running keys = state_of(p, 0), values = state_of(p, 1);
+    const scratch w = scratch_of(p);
     load_state(p, phase, b, h);
     for (int64_t t = 0; t < p->T; t += CHUNK) {
         const int64_t n = ls_min(CHUNK, p->T - t);
         load_keys(p, b, h, t, n);
         for (int64_t i = 0; i < n; i++) {
             double *trace = trace_of(p, t + i);
-            const double *state_k = state_of(p, 0), *state_v = state_of(p, 1);
             ls_real *dq = ls_row(p->dq, b, h, t + i);
-            join_row(p, b, t, i);
-            for (int64_t r = 0; r < R; r++) {
-                trace[A * R + r] = (double)p->work[LOGITS][i * R + r];
-                trace[B * R + r] = (double)p->work[DLOGITS][i * R + r];
-                trace[M_K * R + r] = state_k[r * stride];
-                trace[M_V * R + r] = state_v[r * stride];
-                trace[DLOGIT * R + r] = trace[DS_K * R + r] = trace[P_V * R + r] = trace[DS_V * R + r] = 0;
+            join_row(p, b, t, i, w);
+            widen(R, p->work[LOGITS] + i * R, trace + A * R);
+            widen(R, p->work[DLOGITS] + i * R, trace + B * R);
+            memcpy(trace + M_K * R, keys.m, (size_t)R * sizeof *trace);
+            memcpy(trace + M_V * R, values.m, (size_t)R * sizeof *trace);
+            if (padded(p->pad_q, b * p->T + t + i)) {
+                for (int64_t r = 0; r < R; r++)
+                    trace[DLOGIT * R + r] = trace[DS_K * R + r] = trace[P_V * R + r] = trace[DS_V * R + r] = 0;
+                ls_zero(dq, d);
+                continue;
             }
-            ls_zero(dq, d);
-            if (padded(p->pad_q, b * p->T + t + i)) continue;
-            const ls_real *dout = ls_row(p->dout, b, h, t + i);
-            look(R, d, p->scale, ls_row(p->q, b, h, t + i), state_k, logit, prob);
-            double mean = 0, *dp = trace + DS_V * R;
-            for (int64_t r = 0; r < R; r++) {
-                const double *v = state_v + r * stride;
-                dp[r] = v[1] > 0 ? dot(d, dout, v + 2) / v[1] : 0;
-                mean += prob[r] * dp[r];
-            }
-            for (int64_t e = 0; e < d; e++) row[e] = 0;
-            for (int64_t r = 0; r < R; r++) {
-                const double *k = state_k + r * stride, sk = k[1], sv = state_v[r * stride + 1];
-                const double rk = sk > 0 ? 1 / sk : 0, rv = sv > 0 ? 1 / sv : 0;
-                const double dl = prob[r] * (dp[r] - mean), g = p->scale * dl * rk;
-                trace[DLOGIT * R + r] = g;                 /* dx_r of K̃ is g q */
-                trace[DS_K * R + r] = -dl * logit[r] * rk; /* ds = -dK̃·K̃/s, and dK̃·K̃ = dl logit */
-                trace[P_V * R + r] = prob[r] * rv;         /* dx_r of Ṽ is this times do */
-                for (int64_t e = 0; e < d; e++) row[e] += g * k[2 + e];
-                dp[r] = -prob[r] * rv * dp[r];
-            }
-            for (int64_t e = 0; e < d; e++) dq[e] = (ls_real)row[e];
+            widen(d, ls_row(p->q, b, h, t + i), w.row);
+            look(R, d, p->scale, w.row, keys, w.logit, w.prob);
+            widen(d, ls_row(p->dout, b, h, t + i), w.row);
+            trace_query(p, w, w.row, trace, w.sum);
+            narrow(d, w.sum, dq);
         }
     }
 }
 
-/* One key leaves its gradient: with e = e^(logit - m), m the state's maximum at this key, to (d) and da (R). */
-static void leave(int64_t R, int64_t d, const double *logit, const double *m, const ls_real *row, const double *dstate,
-                  double *to, ls_real *da)
+/* One key leaves its gradient: with e = e^(logit - m), m the state's maximum at this key, to (d) and da (R).
+ * y holds the gradients of s and x. */
+static void leave(int64_t R, int64_t d, const double *logit, const double *m, const double *row, running y, double *to,
+                  ls_real *da)
 {
     for (int64_t e = 0; e < d; e++) to[e] = 0;
-    for (int64_t r = 0; r < R; r++, dstate += d + 2) {
-        const double w = (double)ls_exp((ls_real)(logit[r] - m[r]));
-        da[r] = (ls_real)(w * (dstate[1] + dot(d, row, dstate + 2)));
-        for (int64_t e = 0; e < d; e++) to[e] += w * dstate[2 + e];
+#pragma omp simd
+    for (int64_t r = 0; r < R; r++) da[r] = ls_exp((ls_real)(logit[r] - m[r]));
+    for (int64_t r = 0; r < R; r++) {
+        const double e = (double)da[r];
+        da[r] = (ls_real)(e * (y.s[r] + dot(d, row, y.x + r * d)));
+        add_scaled(d, e, y.x + r * d, to);
     }
 }
 
 /* The running gradient of a state, whose maxima fall from `later` to `now` as time runs backward. */
-static void rescale(int64_t R, int64_t d, const double *later, const double *now, double *dstate)
+static void rescale(int64_t R, int64_t d, const double *later, const double *now, running y)
 {
-    for (int64_t r = 0; r < R; r++, dstate += d + 2) {
-        if (now[r] == later[r]) continue;
+    if (memcmp(later, now, (size_t)R * sizeof *now) == 0) return;
+    for (int64_t r = 0; r < R; r++) {
+        if (!(now[r] < later[r])) continue;
         const double shrink = now[r] == -INFINITY ? 0 : (double)ls_exp((ls_real)(now[r] - later[r]));
-        for (int64_t i = 1; i < d + 2; i++) dstate[i] *= shrink;
+        y.s[r] *= shrink;
+        for (int64_t i = 0; i < d; i++) y.x[r * d + i] *= shrink;
+    }
+}
+
+/* What the query of one position gives to the running gradients. */
+static void gather_query(ls_pass *p, int64_t b, int64_t h, int64_t t, const double *trace, const scratch w)
+{
+    const int64_t R = slots(p), d = p->d;
+    const running keys = state_of(p, 0), values = state_of(p, 1);
+    widen(d, ls_row(p->q, b, h, t), w.row);
+    widen(d, ls_row(p->dout, b, h, t), w.sum);
+    for (int64_t r = 0; r < R; r++) {
+        keys.s[r] += trace[DS_K * R + r];
+        values.s[r] += trace[DS_V * R + r];
+        add_scaled(d, trace[DLOGIT * R + r], w.row, keys.x + r * d);
+        add_scaled(d, trace[P_V * R + r], w.sum, values.x + r * d);
+    }
+}
+
+/* The gradient of the prefix, which entered the first state scaled by e^(m_prefix - m_first); first NULL: no position. */
+static void prefix_backward(ls_pass *p, int phase, int64_t b, int64_t h, const double *first)
+{
+    const int64_t R = slots(p), d = p->d;
+    for (int which = 0; which < 2; which++) {
+        const ls_real *got = elements(p, p->summary[phase].got, b, h, which);
+        ls_real *to = elements(p, p->summary[phase].dgot, b, h, which);
+        const running y = state_of(p, which);
+        for (int64_t r = 0; r < R; r++, got += d + 2, to += d + 2) {
+            const double weight = first == NULL || got[0] == -INFINITY
+                                      ? 0
+                                      : (double)ls_exp((ls_real)((double)got[0] - first[(which ? M_V : M_K) * R + r]));
+            to[0] = 0;
+            to[1] = (ls_real)(weight * y.s[r]);
+            for (int64_t i = 0; i < d; i++) to[2 + i] = (ls_real)(weight * y.x[r * d + i]);
+        }
     }
 }
 
 /* Pass 2, backward in time: the gradient of the state is gathered from the queries, and each key takes its share. */
 static void causal_keys(ls_pass *p, int phase, int64_t b, int64_t h)
 {
-    const int64_t R = slots(p), d = p->d, stride = d + 2;
-    double *dk_state = state_of(p, 0), *dv_state = state_of(p, 1), *row = (double *)(void *)p->work[SLOT_KEYS];
+    const int64_t R = slots(p), d = p->d;
+    const running keys = state_of(p, 0), values = state_of(p, 1);
+    const scratch w = scratch_of(p);
     ls_real *k = p->work[ROWS_A], *v = p->work[ROWS_B], *da = p->work[LOGITS], *db = p->work[DLOGITS];
-    for (int64_t i = 0; i < R * stride; i++) dk_state[i] = dv_state[i] = 0;
+    for (int64_t i = 0; i < R * (d + 2); i++) keys.m[i] = values.m[i] = 0; /* m, s and x lie together */
     const double *later = NULL;
     for (int64_t end = p->T; end > 0;) {
         const int64_t n = (end - 1) % CHUNK + 1, t = end - n;
@@ -469,29 +572,21 @@ static void causal_keys(ls_pass *p, int phase, int64_t b, int64_t h)
         for (int64_t i = n - 1; i >= 0; i--) {
             const double *trace = trace_of(p, t + i);
             if (later != NULL) {
-                rescale(R, d, later + M_K * R, trace + M_K * R, dk_state);
-                rescale(R, d, later + M_V * R, trace + M_V * R, dv_state);
+                rescale(R, d, later + M_K * R, trace + M_K * R, keys);
+                rescale(R, d, later + M_V * R, trace + M_V * R, values);
             }
             later = trace;
-            if (!padded(p->pad_q, b * p->T + t + i)) {
-                const ls_real *q = ls_row(p->q, b, h, t + i), *dout = ls_row(p->dout, b, h, t + i);
-                for (int64_t r = 0; r < R; r++) {
-                    double *gk = dk_state + r * stride, *gv = dv_state + r * stride;
-                    const double a = trace[DLOGIT * R + r], c = trace[P_V * R + r];
-                    gk[1] += trace[DS_K * R + r];
-                    gv[1] += trace[DS_V * R + r];
-                    for (int64_t e = 0; e < d; e++) gk[2 + e] += a * (double)q[e];
-                    for (int64_t e = 0; e < d; e++) gv[2 + e] += c * (double)dout[e];
-                }
-            }
+            if (!padded(p->pad_q, b * p->T + t + i)) gather_query(p, b, h, t + i, trace, w);
             ls_real *dk = ls_row(p->own.dk, b, h, t + i), *dv = ls_row(p->own.dv, b, h, t + i);
             ls_zero(dk, d);
             ls_zero(dv, d);
             if (padded(p->own.pad, b * p->S + t + i)) continue;
-            leave(R, d, trace + A * R, trace + M_K * R, k + i * d, dk_state, row, da + i * R);
-            for (int64_t e = 0; e < d; e++) dk[e] = (ls_real)row[e];
-            leave(R, d, trace + B * R, trace + M_V * R, v + i * d, dv_state, row, db + i * R);
-            for (int64_t e = 0; e < d; e++) dv[e] = (ls_real)row[e];
+            widen(d, k + i * d, w.row);
+            leave(R, d, trace + A * R, trace + M_K * R, w.row, keys, w.sum, da + i * R);
+            narrow(d, w.sum, dk);
+            widen(d, v + i * d, w.row);
+            leave(R, d, trace + B * R, trace + M_V * R, w.row, values, w.sum, db + i * R);
+            narrow(d, w.sum, dv);
         }
         ls_gemm(0, 1, n, d, R, 1, da, R, phi(p, PHI_K, p->params), R, 1, ls_row(p->own.dk, b, h, t), p->own.dk.st);
         ls_gemm(0, 1, n, d, R, 1, db, R, phi(p, PHI_V, p->params), R, 1, ls_row(p->own.dv, b, h, t), p->own.dv.st);
@@ -499,19 +594,7 @@ static void causal_keys(ls_pass *p, int phase, int64_t b, int64_t h)
         ls_gemm(1, 0, d, R, n, 1, v, d, db, R, 1, phi(p, PHI_V, p->dparams), R);
         end = t;
     }
-    for (int which = 0; which < 2; which++) { /* the prefix entered the first state scaled by e^(m_prefix - m_first) */
-        const ls_real *got = elements(p, p->summary[phase].got, b, h, which);
-        ls_real *to = elements(p, p->summary[phase].dgot, b, h, which);
-        for (int64_t r = 0; r < R; r++) {
-            const double *from = (which ? dv_state : dk_state) + r * stride;
-            const ls_real m = got[r * stride];
-            const double w = later == NULL || m == -INFINITY
-                                 ? 0
-                                 : (double)ls_exp((ls_real)((double)m - later[(which ? M_V : M_K) * R + r]));
-            to[r * stride] = 0;
-            for (int64_t i = 1; i < stride; i++) to[r * stride + i] = (ls_real)(w * from[i]);
-        }
-    }
+    prefix_backward(p, phase, b, h, later);
 }
 
 static ls_status apply_causal_backward(ls_pass *p, int phase)
