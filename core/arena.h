@@ -17,9 +17,11 @@ void ls_arena_measure(ls_arena *arena);
 ls_status ls_arena_reserve(ls_arena *arena, const char *what);
 /* Runs the plan once more over the same memory, contents kept: for the backward pass. */
 void ls_arena_replay(ls_arena *arena);
-/* After the real run: LS_ERR_INTERNAL if the plan took more than it had measured. To be asked before the memory is used. */
+/* After the real run: LS_ERR_INTERNAL if the plan took more than it had measured. To be asked before the memory is
+ * used. */
 ls_status ls_arena_check(const ls_arena *arena, const char *what);
-/* n bytes on a 64-byte boundary, or NULL while measuring (and past what was reserved, see ls_arena_check). In debug builds the memory is filled with NaN. */
+/* n bytes on a 64-byte boundary, or NULL while measuring (and past what was reserved, see ls_arena_check). In debug
+ * builds the memory is filled with NaN. */
 void *ls_arena_take(ls_arena *arena, size_t bytes);
 static inline ls_real *ls_take(ls_arena *arena, int64_t n)
 {

@@ -59,7 +59,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[ROWS_B] = ls_take(work, CHUNK * d);
     p->work[LOGITS] = ls_take(work, CHUNK * R);
     p->work[DLOGITS] = ls_take(work, CHUNK * R);
-    p->work[SLOT_KEYS] = ls_take(work, R * (d + 2) + 4 * (R + d)); /* or four short rows of doubles */
+    p->work[SLOT_KEYS] = ls_take(work, R * (d + 2) + 6 * R + 4 * d); /* or five short rows of doubles */
     p->work[SLOT_VALUES] = ls_take(work, R * (d + 2) + R + d);
     p->work[STATE] = ls_arena_take(work, (size_t)(2 * R * (d + 2)) * sizeof(double));
     const int traced = p->pattern == LS_CS && p->backward;
@@ -293,18 +293,50 @@ static running state_of(const ls_pass *p, int which)
     return (running){at, at + slots(p), at + 2 * slots(p)};
 }
 
-static double dot(int64_t n, const double *x, const double *y)
+/* dot (R) = x (R,d) q. Four slots at a time share the loads of q, and their sums the way to one number. */
+static void dots(int64_t R, int64_t d, const double *q, const double *x, double *dot)
 {
-    double s = 0;
+    int64_t r = 0;
+    for (; r + 4 <= R; r += 4, x += 4 * d) {
+        double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+        for (int64_t i = 0; i < d; i++) {
+            s0 += q[i] * x[i];
+            s1 += q[i] * x[d + i];
+            s2 += q[i] * x[2 * d + i];
+            s3 += q[i] * x[3 * d + i];
+        }
+        dot[r] = s0, dot[r + 1] = s1, dot[r + 2] = s2, dot[r + 3] = s3;
+    }
+    for (; r < R; r++, x += d) {
+        double s = 0;
 #pragma omp simd reduction(+ : s)
-    for (int64_t i = 0; i < n; i++) s += x[i] * y[i];
-    return s;
+        for (int64_t i = 0; i < d; i++) s += q[i] * x[i];
+        dot[r] = s;
+    }
 }
 
-static void add_scaled(int64_t n, double a, const double *x, double *y)
+/* sum (d) = Σ_r w_r x_r */
+static void combine(int64_t R, int64_t d, const double *w, const double *x, double *restrict sum)
 {
+    int64_t r = 0;
+    for (int64_t i = 0; i < d; i++) sum[i] = 0;
+    for (; r + 4 <= R; r += 4, x += 4 * d) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) y[i] += a * x[i];
+        for (int64_t i = 0; i < d; i++)
+            sum[i] += (w[r] * x[i] + w[r + 1] * x[d + i]) + (w[r + 2] * x[2 * d + i] + w[r + 3] * x[3 * d + i]);
+    }
+    for (; r < R; r++, x += d)
+        for (int64_t i = 0; i < d; i++) sum[i] += w[r] * x[i];
+}
+
+/* x_r += w_r row */
+static void spread(int64_t R, int64_t d, const double *w, const double *row, double *restrict x)
+{
+    for (int64_t r = 0; r < R; r++, x += d) {
+#pragma omp simd
+        for (int64_t i = 0; i < d; i++) x[i] += w[r] * row[i];
+    }
 }
 
 static void widen(int64_t n, const ls_real *x, double *y)
@@ -317,7 +349,8 @@ static void narrow(int64_t n, const double *x, ls_real *y)
     for (int64_t i = 0; i < n; i++) y[i] = (ls_real)x[i];
 }
 
-/* Where a logit is above the maximum so far, the sums shrink to the new one. Rare: maxima of n keys change ln n times. */
+/* Where a logit is above the maximum so far, the sums shrink to the new one. Rare: maxima of n keys change ln n times.
+ */
 static void raise_maxima(int64_t R, int64_t d, const ls_real *logit, running y)
 {
     for (int64_t r = 0; r < R; r++) {
@@ -330,17 +363,17 @@ static void raise_maxima(int64_t R, int64_t d, const ls_real *logit, running y)
 }
 
 /* One key joins: logit (R), row (d). e (R) is scratch. */
-static void join(int64_t R, int64_t d, const ls_real *logit, const double *row, running y, ls_real *e)
+static void join(int64_t R, int64_t d, const ls_real *logit, const double *row, running y, double *e)
 {
     int higher = 0;
     for (int64_t r = 0; r < R; r++) higher |= (double)logit[r] > y.m[r];
     if (higher) raise_maxima(R, d, logit, y);
 #pragma omp simd
     for (int64_t r = 0; r < R; r++) {
-        e[r] = ls_exp(logit[r] - (ls_real)y.m[r]);
-        y.s[r] += (double)e[r];
+        e[r] = (double)ls_exp(logit[r] - (ls_real)y.m[r]);
+        y.s[r] += e[r];
     }
-    for (int64_t r = 0; r < R; r++) add_scaled(d, (double)e[r], row, y.x + r * d);
+    spread(R, d, e, row, y.x);
 }
 
 static void load_state(ls_pass *p, int phase, int64_t b, int64_t h)
@@ -366,16 +399,15 @@ static void load_keys(ls_pass *p, int64_t b, int64_t h, int64_t t, int64_t n)
     write_logits(p, PHI_V, b, t, n, p->work[ROWS_B], p->work[DLOGITS]);
 }
 
-/* Short rows of doubles for the row under way, and R reals. */
+/* Short rows of doubles for the row under way. */
 typedef struct scratch {
-    double *row, *sum, *prob, *logit; /* (d), (d), (R), (R) */
-    ls_real *e;                       /* (R) */
+    double *row, *sum, *prob, *logit, *e; /* (d), (d), (R), (R), (R) */
 } scratch;
 
 static scratch scratch_of(const ls_pass *p)
 {
     double *at = (double *)(void *)p->work[SLOT_KEYS];
-    return (scratch){at, at + p->d, at + 2 * p->d, at + 2 * p->d + slots(p), p->work[SLOT_VALUES]};
+    return (scratch){at, at + p->d, at + 2 * p->d, at + 2 * p->d + slots(p), at + 2 * p->d + 2 * slots(p)};
 }
 
 /* Row i of the chunk joins both states, unless it is padded. */
@@ -394,8 +426,9 @@ static void join_row(ls_pass *p, int64_t b, int64_t t, int64_t i, scratch w)
 static void look(int64_t R, int64_t d, double scale, const double *q, running y, double *logit, double *prob)
 {
     double top = -INFINITY, sum = 0;
+    dots(R, d, q, y.x, logit);
     for (int64_t r = 0; r < R; r++) {
-        logit[r] = y.s[r] > 0 ? scale * dot(d, q, y.x + r * d) / y.s[r] : 0;
+        logit[r] = y.s[r] > 0 ? scale * logit[r] / y.s[r] : 0;
         top = logit[r] > top ? logit[r] : top;
     }
 #pragma omp simd reduction(+ : sum)
@@ -421,9 +454,8 @@ static ls_status apply_causal(ls_pass *p, int phase)
                     if (padded(p->pad_q, b * p->T + t + i)) continue;
                     widen(d, ls_row(p->q, b, h, t + i), w.row);
                     look(R, d, p->scale, w.row, keys, w.logit, w.prob);
-                    for (int64_t e = 0; e < d; e++) w.sum[e] = 0;
-                    for (int64_t r = 0; r < R; r++)
-                        add_scaled(d, values.s[r] > 0 ? w.prob[r] / values.s[r] : 0, values.x + r * d, w.sum);
+                    for (int64_t r = 0; r < R; r++) w.e[r] = values.s[r] > 0 ? w.prob[r] / values.s[r] : 0;
+                    combine(R, d, w.e, values.x, w.sum);
                     narrow(d, w.sum, out);
                 }
             }
@@ -437,18 +469,18 @@ static double *trace_of(const ls_pass *p, int64_t t)
 }
 
 /* The trace of a query, and dq: with dp_r = do·Ṽ_r and dlogit = p (dp - Σ p dp),
- *   the gradient of x_r of K̃ is g q, g = scale dlogit / s, and that of s is -dlogit logit / s, since dK̃·K̃ = dlogit logit;
- *   the gradient of x_r of Ṽ is do p / s, and that of s is -dp p / s. */
+ *   the gradient of x_r of K̃ is g q, g = scale dlogit / s, and that of s is -dlogit logit / s, since dK̃·K̃ = dlogit
+ * logit; the gradient of x_r of Ṽ is do p / s, and that of s is -dp p / s. */
 static void trace_query(ls_pass *p, const scratch w, const double *dout, double *trace, double *dq)
 {
     const int64_t R = slots(p), d = p->d;
     const running keys = state_of(p, 0), values = state_of(p, 1);
     double mean = 0, *dp = trace + DS_V * R;
+    dots(R, d, dout, values.x, dp);
     for (int64_t r = 0; r < R; r++) {
-        dp[r] = values.s[r] > 0 ? dot(d, dout, values.x + r * d) / values.s[r] : 0;
+        dp[r] = values.s[r] > 0 ? dp[r] / values.s[r] : 0;
         mean += w.prob[r] * dp[r];
     }
-    for (int64_t e = 0; e < d; e++) dq[e] = 0;
     for (int64_t r = 0; r < R; r++) {
         const double rk = keys.s[r] > 0 ? 1 / keys.s[r] : 0, rv = values.s[r] > 0 ? 1 / values.s[r] : 0;
         const double dl = w.prob[r] * (dp[r] - mean), g = p->scale * dl * rk;
@@ -456,8 +488,8 @@ static void trace_query(ls_pass *p, const scratch w, const double *dout, double 
         trace[DS_K * R + r] = -dl * w.logit[r] * rk;
         trace[P_V * R + r] = w.prob[r] * rv;
         dp[r] = -w.prob[r] * rv * dp[r];
-        add_scaled(d, g, keys.x + r * d, dq);
     }
+    combine(R, d, trace + DLOGIT * R, keys.x, dq);
 }
 
 /* Pass 1, forward in time: the states again; dq, and of each query what its slots' gradients are made of. */
@@ -494,18 +526,17 @@ static void causal_queries(ls_pass *p, int phase, int64_t b, int64_t h)
 }
 
 /* One key leaves its gradient: with e = e^(logit - m), m the state's maximum at this key, to (d) and da (R).
- * y holds the gradients of s and x. */
-static void leave(int64_t R, int64_t d, const double *logit, const double *m, const double *row, running y, double *to,
-                  ls_real *da)
+ * y holds the gradients of s and x; e, seen (R) are scratch. */
+static void leave(int64_t R, int64_t d, const double *logit, const double *m, const double *row, running y, double *e,
+                  double *seen, double *to, ls_real *da)
 {
-    for (int64_t e = 0; e < d; e++) to[e] = 0;
+    dots(R, d, row, y.x, seen);
 #pragma omp simd
-    for (int64_t r = 0; r < R; r++) da[r] = ls_exp((ls_real)(logit[r] - m[r]));
     for (int64_t r = 0; r < R; r++) {
-        const double e = (double)da[r];
-        da[r] = (ls_real)(e * (y.s[r] + dot(d, row, y.x + r * d)));
-        add_scaled(d, e, y.x + r * d, to);
+        e[r] = (double)ls_exp((ls_real)(logit[r] - m[r]));
+        da[r] = (ls_real)(e[r] * (y.s[r] + seen[r]));
     }
+    combine(R, d, e, y.x, to);
 }
 
 /* The running gradient of a state, whose maxima fall from `later` to `now` as time runs backward. */
@@ -530,12 +561,13 @@ static void gather_query(ls_pass *p, int64_t b, int64_t h, int64_t t, const doub
     for (int64_t r = 0; r < R; r++) {
         keys.s[r] += trace[DS_K * R + r];
         values.s[r] += trace[DS_V * R + r];
-        add_scaled(d, trace[DLOGIT * R + r], w.row, keys.x + r * d);
-        add_scaled(d, trace[P_V * R + r], w.sum, values.x + r * d);
     }
+    spread(R, d, trace + DLOGIT * R, w.row, keys.x);
+    spread(R, d, trace + P_V * R, w.sum, values.x);
 }
 
-/* The gradient of the prefix, which entered the first state scaled by e^(m_prefix - m_first); first NULL: no position. */
+/* The gradient of the prefix, which entered the first state scaled by e^(m_prefix - m_first); first NULL: no position.
+ */
 static void prefix_backward(ls_pass *p, int phase, int64_t b, int64_t h, const double *first)
 {
     const int64_t R = slots(p), d = p->d;
@@ -582,10 +614,10 @@ static void causal_keys(ls_pass *p, int phase, int64_t b, int64_t h)
             ls_zero(dv, d);
             if (padded(p->own.pad, b * p->S + t + i)) continue;
             widen(d, k + i * d, w.row);
-            leave(R, d, trace + A * R, trace + M_K * R, w.row, keys, w.sum, da + i * R);
+            leave(R, d, trace + A * R, trace + M_K * R, w.row, keys, w.e, w.prob, w.sum, da + i * R);
             narrow(d, w.sum, dk);
             widen(d, v + i * d, w.row);
-            leave(R, d, trace + B * R, trace + M_V * R, w.row, values, w.sum, db + i * R);
+            leave(R, d, trace + B * R, trace + M_V * R, w.row, values, w.e, w.prob, w.sum, db + i * R);
             narrow(d, w.sum, dv);
         }
         ls_gemm(0, 1, n, d, R, 1, da, R, phi(p, PHI_K, p->params), R, 1, ls_row(p->own.dk, b, h, t), p->own.dk.st);

@@ -49,9 +49,9 @@ typedef struct ls_span {
 
 /* Keys and values with their positions: this rank's own, a block that visits in a ring, or what a fetch brought. */
 typedef struct ls_block {
-    ls_view k, v, dk, dv;   /* (B,H,n,d) */
-    ls_view extra, dextra;  /* (B,1,n,extra_width): the layer's fourth projection, where there is one */
-    const uint8_t *pad;     /* (B,n), or NULL */
+    ls_view k, v, dk, dv;  /* (B,H,n,d) */
+    ls_view extra, dextra; /* (B,1,n,extra_width): the layer's fourth projection, where there is one */
+    const uint8_t *pad;    /* (B,n), or NULL */
     int64_t n;
     int spans;
     ls_span span[2]; /* two where causal work is balanced by a zigzag placement */
@@ -64,7 +64,8 @@ typedef struct ls_summary {
     ls_real *sent, *got, *dsent, *dgot;
 } ls_summary;
 
-/* What a gather brings: every rank's piece, in rank order, and its gradients (the ranks' dall are summed into dmine). */
+/* What a gather brings: every rank's piece, in rank order, and its gradients (the ranks' dall are summed into dmine).
+ */
 typedef struct ls_collection {
     int64_t count, before, total; /* reals of this rank's piece, of the pieces before it, of all */
     ls_real *mine, *all, *dmine, *dall;
@@ -136,7 +137,8 @@ typedef struct ls_phase {
     int fetches, adds;
     /* gather: reals that a rank with positions [lo, lo + n) of the keys gives */
     int64_t (*piece)(const ls_pass *, int64_t lo, int64_t n);
-    /* ... and, where a step gathers: a piece is [items][B][item reals], so that the pieces of tokens add up to a list */
+    /* ... and, where a step gathers: a piece is [items][B][item reals], so that the pieces of tokens add up to a list
+     */
     int64_t (*item)(const ls_pass *);
     /* ring: only keys visit, no values; notes reals of the owner (own.note) come along */
     int keys_only;
@@ -159,7 +161,7 @@ typedef struct ls_layer_form {
     struct {
         const char *weight, *bias; /* bias NULL: none */
         int64_t width;
-    } input[4];      /* query, key, value, and extra, which is projected from the query's rows */
+    } input[4];         /* query, key, value, and extra, which is projected from the query's rows */
     int64_t core_width; /* of the core's rows of output */
     int gelu;           /* of the core's output, before out_proj */
     const char *out_weight, *out_bias;

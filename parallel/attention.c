@@ -182,8 +182,8 @@ size_t ls_saved_bytes(const ls_saved *saved)
 
 /* What the layer adds to a call of the core: projected rows, their gradients, clean copies of padded inputs. */
 typedef struct layer {
-    const ls_real *x_q, *x_k, *x_v;         /* inputs after the aliases are resolved */
-    ls_real *in[4], *o, *active;            /* projected rows (saved), the core's output (saved), gelu of it */
+    const ls_real *x_q, *x_k, *x_v;               /* inputs after the aliases are resolved */
+    ls_real *in[4], *o, *active;                  /* projected rows (saved), the core's output (saved), gelu of it */
     ls_real *din[4], *do_, *dy, *clean, *no_grad; /* gradients of those */
     ls_real *dk, *dv;
     int key_aliased, value_aliased; /* core: key is query, value is one of them: dk, dv are made aside and added */

@@ -12,8 +12,8 @@ struct ls_attention {
     const ls_mechanism *mechanism;
     ls_attention_options options;
     ls_layer_form form;
-    int64_t H, d;                         /* as the core sees them */
-    int count, own;                       /* parameters in all; the first that is the mechanism's own */
+    int64_t H, d;                               /* as the core sees them */
+    int count, own;                             /* parameters in all; the first that is the mechanism's own */
     int weight[PROJECTIONS], bias[PROJECTIONS]; /* places in param[], -1: there is none */
     int64_t reals;
     ls_param_info param[LS_MAX_PARAMS];

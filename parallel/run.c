@@ -225,8 +225,7 @@ ls_view ls_clean_block(ls_view from, int64_t B, int64_t H, int64_t n, int64_t d,
 }
 
 /* The block of `rank` as it lies in a buffer. */
-static void see_block(const ls_call *c, const ls_pass *p, const ls_phase *ring, int rank, char *buffer,
-                      ls_block *block)
+static void see_block(const ls_call *c, const ls_pass *p, const ls_phase *ring, int rank, char *buffer, ls_block *block)
 {
     describe_block(c, rank, block);
     const int64_t reals = p->B * p->H * block->n * p->d;
@@ -252,7 +251,8 @@ static void start_ring(const ls_call *c, ls_pass *p, const ls_phase *ring)
 }
 
 /* Sends the visiting block on and asks for the one before it. `left`: steps after this one. */
-static ls_status pass_block(ls_call *c, const ls_pass *p, const ls_phase *ring, int owner, char *here, char *next, ls_pending *pending)
+static ls_status pass_block(ls_call *c, const ls_pass *p, const ls_phase *ring, int owner, char *here, char *next,
+                            ls_pending *pending)
 {
     ls_exchange *x = &c->ctx->exchange;
     const int size = x->comm.size, rank = x->comm.rank, before = (owner + size - 1) % size;
@@ -448,8 +448,7 @@ static ls_status cross(ls_call *c, ls_pass *p, const ls_phase *phase, int i)
     ls_collection *g = &p->gathered[i];
     if (phase->monoid != NULL) s->monoid = phase->monoid(p); /* its decays are known by now */
     if (phase->crossing == LS_REDUCE) return ls_reduce(x, s->monoid, s->sent, s->got);
-    if (is_scan(phase->crossing))
-        return ls_scan(x, s->monoid, phase->crossing == LS_REVERSE_SCAN, s->sent, s->got);
+    if (is_scan(phase->crossing)) return ls_scan(x, s->monoid, phase->crossing == LS_REVERSE_SCAN, s->sent, s->got);
     if (phase->crossing == LS_FETCH) return fetch(c, p, phase);
     if (phase->crossing == LS_GATHER) return ls_gather(x, c->piece[i], g->mine, g->all);
     return LS_OK;

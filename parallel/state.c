@@ -29,12 +29,12 @@ struct ls_state {
     ls_real *summary[LS_MAX_PHASES]; /* by phase; NULL: none is kept */
     ls_monoid monoid[LS_MAX_PHASES];
     window recent;
-    ls_real *list[LS_MAX_PHASES]; /* by phase: what was gathered, [items][B][item] */
+    ls_real *list[LS_MAX_PHASES];                       /* by phase: what was gathered, [items][B][item] */
     int64_t listed[LS_MAX_PHASES], item[LS_MAX_PHASES]; /* reals in the list, reals of one item of one batch row */
-    ls_arena source;    /* cross attention: the cache, of the source's length */
-    ls_real *k, *v;     /* (B,H,rows,d) */
-    uint8_t *pad;       /* (B,rows) */
-    int64_t rows, used; /* of this rank */
+    ls_arena source;                                    /* cross attention: the cache, of the source's length */
+    ls_real *k, *v;                                     /* (B,H,rows,d) */
+    uint8_t *pad;                                       /* (B,rows) */
+    int64_t rows, used;                                 /* of this rank */
     int64_t source_lo, source_length;
 };
 
@@ -76,7 +76,8 @@ static void plan_window(ls_state *s, const ls_pass *p, const ls_phase *phase, ls
     const int64_t E = s->attention->options.embed_dim;
     w->fetches = phase->fetches;
     if (w->reach == 0) /* every token's reach is asked for: it need not be the same for all */
-        for (int64_t t = 0; t < s->max_length; t++) w->reach = ls_max(w->reach, t + 1 - ls_max(0, phase->reach(p, t, 1).lo));
+        for (int64_t t = 0; t < s->max_length; t++)
+            w->reach = ls_max(w->reach, t + 1 - ls_max(0, phase->reach(p, t, 1).lo));
     w->capacity = ls_min(2 * w->reach, s->max_length);
     const int64_t rows = s->batch * w->capacity;
     w->k = ls_take(arena, phase->fetches & LS_KEYS ? rows * E : 0);
@@ -488,7 +489,8 @@ ls_status ls_state_reorder(ls_state *s, const int64_t *index)
                     (long long)s->batch);
     const window *w = &s->recent;
     const size_t real = sizeof(ls_real), cache = (size_t)s->rows * E * real, rows = (size_t)w->capacity;
-    const size_t extra = ls_has_projection(s->attention, EXTRA_PROJ) ? (size_t)s->attention->form.input[EXTRA_PROJ].width : 0;
+    const size_t extra =
+        ls_has_projection(s->attention, EXTRA_PROJ) ? (size_t)s->attention->form.input[EXTRA_PROJ].width : 0;
     size_t most = cache > rows * E * real ? cache : rows * E * real;
     if (rows * extra * real > most) most = rows * extra * real;
     for (int i = 0; i < LS_MAX_PHASES; i++) {

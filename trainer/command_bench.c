@@ -1,5 +1,6 @@
 /* `longspan bench`: what each mechanism costs, forward and backward, against its own projections and against what the
- * processor's matrix product reaches, all in one run: time of the core and of the layer, memory, bytes that cross ranks.
+ * processor's matrix product reaches, all in one run: time of the core and of the layer, memory, bytes that cross
+ * ranks.
  *
  * Each case is measured several times, its parts taking turns, and the medians are shown: a machine that is busy for a
  * while slows all parts alike. On several ranks a time is that of the slowest. */
@@ -18,7 +19,8 @@
 static const char usage[] =
     "usage: longspan bench [options]\n"
     "\n"
-    "Times forward and backward of attention cores and layers, the layer's projections alone (the same products), memory\n"
+    "Times forward and backward of attention cores and layers, the layer's projections alone (the same products), "
+    "memory\n"
     "and bytes exchanged, and prints a table. Under mpirun the sequence is shared by all ranks.\n"
     "\n"
     "  --mechanism A,B,..   default: all\n"
@@ -112,21 +114,27 @@ static ls_status check_names(const bench *b)
     }
     snprintf(list, sizeof list, "%s", b->patterns == NULL ? "" : b->patterns);
     for (char *name = strtok(list, ","); name != NULL; name = strtok(NULL, ","))
-        if (!lists("NS,CS,NC,CC", name)) LS_FAIL(LS_ERR_ARGUMENT, "bench: there is no pattern %s: NS, CS, NC, CC", name);
+        if (!lists("NS,CS,NC,CC", name))
+            LS_FAIL(LS_ERR_ARGUMENT, "bench: there is no pattern %s: NS, CS, NC, CC", name);
     return LS_OK;
 }
 
 static ls_status parse(int argc, char **argv, bench *b)
 {
     enum { MECHANISM_ = 1, PATTERN_, LENGTH_, LIMIT_, BATCH_, EMBED_, HEADS_, REPEAT_, SET_, CASES_, CSV_, HELP_ };
-    static const struct option options[] = {
-        {"mechanism", required_argument, NULL, MECHANISM_}, {"pattern", required_argument, NULL, PATTERN_},
-        {"length", required_argument, NULL, LENGTH_},       {"softmax-limit", required_argument, NULL, LIMIT_},
-        {"batch", required_argument, NULL, BATCH_},         {"embed-dim", required_argument, NULL, EMBED_},
-        {"heads", required_argument, NULL, HEADS_},         {"repeat", required_argument, NULL, REPEAT_},
-        {"set", required_argument, NULL, SET_},             {"cases", no_argument, NULL, CASES_},
-        {"csv", required_argument, NULL, CSV_},             {"help", no_argument, NULL, HELP_},
-        {NULL, 0, NULL, 0}};
+    static const struct option options[] = {{"mechanism", required_argument, NULL, MECHANISM_},
+                                            {"pattern", required_argument, NULL, PATTERN_},
+                                            {"length", required_argument, NULL, LENGTH_},
+                                            {"softmax-limit", required_argument, NULL, LIMIT_},
+                                            {"batch", required_argument, NULL, BATCH_},
+                                            {"embed-dim", required_argument, NULL, EMBED_},
+                                            {"heads", required_argument, NULL, HEADS_},
+                                            {"repeat", required_argument, NULL, REPEAT_},
+                                            {"set", required_argument, NULL, SET_},
+                                            {"cases", no_argument, NULL, CASES_},
+                                            {"csv", required_argument, NULL, CSV_},
+                                            {"help", no_argument, NULL, HELP_},
+                                            {NULL, 0, NULL, 0}};
     static const char *const known[] = {"--mechanism", "--pattern", "--length", "--softmax-limit", "--batch",
                                         "--embed-dim", "--heads",   "--repeat", "--set",           "--cases",
                                         "--csv",       "--help",    NULL};
@@ -318,7 +326,7 @@ static double median(double *x, int64_t n)
 }
 
 typedef struct figures {
-    double seconds[PARTS]; /* medians; sgemm: per 10^9 operations; 0: there is no such part */
+    double seconds[PARTS];                    /* medians; sgemm: per 10^9 operations; 0: there is no such part */
     double bytes_sent, messages, peak_memory; /* of one forward and backward of the layer, all ranks together */
 } figures;
 
