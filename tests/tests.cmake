@@ -65,8 +65,10 @@ add_test(NAME train_equality COMMAND ${PROJECT_SOURCE_DIR}/tests/train_equality.
   ${PROJECT_BINARY_DIR}/tests/train_equality)
 add_test(NAME faults COMMAND ${PROJECT_SOURCE_DIR}/tests/faults.sh $<TARGET_FILE:longspan_program>
   ${PROJECT_BINARY_DIR}/tests/faults)
+add_test(NAME readme COMMAND ${PROJECT_SOURCE_DIR}/tests/readme.py $<TARGET_FILE:longspan_program>
+  ${PROJECT_SOURCE_DIR}/README.md)
 add_test(NAME install COMMAND ${PROJECT_SOURCE_DIR}/tests/install.sh ${PROJECT_BINARY_DIR} ${PROJECT_SOURCE_DIR})
 if(LONGSPAN_SANITIZE) # what links a sanitized library must be built so itself
   list(APPEND test_environment "CFLAGS=-fsanitize=${LONGSPAN_SANITIZE}")
 endif()
-set_tests_properties(train_equality faults install PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 1500)
+set_tests_properties(train_equality faults install readme PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 1500)

@@ -12,6 +12,7 @@ static const char usage[] =
     "Shows version, number type, devices, transports, the MPI library, and the mechanisms with their options.\n"
     "\n"
     "  --config   the keys of a configuration instead, each with default, range and a line of help\n"
+    "  --markdown the tables of README.md: mechanisms, their options, the keys of a configuration\n"
     "  --json     as one JSON object (with the keys of a configuration in it)\n"
     "  --help     this text\n";
 
@@ -36,9 +37,62 @@ static void print_list(const char *title, const char *const *list)
     printf("\n");
 }
 
-static void print_text(void)
+/* The mechanism's parameters in a layer of this pattern, "a, b": those that are there whatever the options, with the
+ * names that an attention of the smallest width gives them. */
+static void parameters(const char *name, ls_pattern pattern, ls_context *ctx, char *text, size_t size)
 {
-    char library[MPI_MAX_LIBRARY_VERSION_STRING];
+    ls_attention_options o;
+    ls_attention *attention;
+    text[0] = 0;
+    if (ls_attention_defaults(name, &o) != LS_OK) return;
+    o.pattern = pattern, o.level = LS_LEVEL_LAYER, o.embed_dim = 2, o.num_heads = 1;
+    ls_attention_set(&o, "max_len", 1); /* which causal cosformer asks for; others do not know it */
+    if (ls_attention_create(ctx, &o, &attention) != LS_OK) return;
+    for (int i = 0; i < ls_attention_num_params(attention); i++) {
+        const size_t used = strlen(text);
+        snprintf(text + used, size - used, "%s%s", i ? ", " : "", ls_attention_param(attention, i)->name);
+    }
+    ls_attention_free(attention);
+}
+
+/* What crosses ranks in a forward pass, in order: "reduce, scan". */
+static void crossings(const char *name, ls_pattern pattern, char *text, size_t size)
+{
+    ls_crossing crossing = LS_NONE;
+    text[0] = 0;
+    for (int i = 0; ls_mechanism_phase(name, pattern, i, &crossing) != NULL; i++) {
+        const size_t used = strlen(text);
+        if (crossing != LS_NONE)
+            snprintf(text + used, size - used, "%s%s", used ? ", " : "", ls_crossing_name(crossing));
+    }
+}
+
+/* Patterns of which the same is told are told of together: their names in `text` ("NS CC") for the first of them, 0 for
+ * the others. told: PATTERNS texts, each of `size` bytes. */
+static int alike(const char *name, const char *told, size_t size, int pattern, char text[64])
+{
+    const char *mine = told + (size_t)pattern * size;
+    text[0] = 0;
+    for (int p = 0; p < PATTERNS; p++) {
+        if (!ls_mechanism_has(name, (ls_pattern)p) || strcmp(told + (size_t)p * size, mine) != 0) continue;
+        if (p < pattern) return 0;
+        if (p > pattern && text[0] == 0) return 0; /* this pattern does not exist */
+        strcat(strcat(text, text[0] ? " " : ""), short_name[p]);
+    }
+    return text[0] != 0;
+}
+
+static void print_patterns(const char *name, const char *separator)
+{
+    for (int p = 0; p < PATTERNS; p++) {
+        const int has = ls_mechanism_has(name, (ls_pattern)p), step = ls_mechanism_has_step(name, (ls_pattern)p);
+        printf("%s%s%s", separator, has ? short_name[p] : "-", step ? "*" : "");
+    }
+}
+
+static void print_text(ls_context *ctx)
+{
+    char library[MPI_MAX_LIBRARY_VERSION_STRING], text[1024];
     int version, subversion;
     mpi_library(library);
     MPI_Get_version(&version, &subversion);
@@ -46,21 +100,94 @@ static void print_text(void)
     print_list("devices", devices);
     print_list("transports", transports);
     printf("%-12s%s (MPI %d.%d)\n\n", "MPI", library, version, subversion);
-    printf("mechanisms  patterns: NS, CS noncausal and causal self attention, NC, CC noncausal and causal cross\n"
-           "            attention; * can also decode token by token\n\n");
+    printf("Mechanisms. Patterns: NS, CS noncausal and causal self attention, NC, CC noncausal and causal cross "
+           "attention;\n"
+           "* can also decode token by token. Then what crosses ranks in a forward pass, and a layer's parameters.\n");
     for (int m = 0; ls_mechanism_name(m) != NULL; m++) {
         const char *name = ls_mechanism_name(m);
         int count = 0;
         const ls_option_info *option = ls_mechanism_options(name, &count);
-        printf("  %-12s", name);
+        printf("\n%-12s", name);
+        print_patterns(name, "  ");
+        printf("\n");
+        for (int o = 0; o < count; o++) printf("  %-14s %-8g %s\n", option[o].name, option[o].initial, option[o].help);
+        char crosses[PATTERNS][512], has[PATTERNS][1024];
+        for (int p = 0; p < PATTERNS; p++) {
+            crossings(name, (ls_pattern)p, crosses[p], sizeof crosses[p]);
+            parameters(name, (ls_pattern)p, ctx, has[p], sizeof has[p]);
+        }
+        for (int p = 0; p < PATTERNS; p++)
+            if (alike(name, crosses[0], sizeof crosses[0], p, text)) printf("  %-14s crosses: %s\n", text, crosses[p]);
+        for (int p = 0; p < PATTERNS; p++)
+            if (alike(name, has[0], sizeof has[0], p, text)) printf("  %-14s parameters: %s\n", text, has[p]);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ Markdown */
+
+static void markdown_mechanisms(void)
+{
+    char text[64];
+    printf("| mechanism | NS | CS | NC | CC | crosses ranks |\n|---|---|---|---|---|---|\n");
+    for (int m = 0; ls_mechanism_name(m) != NULL; m++) {
+        const char *name = ls_mechanism_name(m);
+        char crosses[PATTERNS][512];
+        int told = 0;
+        printf("| %s |", name);
         for (int p = 0; p < PATTERNS; p++) {
             const int has = ls_mechanism_has(name, (ls_pattern)p), step = ls_mechanism_has_step(name, (ls_pattern)p);
-            printf(" %s%s", has ? short_name[p] : "- ", step ? "*" : " ");
+            printf(" %s |", !has ? "" : step ? "x*" : "x");
+            crossings(name, (ls_pattern)p, crosses[p], sizeof crosses[p]);
         }
-        for (int o = 0; o < count; o++) printf("%s%s=%g", o ? ", " : "  ", option[o].name, option[o].initial);
-        printf("\n");
+        for (int p = 0; p < PATTERNS; p++)
+            if (alike(name, crosses[0], sizeof crosses[0], p, text))
+                printf("%s %s: %s", told++ ? ";" : "", text, crosses[p]);
+        printf(" |\n");
     }
-    printf("\nlongspan info --config says what the options mean.\n");
+}
+
+/* A pipe ends a cell. */
+static void print_cell(const char *text)
+{
+    printf("| ");
+    for (; *text != 0; text++) printf(*text == '|' ? "\\|" : "%c", *text);
+    printf(" ");
+}
+
+static void print_markdown(void)
+{
+    markdown_mechanisms();
+    printf("\n| option | default | meaning |\n|---|---|---|\n");
+    for (int m = 0; ls_mechanism_name(m) != NULL; m++) {
+        int count = 0;
+        const ls_option_info *option = ls_mechanism_options(ls_mechanism_name(m), &count);
+        for (int o = 0; o < count; o++) {
+            printf("| %s: `%s` | %g ", ls_mechanism_name(m), option[o].name, option[o].initial);
+            print_cell(option[o].help);
+            printf("|\n");
+        }
+    }
+    printf("\n| key | default | range | meaning |\n|---|---|---|---|\n");
+    for (int i = 0; config_key_at(i) != NULL; i++) {
+        const config_key *key = config_key_at(i);
+        char range[256] = "";
+        if (key->kind == KEY_OPTION) continue;
+        for (int w = 0; key->words != NULL && key->words[w] != NULL; w++) {
+            const size_t used = strlen(range);
+            snprintf(range + used, sizeof range - used, "%s%s", w ? "|" : "", key->words[w]);
+        }
+        if (range[0] == 0)
+            snprintf(range, sizeof range, "%s",
+                     key->range != NULL           ? key->range
+                     : key->kind == KEY_SEED      ? "[0, 2^64)"
+                     : key->kind == KEY_MECHANISM ? "a mechanism"
+                                                  : "text");
+        printf("| `%s` ", key->path);
+        print_cell(key->initial[0] != 0 ? key->initial : "\"\"");
+        print_cell(range);
+        print_cell(key->help);
+        printf("|\n");
+    }
 }
 
 /* ------------------------------------------------------------------------------------------------ JSON */
@@ -126,16 +253,19 @@ static ls_status print_json(void)
 int command_info(int argc, char **argv, ranks *r)
 {
     static const struct option options[] = {{"config", no_argument, NULL, 'c'},
+                                            {"markdown", no_argument, NULL, 'm'},
                                             {"json", no_argument, NULL, 'j'},
                                             {"help", no_argument, NULL, 'h'},
                                             {NULL, 0, NULL, 0}};
-    static const char *const known[] = {"--config", "--json", "--help", NULL};
-    int reference = 0, json = 0, which;
+    static const char *const known[] = {"--config", "--markdown", "--json", "--help", NULL};
+    int reference = 0, json = 0, markdown = 0, which;
     opterr = 0;
     optind = 1;
     while ((which = getopt_long(argc, argv, ":", options, NULL)) != -1) {
         if (which == 'c')
             reference = 1;
+        else if (which == 'm')
+            markdown = 1;
         else if (which == 'j')
             json = 1;
         else if (which == 'h') {
@@ -147,14 +277,21 @@ int command_info(int argc, char **argv, ranks *r)
     if (optind < argc) {
         return report_error(r, ls_fail(LS_ERR_ARGUMENT, "info: takes no argument '%s'", argv[optind]));
     }
+    ls_context *alone = NULL; /* in which rank 0 can ask attentions for their parameters */
     ls_status status = LS_OK;
     if (r->rank == 0) {
-        if (json)
+        if (!json && !reference && !markdown) status = ls_context_create(&(ls_context_options){.seed = 0}, &alone);
+        if (status != LS_OK)
+            ;
+        else if (markdown)
+            print_markdown();
+        else if (json)
             status = print_json();
         else if (reference)
             config_reference(stdout);
         else
-            print_text();
+            print_text(alone);
     }
+    ls_context_free(alone);
     return report_error(r, agree(r, status));
 }
