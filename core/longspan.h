@@ -71,6 +71,9 @@ typedef struct ls_context_options {
                        * Duplicated, so the caller may free or use its own at any time. */
     ls_device device; /* where tensors live */
     uint64_t seed;    /* of every random number drawn through this context */
+    int dry_size, dry_rank; /* dry_size > 0: as rank dry_rank of so many, of whom the others do not exist: comm is not
+                             * used, everything sent is counted and gone, everything received is zeros. For planning:
+                             * exact volumes, memory and the work of one rank. Results mean nothing */
 } ls_context_options;
 
 /* Collective. On success *ctx is the caller's, to be freed with ls_context_free (collective too). */
@@ -220,7 +223,8 @@ typedef struct ls_attention_io {
     int need_weights, need_head_weights;
     int training;    /* 0: no dropout, no fresh noise, the features of draw 0 */
     uint64_t sample; /* random streams: global number of batch row 0; row b is sample + b */
-    uint64_t draw;   /* performer, in training: which set of random features, e.g. the optimizer step; same on all ranks */
+    uint64_t
+        draw; /* performer, in training: which set of random features, e.g. the optimizer step; same on all ranks */
 
     /* Random numbers given instead of drawn. Each belongs to one mechanism, the others refuse it. */
     const ls_real *features; /* performer: (H,m,d), the same on every rank */

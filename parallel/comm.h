@@ -39,6 +39,7 @@ struct ls_comm {
 };
 
 void ls_comm_self(ls_comm *comm);
+void ls_comm_dry(int rank, int size, ls_comm *comm); /* a rank without the others: see ls_context_options.dry_size */
 ls_status ls_comm_mpi(MPI_Comm mpi, ls_comm *comm); /* collective; duplicates mpi */
 
 #endif

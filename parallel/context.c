@@ -8,12 +8,16 @@ ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
     *ctx = NULL;
     if (options->device != LS_CPU)
         LS_FAIL(LS_ERR_UNSUPPORTED, "context: this build has no CUDA backend: use the CPU device");
+    if (options->dry_size < 0 || (options->dry_size > 0 && (unsigned)options->dry_rank >= (unsigned)options->dry_size))
+        LS_FAIL(LS_ERR_ARGUMENT, "context: there is no rank %d of %d", options->dry_rank, options->dry_size);
     ls_context *c = calloc(1, sizeof *c);
     const int alone = options->comm == MPI_COMM_NULL || options->comm == (MPI_Comm)0;
     if (c == NULL) LS_FAIL(LS_ERR_MEMORY, "context: no memory");
     c->seed = options->seed;
     ls_status status = LS_OK;
-    if (alone)
+    if (options->dry_size > 0)
+        ls_comm_dry(options->dry_rank, options->dry_size, &c->exchange.comm);
+    else if (alone)
         ls_comm_self(&c->exchange.comm);
     else
         status = ls_comm_mpi(options->comm, &c->exchange.comm);

@@ -5,10 +5,11 @@ set -euo pipefail
 
 usage() {
   cat <<'EOF'
-usage: scripts/setup.sh [--check]
+usage: scripts/setup.sh [--check] [--plots]
 
 Installs the missing packages with apt-get (as root, or through passwordless sudo).
   --check   only report what is missing; install nothing
+  --plots   also gnuplot, for scripts/plot-bench and scripts/scaling
   --help    this text
 Exit status: 0 all is there, 1 an installation failed, 2 something is missing that it may not install.
 EOF
@@ -17,10 +18,11 @@ EOF
 say() { printf 'setup: %s\n' "$*"; }
 die() { local code=$1; shift; say "$*" >&2; exit "$code"; }
 
-check_only=no
+check_only=no plots=no
 for arg in "$@"; do
   case $arg in
     --check) check_only=yes ;;
+    --plots) plots=yes ;;
     --help|-h) usage; exit 0 ;;
     *) usage >&2; die 2 "unknown option '$arg'." ;;
   esac
@@ -35,6 +37,8 @@ packages=(
   libcmocka-dev                                                   # unit tests
   python3 hdf5-tools libsword-utils                               # scripts: data, plots, looking into checkpoints
 )
+
+[ "$plots" = no ] || packages+=(gnuplot-nox)
 
 # Without apt-get there is nothing to install with: look for the things themselves, since clusters
 # bring them as modules. libsword-utils is left out: it only reads a data set made of Debian packages.

@@ -33,6 +33,10 @@ static const char usage[] =
     "  --repeat N           measurements of which the median is shown; default 5\n"
     "  --set M.OPTION=X     an option of mechanism M, e.g. local.window=31; may be given many times\n"
     "  --cases              the cases of the tests' table with their options, instead of defaults\n"
+    "  --ranks P            as the middle one of P ranks, without the others (on one process): exact volumes for any "
+    "P,\n"
+    "                       and the time that this rank computes\n"
+    "  --messages           instead: time of messages between neighbours, by size (on at least 2 ranks)\n"
     "  --csv FILE           also write the figures there\n"
     "  --help               this text\n";
 
@@ -44,8 +48,8 @@ typedef struct bench {
     const char *mechanisms, *patterns;
     int64_t length[MAX_LENGTHS];
     int lengths;
-    int64_t softmax_limit, batch, embed_dim, heads, repeat;
-    int cases, help;
+    int64_t softmax_limit, batch, embed_dim, heads, repeat, dry;
+    int cases, messages, help;
     text_list set;
     const char *csv_path;
     FILE *csv;
@@ -121,7 +125,22 @@ static ls_status check_names(const bench *b)
 
 static ls_status parse(int argc, char **argv, bench *b)
 {
-    enum { MECHANISM_ = 1, PATTERN_, LENGTH_, LIMIT_, BATCH_, EMBED_, HEADS_, REPEAT_, SET_, CASES_, CSV_, HELP_ };
+    enum {
+        MECHANISM_ = 1,
+        PATTERN_,
+        LENGTH_,
+        LIMIT_,
+        BATCH_,
+        EMBED_,
+        HEADS_,
+        REPEAT_,
+        SET_,
+        CASES_,
+        RANKS_,
+        MESSAGES_,
+        CSV_,
+        HELP_
+    };
     static const struct option options[] = {{"mechanism", required_argument, NULL, MECHANISM_},
                                             {"pattern", required_argument, NULL, PATTERN_},
                                             {"length", required_argument, NULL, LENGTH_},
@@ -132,12 +151,14 @@ static ls_status parse(int argc, char **argv, bench *b)
                                             {"repeat", required_argument, NULL, REPEAT_},
                                             {"set", required_argument, NULL, SET_},
                                             {"cases", no_argument, NULL, CASES_},
+                                            {"ranks", required_argument, NULL, RANKS_},
+                                            {"messages", no_argument, NULL, MESSAGES_},
                                             {"csv", required_argument, NULL, CSV_},
                                             {"help", no_argument, NULL, HELP_},
                                             {NULL, 0, NULL, 0}};
-    static const char *const known[] = {"--mechanism", "--pattern", "--length", "--softmax-limit", "--batch",
-                                        "--embed-dim", "--heads",   "--repeat", "--set",           "--cases",
-                                        "--csv",       "--help",    NULL};
+    static const char *const known[] = {"--mechanism", "--pattern",  "--length", "--softmax-limit", "--batch",
+                                        "--embed-dim", "--heads",    "--repeat", "--set",           "--cases",
+                                        "--ranks",     "--messages", "--csv",    "--help",          NULL};
     char *end;
     int which;
     opterr = 0;
@@ -163,6 +184,10 @@ static ls_status parse(int argc, char **argv, bench *b)
             LS_TRY(text_list_add(&b->set, optarg));
         else if (which == CASES_)
             b->cases = 1;
+        else if (which == RANKS_)
+            LS_TRY(read_count("bench", "--ranks", optarg, 1, &b->dry));
+        else if (which == MESSAGES_)
+            b->messages = 1;
         else if (which == CSV_)
             b->csv_path = optarg;
         else if (which == HELP_)
@@ -171,6 +196,9 @@ static ls_status parse(int argc, char **argv, bench *b)
             return refuse_option("bench", which, argv, known);
     }
     if (optind < argc) LS_FAIL(LS_ERR_ARGUMENT, "bench: takes no argument '%s'", argv[optind]);
+    if (b->dry > INT32_MAX || (b->dry > 0 && b->r->size > 1))
+        LS_FAIL(LS_ERR_ARGUMENT, "bench: --ranks is for one process: leave out mpirun");
+    if (b->messages && b->r->size < 2) LS_FAIL(LS_ERR_ARGUMENT, "bench: --messages needs at least 2 ranks: use mpirun");
     if (b->repeat > MAX_REPEAT) LS_FAIL(LS_ERR_ARGUMENT, "bench: --repeat: at most %d", MAX_REPEAT);
     return check_names(b);
 }
@@ -240,7 +268,9 @@ static ls_status fill(subject *s, const ls_attention_options *o)
 static ls_status subject_make(const bench *b, const ls_attention_options *o, int64_t length, subject *s)
 {
     *s = (subject){0};
-    LS_TRY(ls_context_create(&(ls_context_options){.comm = b->r->comm, .device = LS_CPU, .seed = 1}, &s->ctx));
+    const ls_context_options options = {
+        .comm = b->r->comm, .device = LS_CPU, .seed = 1, .dry_size = (int)b->dry, .dry_rank = (int)b->dry / 2};
+    LS_TRY(ls_context_create(&options, &s->ctx));
     LS_TRY(ls_attention_create(s->ctx, o, &s->attention));
     ls_status status = ls_saved_create(s->attention, &s->saved);
     if (status == LS_OK) status = ls_shard_even(s->ctx, length, &s->shard);
@@ -382,11 +412,18 @@ static ls_status measure(const bench *b, ls_attention_options *o, int64_t length
 
 /* ------------------------------------------------------------------------------------------------ report */
 
+static int ranks_of(const bench *b)
+{
+    return b->dry > 0 ? (int)b->dry : b->r->size;
+}
+
 static void print_header(const bench *b)
 {
     if (b->r->rank != 0) return;
-    printf("batch %lld, embed_dim %lld, %lld heads, %d rank%s; medians of %lld, in seconds\n\n", (long long)b->batch,
-           (long long)b->embed_dim, (long long)b->heads, b->r->size, b->r->size == 1 ? "" : "s", (long long)b->repeat);
+    printf("batch %lld, embed_dim %lld, %lld heads, %d rank%s; medians of %lld, in seconds\n", (long long)b->batch,
+           (long long)b->embed_dim, (long long)b->heads, ranks_of(b), ranks_of(b) == 1 ? "" : "s",
+           (long long)b->repeat);
+    printf("%s\n", b->dry > 0 ? "time, memory and bytes are those of the middle rank alone; nothing was sent\n" : "");
     printf("%-26s %8s | %8s %8s | %8s %8s %8s %6s | %6s | %9s %10s\n", "mechanism", "length", "core fwd", "core bwd",
            "layer", "alone", "core", "ratio", "sgemm", "MiB", "KiB sent");
     printf("%-26s %8s | %8s %8s | %8s %8s %8s %6s | %6s | %9s %10s\n", "", "", "", "", "fwd+bwd", "proj.", "fwd+bwd",
@@ -413,14 +450,14 @@ static void print_figures(const bench *b, const bench_case *c, int64_t length, c
     snprintf(name, sizeof name, "%s %s %s", c->mechanism, letters[c->pattern], c->options);
     if (strcmp(c->mechanism, "softmax") == 0 && core > 0)
         snprintf(share, sizeof share, "%.0f%%",
-                 100 * softmax_gflop(b, c->pattern, length) * s[SGEMM] / core / b->r->size);
+                 100 * softmax_gflop(b, c->pattern, length) * s[SGEMM] / core / ranks_of(b));
     printf("%-26s %8lld | %8.4f %8.4f | %8.4f %8.4f %8.4f %6.2f | %6s | %9.1f %10.1f\n", name, (long long)length,
            s[CORE_FORWARD], s[CORE_BACKWARD], layer, s[PROJECTIONS], core, layer / s[PROJECTIONS], share,
            f->peak_memory / 1048576, f->bytes_sent / 1024);
     fflush(stdout);
     if (b->csv == NULL) return;
     fprintf(b->csv, "%s,%s,\"%s\",%lld,%d,%lld,%lld,%lld", c->mechanism, letters[c->pattern], c->options,
-            (long long)length, b->r->size, (long long)b->batch, (long long)b->embed_dim, (long long)b->heads);
+            (long long)length, ranks_of(b), (long long)b->batch, (long long)b->embed_dim, (long long)b->heads);
     for (int k = 0; k < PARTS; k++) fprintf(b->csv, ",%.6g", s[k]);
     fprintf(b->csv, ",%.0f,%.0f,%.0f\n", f->peak_memory, f->bytes_sent, f->messages);
     fflush(b->csv);
@@ -482,6 +519,33 @@ static ls_status run_all(const bench *b)
     return LS_OK;
 }
 
+/* Every rank sends to the next and receives from the one before: what an exchange is made of. */
+static ls_status run_messages(const bench *b)
+{
+    enum { MOST = 1 << 24, ROUNDS = 20 };
+    double t[MAX_REPEAT];
+    char *memory = calloc(2, MOST);
+    const int next = (b->r->rank + 1) % b->r->size, before = (b->r->rank + b->r->size - 1) % b->r->size;
+    LS_TRY(agree(b->r, memory == NULL ? ls_fail(LS_ERR_MEMORY, "bench: no memory for messages") : LS_OK));
+    if (b->r->rank == 0) printf("%12s %14s\n", "bytes", "microseconds");
+    if (b->csv != NULL) fputs("bytes,seconds\n", b->csv);
+    for (int bytes = 64; bytes <= MOST; bytes *= 4) {
+        for (int64_t i = -1; i < b->repeat; i++) {
+            MPI_Barrier(b->r->comm);
+            const double begin = seconds_now();
+            for (int k = 0; k < ROUNDS; k++)
+                MPI_Sendrecv(memory, bytes, MPI_BYTE, next, 0, memory + MOST, bytes, MPI_BYTE, before, 0, b->r->comm,
+                             MPI_STATUS_IGNORE);
+            LS_TRY(lap(b, begin, &t[i < 0 ? 0 : i]));
+        }
+        const double seconds = median(t, b->repeat) / ROUNDS;
+        if (b->r->rank == 0) printf("%12d %14.2f\n", bytes, 1e6 * seconds);
+        if (b->csv != NULL) fprintf(b->csv, "%d,%.6g\n", bytes, seconds);
+    }
+    free(memory);
+    return LS_OK;
+}
+
 int command_bench(int argc, char **argv, ranks *r)
 {
     bench b = {.r = r,
@@ -501,7 +565,7 @@ int command_bench(int argc, char **argv, ranks *r)
     if (status == LS_OK && b.csv_path != NULL && r->rank == 0 && (b.csv = fopen(b.csv_path, "w")) == NULL)
         status = ls_fail(LS_ERR_IO, "bench: %s cannot be written: %s", b.csv_path, strerror(errno));
     status = agree(r, status);
-    if (status == LS_OK) status = run_all(&b);
+    if (status == LS_OK) status = b.messages ? run_messages(&b) : run_all(&b);
     if (b.csv != NULL && fclose(b.csv) != 0 && status == LS_OK)
         status = ls_fail(LS_ERR_IO, "bench: %s cannot be written: %s", b.csv_path, strerror(errno));
     free(b.set.item);

@@ -1,0 +1,52 @@
+/* One rank of any number, with nobody else there: what is sent counts and is gone, what is received is zeros. The ledger
+ * then tells exactly what would cross on so many ranks, and the clock what one of them would have to compute. */
+#include "comm.h"
+
+#include <string.h>
+
+static ls_status post(ls_comm *c, const ls_message *m, int count, ls_pending *p)
+{
+    (void)c, (void)p;
+    for (int i = 0; i < count; i++)
+        if (m[i].receive) memset(m[i].data, 0, m[i].bytes);
+    return LS_OK;
+}
+static ls_status wait_none(ls_comm *c, ls_pending *p)
+{
+    (void)c, (void)p;
+    return LS_OK;
+}
+static void forget(ls_pending *p)
+{
+    (void)p;
+}
+static ls_status sum(ls_comm *c, ls_real *x, int64_t n)
+{
+    (void)c, (void)x, (void)n;
+    return LS_OK;
+}
+static ls_status min(ls_comm *c, int64_t *x, int n)
+{
+    (void)c, (void)x, (void)n;
+    return LS_OK;
+}
+static ls_status broadcast(ls_comm *c, void *data, int bytes, int root)
+{
+    (void)c, (void)data, (void)bytes, (void)root;
+    return LS_OK;
+}
+static ls_status gather(ls_comm *c, int64_t mine, int64_t *all)
+{
+    for (int p = 0; p < c->size; p++) all[p] = mine;
+    return LS_OK;
+}
+static void close_none(ls_comm *c)
+{
+    (void)c;
+}
+
+void ls_comm_dry(int rank, int size, ls_comm *comm)
+{
+    static const ls_comm_ops ops = {"dry", post, wait_none, forget, sum, min, broadcast, gather, close_none};
+    *comm = (ls_comm){&ops, rank, size, NULL};
+}
