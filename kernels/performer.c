@@ -1,0 +1,293 @@
+/* Performer: softmax attention's kernel by positive random features, FAVOR+ (Choromanski et al., 2021).
+ *
+ *   x̂ = scale^½ x,  W (m,d) for each head
+ *   φ_q(q_i) = e^(W q̂_i - |q̂_i|²/2 - max_m W q̂_i) + ε,   φ_k(k_j) = e^(W k̂_j - |k̂_j|²/2 - c) + ε
+ *   c = max over m and unpadded j of W k̂_j (CS: over j <= i)
+ *   o_i = Σ_j φ_q(q_i)·φ_k(k_j) v_j / max(Σ_j φ_q(q_i)·φ_k(k_j), m denom_min)
+ *
+ * (the paper's m^(-½) in φ is left out, and so m stands at denom_min). The phases are those of linear.c, with r = m + 1
+ * features: the exponentials of a key, which are taken anew when c rises, and a 1 for their common ε:
+ *   a = [φ_q, ε Σ_m φ_q],  b = [e^(W k̂ - |k̂|²/2 - c), 1]
+ * c and the maximum in φ_q are constants to the gradient: with x = W q̂ - |q̂|²/2, dq = scale^½ Wᵀ dx - scale q Σ_m dx.
+ * With ε = 0 and denom_min = 0 they cancel, and so does e^(-|q̂|²/2): then they are maxima of the whole exponents
+ * instead, so that long vectors do not underflow.
+ *
+ * W is drawn in double from (seed, stream, draw) alone, so it is the same on every rank: rows N(0, I), or orthogonal in
+ * blocks of d rows, each as long as a fresh row of N(0, I).
+ *
+ * saved: scale^½ W (H,m,d). */
+#include "gemm.h"
+#include "linear.h"
+#include "rng.h"
+#include "tile.h"
+
+enum { NUM_FEATURES, EPS, DENOM_MIN, ORTHOGONAL };        /* option[] */
+enum { PROJECTION };                                      /* saved[] */
+enum { EXPONENTIALS = LS_LINEAR_WORK, CLEAN_ROWS, DRAW }; /* work[]; DRAW holds doubles */
+
+static const ls_option_info options[] = {
+    {"num_features", "m", 16, 1, 4096, 1, "random features"},
+    {"eps", "eps", 1e-4, 0, 1, 0, "added to every feature"},
+    {"denom_min", "denom_min", 0, 0, 1e30, 0, "the least denominator"},
+    {"orthogonal", "orthogonal", 1, 0, 1, 1,
+     "1: projections orthogonal in blocks of the head dimension, 0: independent"},
+    {.name = NULL},
+};
+
+static int64_t num_features(const ls_pass *p)
+{
+    return (int64_t)p->option[NUM_FEATURES];
+}
+
+/* ------------------------------------------------------------------------------------------------ projection */
+
+/* rows (n,d) become orthonormal, by Gram-Schmidt: twice, since once is not enough for its rounding. */
+static void orthonormalise(int64_t n, int64_t d, double *rows)
+{
+    for (int64_t i = 0; i < n; i++) {
+        double *x = rows + i * d, square = 0;
+        for (int64_t k = 0; k < 2 * i; k++) {
+            const double *y = rows + k % i * d;
+            double s = 0;
+            for (int64_t e = 0; e < d; e++) s += x[e] * y[e];
+            for (int64_t e = 0; e < d; e++) x[e] -= s * y[e];
+        }
+        for (int64_t e = 0; e < d; e++) square += x[e] * x[e];
+        for (int64_t e = 0; e < d; e++) x[e] /= sqrt(square);
+    }
+}
+
+/* w (m,d) for head h. Each head has a stream of its own: m d normals, and as many again for the lengths of the rows. */
+static void draw_projection(const ls_pass *p, int64_t h, double *w)
+{
+    const int64_t m = num_features(p), d = p->d;
+    const uint32_t stream = p->stream * 65536u + (uint32_t)h, draw = (uint32_t)p->draw;
+    for (int64_t i = 0; i < m * d; i++) w[i] = ls_normal(p->seed, stream, draw, (uint64_t)i);
+    if (p->option[ORTHOGONAL] == 0) return;
+    for (int64_t r = 0; r < m; r += d) orthonormalise(ls_min(d, m - r), d, w + r * d);
+    for (int64_t r = 0; r < m; r++) {
+        double square = 0;
+        for (int64_t e = 0; e < d; e++) {
+            const double x = ls_normal(p->seed, stream, draw, (uint64_t)((m + r) * d + e));
+            square += x * x;
+        }
+        for (int64_t e = 0; e < d; e++) w[r * d + e] *= sqrt(square);
+    }
+}
+
+static ls_status project(ls_pass *p, int phase)
+{
+    (void)phase;
+    const int64_t n = num_features(p) * p->d;
+    const double root = sqrt(p->scale);
+    double *w = (double *)(void *)p->work[DRAW];
+    for (int64_t h = 0; h < p->H; h++) {
+        const ls_real *given = p->given_features == NULL ? NULL : p->given_features + h * n;
+        if (given == NULL) draw_projection(p, h, w);
+        for (int64_t i = 0; i < n; i++)
+            p->saved[PROJECTION][h * n + i] = (ls_real)(root * (given == NULL ? w[i] : (double)given[i]));
+    }
+    return LS_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------ features */
+
+static const ls_real *projection(const ls_pass *p, int64_t h)
+{
+    return p->saved[PROJECTION] + h * num_features(p) * p->d;
+}
+
+static int64_t features(const ls_pass *p)
+{
+    return num_features(p) + 1;
+}
+
+static double least(const ls_pass *p)
+{
+    return (double)num_features(p) * p->option[DENOM_MIN];
+}
+
+/* The stabilisers cancel. */
+static int any_will_do(const ls_pass *p)
+{
+    return p->option[EPS] == 0 && p->option[DENOM_MIN] == 0;
+}
+
+/* x (n,ld) = W rows; half (n) = |row|²/2; both of scaled rows, and of 0 where padded. */
+static void logits(const ls_pass *p, ls_chunk k, ls_view v, const uint8_t *pad, int64_t pads, ls_real *x, int64_t ld,
+                   ls_real *half)
+{
+    const ls_real *rows = ls_row(v, k.b, k.h, k.t);
+    int64_t st = v.st;
+    if (pad != NULL) {
+        ls_clean_rows(v, k.b, k.h, k.t, k.n, p->d, pad, pads, 1, p->work[CLEAN_ROWS]);
+        rows = p->work[CLEAN_ROWS], st = p->d;
+    }
+    ls_gemm(0, 1, k.n, num_features(p), p->d, 1, rows, st, projection(p, k.h), p->d, 0, x, ld);
+    for (int64_t i = 0; i < k.n; i++) half[i] = (ls_real)(p->scale / 2) * ls_dot(p->d, rows + i * st, rows + i * st);
+}
+
+static ls_real *halves(const ls_pass *p)
+{
+    return p->work[CLEAN_ROWS] + LS_LINEAR_ROWS * p->d;
+}
+
+static void queries(ls_pass *p, ls_chunk k, ls_real *a)
+{
+    const int64_t m = num_features(p);
+    const ls_real eps = (ls_real)p->option[EPS];
+    ls_real *e = p->work[EXPONENTIALS], *half = halves(p);
+    logits(p, k, p->q, p->pad_q, p->T, e, m, half);
+    for (int64_t i = 0; i < k.n; i++, e += m, a += m + 1) {
+        if (ls_is_padded(p->pad_q, k.b * p->T + k.t + i)) {
+            ls_zero(e, m);
+            ls_zero(a, m + 1);
+            continue;
+        }
+        const ls_real top = ls_row_max(m, e) + (any_will_do(p) ? 0 : half[i]);
+        const ls_real sum = ls_row_exp(m, top, e);
+        for (int64_t r = 0; r < m; r++) a[r] = e[r] + eps;
+        a[m] = eps * (sum + (ls_real)m * eps);
+    }
+}
+
+static void keys(ls_pass *p, ls_chunk k, ls_real *b, ls_real *top)
+{
+    const int64_t m = num_features(p);
+    const ls_real *half = halves(p);
+    logits(p, k, p->own.k, p->own.pad, p->S, b, m + 1, halves(p));
+    for (int64_t j = 0; j < k.n; j++, b += m + 1) {
+        if (ls_is_padded(p->own.pad, k.b * p->S + k.t + j)) {
+            for (int64_t r = 0; r < m; r++) b[r] = -INFINITY;
+            b[m] = 0;
+            top[j] = -INFINITY;
+            continue;
+        }
+        top[j] = ls_row_max(m, b) - (any_will_do(p) ? half[j] : 0);
+        for (int64_t r = 0; r < m; r++) b[r] -= half[j];
+        b[m] = 1;
+    }
+}
+
+/* Rows get (=, or += with `add`) scale^½ Wᵀ dx - scale row Σ_m dx; dx (n,ld). */
+static void logits_backward(const ls_pass *p, ls_chunk k, ls_view v, const uint8_t *pad, int64_t pads,
+                            const ls_real *dx, int64_t ld, int add, ls_view dv)
+{
+    const int64_t m = num_features(p);
+    ls_gemm(0, 0, k.n, p->d, m, 1, dx, ld, projection(p, k.h), p->d, add, ls_row(dv, k.b, k.h, k.t), dv.st);
+    for (int64_t i = 0; i < k.n; i++, dx += ld) {
+        if (ls_is_padded(pad, k.b * pads + k.t + i)) continue; /* dx is 0 */
+        ls_real sum = 0;
+        for (int64_t r = 0; r < m; r++) sum += dx[r];
+        ls_axpy(p->d, -(ls_real)p->scale * sum, ls_row(v, k.b, k.h, k.t + i), ls_row(dv, k.b, k.h, k.t + i));
+    }
+}
+
+static void queries_backward(ls_pass *p, ls_chunk k, const ls_real *da)
+{
+    const int64_t m = num_features(p);
+    const ls_real eps = (ls_real)p->option[EPS];
+    ls_real *e = p->work[EXPONENTIALS]; /* as queries() left them; they become dx */
+    for (int64_t i = 0; i < k.n; i++)
+        for (int64_t r = 0; r < m; r++) e[i * m + r] *= da[i * (m + 1) + r] + eps * da[i * (m + 1) + m];
+    logits_backward(p, k, p->q, p->pad_q, p->T, e, m, 0, p->dq);
+}
+
+static void keys_backward(ls_pass *p, ls_chunk k, const ls_real *db, int add)
+{
+    logits_backward(p, k, p->own.k, p->own.pad, p->S, db, num_features(p) + 1, add, p->own.dk);
+}
+
+static const ls_feature_map map = {.features = features,
+                                   .exponentials = num_features,
+                                   .floor = least,
+                                   .queries = queries,
+                                   .keys = keys,
+                                   .queries_backward = queries_backward,
+                                   .keys_backward = keys_backward};
+
+/* ------------------------------------------------------------------------------------------------ table */
+
+static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
+{
+    const int64_t m = num_features(p);
+    p->saved[PROJECTION] = ls_take(saved, p->H * m * p->d);
+    ls_linear_plan(p, &map, work);
+    p->work[EXPONENTIALS] = ls_take(work, LS_LINEAR_ROWS * m);
+    p->work[CLEAN_ROWS] = ls_take(work, LS_LINEAR_ROWS * (p->d + 1)); /* and half of their squares */
+    p->work[DRAW] = ls_arena_take(work, (size_t)(m * p->d) * sizeof(double));
+}
+
+static ls_monoid summary(const ls_pass *p)
+{
+    return ls_linear_summary(p, &map);
+}
+
+static ls_status sums(ls_pass *p, int phase)
+{
+    return ls_linear_sums(p, &map, phase);
+}
+
+static ls_status sums_backward(ls_pass *p, int phase)
+{
+    return ls_linear_sums_backward(p, &map, phase);
+}
+
+static ls_status apply(ls_pass *p, int phase)
+{
+    return ls_linear_apply(p, &map, phase);
+}
+
+static ls_status apply_backward(ls_pass *p, int phase)
+{
+    return ls_linear_apply_backward(p, &map, phase);
+}
+
+static ls_status apply_causal(ls_pass *p, int phase)
+{
+    return ls_linear_causal(p, &map, phase);
+}
+
+static ls_status apply_causal_backward(ls_pass *p, int phase)
+{
+    return ls_linear_causal_backward(p, &map, phase);
+}
+
+/* A source is summarised apart from the steps that follow, so it makes W for itself. */
+static ls_status sums_of_source(ls_pass *p, int phase)
+{
+    LS_TRY(project(p, phase));
+    return sums(p, phase);
+}
+
+static const ls_phase all_keys[] = {
+    {.name = "project", .forward = project},
+    {.name = "sums", .forward = sums, .backward = sums_backward},
+    {.name = "apply", .crossing = LS_REDUCE, .monoid = summary, .forward = apply, .backward = apply_backward},
+    {.name = NULL},
+};
+static const ls_phase causal[] = {
+    {.name = "project", .forward = project},
+    {.name = "sums", .forward = sums, .backward = sums_backward, .feeds_scan = 1},
+    {.name = "apply",
+     .crossing = LS_SCAN,
+     .monoid = summary,
+     .forward = apply_causal,
+     .backward = apply_causal_backward},
+    {.name = NULL},
+};
+static const ls_phase step_across[] = {
+    {.name = "project", .forward = project},
+    {.name = "sums", .forward = sums_of_source, .of_source = 1},
+    {.name = "apply", .crossing = LS_REDUCE, .monoid = summary, .forward = apply},
+    {.name = NULL},
+};
+
+const ls_mechanism ls_performer_mechanism = {
+    .name = "performer",
+    .option = options,
+    .plan = plan,
+    .phases = {[LS_NS] = all_keys, [LS_CS] = causal, [LS_NC] = all_keys, [LS_CC] = all_keys},
+    .step = {[LS_CS] = causal, [LS_NC] = step_across, [LS_CC] = step_across},
+    .draws = LS_GIVEN_FEATURES,
+};
