@@ -22,6 +22,19 @@ void ls_gemm(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, 
          (blasint)n, (blasint)k, (ls_real)alpha, a, (blasint)lda, b, (blasint)ldb, (ls_real)beta, c, (blasint)ldc);
 }
 
+void ls_gemm_double(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha, const double *a,
+                    int64_t lda, const double *b, int64_t ldb, double beta, double *c, int64_t ldc)
+{
+    if (m <= 0 || n <= 0) return;
+    if (k <= 0) {
+        for (int64_t i = 0; i < m; i++)
+            for (int64_t j = 0; j < n; j++) c[i * ldc + j] = beta == 0 ? 0 : beta * c[i * ldc + j];
+        return;
+    }
+    cblas_dgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans,
+                (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb, beta, c, (blasint)ldc);
+}
+
 void ls_gemm_single_thread(void)
 {
     openblas_set_num_threads(1);

@@ -8,6 +8,10 @@
 void ls_gemm(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha, const ls_real *a,
              int64_t lda, const ls_real *b, int64_t ldb, double beta, ls_real *c, int64_t ldc);
 
+/* The same in double, whatever ls_real is: for small matrices whose products would amplify the rounding of floats. */
+void ls_gemm_double(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha, const double *a,
+                    int64_t lda, const double *b, int64_t ldb, double beta, double *c, int64_t ldc);
+
 /* One thread per rank: called once when a context is made, since a rank is the unit of parallelism. */
 void ls_gemm_single_thread(void);
 

@@ -191,7 +191,8 @@ typedef struct ls_param_info {
     int ndim;
     int64_t dim[4];
     int64_t offset, count; /* in ls_real, within the flat vector */
-    enum { LS_INIT_ZERO, LS_INIT_ONE, LS_INIT_NORMAL, LS_INIT_UNIFORM } init;
+    /* IDENTITY: normal noise around the unit matrix, dim[0] = dim[1] */
+    enum { LS_INIT_ZERO, LS_INIT_ONE, LS_INIT_NORMAL, LS_INIT_UNIFORM, LS_INIT_IDENTITY } init;
     double init_scale; /* standard deviation, or half the width */
 } ls_param_info;
 int ls_attention_num_params(const ls_attention *attention);

@@ -13,15 +13,16 @@
  *
  * saved: lse (B,H,T). State of a step: keys and values so far, spread over ranks; (m, l, out) are then summed by
  * softsum. */
+#include "softmax.h"
 #include "gemm.h"
 #include "rng.h"
 #include "tile.h"
 
-enum { TQ = 128, TK = 256 };                                        /* tile of queries, of keys */
-enum { LSE };                                                       /* saved[] */
-enum { MAXIMUM, SUM, DELTA, SCORES, DSCORES, QUERIES, DOUT, DROP }; /* work[] */
+enum { TQ = 128, TK = 256 };                                                           /* tile of queries, of keys */
+enum { LSE };                                                                          /* saved[] */
+enum { MAXIMUM, SUM, DELTA = LS_SOFTMAX_DELTA, SCORES, DSCORES, QUERIES, DOUT, DROP }; /* work[] */
 
-static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
+void ls_softmax_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
     const int64_t rows = p->B * p->H * p->T;
     p->saved[LSE] = ls_take(saved, rows);
@@ -114,7 +115,7 @@ static const ls_real *dropout_row(ls_pass *p, const tile *t, int64_t i)
 
 /* ------------------------------------------------------------------------------------------------ forward */
 
-static ls_status begin(ls_pass *p, int phase)
+ls_status ls_softmax_begin(ls_pass *p, int phase)
 {
     (void)phase;
     for (int64_t r = 0; r < p->B * p->H * p->T; r++) p->work[MAXIMUM][r] = -INFINITY;
@@ -154,7 +155,7 @@ static void forward_tile(ls_pass *p, const tile *t)
             ls_row(p->out, t->b, t->h, t->q0), p->out.st);
 }
 
-static ls_status visit(ls_pass *p, int phase)
+ls_status ls_softmax_visit(ls_pass *p, int phase)
 {
     (void)phase;
     each_tile(p, load_queries, forward_tile);
@@ -163,7 +164,7 @@ static ls_status visit(ls_pass *p, int phase)
 
 /* out /= l, lse = m + ln l. A row that saw no key, or is padded, gives 0; its lse is +inf, so that p = 0 in backward.
  */
-static ls_status finish(ls_pass *p, int phase)
+ls_status ls_softmax_finish(ls_pass *p, int phase)
 {
     (void)phase;
     for (int64_t b = 0; b < p->B; b++)
@@ -184,7 +185,7 @@ static ls_status finish(ls_pass *p, int phase)
 
 /* ------------------------------------------------------------------------------------------------ backward */
 
-static ls_status finish_backward(ls_pass *p, int phase)
+ls_status ls_softmax_finish_backward(ls_pass *p, int phase)
 {
     (void)phase;
     for (int64_t b = 0; b < p->B; b++)
@@ -233,7 +234,7 @@ static void backward_tile(ls_pass *p, const tile *t)
             ls_row(p->dq, t->b, t->h, t->q0), p->dq.st);
 }
 
-static ls_status visit_backward(ls_pass *p, int phase)
+ls_status ls_softmax_visit_backward(ls_pass *p, int phase)
 {
     (void)phase;
     each_tile(p, load_gradients, backward_tile);
@@ -243,12 +244,12 @@ static ls_status visit_backward(ls_pass *p, int phase)
 /* ------------------------------------------------------------------------------------------------ step */
 
 /* What this rank's part of the cache gave, (m; l, out) for each query row, is a softsum element. */
-static ls_monoid statistics(const ls_pass *p)
+ls_monoid ls_softmax_statistics(const ls_pass *p)
 {
     return (ls_monoid){.groups = p->B * p->H * p->T, .has_max = 1, .scaled = 1 + p->d};
 }
 
-static ls_status send_statistics(ls_pass *p, int phase)
+ls_status ls_softmax_send(ls_pass *p, int phase)
 {
     ls_real *x = p->summary[phase + 1].sent;
     for (int64_t row = 0; row < p->B * p->H * p->T; row++, x += 2 + p->d) {
@@ -259,7 +260,7 @@ static ls_status send_statistics(ls_pass *p, int phase)
     return LS_OK;
 }
 
-static ls_status take_statistics(ls_pass *p, int phase)
+ls_status ls_softmax_take(ls_pass *p, int phase)
 {
     const ls_real *x = p->summary[phase].got;
     for (int64_t row = 0; row < p->B * p->H * p->T; row++, x += 2 + p->d) {
@@ -267,28 +268,28 @@ static ls_status take_statistics(ls_pass *p, int phase)
         p->work[SUM][row] = x[1];
         memcpy(ls_row(p->out, row / p->T / p->H, row / p->T % p->H, row % p->T), x + 2, (size_t)p->d * sizeof *x);
     }
-    return finish(p, phase);
+    return ls_softmax_finish(p, phase);
 }
 
 /* ------------------------------------------------------------------------------------------------ table */
 
 static const ls_phase phases[] = {
-    {.name = "begin", .forward = begin},
-    {.name = "tiles", .crossing = LS_RING, .forward = visit, .backward = visit_backward},
-    {.name = "finish", .forward = finish, .backward = finish_backward},
+    {.name = "begin", .forward = ls_softmax_begin},
+    {.name = "tiles", .crossing = LS_RING, .forward = ls_softmax_visit, .backward = ls_softmax_visit_backward},
+    {.name = "finish", .forward = ls_softmax_finish, .backward = ls_softmax_finish_backward},
     {.name = NULL},
 };
 static const ls_phase step[] = {
-    {.name = "begin", .forward = begin},
-    {.name = "tiles", .crossing = LS_RING, .forward = visit},
-    {.name = "send", .forward = send_statistics},
-    {.name = "finish", .crossing = LS_REDUCE, .monoid = statistics, .forward = take_statistics},
+    {.name = "begin", .forward = ls_softmax_begin},
+    {.name = "tiles", .crossing = LS_RING, .forward = ls_softmax_visit},
+    {.name = "send", .forward = ls_softmax_send},
+    {.name = "finish", .crossing = LS_REDUCE, .monoid = ls_softmax_statistics, .forward = ls_softmax_take},
     {.name = NULL},
 };
 
 const ls_mechanism ls_softmax_mechanism = {
     .name = "softmax",
-    .plan = plan,
+    .plan = ls_softmax_plan,
     .phases = {phases, phases, phases, phases},
     .step = {[LS_CS] = step, [LS_NC] = step, [LS_CC] = step},
     .balance_causal = 1,

@@ -7,6 +7,7 @@
  *   fetch   the last keys and values within reach are kept, on every rank
  *   gather  what tokens gave so far is a list, which grows by what this one gives
  *
+ * A phase that is not needed in a call is left out as in the forward pass; summaries are kept for all that might be.
  * So no mechanism writes a step of its own beyond its list of phases. */
 #include "attention.h"
 
@@ -55,10 +56,11 @@ static int keeps(const ls_attention *a, const ls_phase *phases, int i)
     return is_cross(a) && phases[i].crossing == LS_REDUCE && i > 0 && phases[i - 1].of_source;
 }
 
-static int rings(const ls_phase *phases)
+/* In this call; p NULL: in any. */
+static int rings(const ls_pass *p, const ls_phase *phases)
 {
     for (; phases->name != NULL; phases++)
-        if (phases->crossing == LS_RING) return 1;
+        if (phases->crossing == LS_RING && (p == NULL || ls_is_needed(p, phases))) return 1;
     return 0;
 }
 
@@ -103,7 +105,7 @@ static void plan_state(ls_state *s, ls_arena *arena)
         s->item[i] = phases[i].item(&p);
         s->list[i] = ls_take(arena, phases[i].piece(&p, 0, s->max_length));
     }
-    if (!is_cross(a) && rings(phases)) plan_cache(s, arena);
+    if (!is_cross(a) && rings(NULL, phases)) plan_cache(s, arena);
 }
 
 static ls_status create(ls_attention *a, int64_t batch, int64_t max_length, ls_state **state)
@@ -122,7 +124,7 @@ static ls_status create(ls_attention *a, int64_t batch, int64_t max_length, ls_s
     s->attention = a;
     s->batch = batch;
     s->max_length = max_length;
-    const int cached = !is_cross(a) && rings(a->mechanism->step[a->options.pattern]);
+    const int cached = !is_cross(a) && rings(NULL, phases_of(a));
     s->rows = cached ? (max_length + comm->size - 1) / comm->size : 0;
     ls_arena_measure(&s->arena);
     plan_state(s, &s->arena);
@@ -183,12 +185,12 @@ static void plan_call(const ls_attention *a, ls_pass *p, buffers *m, ls_arena *a
             p->own.extra = ls_view_rows(a, m->in[EXTRA_PROJ], p->B, p->T, p->extra_width);
     }
     for (int i = 0; phases[i].name != NULL; i++) {
-        if (phases[i].crossing != LS_GATHER) continue;
+        if (phases[i].crossing != LS_GATHER || !ls_is_needed(p, &phases[i])) continue;
         p->gathered[i].count = p->own.spans ? phases[i].piece(p, p->own.span[0].lo, p->own.span[0].n) : 0;
         p->gathered[i].mine = ls_take(arena, p->gathered[i].count);
     }
     for (int i = 0; phases[i].name != NULL; i++) {
-        if (phases[i].monoid == NULL) continue;
+        if (phases[i].monoid == NULL || !ls_is_needed(p, &phases[i])) continue;
         ls_summary *s = &p->summary[i];
         s->monoid = phases[i].monoid(p);
         s->sent = ls_take(arena, ls_monoid_size(s->monoid));
@@ -232,7 +234,7 @@ static ls_status reserve_source(ls_attention *a, ls_state *s, const ls_attention
     p->own.k = ls_view_of(a, io->key, p->B, n);
     p->own.v = ls_view_of(a, io->value != NULL ? io->value : io->key, p->B, n);
     LS_TRY(reserve_call(a, p, m));
-    s->rows = s->used = rings(phases_of(a)) ? n : 0;
+    s->rows = s->used = rings(p, phases_of(a)) ? n : 0;
     s->source_lo = shape->keys->lo;
     s->source_length = shape->keys->length;
     ls_arena_measure(&s->source);
@@ -254,6 +256,7 @@ ls_status ls_state_source(ls_attention *a, ls_state *s, const ls_attention_shape
         ls_project(a, V_PROJ, p.B * p.S, io->value != NULL ? io->value : io->key, params, m.in[V_PROJ]);
     }
     for (int i = 0; phases[i].name != NULL; i++) {
+        if (!ls_is_needed(&p, &phases[i])) continue;
         if (keeps(a, phases, i)) {
             s->monoid[i] = phases[i].monoid(&p);
             LS_TRY(ls_reduce(&a->ctx->exchange, s->monoid[i], p.summary[i].sent, s->summary[i]));
@@ -261,7 +264,7 @@ ls_status ls_state_source(ls_attention *a, ls_state *s, const ls_attention_shape
         }
         if (phases[i].of_source) LS_TRY(phases[i].forward(&p, i));
     }
-    if (rings(phases)) {
+    if (rings(&p, phases)) {
         ls_clean_block(p.own.k, p.B, p.H, p.S, p.d, p.own.pad, s->k);
         ls_clean_block(p.own.v, p.B, p.H, p.S, p.d, p.own.pad, s->v);
         if (p.B * p.S > 0) memset(s->pad, 0, (size_t)(p.B * p.S));
@@ -443,6 +446,7 @@ ls_status ls_attention_step(ls_attention *a, ls_state *s, const ls_attention_io 
         if (ls_has_projection(a, i) && !(is_cross(a) && (i == K_PROJ || i == V_PROJ)))
             ls_project(a, i, p.B, x[i], params, m.in[i]);
     for (int i = 0; phases[i].name != NULL; i++) {
+        if (!ls_is_needed(&p, &phases[i])) continue;
         if (is_cross(a) && phases[i].of_source) {
             if (keeps(a, phases, i)) p.summary[i].got = s->summary[i];
             continue;
@@ -451,7 +455,7 @@ ls_status ls_attention_step(ls_attention *a, ls_state *s, const ls_attention_io 
         if (phases[i].forward != NULL) LS_TRY(phases[i].forward(&p, i));
     }
     for (int i = 0; phases[i].name != NULL; i++)
-        if (phases[i].crossing == LS_SCAN)
+        if (phases[i].crossing == LS_SCAN && ls_is_needed(&p, &phases[i]))
             ls_monoid_combine(p.summary[i].monoid, s->summary[i], p.summary[i].sent, s->summary[i]);
     s->tokens++;
     if (ls_is_layer(a)) {

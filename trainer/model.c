@@ -55,10 +55,11 @@ static int64_t add_attention(model *m, const char *prefix, const ls_attention *a
         for (int d = 0; d < info->ndim; d++) t->dim[d] = info->dim[d];
         t->decay = info->ndim > 1 && info->init != LS_INIT_ONE;
         snprintf(t->name, sizeof t->name, "%s.%s", prefix, info->name);
-        const init_kind kind = info->init == LS_INIT_ZERO     ? INIT_ZERO
-                               : info->init == LS_INIT_ONE    ? INIT_CONSTANT
-                               : info->init == LS_INIT_NORMAL ? INIT_NORMAL
-                                                              : INIT_UNIFORM;
+        const init_kind kind = info->init == LS_INIT_ZERO       ? INIT_ZERO
+                               : info->init == LS_INIT_ONE      ? INIT_CONSTANT
+                               : info->init == LS_INIT_NORMAL   ? INIT_NORMAL
+                               : info->init == LS_INIT_IDENTITY ? INIT_IDENTITY
+                                                                : INIT_UNIFORM;
         m->init[m->num_tensors++] = (tensor_init){kind, info->init == LS_INIT_ONE ? 1 : info->init_scale};
     }
     m->count += ls_attention_param_count(attention);
@@ -128,6 +129,10 @@ void model_init(const model *m, uint64_t seed, ls_real *params)
                 break;
             case INIT_CONSTANT:
                 p[j] = (ls_real)init.scale;
+                break;
+            case INIT_IDENTITY: /* the element numbers of a square matrix's diagonal are multiples of its width + 1 */
+                p[j] = (ls_real)(init.scale * ls_normal(seed, stream, STEP_INIT, (uint64_t)j)) +
+                       (j % (m->tensor[i].dim[1] + 1) == 0 ? 1 : 0);
                 break;
             case INIT_NORMAL:
                 p[j] = (ls_real)(init.scale * ls_normal(seed, stream, STEP_INIT, (uint64_t)j));

@@ -54,7 +54,7 @@ typedef struct workspace {
     ls_real *memory, *dmemory, *dtarget; /* encoder output, its gradient; the running gradient of the decoder */
 } workspace;
 
-typedef enum { INIT_ZERO, INIT_CONSTANT, INIT_NORMAL, INIT_UNIFORM } init_kind;
+typedef enum { INIT_ZERO, INIT_CONSTANT, INIT_NORMAL, INIT_UNIFORM, INIT_IDENTITY } init_kind;
 typedef struct tensor_init {
     init_kind kind;
     double scale; /* standard deviation, or half the width */

@@ -1,0 +1,161 @@
+#include "slots.h"
+#include "gemm.h"
+#include "tile.h"
+
+/* ------------------------------------------------------------------------------------------------ chunks */
+
+void ls_each_chunk(ls_pass *p, int phase, int64_t rows, void (*work)(ls_pass *, int phase, const ls_chunk *))
+{
+    for (int64_t b = 0; b < p->B; b++)
+        for (int64_t t = 0; t < rows; t += LS_CHUNK)
+            for (int64_t h = 0; h < p->H; h++) {
+                const ls_chunk c = {b, h, b * p->H + h, t, ls_min(LS_CHUNK, rows - t)};
+                work(p, phase, &c);
+            }
+}
+
+const ls_real *ls_chunk_rows(const ls_chunk *c, ls_view v, int64_t d, const uint8_t *pad, int64_t rows, ls_real *copy,
+                             int64_t *ld)
+{
+    *ld = pad == NULL ? v.st : d;
+    if (pad == NULL) return ls_row(v, c->b, c->h, c->t);
+    ls_clean_rows(v, c->b, c->h, c->t, c->n, d, pad, rows, 1, copy);
+    return copy;
+}
+
+void ls_chunk_centred(const ls_chunk *c, ls_view v, int64_t d, const uint8_t *pad, int64_t rows, const ls_real *centre,
+                      ls_real *copy)
+{
+    for (int64_t i = 0; i < c->n; i++, copy += d) {
+        const ls_real *x = ls_row(v, c->b, c->h, c->t + i);
+        if (ls_is_padded(pad, c->b * rows + c->t + i))
+            for (int64_t e = 0; e < d; e++) copy[e] = -centre[e];
+        else
+            for (int64_t e = 0; e < d; e++) copy[e] = x[e] - centre[e];
+    }
+}
+
+void ls_chunk_hide(const ls_chunk *c, int64_t R, const uint8_t *pad, int64_t rows, ls_real *logits)
+{
+    for (int64_t i = 0; pad != NULL && i < c->n; i++)
+        for (int64_t r = 0; pad[c->b * rows + c->t + i] && r < R; r++) logits[i * R + r] = -INFINITY;
+}
+
+void ls_chunk_blank(const ls_chunk *c, ls_view v, int64_t d, const uint8_t *pad, int64_t rows)
+{
+    for (int64_t i = c->t; i < c->t + c->n; i++)
+        if (ls_is_padded(pad, c->b * rows + i)) ls_zero(ls_row(v, c->b, c->h, i), d);
+}
+
+/* ------------------------------------------------------------------------------------------------ writing */
+
+void ls_slots_sum(ls_slots s, int64_t n, const ls_real *a, const ls_real *b, int64_t ldb, double *total)
+{
+    ls_gemm(1, 0, s.R, s.d, n, 1, a, s.R, b, ldb, 0, s.scratch, s.d);
+    for (int64_t i = 0; i < s.R * s.d; i++) total[i] += (double)s.scratch[i];
+}
+
+void ls_slots_begin(ls_slots s, double *state)
+{
+    for (int64_t r = 0; r < s.R; r++, state += s.d + 2) {
+        state[0] = -INFINITY;
+        for (int64_t i = 1; i < s.d + 2; i++) state[i] = 0;
+    }
+}
+
+/* top (R): the maxima after these rows, to which the state is brought; 0 where there still is no key, since e^(-inf -
+ * 0) is 0. */
+static void raise_maxima(ls_slots s, int64_t n, const ls_real *logits, double *state, ls_real *top)
+{
+    for (int64_t r = 0; r < s.R; r++) top[r] = (ls_real)state[r * (s.d + 2)];
+    for (int64_t j = 0; j < n; j++)
+        for (int64_t r = 0; r < s.R; r++) top[r] = logits[j * s.R + r] > top[r] ? logits[j * s.R + r] : top[r];
+    for (int64_t r = 0; r < s.R; r++, state += s.d + 2) {
+        if ((double)top[r] > state[0]) {
+            const double shrink = state[0] == -INFINITY ? 0 : exp(state[0] - (double)top[r]);
+            for (int64_t i = 1; i < s.d + 2; i++) state[i] *= shrink;
+            state[0] = (double)top[r];
+        }
+        if (top[r] == -INFINITY) top[r] = 0;
+    }
+}
+
+void ls_slots_write(ls_slots s, int64_t n, ls_real *logits, const ls_real *values, int64_t ld, double *state)
+{
+    ls_real *top = s.scratch, *sum = top + s.R, *x = sum + s.R;
+    raise_maxima(s, n, logits, state, top);
+    ls_zero(sum, s.R);
+    for (int64_t j = 0; j < n; j++)
+        for (int64_t r = 0; r < s.R; r++) {
+            const ls_real e = ls_exp(logits[j * s.R + r] - top[r]);
+            logits[j * s.R + r] = e;
+            sum[r] += e;
+        }
+    ls_gemm(1, 0, s.R, s.d, n, 1, logits, s.R, values, ld, 0, x, s.d);
+    for (int64_t r = 0; r < s.R; r++, state += s.d + 2) {
+        state[1] += (double)sum[r];
+        for (int64_t e = 0; e < s.d; e++) state[2 + e] += (double)x[r * s.d + e];
+    }
+}
+
+void ls_slots_values(ls_slots s, const ls_real *element, double *values, double *centre)
+{
+    for (int64_t e = 0; e < s.d; e++) centre[e] = 0;
+    for (int64_t r = 0; r < s.R; r++, element += s.d + 2)
+        for (int64_t e = 0; e < s.d; e++) {
+            values[r * s.d + e] = element[1] > 0 ? (double)element[2 + e] / (double)element[1] : 0;
+            centre[e] += values[r * s.d + e] / (double)s.R;
+        }
+}
+
+void ls_slots_constants(ls_slots s, const ls_real *got, const ls_real *dsent, double *values, double *centre,
+                        ls_real *constant)
+{
+    ls_slots_values(s, got, values, centre);
+    for (int64_t r = 0; r < s.R; r++, dsent += s.d + 2) {
+        double sum = (double)dsent[1];
+        for (int64_t e = 0; e < s.d; e++) sum += (double)dsent[2 + e] * (centre[e] - values[r * s.d + e]);
+        constant[r] = (ls_real)sum;
+    }
+}
+
+void ls_slots_write_backward(ls_slots s, int64_t n, const ls_real *sent, const ls_real *dsent, const ls_real *constant,
+                             const ls_real *values, ls_real *logits, ls_real *dlogits, ls_real *dv, int64_t ld)
+{
+    const int64_t stride = s.d + 2;
+    ls_real *top = s.scratch; /* where this rank has no key its rows, all padded, have logits of -inf */
+    for (int64_t r = 0; r < s.R; r++) top[r] = sent[r * stride] == -INFINITY ? 0 : sent[r * stride];
+    ls_gemm(0, 1, n, s.R, s.d, 1, values, s.d, dsent + 2, stride, 0, dlogits, s.R);
+    for (int64_t j = 0; j < n; j++)
+        for (int64_t r = 0; r < s.R; r++) {
+            const ls_real e = ls_exp(logits[j * s.R + r] - top[r]);
+            logits[j * s.R + r] = e;
+            dlogits[j * s.R + r] = e * (constant[r] + dlogits[j * s.R + r]);
+        }
+    ls_gemm(0, 0, n, s.d, s.R, 1, logits, s.R, dsent + 2, stride, 0, dv, ld);
+}
+
+/* ------------------------------------------------------------------------------------------------ reading */
+
+void ls_slots_read(ls_slots s, int64_t n, ls_real *logits, const ls_real *values, const ls_real *centre, ls_real *out,
+                   int64_t ld)
+{
+    for (int64_t i = 0; i < n; i++) {
+        ls_row_softmax(s.R, logits + i * s.R);
+        memcpy(out + i * ld, centre, (size_t)s.d * sizeof *centre);
+    }
+    ls_gemm(0, 0, n, s.d, s.R, 1, logits, s.R, values, s.d, 1, out, ld);
+}
+
+void ls_slots_read_backward(ls_slots s, int64_t n, ls_real *logits, const ls_real *values, const ls_real *dout,
+                            int64_t ld, ls_real *dlogits, double *dvalues)
+{
+    for (int64_t i = 0; i < n; i++) ls_row_softmax(s.R, logits + i * s.R);
+    ls_slots_sum(s, n, logits, dout, ld, dvalues);
+    ls_gemm(0, 1, n, s.R, s.d, 1, dout, ld, values, s.d, 0, dlogits, s.R);
+    for (int64_t i = 0; i < n; i++) {
+        ls_real *p = logits + i * s.R, *dl = dlogits + i * s.R;
+        const ls_real mean = ls_dot(s.R, p, dl);
+        for (int64_t r = 0; r < s.R; r++) dl[r] = p[r] * (dl[r] - mean);
+    }
+}

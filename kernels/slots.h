@@ -1,0 +1,65 @@
+/* Attention through few slots, in the two halves that mechanisms share. Keys write R slots, each a softmax over keys,
+ *
+ *   m_r = max_j l_jr,  s_r = Σ_j e^(l_jr - m_r),  x_r = Σ_j e^(l_jr - m_r) v_j;   V_r = x_r / s_r
+ *
+ * and queries read them: p_i = softmax_r(l_ir), o_i = Σ_r p_ir V_r. The caller makes the logits, a chunk of rows at a
+ * time; (m; s, x) is an element of a softsum, R (d+2) reals for each (b,h).
+ *
+ * Slots may be nearly alike, and what is then left of gradients are small differences. So values are taken from a
+ * centre c, the mean of the slots: Σ_r p_ir = 1 gives o_i = c + Σ_r p_ir (V_r - c), and for a key, with e = e^(l - m),
+ *   de_jr = dx_r·v_j + ds_r = dx_r·(v_j - c) + constant_r,  constant_r = ds'_r + dx_r·(c - V_r)
+ * where ds = -dx·V + ds': what s owes V is paid here, and only ds' travels. Sums over rows are kept in double. */
+#ifndef LS_SLOTS_H
+#define LS_SLOTS_H
+
+#include "mechanism.h"
+
+/* Rows [t, t + n) of (b,h); g = b H + h. */
+typedef struct ls_chunk {
+    int64_t b, h, g, t, n;
+} ls_chunk;
+enum { LS_CHUNK = 64 };
+
+/* Calls work for chunks of `rows` rows of every (b,h), heads innermost: in a model-wide row they are neighbours. */
+void ls_each_chunk(ls_pass *p, int phase, int64_t rows, void (*work)(ls_pass *, int phase, const ls_chunk *));
+
+/* The rows of a chunk as they lie, or clean in `copy` (n,d) where there are pads; *ld is the distance between rows. */
+const ls_real *ls_chunk_rows(const ls_chunk *c, ls_view v, int64_t d, const uint8_t *pad, int64_t rows, ls_real *copy,
+                             int64_t *ld);
+/* copy (n,d) = rows - centre, a padded row is -centre. */
+void ls_chunk_centred(const ls_chunk *c, ls_view v, int64_t d, const uint8_t *pad, int64_t rows, const ls_real *centre,
+                      ls_real *copy);
+/* logits (n,R) = -inf in padded rows. */
+void ls_chunk_hide(const ls_chunk *c, int64_t R, const uint8_t *pad, int64_t rows, ls_real *logits);
+/* Zeros in padded rows of v. */
+void ls_chunk_blank(const ls_chunk *c, ls_view v, int64_t d, const uint8_t *pad, int64_t rows);
+
+typedef struct ls_slots {
+    int64_t R, d;
+    ls_real *scratch; /* R (d+2) */
+} ls_slots;
+
+/* total (R,d) += aᵀ b, a (n,R), b (n,d). */
+void ls_slots_sum(ls_slots s, int64_t n, const ls_real *a, const ls_real *b, int64_t ldb, double *total);
+
+/* state (R, d+2): nothing written yet. */
+void ls_slots_begin(ls_slots s, double *state);
+/* n rows join: logits become e. */
+void ls_slots_write(ls_slots s, int64_t n, ls_real *logits, const ls_real *values, int64_t ld, double *state);
+/* values (R,d) = V, 0 where no key was; centre (d) their mean. */
+void ls_slots_values(ls_slots s, const ls_real *element, double *values, double *centre);
+/* constant (R), from what was got of the crossing and this rank's gradients of what it sent. */
+void ls_slots_constants(ls_slots s, const ls_real *got, const ls_real *dsent, double *values, double *centre,
+                        ls_real *constant);
+/* logits (n,R) become e; dlogits (n,R), dv (n,d) are overwritten. values (n,d): v - c. */
+void ls_slots_write_backward(ls_slots s, int64_t n, const ls_real *sent, const ls_real *dsent, const ls_real *constant,
+                             const ls_real *values, ls_real *logits, ls_real *dlogits, ls_real *dv, int64_t ld);
+
+/* logits (n,R) become p; out (n,d) is overwritten. values (R,d): V - c. */
+void ls_slots_read(ls_slots s, int64_t n, ls_real *logits, const ls_real *values, const ls_real *centre, ls_real *out,
+                   int64_t ld);
+/* logits (n,R) become p; dlogits (n,R) is overwritten, dvalues (R,d) += those of V. */
+void ls_slots_read_backward(ls_slots s, int64_t n, ls_real *logits, const ls_real *values, const ls_real *dout,
+                            int64_t ld, ls_real *dlogits, double *dvalues);
+
+#endif
