@@ -46,6 +46,9 @@ typedef struct ls_rows {
 } ls_rows;
 ls_rows ls_rows_of_view(ls_view v, int64_t B, int64_t H, int64_t d);
 ls_rows ls_rows_of_pad(const uint8_t *pad, int64_t B, int64_t n);
+/* n rows of so many bytes each, to = from or (of ls_real) to += from; strides in bytes. */
+void ls_copy_rows(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t bytes, int64_t n);
+void ls_add_rows(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t bytes, int64_t n);
 
 /* Fetch: this rank's `to` rows become the global positions of its spans, one span after the other; want (2 per rank)
  * says what every rank wants, [lo, lo + n), n = 0: nothing. `from` holds this rank's shard. n tensors in one go. */
