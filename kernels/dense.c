@@ -21,6 +21,37 @@ void ls_linear(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls
     ls_gemm(0, 1, rows, out, in, 1, x, in, w, in, b ? 1 : 0, y, out);
 }
 
+/* sum (4,2) = four rows of x times two of w. Every sum is made by the same instructions in the same order. */
+static void dots(int64_t in, const ls_real *const x[4], const ls_real *const w[2], ls_real sum[8])
+{
+    const ls_real *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3], *w0 = w[0], *w1 = w[1];
+    ls_real a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;
+#pragma omp simd reduction(+ : a, b, c, d, e, f, g, h)
+    for (int64_t i = 0; i < in; i++) {
+        a += x0[i] * w0[i], b += x0[i] * w1[i];
+        c += x1[i] * w0[i], d += x1[i] * w1[i];
+        e += x2[i] * w0[i], f += x2[i] * w1[i];
+        g += x3[i] * w0[i], h += x3[i] * w1[i];
+    }
+    sum[0] = a, sum[1] = b, sum[2] = c, sum[3] = d, sum[4] = e, sum[5] = f, sum[6] = g, sum[7] = h;
+}
+
+void ls_linear_alike(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w, const ls_real *b,
+                     ls_real *y)
+{
+    for (int64_t r = 0; r < rows; r += 4)
+        for (int64_t o = 0; o < out; o += 2) {
+            const ls_real *xs[4], *ws[2];
+            ls_real sum[8];
+            for (int64_t i = 0; i < 4; i++) xs[i] = x + ls_min(r + i, rows - 1) * in; /* the last ones over again */
+            for (int64_t j = 0; j < 2; j++) ws[j] = w + ls_min(o + j, out - 1) * in;
+            dots(in, xs, ws, sum);
+            for (int64_t i = 0; i < ls_min(4, rows - r); i++)
+                for (int64_t j = 0; j < ls_min(2, out - o); j++)
+                    y[(r + i) * out + o + j] = sum[2 * i + j] + (b ? b[o + j] : 0);
+        }
+}
+
 /* sum (n) += Σ_rows x (rows,n) */
 static void add_column_sums(int64_t rows, int64_t n, const ls_real *x, ls_real *sum)
 {

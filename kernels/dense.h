@@ -8,6 +8,11 @@
 
 /* y (rows,out) = x (rows,in) wᵀ + b, w (out,in), b (out) or NULL. */
 void ls_linear(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w, const ls_real *b, ls_real *y);
+/* The same, but the bits of a row of y depend on its row of x alone, and not on how many rows there are: for what is
+ * rounded or compared afterwards, which must not come out otherwise where the rows are spread over other ranks. Slower:
+ * BLAS sums the rows at the edge of its tiles in another order. */
+void ls_linear_alike(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w, const ls_real *b,
+                     ls_real *y);
 /* dx = dy w (NULL: not wanted; accumulate_dx: +=), dw += dyᵀ x, db += Σ_rows dy (NULL where there is none). */
 void ls_linear_backward(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w, const ls_real *dy,
                         ls_real *dx, int accumulate_dx, ls_real *dw, ls_real *db);

@@ -55,6 +55,9 @@ typedef struct ls_block {
     int64_t n;
     int spans;
     ls_span span[2]; /* two where causal work is balanced by a zigzag placement */
+    /* Of a halo that was wanted as lists, see ls_phase.wanted: (b,h) has rows [first[b*H+h], first[b*H+h+1]) of its own,
+     * in k, v (1,1,n,d) and pad (n), its list's keys in order; spans = 0. NULL in all other blocks */
+    const int64_t *first;
     ls_real *note;   /* a few reals of the owner that travel with its block, see ls_phase.notes */
 } ls_block;
 
@@ -135,6 +138,10 @@ typedef struct ls_phase {
      * which tensors come (pads always do). In backward their gradients overwrite own.dk, ... or, with `adds`, add. */
     ls_span (*reach)(const ls_pass *, int64_t lo, int64_t n);
     int fetches, adds;
+    /* ... or, where that depends on the data, instead of reach: the list of (b,h), called when the phases before have
+     * run. Intervals of keys that exist (lo, n > 0; row is ignored), in order, not overlapping; returns how many. list
+     * NULL: only counts. Brings keys and values; a step has no such fetch. Memory grows with what the lists want. */
+    int64_t (*wanted)(const ls_pass *, int64_t b, int64_t h, ls_span *list);
     /* gather: reals that a rank with positions [lo, lo + n) of the keys gives */
     int64_t (*piece)(const ls_pass *, int64_t lo, int64_t n);
     /* ... and, where a step gathers: a piece is [items][B][item reals], so that the pieces of tokens add up to a list
@@ -164,6 +171,7 @@ typedef struct ls_layer_form {
     } input[4];         /* query, key, value, and extra, which is projected from the query's rows */
     int64_t core_width; /* of the core's rows of output */
     int gelu;           /* of the core's output, before out_proj */
+    int query_alike;    /* queries are rounded or compared: their bits must not depend on ranks, see ls_linear_alike */
     const char *out_weight, *out_bias;
 } ls_layer_form;
 

@@ -12,7 +12,8 @@
 struct ls_saved {
     ls_attention *attention;
     ls_arena arena;
-    int filled; /* a forward call succeeded: its sizes are below */
+    ls_requests requests; /* and what they brought */
+    int filled;           /* a forward call succeeded: its sizes are below */
     int64_t batch, T, S, T_all, S_all;
 };
 
@@ -170,12 +171,14 @@ void ls_saved_free(ls_saved *saved)
 {
     if (saved == NULL) return;
     ls_arena_free(&saved->arena);
+    ls_requests_free(&saved->requests);
     free(saved);
 }
 
 size_t ls_saved_bytes(const ls_saved *saved)
 {
-    return saved->arena.capacity;
+    const ls_requests *r = &saved->requests;
+    return saved->arena.capacity + r->asked.capacity + r->accepted.capacity + r->brought.capacity;
 }
 
 /* ------------------------------------------------------------------------------------------------ a call */
@@ -425,8 +428,9 @@ static void plan(ls_attention *a, const ls_attention_io *io, ls_call *c, layer *
 void ls_project(const ls_attention *a, int which, int64_t rows, const ls_real *x, const ls_real *params, ls_real *y)
 {
     const ls_real *bias = a->bias[which] < 0 ? NULL : params + a->param[a->bias[which]].offset;
-    ls_linear(rows, ls_projection_in(a, which), ls_projection_out(a, which), x,
-              params + a->param[a->weight[which]].offset, bias, y);
+    const int alike = which == Q_PROJ && a->form.query_alike;
+    (alike ? ls_linear_alike : ls_linear)(rows, ls_projection_in(a, which), ls_projection_out(a, which), x,
+                                          params + a->param[a->weight[which]].offset, bias, y);
 }
 
 void ls_project_out(const ls_attention *a, int64_t rows, const ls_real *o, ls_real *active, const ls_real *params,
@@ -453,10 +457,12 @@ static void mean_over_heads(const ls_pass *p, const ls_real *heads, ls_real *mea
 }
 
 static ls_status reserve_forward(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
-                                 const ls_real *params, const ls_real *out, ls_arena *keep, ls_call *c, layer *l)
+                                 const ls_real *params, const ls_real *out, ls_arena *keep, ls_requests *requests,
+                                 ls_call *c, layer *l)
 {
     LS_TRY(check_call(a, shape, io, params, out));
     begin_call(a, shape, io, params, out, 0, c, l);
+    c->requests = requests;
     ls_arena *work = &a->ctx->work;
     ls_arena_measure(keep);
     ls_arena_measure(work);
@@ -478,7 +484,8 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
         saved->filled = 0;
         saved->attention = a; /* attentions that never need theirs at the same time may share one */
     }
-    const ls_status status = reserve_forward(a, shape, io, params, out, keep, &c, &l);
+    ls_requests *requests = saved != NULL ? &saved->requests : &a->ctx->requests;
+    const ls_status status = reserve_forward(a, shape, io, params, out, keep, requests, &c, &l);
     LS_TRY(ls_agree_alike(a->ctx, status, a->mechanism->name,
                           status == LS_OK ? sign_call(a, &c, 0, io->need_weights || io->need_head_weights) : 0));
     const ls_pass *p = &c.pass;
@@ -526,6 +533,7 @@ static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *sha
     c->pass.own.dv = ls_view_of(a, grads->value, p->B, p->S);
     c->pass.dout = ls_view_out(a, dout, p->B, p->T);
     c->pass.dparams = grads->params;
+    c->requests = &saved->requests;
     ls_arena nothing = {0}, *work = &a->ctx->work; /* saved is as forward left it: only work is measured */
     ls_arena_measure(&nothing);
     ls_arena_measure(work);

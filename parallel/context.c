@@ -36,6 +36,7 @@ void ls_context_free(ls_context *ctx)
     ls_exchange_close(&ctx->exchange);
     ls_arena_free(&ctx->work);
     ls_arena_free(&ctx->unsaved);
+    ls_requests_free(&ctx->requests);
     free(ctx);
 }
 

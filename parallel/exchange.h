@@ -46,6 +46,9 @@ typedef struct ls_rows {
 } ls_rows;
 ls_rows ls_rows_of_view(ls_view v, int64_t B, int64_t H, int64_t d);
 ls_rows ls_rows_of_pad(const uint8_t *pad, int64_t B, int64_t n);
+/* n rows of so many bytes each, to = from or (of ls_real) to += from; strides in bytes. */
+void ls_copy_rows(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t bytes, int64_t n);
+void ls_add_rows(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t bytes, int64_t n);
 
 /* Fetch: this rank's `to` rows become the global positions of its spans, one span after the other; want (2 per rank)
  * says what every rank wants, [lo, lo + n), n = 0: nothing. `from` holds this rank's shard. n tensors in one go. */
@@ -54,6 +57,37 @@ ls_status ls_fetch(ls_exchange *x, const ls_shard *shard, const ls_span *want, c
 /* Adjoint: the rows of `to` are added to those of `from` at their owners, in rank order. Tensors of ls_real only. */
 ls_status ls_fetch_adjoint(ls_exchange *x, const ls_shard *shard, const ls_span *want, const ls_rows *from,
                            const ls_rows *to, int tensors);
+
+/* Requests: a fetch where only the rank that wants positions knows which. Every group (one head of one batch row) has a
+ * list of its own. Reusable: memory only grows. */
+typedef struct ls_interval {
+    int64_t group, lo, n;
+} ls_interval;
+typedef struct ls_requests {
+    int64_t groups, heads;    /* groups = batch * heads, the heads of a batch row side by side */
+    int64_t *list_at;         /* (groups + 1): list_at[g+1] is where list[] of group g ends; its writer fills it */
+    ls_span *list;            /* the intervals of each group: in order, not overlapping, within the sequence; no rows */
+    int64_t rows, *first;     /* (groups + 1): group g gets rows [first[g], first[g+1]) of `rows` */
+    ls_interval *want, *give; /* cut at the bounds, by owner; what others want of this rank, by wanter */
+    int64_t *row;             /* the first row of each of want[] */
+    int64_t *want_at, *give_at; /* (P+1): each rank's begin */
+    int64_t *wanted, *given;    /* (P,2): how many intervals and rows */
+    ls_arena asked, accepted;   /* memory of the above */
+    ls_arena brought;           /* the caller's, for the rows: it lives as long */
+} ls_requests;
+/* Local: memory for lists of so many intervals in all, then, once they are filled in, what they mean on this shard. */
+ls_status ls_requests_begin(ls_requests *r, int size, int64_t groups, int64_t heads, int64_t intervals);
+void ls_requests_cut(const ls_shard *shard, ls_requests *r);
+/* Collective: the lists go to the owners. A row takes row_bytes in all its tensors. mine: this rank's status so far;
+ * all ranks get the same back. */
+ls_status ls_requests_exchange(ls_context *ctx, ls_requests *r, size_t row_bytes, ls_status mine);
+/* Collective: from (nb,nh,n) is this rank's shard, to (rows) the rows of its groups, one after the other. */
+ls_status ls_request(ls_exchange *x, const ls_shard *shard, const ls_requests *r, const ls_rows *from,
+                     const ls_rows *to, int tensors);
+/* Adjoint: to is added to from at the owners, in rank order. */
+ls_status ls_request_adjoint(ls_exchange *x, const ls_shard *shard, const ls_requests *r, const ls_rows *from,
+                             const ls_rows *to, int tensors);
+void ls_requests_free(ls_requests *r);
 
 /* What the formulas say one rank sends. */
 uint64_t ls_predict_reduce(int rank, int size, uint64_t bytes);

@@ -157,6 +157,28 @@ static void plan_fetch(ls_call *c, const ls_phase *phase, ls_arena *saved, ls_ar
     h->pad = p->own.pad == NULL ? NULL : ls_arena_take(saved, (size_t)(p->B * n));
 }
 
+/* The rows that lists brought, in memory of their own: how many is not known before the phases before have run. */
+static void plan_brought(const ls_pass *p, ls_requests *r, ls_block *halo)
+{
+    const int64_t n = r->rows;
+    *halo = (ls_block){.n = n, .first = r->first};
+    halo->k = (ls_view){ls_take(&r->brought, n * p->d), 0, 0, p->d};
+    halo->v = (ls_view){ls_take(&r->brought, n * p->d), 0, 0, p->d};
+    halo->pad = p->own.pad == NULL ? NULL : ls_arena_take(&r->brought, (size_t)n);
+}
+
+/* In backward they are there already. */
+static void plan_lists(ls_call *c, ls_arena *work)
+{
+    ls_pass *p = &c->pass;
+    p->halo = (ls_block){.n = 0};
+    if (!p->backward) return;
+    ls_arena_replay(&c->requests->brought);
+    plan_brought(p, c->requests, &p->halo);
+    p->halo.dk = (ls_view){ls_take(work, p->halo.n * p->d), 0, 0, p->d};
+    p->halo.dv = (ls_view){ls_take(work, p->halo.n * p->d), 0, 0, p->d};
+}
+
 static void plan_gather(ls_call *c, int i, const ls_phase *phase, ls_arena *saved, ls_arena *work)
 {
     ls_pass *p = &c->pass;
@@ -185,7 +207,8 @@ void ls_run_plan(ls_call *c, ls_arena *saved, ls_arena *work)
     plan_placement(c, saved, work);
     const ls_phase *ring = find_crossing(user, phases, LS_RING), *fetch = find_crossing(user, phases, LS_FETCH);
     if (ring != NULL) plan_ring(c, ring, work);
-    if (fetch != NULL) plan_fetch(c, fetch, saved, work);
+    if (fetch != NULL && fetch->wanted == NULL) plan_fetch(c, fetch, saved, work);
+    if (fetch != NULL && fetch->wanted != NULL) plan_lists(c, work);
     for (int i = 0; phases[i].name != NULL; i++)
         if (phases[i].crossing == LS_GATHER && ls_is_needed(user, &phases[i]))
             plan_gather(c, i, &phases[i], saved, work);
@@ -432,6 +455,63 @@ static ls_status fetch_adjoint(ls_call *c, const ls_pass *p, const ls_phase *pha
     return ls_fetch_adjoint(&c->ctx->exchange, c->keys, c->reach.want, own, halo, n);
 }
 
+/* ------------------------------------------------------------------------------------------------ fetch of lists */
+
+/* Keys, values and pads, or the gradients of keys and values: this rank's rows, and those that the lists bring. */
+static int listed(const ls_pass *p, int gradients, ls_rows *own, ls_rows *brought)
+{
+    const ls_block *a = &p->own, *b = &p->halo;
+    own[0] = ls_rows_of_view(gradients ? a->dk : a->k, p->B, p->H, p->d);
+    own[1] = ls_rows_of_view(gradients ? a->dv : a->v, p->B, p->H, p->d);
+    brought[0] = ls_rows_of_view(gradients ? b->dk : b->k, 1, 1, p->d);
+    brought[1] = ls_rows_of_view(gradients ? b->dv : b->v, 1, 1, p->d);
+    if (gradients || a->pad == NULL) return 2;
+    own[2] = ls_rows_of_pad(a->pad, p->B, p->S);
+    brought[2] = ls_rows_of_pad(b->pad, 1, b->n);
+    return 3;
+}
+
+/* Local: what this rank wants, and memory for it. */
+static ls_status ask(ls_call *c, ls_pass *p, const ls_phase *phase)
+{
+    ls_requests *r = c->requests;
+    int64_t intervals = 0;
+    for (int64_t g = 0; g < p->B * p->H; g++) intervals += phase->wanted(p, g / p->H, g % p->H, NULL);
+    LS_TRY(ls_requests_begin(r, c->keys->size, p->B * p->H, p->H, intervals));
+    for (int64_t g = 0; g < p->B * p->H; g++)
+        r->list_at[g + 1] = r->list_at[g] + phase->wanted(p, g / p->H, g % p->H, r->list + r->list_at[g]);
+    ls_requests_cut(c->keys, r);
+    ls_arena_measure(&r->brought);
+    plan_brought(p, r, &p->halo);
+    LS_TRY(ls_arena_reserve(&r->brought, c->mechanism->name));
+    plan_brought(p, r, &p->halo);
+    return LS_OK;
+}
+
+static ls_status fetch_lists(ls_call *c, ls_pass *p, const ls_phase *phase)
+{
+    ls_rows own[3], brought[3];
+    const size_t row = 2 * (size_t)p->d * sizeof(ls_real) + (p->own.pad != NULL);
+    LS_TRY(ls_requests_exchange(c->ctx, c->requests, row, ask(c, p, phase)));
+    const int n = listed(p, 0, own, brought);
+    LS_TRY(ls_request(&c->ctx->exchange, c->keys, c->requests, own, brought, n));
+    for (int64_t t = 0; p->halo.pad != NULL && t < p->halo.n; t++)
+        if (p->halo.pad[t]) {
+            ls_zero(ls_row(p->halo.k, 0, 0, t), p->d);
+            ls_zero(ls_row(p->halo.v, 0, 0, t), p->d);
+        }
+    return LS_OK;
+}
+
+static ls_status fetch_lists_adjoint(ls_call *c, const ls_pass *p, const ls_phase *phase)
+{
+    ls_rows own[3], brought[3];
+    const int n = listed(p, 1, own, brought);
+    if (!phase->adds) ls_zero_view(p->own.dk, p->B, p->H, p->S, p->d);
+    if (!phase->adds) ls_zero_view(p->own.dv, p->B, p->H, p->S, p->d);
+    return ls_request_adjoint(&c->ctx->exchange, c->keys, c->requests, own, brought, n);
+}
+
 /* ------------------------------------------------------------------------------------------------ walk */
 
 /* What a phase makes for the ranks after this one is not made where there are none. */
@@ -449,7 +529,7 @@ static ls_status cross(ls_call *c, ls_pass *p, const ls_phase *phase, int i)
     if (phase->monoid != NULL) s->monoid = phase->monoid(p); /* its decays are known by now */
     if (phase->crossing == LS_REDUCE) return ls_reduce(x, s->monoid, s->sent, s->got);
     if (is_scan(phase->crossing)) return ls_scan(x, s->monoid, phase->crossing == LS_REVERSE_SCAN, s->sent, s->got);
-    if (phase->crossing == LS_FETCH) return fetch(c, p, phase);
+    if (phase->crossing == LS_FETCH) return phase->wanted != NULL ? fetch_lists(c, p, phase) : fetch(c, p, phase);
     if (phase->crossing == LS_GATHER) return ls_gather(x, c->piece[i], g->mine, g->all);
     return LS_OK;
 }
@@ -463,7 +543,8 @@ static ls_status cross_adjoint(ls_call *c, ls_pass *p, const ls_phase *phase, in
     if (phase->crossing == LS_REDUCE) return ls_reduce_adjoint(x, s->monoid, s->sent, s->got, s->dgot, s->dsent);
     if (is_scan(phase->crossing))
         return ls_scan_adjoint(x, s->monoid, phase->crossing == LS_REVERSE_SCAN, s->sent, s->got, s->dgot, s->dsent);
-    if (phase->crossing == LS_FETCH) return fetch_adjoint(c, p, phase);
+    if (phase->crossing == LS_FETCH)
+        return phase->wanted != NULL ? fetch_lists_adjoint(c, p, phase) : fetch_adjoint(c, p, phase);
     if (phase->crossing == LS_GATHER) return ls_gather_adjoint(x, c->piece[i], g->dall, g->dmine);
     return LS_OK;
 }

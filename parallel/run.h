@@ -35,6 +35,7 @@ typedef struct ls_call {
     ls_placement placement;
     ls_ring_buffers ring;
     ls_reach reach;
+    ls_requests *requests; /* a fetch of lists: as they were in forward, kept until backward */
     int64_t *piece[LS_MAX_PHASES]; /* (P): what every rank gives to a gather */
 } ls_call;
 

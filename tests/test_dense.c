@@ -162,6 +162,29 @@ static void test_linear(void **state)
     }
 }
 
+/* By value, and each row's bits again when it stands among fewer rows. */
+static void test_linear_alike(void **state)
+{
+    (void)state;
+    for (size_t k = 0; k < sizeof linear_sizes / sizeof *linear_sizes; k++) {
+        const int64_t rows = linear_sizes[k][0], in = linear_sizes[k][1], out = linear_sizes[k][2];
+        const ls_real *x = noise(rows * in), *w = noise(out * in), *b = noise(out);
+        problem p = {.rows = rows, .in = in, .out = out};
+        p.x = widen(rows * in, x), p.w = widen(out * in, w), p.b = widen(out, b);
+        ls_real *y = fill(rows * out, NAN);
+        double *expected = wide(rows * out);
+        naive_linear(&p, expected);
+        ls_linear_alike(rows, in, out, x, w, b, y);
+        assert_close(rows * out, y, expected, forward_tolerance);
+        for (int64_t n = 1; n < 7; n++)
+            for (int64_t r = 0; r + n <= rows; r += 3) {
+                ls_real *piece = fill(n * out, NAN);
+                ls_linear_alike(n, in, out, x + r * in, w, b, piece);
+                assert_memory_equal(piece, y + r * out, (size_t)(n * out) * sizeof *piece);
+            }
+    }
+}
+
 static void test_linear_backward(void **state)
 {
     (void)state;
@@ -668,6 +691,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_teardown(test_linear, free_all),
+        cmocka_unit_test_teardown(test_linear_alike, free_all),
         cmocka_unit_test_teardown(test_linear_backward, free_all),
         cmocka_unit_test_teardown(test_layer_norm, free_all),
         cmocka_unit_test_teardown(test_layer_norm_special_rows, free_all),

@@ -251,6 +251,146 @@ static void test_fetch(void **unused)
     ledger_agrees();
 }
 
+/* ---------------------------------------------------------------------------------------- requests */
+
+enum { RB = 2, RH = 3, RD = 4 };
+
+/* What (b,h,position) holds, and its byte. */
+static ls_real held(int64_t g, int64_t position, int64_t e)
+{
+    return (ls_real)(position + 200 * g) / 8 + (ls_real)e;
+}
+static uint8_t held_byte(int64_t g, int64_t position)
+{
+    return (uint8_t)(7 * position + g / RH);
+}
+
+/* Lists that nobody else knows: some empty, some of everything, most of a few intervals, also one beside the other. */
+static void draw_lists(ls_requests *r, const ls_shard *shard, int variant)
+{
+    const int64_t L = shard->length;
+    for (int pass = 0, count = 0; pass < 2; pass++) {
+        const uint64_t seed = state; /* the second pass draws the same, and writes it down */
+        if (pass == 1) must(ls_requests_begin(r, size, RB * RH, RH, count));
+        for (int64_t g = 0, i = 0; g < RB * RH; g++) {
+            const int none = (rank + g + variant) % 4 == 3 || (rank + variant) % 5 == 4, whole = (rank + g) % 7 == 1;
+            for (int64_t at = none ? L : 0; at < L; i++) {
+                const int64_t lo = whole ? 0 : at + (int64_t)((draw() + 1) * 3);
+                const int64_t n = whole ? L : 1 + (int64_t)((draw() + 1) * 4);
+                if (lo >= L) break;
+                if (pass == 0) count++;
+                if (pass == 1) r->list[i] = (ls_span){0, lo, ls_min(n, L - lo)};
+                at = lo + n;
+            }
+            if (pass == 1) r->list_at[g + 1] = i;
+        }
+        if (pass == 0) state = seed;
+    }
+}
+
+/* Rows and intervals that this rank wants of others, counted position by position. */
+static void count_others(const ls_requests *r, const ls_shard *shard, double *rows, double *intervals)
+{
+    *rows = *intervals = 0;
+    for (int64_t i = 0; i < r->list_at[RB * RH]; i++)
+        for (int p = 0; p < size; p++) {
+            double mine = 0;
+            for (int64_t t = r->list[i].lo; t < r->list[i].lo + r->list[i].n; t++)
+                mine += p != rank && t >= shard->bounds[p] && t < shard->bounds[p + 1];
+            *rows += mine;
+            *intervals += mine > 0;
+        }
+}
+
+static double bytes_of_fetch(void)
+{
+    ls_traffic t;
+    ls_context_traffic(ctx, &t);
+    return all((double)t.sent[LS_FETCH]);
+}
+
+static void check_requests(int64_t length, int variant)
+{
+    ls_shard shard;
+    make_shard(length, variant, &shard);
+    ls_requests r = {0};
+    draw_lists(&r, &shard, variant);
+    ls_requests_cut(&shard, &r);
+    const int64_t n = shard.n, reals = RB * RH * n * RD, row = RD * (int64_t)sizeof(ls_real);
+    ls_real *from = filled(reals), *dfrom = calloc((size_t)reals + 1, sizeof *dfrom);
+    ls_real *to = filled(r.rows * RD), *dto = filled(r.rows * RD);
+    uint8_t *byte = calloc((size_t)(RB * n) + 1, 1), *got = calloc((size_t)r.rows + 1, 1);
+    for (int64_t g = 0; g < RB * RH; g++) /* (B,n,H,D) */
+        for (int64_t t = 0; t < n; t++) {
+            ls_real *x = from + (((g / RH) * n + t) * RH + g % RH) * RD;
+            for (int64_t e = 0; e < RD; e++) x[e] = held(g, shard.lo + t, e);
+            byte[g / RH * n + t] = held_byte(g, shard.lo + t);
+        }
+    const ls_view v = {from, n * RH * RD, RD, RH * RD}, dv = {dfrom, n * RH * RD, RD, RH * RD};
+    const ls_rows own[] = {ls_rows_of_view(v, RB, RH, RD), ls_rows_of_pad(byte, RB, n)};
+    const ls_rows want[] = {ls_rows_of_view((ls_view){to, 0, 0, RD}, 1, 1, RD), ls_rows_of_pad(got, 1, r.rows)};
+    const ls_rows down = ls_rows_of_view(dv, RB, RH, RD), dwant = ls_rows_of_view((ls_view){dto, 0, 0, RD}, 1, 1, RD);
+
+    /* forward, against what the owners hold */
+    double before = bytes_of_fetch(), rows, intervals, wrong = 0;
+    count_others(&r, &shard, &rows, &intervals);
+    must(ls_requests_exchange(ctx, &r, (size_t)row + 1, LS_OK));
+    must(ls_request(&ctx->exchange, &shard, &r, own, want, 2));
+    double sent = bytes_of_fetch() - before;
+    assert_true(sent == all(16 * (size - 1) + 24 * intervals + rows * (double)(row + 1)));
+    for (int64_t g = 0; g < RB * RH; g++) {
+        int64_t at = r.first[g];
+        for (int64_t i = r.list_at[g]; i < r.list_at[g + 1]; i++)
+            for (int64_t t = r.list[i].lo; t < r.list[i].lo + r.list[i].n; t++, at++) {
+                for (int64_t e = 0; e < RD; e++) wrong += to[at * RD + e] != held(g, t, e);
+                wrong += got[at] != held_byte(g, t);
+            }
+        wrong += at != r.first[g + 1];
+    }
+    assert_true(all(wrong) == 0);
+
+    /* the adjoint, twice: lists serve again */
+    for (int repeat = 0; repeat < 2; repeat++) {
+        double left = 0, right = 0, scale = 0;
+        before = bytes_of_fetch();
+        must(ls_request_adjoint(&ctx->exchange, &shard, &r, &down, &dwant, 1));
+        sent = bytes_of_fetch() - before;
+        assert_true(sent == all(rows * (double)row));
+        for (int64_t i = 0; i < r.rows * RD; i++) left += (double)to[i] * (double)dto[i], scale += fabs((double)to[i]);
+        for (int64_t i = 0; i < reals; i++) right += (double)from[i] * (double)dfrom[i] / (repeat + 1);
+        same(left, right, scale);
+    }
+    free(from), free(to), free(dfrom), free(dto), free(byte), free(got);
+    ls_requests_free(&r);
+    ls_shard_free(&shard);
+}
+
+static void test_requests(void **unused)
+{
+    (void)unused;
+    for (int l = 0; l < LENGTHS; l++)
+        for (int variant = 0; variant < 6; variant++) check_requests(lengths[l], variant % 3);
+    ledger_agrees();
+}
+
+/* A rank that cannot even say what it wants: all are told, and nobody waits. */
+static void test_requests_fail_together(void **unused)
+{
+    (void)unused;
+    ls_requests r = {0};
+    ls_shard shard;
+    make_shard(8, 0, &shard);
+    draw_lists(&r, &shard, 0);
+    ls_requests_cut(&shard, &r);
+    const ls_status mine = rank == size - 1 ? ls_fail(LS_ERR_MEMORY, "no room for lists") : LS_OK;
+    const ls_status status = ls_requests_exchange(ctx, &r, 8, mine);
+    assert_true(all(status != LS_ERR_MEMORY || strstr(ls_last_error(), "no room for lists") == NULL) == 0);
+    must(ls_requests_exchange(ctx, &r, 8, LS_OK));
+    ls_requests_free(&r);
+    ls_shard_free(&shard);
+    ledger_agrees();
+}
+
 /* ---------------------------------------------------------------------------------------- ring */
 
 /* A mechanism that is linear in v and knows positions: out_i = Σ_j c(i,j) v_j, over j <= i in CS. */
@@ -383,14 +523,15 @@ static void test_ring(void **unused)
 
 /* ---------------------------------------------------------------------------------------- bytes */
 
-/* Exact softmax, noncausal forward: all ranks together send (P - 1) · 2 B E S reals, the formula of the ring. */
-static void test_ring_volume(void **unused)
+/* What all ranks together send over one kind of crossing in a forward pass of (B,T,E) queries on (B,S,E) keys. */
+static double volume(const char *mechanism, ls_pattern pattern, const char *option, double value, int64_t B, int64_t T,
+                     int64_t S, ls_crossing kind)
 {
-    (void)unused;
-    enum { B = 2, H = 2, E = 8, T = 5, S = 97 };
+    enum { H = 2, E = 8 };
     ls_attention_options o;
-    must(ls_attention_defaults("softmax", &o));
-    o.pattern = LS_NC, o.embed_dim = E, o.num_heads = H;
+    must(ls_attention_defaults(mechanism, &o));
+    if (option != NULL) must(ls_attention_set(&o, option, value));
+    o.pattern = pattern, o.embed_dim = E, o.num_heads = H;
     ls_attention *a;
     must(ls_attention_create(ctx, &o, &a));
     ls_shard q, k;
@@ -402,12 +543,22 @@ static void test_ring_volume(void **unused)
     must(ls_attention_forward(a, &(ls_attention_shape){B, &q, &k},
                               &(ls_attention_io){.query = xq, .key = xk, .value = xv}, NULL, out, NULL));
     ls_context_traffic(ctx, &after);
-    const double sent = all((double)(after.sent[LS_RING] - before.sent[LS_RING]));
-    assert_true(sent == (double)((size - 1) * 2 * B * E * S) * (double)sizeof(ls_real));
     ledger_agrees();
     free(xq), free(xk), free(xv), free(out);
     ls_shard_free(&q), ls_shard_free(&k);
     ls_attention_free(a);
+    return all((double)(after.sent[kind] - before.sent[kind])) / (double)sizeof(ls_real);
+}
+
+static void test_volumes(void **unused)
+{
+    (void)unused;
+    enum { B = 2, E = 8, S = 97, W = 3 };
+    /* exact softmax: every block of keys and values goes to all others */
+    assert_true(volume("softmax", LS_NC, NULL, 0, B, 5, S, LS_RING) == (size - 1) * 2 * B * E * S);
+    /* local: W keys and values from each side, or W - 1 from the left */
+    assert_true(volume("local", LS_NS, "window", W, B, S, S, LS_FETCH) == (size - 1) * 2 * B * E * 2 * W);
+    assert_true(volume("local", LS_CS, "window", W, B, S, S, LS_FETCH) == (size - 1) * 2 * B * E * (W - 1));
 }
 
 /* A rank that fails alone: all get its code, and its name and sentence. */
@@ -432,9 +583,14 @@ int main(int argc, char **argv)
     const ls_context_options options = {.comm = MPI_COMM_WORLD};
     if (ls_context_create(&options, &ctx) != LS_OK) return 1;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_reduce_and_scan), cmocka_unit_test(test_gather),
-        cmocka_unit_test(test_fetch),           cmocka_unit_test(test_ring),
-        cmocka_unit_test(test_ring_volume),     cmocka_unit_test(test_agree),
+        cmocka_unit_test(test_reduce_and_scan),
+        cmocka_unit_test(test_gather),
+        cmocka_unit_test(test_fetch),
+        cmocka_unit_test(test_requests),
+        cmocka_unit_test(test_ring),
+        cmocka_unit_test(test_requests_fail_together),
+        cmocka_unit_test(test_volumes),
+        cmocka_unit_test(test_agree),
     };
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     ls_context_free(ctx);

@@ -1,0 +1,269 @@
+/* Requests: a fetch of positions that only the rank that wants them knows. Every group, a head (b,h), has a list of its
+ * own. So owners must be told what to send:
+ *
+ *   1. each rank cuts its lists at the bounds of the shard, and sorts the pieces by owner
+ *   2. it tells every other rank how many intervals and rows it wants of it       (2 numbers to each)
+ *   3. all ranks agree that they have memory for what others want, and for the messages of rows
+ *   4. the intervals go to their owners                                            (3 numbers for each interval)
+ *   5. rows go from owners to wanters, or their gradients back: as often as is asked, and nothing but those rows
+ *
+ * A message of rows is, interval by interval and tensor by tensor, packed. */
+#include "context.h"
+
+/* ------------------------------------------------------------------------------------------------ lists */
+
+static void plan(ls_requests *r, int size, int64_t intervals)
+{
+    ls_arena *a = &r->asked;
+    const size_t pieces = (size_t)(intervals + (intervals > 0 ? r->groups * (size - 1) : 0)), one = sizeof(int64_t);
+    r->first = ls_arena_take(a, (size_t)(r->groups + 1) * one);
+    r->list_at = ls_arena_take(a, (size_t)(r->groups + 1) * one);
+    r->list = ls_arena_take(a, (size_t)intervals * sizeof *r->list);
+    r->want = ls_arena_take(a, pieces * sizeof *r->want);
+    r->row = ls_arena_take(a, pieces * one);
+    r->want_at = ls_arena_take(a, (size_t)(size + 1) * one);
+    r->give_at = ls_arena_take(a, (size_t)(size + 1) * one);
+    r->wanted = ls_arena_take(a, 2 * (size_t)size * one);
+    r->given = ls_arena_take(a, 2 * (size_t)size * one);
+}
+
+ls_status ls_requests_begin(ls_requests *r, int size, int64_t groups, int64_t heads, int64_t intervals)
+{
+    r->groups = groups;
+    r->heads = heads;
+    r->rows = 0;
+    ls_arena_measure(&r->asked);
+    plan(r, size, intervals);
+    LS_TRY(ls_arena_reserve(&r->asked, "exchange: lists of requests"));
+    plan(r, size, intervals);
+    r->list_at[0] = 0;
+    return LS_OK;
+}
+
+/* Walks over the pieces that owners hold. Pass 1 counts them, pass 2 writes them down, each owner's from want_at on. */
+static void walk(const ls_shard *shard, ls_requests *r, int write)
+{
+    int64_t row = 0;
+    for (int64_t g = 0; g < r->groups; g++) {
+        int owner = 0;
+        r->first[g] = row;
+        for (int64_t i = r->list_at[g]; i < r->list_at[g + 1]; i++) {
+            const int64_t end = r->list[i].lo + r->list[i].n;
+            for (int64_t lo = r->list[i].lo, n; lo < end; lo += n, row += n) {
+                while (shard->bounds[owner + 1] <= lo) owner++;
+                n = ls_min(end, shard->bounds[owner + 1]) - lo;
+                if (write) {
+                    const int64_t at = r->want_at[owner]++;
+                    r->want[at] = (ls_interval){g, lo, n};
+                    r->row[at] = row;
+                } else {
+                    r->wanted[2 * owner]++;
+                    r->wanted[2 * owner + 1] += n;
+                }
+            }
+        }
+    }
+    r->first[r->groups] = r->rows = row;
+}
+
+/* at (P+1) = where each rank's intervals begin, from numbers (P, 2): intervals, rows. */
+static void add_up(int size, const int64_t *numbers, int64_t *at)
+{
+    at[0] = 0;
+    for (int p = 0; p < size; p++) at[p + 1] = at[p] + numbers[2 * p];
+}
+
+void ls_requests_cut(const ls_shard *shard, ls_requests *r)
+{
+    memset(r->wanted, 0, 2 * (size_t)shard->size * sizeof *r->wanted);
+    walk(shard, r, 0);
+    add_up(shard->size, r->wanted, r->want_at);
+    walk(shard, r, 1);
+    add_up(shard->size, r->wanted, r->want_at); /* writing has moved them */
+}
+
+void ls_requests_free(ls_requests *r)
+{
+    ls_arena_free(&r->asked);
+    ls_arena_free(&r->accepted);
+    ls_arena_free(&r->brought);
+    *r = (ls_requests){0};
+}
+
+/* ------------------------------------------------------------------------------------------------ to the owners */
+
+/* Step 2. What a rank wants of itself is nobody else's business: given is 0 there. */
+static ls_status tell_numbers(ls_exchange *x, ls_requests *r)
+{
+    const size_t bytes = 2 * sizeof *r->wanted;
+    memset(r->given, 0, (size_t)x->comm.size * bytes);
+    for (int p = 0; p < x->comm.size; p++) {
+        if (p == x->comm.rank) continue;
+        x->traffic.predicted[LS_FETCH] += bytes;
+        LS_TRY(ls_exchange_add(x, r->given + 2 * p, bytes, p, 1));
+        LS_TRY(ls_exchange_add(x, r->wanted + 2 * p, bytes, p, 0));
+    }
+    LS_TRY(ls_exchange_begin(x, LS_FETCH, &x->pending));
+    LS_TRY(ls_exchange_end(x, &x->pending));
+    add_up(x->comm.size, r->given, r->give_at);
+    return LS_OK;
+}
+
+static int64_t rows_of_others(const ls_exchange *x, const int64_t *numbers)
+{
+    int64_t rows = 0;
+    for (int p = 0; p < x->comm.size; p++) rows += p == x->comm.rank ? 0 : numbers[2 * p + 1];
+    return rows;
+}
+
+static ls_status take_wire(ls_exchange *x, const ls_requests *r, size_t row_bytes, int adjoint, char **out, char **in)
+{
+    const size_t give = (size_t)rows_of_others(x, r->given) * row_bytes;
+    const size_t want = (size_t)rows_of_others(x, r->wanted) * row_bytes;
+    ls_arena_measure(&x->wire);
+    ls_arena_take(&x->wire, give), ls_arena_take(&x->wire, want);
+    LS_TRY(ls_arena_reserve(&x->wire, "exchange: message buffers"));
+    *out = ls_arena_take(&x->wire, adjoint ? want : give);
+    *in = ls_arena_take(&x->wire, adjoint ? give : want);
+    return LS_OK;
+}
+
+/* Step 3. The buffers are not used yet, but from now on they can be had. */
+static ls_status accept(ls_exchange *x, ls_requests *r, size_t row_bytes)
+{
+    char *out, *in;
+    const size_t bytes = (size_t)r->give_at[x->comm.size] * sizeof *r->give;
+    ls_arena_measure(&r->accepted);
+    ls_arena_take(&r->accepted, bytes);
+    LS_TRY(ls_arena_reserve(&r->accepted, "exchange: requests of other ranks"));
+    r->give = ls_arena_take(&r->accepted, bytes);
+    return take_wire(x, r, row_bytes, 0, &out, &in);
+}
+
+/* Step 4. */
+static ls_status tell_intervals(ls_exchange *x, ls_requests *r)
+{
+    const size_t one = sizeof *r->want;
+    for (int p = 0; p < x->comm.size; p++) {
+        if (p == x->comm.rank) continue;
+        const size_t out = (size_t)r->wanted[2 * p] * one, in = (size_t)r->given[2 * p] * one;
+        x->traffic.predicted[LS_FETCH] += out;
+        LS_TRY(ls_exchange_add(x, r->give + r->give_at[p], in, p, 1));
+        LS_TRY(ls_exchange_add(x, r->want + r->want_at[p], out, p, 0));
+    }
+    LS_TRY(ls_exchange_begin(x, LS_FETCH, &x->pending));
+    return ls_exchange_end(x, &x->pending);
+}
+
+ls_status ls_requests_exchange(ls_context *ctx, ls_requests *r, size_t row_bytes, ls_status mine)
+{
+    ls_exchange *x = &ctx->exchange;
+    LS_TRY(ls_agree(ctx, mine));
+    LS_TRY(tell_numbers(x, r));
+    LS_TRY(ls_agree(ctx, accept(x, r, row_bytes)));
+    return tell_intervals(x, r);
+}
+
+/* ------------------------------------------------------------------------------------------------ rows */
+
+/* Row `row` of group g in the owner's tensor (nb,nh,n); the wanter's rows are all groups' in one. */
+static char *owned(const ls_requests *r, const ls_rows *t, int64_t g, int64_t row)
+{
+    return t->p + g / r->heads * t->sb + g % r->heads * t->sh + row * t->st;
+}
+
+/* Packs the rows that leave for rank p: those it wants, or the gradients of those that it owns. */
+static void pack(const ls_shard *shard, const ls_requests *r, int p, const ls_rows *t, int tensors, int adjoint,
+                 char *wire)
+{
+    const int64_t *at = adjoint ? r->want_at : r->give_at;
+    for (int64_t i = at[p]; i < at[p + 1]; i++) {
+        const ls_interval k = adjoint ? r->want[i] : r->give[i];
+        for (int j = 0; j < tensors; j++) {
+            const int64_t bytes = t[j].row_bytes;
+            const char *row = adjoint ? t[j].p + r->row[i] * t[j].st : owned(r, &t[j], k.group, k.lo - shard->lo);
+            ls_copy_rows(wire, bytes, row, t[j].st, bytes, k.n);
+            wire += k.n * bytes;
+        }
+    }
+}
+
+/* The rows that came from rank p: put where they were wanted, or added where they are owned. */
+static void unpack(const ls_shard *shard, const ls_requests *r, int p, const ls_rows *t, int tensors, int adjoint,
+                   const char *wire)
+{
+    const int64_t *at = adjoint ? r->give_at : r->want_at;
+    for (int64_t i = at[p]; i < at[p + 1]; i++) {
+        const ls_interval k = adjoint ? r->give[i] : r->want[i];
+        for (int j = 0; j < tensors; j++) {
+            const int64_t bytes = t[j].row_bytes;
+            if (adjoint)
+                ls_add_rows(owned(r, &t[j], k.group, k.lo - shard->lo), t[j].st, wire, bytes, bytes, k.n);
+            else
+                ls_copy_rows(t[j].p + r->row[i] * t[j].st, t[j].st, wire, bytes, bytes, k.n);
+            wire += k.n * bytes;
+        }
+    }
+}
+
+/* What this rank wants of itself. */
+static void move_own(const ls_shard *shard, const ls_requests *r, const ls_rows *from, const ls_rows *to, int tensors,
+                     int adjoint)
+{
+    for (int64_t i = r->want_at[shard->rank]; i < r->want_at[shard->rank + 1]; i++) {
+        const ls_interval k = r->want[i];
+        for (int j = 0; j < tensors; j++) {
+            char *mine = owned(r, &from[j], k.group, k.lo - shard->lo), *there = to[j].p + r->row[i] * to[j].st;
+            if (adjoint)
+                ls_add_rows(mine, from[j].st, there, to[j].st, to[j].row_bytes, k.n);
+            else
+                ls_copy_rows(there, to[j].st, mine, from[j].st, to[j].row_bytes, k.n);
+        }
+    }
+}
+
+/* Step 5, either way. */
+static ls_status travel(ls_exchange *x, const ls_shard *shard, const ls_requests *r, const ls_rows *from,
+                        const ls_rows *to, int tensors, int adjoint)
+{
+    const int rank = x->comm.rank, size = x->comm.size;
+    const int64_t *leaving = adjoint ? r->wanted : r->given, *coming = adjoint ? r->given : r->wanted;
+    size_t bytes = 0;
+    char *out, *in;
+    for (int j = 0; j < tensors; j++) bytes += (size_t)to[j].row_bytes;
+    LS_TRY(take_wire(x, r, bytes, adjoint, &out, &in));
+    const char *arrived = in;
+    for (int p = 0; p < size; p++) {
+        if (p == rank) continue;
+        const size_t n_out = (size_t)leaving[2 * p + 1] * bytes, n_in = (size_t)coming[2 * p + 1] * bytes;
+        pack(shard, r, p, adjoint ? to : from, tensors, adjoint, out);
+        x->traffic.predicted[LS_FETCH] += n_out;
+        LS_TRY(ls_exchange_add(x, in, n_in, p, 1));
+        LS_TRY(ls_exchange_add(x, out, n_out, p, 0));
+        out += n_out, in += n_in;
+    }
+    LS_TRY(ls_exchange_begin(x, LS_FETCH, &x->pending));
+    if (!adjoint) move_own(shard, r, from, to, tensors, 0); /* while the others' travel */
+    LS_TRY(ls_exchange_end(x, &x->pending));
+    for (int p = 0; p < size; p++) { /* in rank order */
+        if (p == rank) {
+            if (adjoint) move_own(shard, r, from, to, tensors, 1);
+            continue;
+        }
+        unpack(shard, r, p, adjoint ? from : to, tensors, adjoint, arrived);
+        arrived += (size_t)coming[2 * p + 1] * bytes;
+    }
+    return LS_OK;
+}
+
+ls_status ls_request(ls_exchange *x, const ls_shard *shard, const ls_requests *r, const ls_rows *from,
+                     const ls_rows *to, int tensors)
+{
+    return travel(x, shard, r, from, to, tensors, 0);
+}
+
+ls_status ls_request_adjoint(ls_exchange *x, const ls_shard *shard, const ls_requests *r, const ls_rows *from,
+                             const ls_rows *to, int tensors)
+{
+    return travel(x, shard, r, from, to, tensors, 1);
+}
