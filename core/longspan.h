@@ -191,9 +191,17 @@ typedef struct ls_param_info {
     int ndim;
     int64_t dim[4];
     int64_t offset, count; /* in ls_real, within the flat vector */
-    /* IDENTITY: normal noise around the unit matrix, dim[0] = dim[1] */
-    enum { LS_INIT_ZERO, LS_INIT_ONE, LS_INIT_NORMAL, LS_INIT_UNIFORM, LS_INIT_IDENTITY } init;
-    double init_scale; /* standard deviation, or half the width */
+    enum {
+        LS_INIT_ZERO,
+        LS_INIT_ONE,
+        LS_INIT_NORMAL,
+        LS_INIT_UNIFORM,
+        LS_INIT_IDENTITY, /* normal noise around the unit matrix, dim[0] = dim[1] */
+        LS_INIT_CONSTANT, /* init_scale */
+        LS_INIT_LOG_STEP, /* logarithms of step sizes: uniform in [ln 0.001, ln 0.1] (Gu et al., 2022) */
+        LS_INIT_INVERSE   /* n along the last axis, of N/2: N/π (N/(2n + 1) - 1), S4D-Inv of the same paper */
+    } init;
+    double init_scale; /* standard deviation, half the width, or the constant */
 } ls_param_info;
 int ls_attention_num_params(const ls_attention *attention);
 const ls_param_info *ls_attention_param(const ls_attention *attention, int index);

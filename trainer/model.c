@@ -53,13 +53,15 @@ static int64_t add_attention(model *m, const char *prefix, const ls_attention *a
         model_tensor *t = &m->tensor[m->num_tensors];
         *t = (model_tensor){.ndim = info->ndim, .offset = first + info->offset, .count = info->count};
         for (int d = 0; d < info->ndim; d++) t->dim[d] = info->dim[d];
-        t->decay = info->ndim > 1 && info->init != LS_INIT_ONE;
+        static const init_kind kinds[] = {
+            [LS_INIT_ZERO] = INIT_ZERO,         [LS_INIT_ONE] = INIT_CONSTANT,      [LS_INIT_NORMAL] = INIT_NORMAL,
+            [LS_INIT_UNIFORM] = INIT_UNIFORM,   [LS_INIT_IDENTITY] = INIT_IDENTITY, [LS_INIT_CONSTANT] = INIT_CONSTANT,
+            [LS_INIT_LOG_STEP] = INIT_LOG_STEP, [LS_INIT_INVERSE] = INIT_INVERSE};
+        const init_kind kind = kinds[info->init];
+        /* decay draws to 0, which means nothing to gains, logarithms and frequencies */
+        t->decay = info->ndim > 1 &&
+                   (kind == INIT_ZERO || kind == INIT_NORMAL || kind == INIT_UNIFORM || kind == INIT_IDENTITY);
         snprintf(t->name, sizeof t->name, "%s.%s", prefix, info->name);
-        const init_kind kind = info->init == LS_INIT_ZERO       ? INIT_ZERO
-                               : info->init == LS_INIT_ONE      ? INIT_CONSTANT
-                               : info->init == LS_INIT_NORMAL   ? INIT_NORMAL
-                               : info->init == LS_INIT_IDENTITY ? INIT_IDENTITY
-                                                                : INIT_UNIFORM;
         m->init[m->num_tensors++] = (tensor_init){kind, info->init == LS_INIT_ONE ? 1 : info->init_scale};
     }
     m->count += ls_attention_param_count(attention);
@@ -93,8 +95,8 @@ static void list_stack(model *m, stack *s, const char *name)
     }
     char prefix[64];
     snprintf(prefix, sizeof prefix, "%s.", name);
-    /* The decoder's last norm starts small: logits near 0, so that the first loss is ln V and not a bet on the input byte,
-     * which a tied table would make. */
+    /* The decoder's last norm starts small: logits near 0, so that the first loss is ln V and not a bet on the input
+     * byte, which a tied table would make. */
     s->norm = add_norm(m, prefix, s == &m->decoder ? 0.4 : 1);
 }
 
@@ -140,6 +142,15 @@ void model_init(const model *m, uint64_t seed, ls_real *params)
             case INIT_UNIFORM:
                 p[j] = (ls_real)(init.scale * (2 * ls_uniform(seed, stream, STEP_INIT, (uint64_t)j) - 1));
                 break;
+            case INIT_LOG_STEP:
+                p[j] = (ls_real)(log(0.001) + log(100.0) * ls_uniform(seed, stream, STEP_INIT, (uint64_t)j));
+                break;
+            case INIT_INVERSE: {
+                const int64_t modes = m->tensor[i].dim[m->tensor[i].ndim - 1], n = j % modes;
+                const double N = 2 * (double)modes;
+                p[j] = (ls_real)(N / 3.14159265358979323846 * (N / (double)(2 * n + 1) - 1));
+                break;
+            }
             }
         }
     }

@@ -54,10 +54,18 @@ typedef struct workspace {
     ls_real *memory, *dmemory, *dtarget; /* encoder output, its gradient; the running gradient of the decoder */
 } workspace;
 
-typedef enum { INIT_ZERO, INIT_CONSTANT, INIT_NORMAL, INIT_UNIFORM, INIT_IDENTITY } init_kind;
+typedef enum {
+    INIT_ZERO,
+    INIT_CONSTANT,
+    INIT_NORMAL,
+    INIT_UNIFORM,
+    INIT_IDENTITY,
+    INIT_LOG_STEP,
+    INIT_INVERSE
+} init_kind;
 typedef struct tensor_init {
     init_kind kind;
-    double scale; /* standard deviation, or half the width */
+    double scale; /* standard deviation, half the width, or the constant */
 } tensor_init;
 
 struct model {

@@ -1,0 +1,841 @@
+/* S4D, diagonal state space layer (Gu et al., 2022, "On the Parameterization and Initialization of Diagonal State Space
+ * Models"). Every feature h is a filter of its own with N/2 complex modes; feature h uses set h mod n_ssm of w.
+ *
+ *   λ = dt w,  a = e^λ,  W = 2 C β,  β = (a - 1)/w;   u := 0 where padded
+ *   s_t = a s_{t-1} + u_t                    the state, all a step need keep
+ *   CS: y_t = D u_t + Re Σ_modes W s_t
+ *   NS: the same with the first half of C, and + Re Σ W₁ r_t with the second, r_t = a r_{t+1} + u_{t+1}
+ *
+ * Chunks. Positions go in chunks of n. A state meets a chunk twice: it enters, and its successor leaves.
+ *   s' = a^n s + Σ_k a^(n-1-k) u_k,  y_k = Re Σ W a^(k+1) s + Σ_{j<=k} K_{k-j} u_j,  K_l = Re Σ W a^l  (+ D in K_0)
+ *   r' = a^n r + Σ_k a^k u_k,        y_k += Re Σ W₁ a^(n-1-k) r + Σ_{j>k} K¹_{j-k-1} u_j        (r comes from the
+ * right) So with the chunks as rows, all is a product of small matrices for every feature: inputs with powers of a make
+ * what joins the states, states with powers make outputs, inputs with a Toeplitz matrix of taps K make outputs. The
+ * features are the lanes (lanes.h). The chain over chunks and the powers are made in double and rounded once: |a| is
+ * close to 1, float powers would drift.
+ *
+ * Gradients. Of a complex x we keep γ_x with dL = Re(γ_x dx), so holomorphic steps need no conjugates: x' = f(x) gives
+ * γ_x = γ_x' f'(x), and a real input gets Re γ. With γ for the state that enters a chunk and γ' for the one that
+ * leaves: γ = a^n γ' + W V,  V = Σ_k dy_k a^(k+1);   du_k = Re Σ γ' a^(n-1-k) + Σ_j K_{j-k} dy_j γ_W += s V;   γ_λ +=
+ * γ' (n a^n s + Σ_k (n-1-k) a^(n-1-k) u_k) + W s Σ_k (k+1) dy_k a^(k+1) and the taps give theirs: dK_l = Σ dy_{j+l}
+ * u_j, γ_W += dK_l a^l, γ_λ += W l a^l dK_l (likewise for r, K¹, W₁). This is Σ_t γ_{s_t} a s_{t-1}, the step of the
+ * state over every position t, sorted by chunks. Lastly γ_C = 2β γ_W,  γ_β = Σ 2C γ_W,  γ_λ += γ_β a/w,  γ_w = dt γ_λ -
+ * γ_β β/w,  d log_dt = Re Σ γ_λ λ. In memory a real pair of derivatives (d/dRe, d/dIm) is (Re γ, -Im γ): "gradient
+ * form"; so cross the summaries.
+ *
+ * Ranks. The summary of a shard is the state that it makes from nothing: "ends" → scan → apply, with r reverse scanned.
+ * A rank answers for the steps of the state over its own positions, first one included, whatever the state holds:
+ * γ_s there has two parts, what its own outputs want and what later ranks want.
+ *   apply backward: γ' from own outputs, 0 leaves the shard; s with what came from before (got). At the first chunk γ
+ * is d got. ends backward:  γ' = d sent at the end of the shard, outputs have no part; s with got once more, since the
+ * scan carries got over this shard with λ as a constant. d got is not touched: the scan's adjoint does it. γ_λ is
+ * linear in γ', so the two parts add up, each pair (γ', s) is met once, and by its owner. */
+#include "lanes.h"
+#include "tile.h"
+
+#include <complex.h>
+
+enum { STATE_SIZE, CHANNELS, SETS };                       /* option[] */
+enum { LOG_DT, LOG_W_RE, W_IM, C_, D_ };                   /* param[] */
+enum { CHUNK = 16, PIECE = 16, ROWS = PIECE * CHUNK };     /* positions, and chunks, worked on at a time */
+enum { BLOCK = 16, GROUPS = BLOCK / LS_LANES };            /* features worked on at a time */
+enum { FROM_LEFT, FROM_RIGHT };                            /* directions: of s, of r */
+enum { ENTERING, LEAVING };                                /* the states of a sweep: s or r, and γ' of one */
+enum { LAMBDA };                                           /* saved[]: complex doubles (E,N/2) */
+enum { DESK, DLAMBDA, DW };                                /* work[]: complex doubles (E,N/2), (n_ssm,N/2) */
+enum { ENDS_LEFT = 1, SCAN_LEFT, ENDS_RIGHT, SCAN_RIGHT }; /* phases; CS has the first three */
+
+static const ls_option_info options[] = {
+    {"state_size", "N", 16, 2, 1024, 1, "reals of state for each feature: N/2 complex modes"},
+    {"channels", "channels", 1, 1, 256, 1, "outputs for each feature"},
+    {"n_ssm", "n_ssm", 1, 1, 65536, 1, "sets of w: feature h uses set h mod n_ssm"},
+    {.name = NULL},
+};
+
+static ls_status check(const ls_attention_options *o)
+{
+    if ((int64_t)o->value[STATE_SIZE] % 2 != 0)
+        LS_FAIL(LS_ERR_ARGUMENT, "s4d: state_size %g is odd: the modes are complex, use an even number",
+                o->value[STATE_SIZE]);
+    return LS_OK;
+}
+
+static int params(const ls_attention_options *o, ls_param_info *list)
+{
+    const int64_t E = o->embed_dim, modes = (int64_t)o->value[STATE_SIZE] / 2, sets = (int64_t)o->value[SETS];
+    const int64_t channels = (int64_t)o->value[CHANNELS], directions = o->pattern == LS_NS ? 2 : 1;
+    list[LOG_DT] = (ls_param_info){"log_dt", 1, {E}, 0, 0, LS_INIT_LOG_STEP, 0};
+    list[LOG_W_RE] = (ls_param_info){"log_w_re", 2, {sets, modes}, 0, 0, LS_INIT_CONSTANT, log(0.5)};
+    list[W_IM] = (ls_param_info){"w_im", 2, {sets, modes}, 0, 0, LS_INIT_INVERSE, 1};
+    list[C_] = (ls_param_info){"C", 4, {directions * channels, E, modes, 2}, 0, 0, LS_INIT_NORMAL, sqrt(0.5)};
+    list[D_] = (ls_param_info){"D", 2, {channels, E}, 0, 0, LS_INIT_NORMAL, 1};
+    return 5;
+}
+
+static void layer(const ls_attention_options *o, ls_layer_form *form)
+{
+    form->inputs = 0;
+    form->core_width = (int64_t)o->value[CHANNELS] * o->embed_dim;
+    form->gelu = 1;
+}
+
+/* ------------------------------------------------------------------------------------------------ sizes, memory */
+
+/* LS_LANES neighbouring features: their tables, their running states, their sums of gradients. N: re and im by turns.
+ */
+typedef struct group {
+    int64_t first, width;             /* features [first, first + width) */
+    ls_lanes *power, *slope;          /* (n + 1, N) a^e, e a^e */
+    ls_lanes *taps;                   /* (channels, 2n - 1) by distance 1-n .. n-1 of the output from the input */
+    ls_lanes *weight;                 /* (directions, channels, N) W */
+    double *decay;                    /* (2, N, LANES) a^n, and a^(what is left after the last whole chunk) */
+    double *state;                    /* (2, directions, N, LANES) the states of a sweep */
+    ls_lanes *entering, *leaving;     /* (all chunks, N) of the direction whose sweep goes first */
+    double *dlambda, *dweight, *dtap; /* (N, LANES), (directions, channels, N, LANES), (channels, 2n - 1, LANES) */
+} group;
+
+/* All memory for a block of features. Buffers without group are used by one after the other. */
+typedef struct desk {
+    int64_t N, n, channels, directions, groups; /* groups in use, of GROUPS */
+    group group[GROUPS];
+    ls_lanes *u, *du;             /* (GROUPS, ROWS) rows of a piece */
+    ls_lanes *y;                  /* (channels, GROUPS, ROWS) out or dout */
+    ls_lanes *entering, *leaving; /* (PIECE, N) states that enter chunks, gradient form of what leaves */
+    ls_lanes *local, *mixed;      /* (PIECE, N) */
+    ls_lanes *seen;               /* (channels, PIECE, N) V */
+    ls_lanes *products;           /* (n, n) */
+} desk;
+
+static desk *desk_of(const ls_pass *p)
+{
+    return (desk *)(void *)p->work[DESK];
+}
+
+static double complex *complex_of(ls_real *x)
+{
+    return (double complex *)(void *)x;
+}
+
+/* Positions [t, t + chunks·length) of a shard: its chunks first .. first + chunks - 1, of equal length. */
+typedef struct piece {
+    int64_t t, chunks, length, first;
+} piece;
+
+static int64_t chunk_length(const ls_pass *p)
+{
+    return ls_max(1, ls_min(CHUNK, p->T));
+}
+
+static int64_t count_pieces(const ls_pass *p)
+{
+    const int64_t n = chunk_length(p), whole = p->T / n;
+    return (whole + PIECE - 1) / PIECE + (p->T % n > 0);
+}
+
+static piece piece_at(const ls_pass *p, int64_t i)
+{
+    const int64_t n = chunk_length(p), whole = p->T / n, first = i * PIECE;
+    if (first < whole) return (piece){first * n, ls_min(PIECE, whole - first), n, first};
+    return (piece){whole * n, 1, p->T % n, whole};
+}
+
+static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
+{
+    const int64_t E = p->d, N = (int64_t)p->option[STATE_SIZE], channels = (int64_t)p->option[CHANNELS];
+    const int64_t n = chunk_length(p), directions = p->pattern == LS_NS ? 2 : 1, all = (p->T + n - 1) / n;
+    const int64_t back = p->backward, both = directions == 2, stored = back || both;
+    const size_t lanes = sizeof(ls_lanes), doubles = LS_LANES * sizeof(double), z = sizeof(double complex);
+    p->saved[LAMBDA] = ls_arena_take(saved, (size_t)(E * N / 2) * z);
+    p->work[DLAMBDA] = ls_arena_take(work, (size_t)(back * E * N / 2) * z);
+    p->work[DW] = ls_arena_take(work, (size_t)(back * (int64_t)p->option[SETS] * N / 2) * z);
+    desk *place = ls_arena_take(work, sizeof *place);
+    desk k = {.N = N, .n = n, .channels = channels, .directions = directions};
+    for (group *g = k.group; g < k.group + GROUPS; g++) {
+        g->power = ls_arena_take(work, (size_t)((n + 1) * N) * lanes);
+        g->slope = ls_arena_take(work, (size_t)(back * (n + 1) * N) * lanes);
+        g->taps = ls_arena_take(work, (size_t)(channels * (2 * n - 1)) * lanes);
+        g->weight = ls_arena_take(work, (size_t)(directions * channels * N) * lanes);
+        g->decay = ls_arena_take(work, (size_t)(2 * N) * doubles);
+        g->state = ls_arena_take(work, (size_t)(2 * directions * N) * doubles);
+        g->entering = ls_arena_take(work, (size_t)(stored * all * N) * lanes);
+        g->leaving = ls_arena_take(work, (size_t)(back * both * all * N) * lanes);
+        g->dlambda = ls_arena_take(work, (size_t)(back * N) * doubles);
+        g->dweight = ls_arena_take(work, (size_t)(back * directions * channels * N) * doubles);
+        g->dtap = ls_arena_take(work, (size_t)(back * channels * (2 * n - 1)) * doubles);
+    }
+    k.u = ls_arena_take(work, GROUPS * ROWS * lanes);
+    k.du = ls_arena_take(work, (size_t)(back * GROUPS * ROWS) * lanes);
+    k.y = ls_arena_take(work, (size_t)(channels * GROUPS * ROWS) * lanes);
+    k.entering = ls_arena_take(work, (size_t)(PIECE * N) * lanes);
+    k.leaving = ls_arena_take(work, (size_t)(PIECE * N) * lanes);
+    k.local = ls_arena_take(work, (size_t)(PIECE * N) * lanes);
+    k.mixed = ls_arena_take(work, (size_t)(PIECE * N) * lanes);
+    k.seen = ls_arena_take(work, (size_t)(back * channels * PIECE * N) * lanes);
+    k.products = ls_arena_take(work, (size_t)(back * n * n) * lanes);
+    if (place != NULL) *place = k;
+    p->work[DESK] = (ls_real *)(void *)place;
+}
+
+static ls_monoid carried(const ls_pass *p)
+{
+    const int64_t modes = (int64_t)p->option[STATE_SIZE] / 2;
+    return (ls_monoid){.groups = p->B * p->d * modes,
+                       .plain = 2,
+                       .decay = (const double *)(const void *)p->saved[LAMBDA],
+                       .decays = p->d * modes,
+                       .counts = 1};
+}
+
+/* ------------------------------------------------------------------------------------------------ parameters */
+
+static const ls_real *param(const ls_pass *p, int which)
+{
+    return p->params + p->param[which].offset;
+}
+
+static ls_real *dparam(const ls_pass *p, int which)
+{
+    return p->dparams + p->param[which].offset;
+}
+
+/* Where mode m of feature h stands in log_w_re and w_im. */
+static int64_t in_set(const ls_pass *p, int64_t h, int64_t m)
+{
+    return h % (int64_t)p->option[SETS] * ((int64_t)p->option[STATE_SIZE] / 2) + m;
+}
+
+static double complex frequency(const ls_pass *p, int64_t h, int64_t m)
+{
+    const int64_t i = in_set(p, h, m);
+    return CMPLX(-exp((double)param(p, LOG_W_RE)[i]), (double)param(p, W_IM)[i]);
+}
+
+static double complex lambda_of(const ls_pass *p, int64_t h, int64_t m)
+{
+    return complex_of(p->saved[LAMBDA])[h * ((int64_t)p->option[STATE_SIZE] / 2) + m];
+}
+
+/* β = (e^λ - 1) / w: no digits are lost where λ is small. */
+static double complex beta_of(const ls_pass *p, int64_t h, int64_t m)
+{
+    const double complex lambda = lambda_of(p, h, m);
+    const double x = creal(lambda), y = cimag(lambda), half = sin(y / 2);
+    return CMPLX(expm1(x) * cos(y) - 2 * half * half, exp(x) * sin(y)) / frequency(p, h, m);
+}
+
+/* C of direction and channel: entry of the flat tensor. */
+static int64_t in_c(const ls_pass *p, int direction, int64_t channel, int64_t h, int64_t m)
+{
+    const int64_t row = direction * (int64_t)p->option[CHANNELS] + channel;
+    return 2 * ((row * p->d + h) * ((int64_t)p->option[STATE_SIZE] / 2) + m);
+}
+
+static double complex c_of(const ls_pass *p, int direction, int64_t channel, int64_t h, int64_t m)
+{
+    const ls_real *c = param(p, C_) + in_c(p, direction, channel, h, m);
+    return CMPLX((double)c[0], (double)c[1]);
+}
+
+/* Phase 0: λ, which the scans need as well. */
+static ls_status decays(ls_pass *p, int phase)
+{
+    (void)phase;
+    const int64_t modes = (int64_t)p->option[STATE_SIZE] / 2;
+    for (int64_t h = 0; h < p->d; h++) {
+        const double dt = exp((double)param(p, LOG_DT)[h]);
+        for (int64_t m = 0; m < modes; m++) complex_of(p->saved[LAMBDA])[h * modes + m] = dt * frequency(p, h, m);
+    }
+    return LS_OK;
+}
+
+static ls_status decays_backward(ls_pass *p, int phase)
+{
+    (void)phase;
+    const int64_t modes = (int64_t)p->option[STATE_SIZE] / 2, all = (int64_t)p->option[SETS] * modes;
+    double complex *dw = complex_of(p->work[DW]);
+    for (int64_t h = 0; h < p->d; h++) {
+        const double dt = exp((double)param(p, LOG_DT)[h]);
+        double sum = 0;
+        for (int64_t m = 0; m < modes; m++) {
+            const double complex dlambda = complex_of(p->work[DLAMBDA])[h * modes + m];
+            dw[in_set(p, h, m)] += dt * dlambda;
+            sum += creal(dlambda * lambda_of(p, h, m));
+        }
+        dparam(p, LOG_DT)[h] += (ls_real)sum;
+    }
+    for (int64_t i = 0; i < all; i++) {
+        dparam(p, LOG_W_RE)[i] -= (ls_real)(creal(dw[i]) * exp((double)param(p, LOG_W_RE)[i]));
+        dparam(p, W_IM)[i] -= (ls_real)cimag(dw[i]);
+    }
+    return LS_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------ tables */
+
+static void put(ls_lanes *x, int64_t lane, double complex z)
+{
+    x[0][lane] = (ls_real)creal(z);
+    x[1][lane] = (ls_real)cimag(z);
+}
+
+static double complex get(const double *x, int64_t lane)
+{
+    return CMPLX(x[lane], x[LS_LANES + lane]);
+}
+
+static void fill_powers(const ls_pass *p, const desk *k, group *g, int64_t lane)
+{
+    const int64_t rest = p->T % k->n;
+    for (int64_t m = 0; m < k->N; m += 2) {
+        const double complex a = cexp(lambda_of(p, g->first + lane, m / 2));
+        double complex power = 1;
+        for (int64_t e = 0; e <= k->n; e++, power *= a) {
+            put(g->power + e * k->N + m, lane, power);
+            if (p->backward) put(g->slope + e * k->N + m, lane, (double)e * power);
+            for (int i = 0; i < 2; i++) {
+                if (e != (i == 0 ? k->n : rest)) continue;
+                double *to = g->decay + (i * k->N + m) * LS_LANES + lane;
+                to[0] = creal(power);
+                to[LS_LANES] = cimag(power);
+            }
+        }
+    }
+}
+
+/* W, and the taps: K on the right of the middle, K¹ on the left. */
+static void fill_taps(const ls_pass *p, const desk *k, group *g, int64_t lane, int64_t channel)
+{
+    const int64_t h = g->first + lane, middle = k->n - 1;
+    double tap[2 * CHUNK - 1] = {0};
+    tap[middle] = (double)param(p, D_)[channel * p->d + h];
+    for (int64_t m = 0; m < k->N; m += 2) {
+        const double complex a = cexp(lambda_of(p, h, m / 2)), beta = beta_of(p, h, m / 2);
+        for (int d = 0; d < k->directions; d++) {
+            const double complex weight = 2 * beta * c_of(p, d, channel, h, m / 2);
+            put(g->weight + (d * k->channels + channel) * k->N + m, lane, weight);
+            double complex x = weight;
+            for (int64_t l = 0; l < k->n - d; l++, x *= a) tap[d ? middle - 1 - l : middle + l] += creal(x);
+        }
+    }
+    for (int64_t i = 0; i < 2 * k->n - 1; i++) g->taps[channel * (2 * k->n - 1) + i][lane] = (ls_real)tap[i];
+}
+
+static void zero_lanes(ls_lanes *x, int64_t n)
+{
+    if (n > 0) memset(x, 0, (size_t)n * sizeof *x);
+}
+
+static void zero_doubles(double *x, int64_t n)
+{
+    memset(x, 0, (size_t)n * LS_LANES * sizeof *x);
+}
+
+/* Features [first, first + BLOCK) come to the desk. Lanes without a feature are 0 throughout. */
+static void open_block(const ls_pass *p, desk *k, int64_t first)
+{
+    const int64_t N = k->N, taps = k->channels * (2 * k->n - 1), rows = k->directions * k->channels * N;
+    k->groups = 0;
+    for (int i = 0; i < GROUPS && first + i * LS_LANES < p->d; i++) {
+        group *g = &k->group[k->groups++];
+        g->first = first + i * LS_LANES;
+        g->width = ls_min(LS_LANES, p->d - g->first);
+        if (g->width < LS_LANES) {
+            zero_lanes(g->power, (k->n + 1) * N);
+            if (p->backward) zero_lanes(g->slope, (k->n + 1) * N);
+            zero_lanes(g->taps, taps);
+            zero_lanes(g->weight, rows);
+            zero_doubles(g->decay, 2 * N);
+        }
+        for (int64_t lane = 0; lane < g->width; lane++) {
+            fill_powers(p, k, g, lane);
+            for (int64_t c = 0; c < k->channels; c++) fill_taps(p, k, g, lane, c);
+        }
+        if (!p->backward) continue;
+        zero_doubles(g->dlambda, N);
+        zero_doubles(g->dweight, rows);
+        zero_doubles(g->dtap, taps);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ rows, summaries */
+
+/* to (groups, ROWS) = rows of a piece, 0 where padded. v begins at the block's first feature. */
+static void load(const ls_pass *p, const desk *k, ls_view v, int64_t b, const piece *x, ls_lanes *to)
+{
+    for (int64_t i = 0; i < x->chunks * x->length; i++) {
+        const ls_real *from = ls_row(v, b, 0, x->t + i);
+        const int pad = ls_is_padded(p->pad_q, b * p->T + x->t + i);
+        for (int64_t g = 0; g < k->groups; g++) {
+            const int64_t width = pad ? 0 : k->group[g].width;
+            ls_lanes *row = to + g * ROWS + i;
+            if (width < LS_LANES) *row = (ls_lanes){0};
+            if (width == LS_LANES) /* apart, since its size is known */
+                memcpy(row, from + g * LS_LANES, sizeof *row);
+            else if (width > 0)
+                memcpy(row, from + g * LS_LANES, (size_t)width * sizeof *from);
+        }
+    }
+}
+
+/* The way back: padded rows become 0. */
+static void store(const ls_pass *p, const desk *k, const ls_lanes *from, int64_t b, const piece *x, ls_view v)
+{
+    for (int64_t i = 0; i < x->chunks * x->length; i++) {
+        ls_real *to = ls_row(v, b, 0, x->t + i);
+        const int pad = ls_is_padded(p->pad_q, b * p->T + x->t + i);
+        for (int64_t g = 0; g < k->groups; g++) {
+            const ls_lanes row = pad ? (ls_lanes){0} : from[g * ROWS + i];
+            if (k->group[g].width == LS_LANES)
+                memcpy(to + g * LS_LANES, &row, sizeof row);
+            else
+                memcpy(to + g * LS_LANES, &row, (size_t)k->group[g].width * sizeof *to);
+        }
+    }
+}
+
+static ls_view features(ls_view v, int64_t first)
+{
+    v.p += first;
+    return v;
+}
+
+static double *state_of(const desk *k, const group *g, int kind, int direction)
+{
+    return g->state + (kind * k->directions + direction) * k->N * LS_LANES;
+}
+
+/* A state and its place in a summary. sign -1: gradient form there, γ here. */
+static ls_real *in_summary(const ls_pass *p, const desk *k, const group *g, int64_t b, int64_t lane, ls_real *summary)
+{
+    return summary + (b * p->d + g->first + lane) * k->N;
+}
+
+static void read_state(const ls_pass *p, const desk *k, const group *g, int64_t b, ls_real *from, double sign,
+                       double *state)
+{
+    zero_doubles(state, k->N);
+    for (int64_t lane = 0; lane < g->width; lane++)
+        for (int64_t m = 0; m < k->N; m++)
+            state[m * LS_LANES + lane] = (m % 2 ? sign : 1) * (double)in_summary(p, k, g, b, lane, from)[m];
+}
+
+static void write_state(const ls_pass *p, const desk *k, const group *g, int64_t b, const double *state, double sign,
+                        ls_real *to)
+{
+    for (int64_t lane = 0; lane < g->width; lane++)
+        for (int64_t m = 0; m < k->N; m++)
+            in_summary(p, k, g, b, lane, to)[m] = (ls_real)((m % 2 ? sign : 1) * state[m * LS_LANES + lane]);
+}
+
+/* ------------------------------------------------------------------------------------------------ arithmetic */
+
+static ls_entries matrix(ls_lanes *x, int64_t cols)
+{
+    return (ls_entries){x, cols, 1};
+}
+
+/* (positions, N): the power of a (or slope) between an entering state and the output at position k, and between the
+ * input at k and the state that leaves. From the left: k + 1 and n-1-k; from the right: n-1-k and k. */
+static ls_entries on_entering(const desk *k, ls_lanes *table, int direction, int64_t n)
+{
+    return direction == FROM_LEFT ? (ls_entries){table + k->N, k->N, 1}
+                                  : (ls_entries){table + (n - 1) * k->N, -k->N, 1};
+}
+
+static ls_entries on_leaving(const desk *k, ls_lanes *table, int direction, int64_t n)
+{
+    return direction == FROM_LEFT ? (ls_entries){table + (n - 1) * k->N, -k->N, 1} : (ls_entries){table, k->N, 1};
+}
+
+/* (inputs, outputs) of a chunk: entry (j,i) is the tap at distance i - j. */
+static ls_entries toeplitz(const desk *k, const group *g, int64_t channel)
+{
+    return (ls_entries){g->taps + channel * (2 * k->n - 1) + k->n - 1, -1, 1};
+}
+
+/* The state passes the chunks of a piece: before (chunks, N) = state as it comes, im times sign;
+ * state := a^n state + local. */
+static void chain(const desk *k, const group *g, const piece *x, int descending, double *state, const ls_lanes *local,
+                  ls_real sign, ls_lanes *before)
+{
+    const double *decay = g->decay + (x->length == k->n ? 0 : k->N * LS_LANES);
+    for (int64_t i = 0; i < x->chunks; i++) {
+        const int64_t c = (descending ? x->chunks - 1 - i : i) * k->N;
+        const ls_real *in = (const ls_real *)(const void *)(local + c);
+        ls_real *out = (ls_real *)(void *)(before + c);
+        for (int64_t m = 0; m < k->N * LS_LANES; m += 2 * LS_LANES) {
+#pragma omp simd
+            for (int64_t re = m; re < m + LS_LANES; re++) {
+                const int64_t im = re + LS_LANES;
+                const double s = state[re], t = state[im];
+                out[re] = (ls_real)s;
+                out[im] = sign * (ls_real)t;
+                state[re] = decay[re] * s - decay[im] * t + (double)in[re];
+                state[im] = decay[re] * t + decay[im] * s + (double)in[im];
+            }
+        }
+    }
+}
+
+/* out (chunks, N) = weight (N) · x, im times sign; or += with add. */
+static void weigh(const desk *k, int64_t chunks, const ls_lanes *weight, const ls_lanes *x, ls_real sign, int add,
+                  ls_lanes *out)
+{
+    for (int64_t m = 0; m < k->N; m += 2) {
+        const ls_lanes re = weight[m], im = weight[m + 1];
+        for (int64_t i = m; i < chunks * k->N; i += k->N) {
+            ls_lanes a = re * x[i] - im * x[i + 1], b = (re * x[i + 1] + im * x[i]) * sign;
+            if (add) a += out[i], b += out[i + 1];
+            out[i] = a, out[i + 1] = b;
+        }
+    }
+}
+
+static void add_doubles(ls_lanes x, double *sum)
+{
+    for (int64_t i = 0; i < LS_LANES; i++) sum[i] += (double)x[i];
+}
+
+/* sum (N) += Σ_chunks x · y; x with its im times sign. */
+static void correlate(const desk *k, int64_t chunks, const ls_lanes *x, ls_real sign, const ls_lanes *y, double *sum)
+{
+    for (int64_t m = 0; m < k->N; m += 2) {
+        ls_lanes re = {0}, im = {0};
+        for (int64_t i = m; i < chunks * k->N; i += k->N) {
+            const ls_lanes t = x[i + 1] * sign;
+            re += x[i] * y[i] - t * y[i + 1];
+            im += x[i] * y[i + 1] + t * y[i];
+        }
+        add_doubles(re, sum + m * LS_LANES);
+        add_doubles(im, sum + (m + 1) * LS_LANES);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ forward */
+
+/* before (chunks, N) = the states that enter the chunks of the piece. */
+static void enter(const desk *k, int64_t i, const piece *x, int direction, ls_lanes *before)
+{
+    const group *g = &k->group[i];
+    ls_lanes_product(x->chunks, k->N, x->length, matrix(k->u + i * ROWS, x->length),
+                     on_leaving(k, g->power, direction, x->length), 0, matrix(k->local, k->N));
+    chain(k, g, x, direction == FROM_RIGHT, state_of(k, g, ENTERING, direction), k->local, 1, before);
+}
+
+/* y of one channel from inputs and entering states. */
+static void outputs(const desk *k, int64_t i, const piece *x, int64_t channel, const ls_lanes *const *entering)
+{
+    const group *g = &k->group[i];
+    const ls_entries y = matrix(k->y + (channel * GROUPS + i) * ROWS, x->length);
+    ls_lanes_product(x->chunks, x->length, x->length, matrix(k->u + i * ROWS, x->length), toeplitz(k, g, channel), 0,
+                     y);
+    for (int d = 0; d < k->directions; d++) {
+        weigh(k, x->chunks, g->weight + (d * k->channels + channel) * k->N, entering[d], -1, 0, k->mixed);
+        ls_lanes_product(x->chunks, x->length, k->N, matrix(k->mixed, k->N),
+                         ls_transposed(on_entering(k, g->power, d, x->length)), 1, y);
+    }
+}
+
+/* Pass 1, NS: from right to left, the states r that enter the chunks are kept.
+ * Pass 2: from left to right, the states s, and the outputs. */
+static void apply_block(const ls_pass *p, const desk *k, int64_t b)
+{
+    const int64_t pieces = count_pieces(p), first = k->group[0].first;
+    for (int d = 0; d < k->directions; d++)
+        for (int64_t i = 0; i < k->groups; i++)
+            read_state(p, k, &k->group[i], b, p->summary[d ? SCAN_RIGHT : SCAN_LEFT].got, 1,
+                       state_of(k, &k->group[i], ENTERING, d));
+    for (int64_t j = pieces - 1; k->directions == 2 && j >= 0; j--) {
+        const piece x = piece_at(p, j);
+        load(p, k, features(p->q, first), b, &x, k->u);
+        for (int64_t i = 0; i < k->groups; i++) enter(k, i, &x, FROM_RIGHT, k->group[i].entering + x.first * k->N);
+    }
+    for (int64_t j = 0; j < pieces; j++) {
+        const piece x = piece_at(p, j);
+        load(p, k, features(p->q, first), b, &x, k->u);
+        for (int64_t i = 0; i < k->groups; i++) {
+            const ls_lanes *const entering[] = {k->entering, k->group[i].entering + x.first * k->N};
+            enter(k, i, &x, FROM_LEFT, k->entering);
+            for (int64_t c = 0; c < k->channels; c++) outputs(k, i, &x, c, entering);
+        }
+        for (int64_t c = 0; c < k->channels; c++)
+            store(p, k, k->y + c * GROUPS * ROWS, b, &x, features(p->out, c * p->d + first));
+    }
+}
+
+static ls_status apply(ls_pass *p, int phase)
+{
+    (void)phase;
+    desk *k = desk_of(p);
+    for (int64_t first = 0; first < p->d; first += BLOCK) {
+        open_block(p, k, first);
+        for (int64_t b = 0; b < p->B; b++) apply_block(p, k, b);
+    }
+    return LS_OK;
+}
+
+/* The state that this shard alone would leave behind. */
+static ls_status ends(ls_pass *p, int phase)
+{
+    const int direction = phase == ENDS_LEFT ? FROM_LEFT : FROM_RIGHT;
+    const int64_t pieces = count_pieces(p);
+    const ls_summary *s = &p->summary[phase + 1];
+    desk *k = desk_of(p);
+    for (int64_t first = 0; first < p->d; first += BLOCK) {
+        open_block(p, k, first);
+        for (int64_t b = 0; b < p->B; b++) {
+            for (int64_t i = 0; i < k->groups; i++) zero_doubles(state_of(k, &k->group[i], ENTERING, direction), k->N);
+            for (int64_t j = 0; j < pieces; j++) {
+                const piece x = piece_at(p, direction == FROM_LEFT ? j : pieces - 1 - j);
+                load(p, k, features(p->q, first), b, &x, k->u);
+                for (int64_t i = 0; i < k->groups; i++) enter(k, i, &x, direction, k->entering);
+            }
+            for (int64_t i = 0; i < k->groups; i++)
+                write_state(p, k, &k->group[i], b, state_of(k, &k->group[i], ENTERING, direction), 1, s->sent);
+        }
+    }
+    s->sent[ls_monoid_size(s->monoid) - 1] = (ls_real)p->T;
+    return LS_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------ backward */
+
+/* V of a channel: what the outputs of the chunks want from the states that enter. */
+static void look_back(const desk *k, int64_t i, const piece *x, int direction, int64_t channel, ls_lanes *table,
+                      ls_lanes *seen)
+{
+    ls_lanes_product(x->chunks, k->N, x->length, matrix(k->y + (channel * GROUPS + i) * ROWS, x->length),
+                     on_entering(k, table, direction, x->length), 0, matrix(seen, k->N));
+}
+
+static void look_back_all(const desk *k, int64_t i, const piece *x, int direction)
+{
+    for (int64_t c = 0; c < k->channels; c++)
+        look_back(k, i, x, direction, c, k->group[i].power, k->seen + c * PIECE * k->N);
+}
+
+/* before (chunks, N) = γ' of the states that leave the chunks, in gradient form, from V in `seen` or, NULL, from what
+ * comes after the shard alone. */
+static void leave(const desk *k, int64_t i, const piece *x, int direction, const ls_lanes *seen, ls_lanes *before)
+{
+    const group *g = &k->group[i];
+    if (seen == NULL) zero_lanes(k->local, x->chunks * k->N);
+    for (int64_t c = 0; seen != NULL && c < k->channels; c++)
+        weigh(k, x->chunks, g->weight + (direction * k->channels + c) * k->N, seen + c * PIECE * k->N, 1, c > 0,
+              k->local);
+    chain(k, g, x, direction == FROM_LEFT, state_of(k, g, LEAVING, direction), k->local, -1, before);
+}
+
+/* What meets where states leave: du, and γ_λ of the steps up to there. */
+static void leaving_gradients(const desk *k, int64_t i, const piece *x, int direction, const ls_lanes *entering,
+                              ls_lanes *leaving)
+{
+    const group *g = &k->group[i];
+    const int64_t n = x->length;
+    ls_lanes_product(x->chunks, n, k->N, matrix(leaving, k->N), ls_transposed(on_leaving(k, g->power, direction, n)), 1,
+                     matrix(k->du + i * ROWS, n));
+    ls_lanes_product(x->chunks, k->N, n, matrix(k->u + i * ROWS, n), on_leaving(k, g->slope, direction, n), 0,
+                     matrix(k->mixed, k->N));
+    weigh(k, x->chunks, g->slope + n * k->N, entering, 1, 1, k->mixed);
+    correlate(k, x->chunks, leaving, -1, k->mixed, g->dlambda);
+}
+
+/* What meets where outputs look at entering states: γ_W, and γ_λ of the steps from there. */
+static void entering_gradients(const desk *k, int64_t i, const piece *x, int direction, const ls_lanes *entering)
+{
+    const group *g = &k->group[i];
+    for (int64_t c = 0; c < k->channels; c++) {
+        const int64_t row = (direction * k->channels + c) * k->N;
+        correlate(k, x->chunks, entering, 1, k->seen + c * PIECE * k->N, g->dweight + row * LS_LANES);
+        look_back(k, i, x, direction, c, g->slope, k->local);
+        weigh(k, x->chunks, g->weight + row, k->local, 1, c > 0, k->mixed);
+    }
+    correlate(k, x->chunks, entering, 1, k->mixed, g->dlambda);
+}
+
+/* The taps: du = dy Tᵀ, and dK from uᵀ dy summed along its diagonals. */
+static void tap_gradients(const desk *k, int64_t i, const piece *x)
+{
+    const group *g = &k->group[i];
+    const int64_t n = x->length;
+    const ls_entries u = matrix(k->u + i * ROWS, n), du = matrix(k->du + i * ROWS, n);
+    for (int64_t c = 0; c < k->channels; c++) {
+        const ls_entries dy = matrix(k->y + (c * GROUPS + i) * ROWS, n);
+        ls_lanes_product(x->chunks, n, n, dy, ls_transposed(toeplitz(k, g, c)), c > 0, du);
+        ls_lanes_product(n, n, x->chunks, ls_transposed(u), dy, 0, matrix(k->products, n));
+        for (int64_t distance = 1 - n; distance < n; distance++) {
+            ls_lanes sum = {0};
+            for (int64_t j = ls_max(0, -distance); j < n - ls_max(0, distance); j++)
+                sum += k->products[j * n + j + distance];
+            add_doubles(sum, g->dtap + (c * (2 * k->n - 1) + k->n - 1 + distance) * LS_LANES);
+        }
+    }
+}
+
+static void load_dout(const ls_pass *p, const desk *k, int64_t b, const piece *x)
+{
+    for (int64_t c = 0; c < k->channels; c++)
+        load(p, k, features(p->dout, c * p->d + k->group[0].first), b, x, k->y + c * GROUPS * ROWS);
+}
+
+/* Pass 1, from left to right: the states s, and in NS γ' of the states r, which go to the right; both are kept.
+ * Pass 2, from right to left: γ' of the states s, in NS the states r; then all is there, piece by piece. */
+static void apply_block_backward(const ls_pass *p, const desk *k, int64_t b)
+{
+    const int64_t pieces = count_pieces(p), first = k->group[0].first;
+    const int both = k->directions == 2;
+    for (int d = 0; d < k->directions; d++)
+        for (int64_t i = 0; i < k->groups; i++) {
+            read_state(p, k, &k->group[i], b, p->summary[d ? SCAN_RIGHT : SCAN_LEFT].got, 1,
+                       state_of(k, &k->group[i], ENTERING, d));
+            zero_doubles(state_of(k, &k->group[i], LEAVING, d), k->N);
+        }
+    for (int64_t j = 0; j < pieces; j++) {
+        const piece x = piece_at(p, j);
+        load(p, k, features(p->q, first), b, &x, k->u);
+        if (both) load_dout(p, k, b, &x);
+        for (int64_t i = 0; i < k->groups; i++) {
+            enter(k, i, &x, FROM_LEFT, k->group[i].entering + x.first * k->N);
+            if (!both) continue;
+            look_back_all(k, i, &x, FROM_RIGHT);
+            leave(k, i, &x, FROM_RIGHT, k->seen, k->group[i].leaving + x.first * k->N);
+        }
+    }
+    for (int64_t j = pieces - 1; j >= 0; j--) {
+        const piece x = piece_at(p, j);
+        load(p, k, features(p->q, first), b, &x, k->u);
+        load_dout(p, k, b, &x);
+        for (int64_t i = 0; i < k->groups; i++) {
+            ls_lanes *s = k->group[i].entering + x.first * k->N;
+            tap_gradients(k, i, &x);
+            look_back_all(k, i, &x, FROM_LEFT);
+            leave(k, i, &x, FROM_LEFT, k->seen, k->leaving);
+            entering_gradients(k, i, &x, FROM_LEFT, s);
+            leaving_gradients(k, i, &x, FROM_LEFT, s, k->leaving);
+            if (!both) continue;
+            look_back_all(k, i, &x, FROM_RIGHT);
+            enter(k, i, &x, FROM_RIGHT, k->entering);
+            entering_gradients(k, i, &x, FROM_RIGHT, k->entering);
+            leaving_gradients(k, i, &x, FROM_RIGHT, k->entering, k->group[i].leaving + x.first * k->N);
+        }
+        store(p, k, k->du, b, &x, features(p->dq, first));
+    }
+    for (int d = 0; d < k->directions; d++)
+        for (int64_t i = 0; i < k->groups; i++)
+            write_state(p, k, &k->group[i], b, state_of(k, &k->group[i], LEAVING, d), -1,
+                        p->summary[d ? SCAN_RIGHT : SCAN_LEFT].dgot);
+}
+
+/* The sums of one feature become gradients of C and D, and of λ and w as far as they are known. */
+static void settle(const ls_pass *p, const desk *k, const group *g, int64_t lane)
+{
+    const int64_t h = g->first + lane, taps = 2 * k->n - 1, middle = k->n - 1;
+    for (int64_t c = 0; c < k->channels; c++)
+        dparam(p, D_)[c * p->d + h] += (ls_real)g->dtap[(c * taps + middle) * LS_LANES + lane];
+    for (int64_t m = 0; m < k->N; m += 2) {
+        const double complex a = cexp(lambda_of(p, h, m / 2)), w = frequency(p, h, m / 2), beta = beta_of(p, h, m / 2);
+        double complex dlambda = get(g->dlambda + m * LS_LANES, lane), dbeta = 0;
+        for (int d = 0; d < k->directions; d++)
+            for (int64_t c = 0; c < k->channels; c++) {
+                const double *dtap = g->dtap + c * taps * LS_LANES + lane;
+                const double complex coefficient = c_of(p, d, c, h, m / 2);
+                double complex dweight = get(g->dweight + ((d * k->channels + c) * k->N + m) * LS_LANES, lane);
+                double complex power = 1, slopes = 0;
+                for (int64_t l = 0; l < k->n - d; l++, power *= a) {
+                    const double complex x = dtap[(d ? middle - 1 - l : middle + l) * LS_LANES] * power;
+                    dweight += x;
+                    slopes += (double)l * x;
+                }
+                dlambda += 2 * beta * coefficient * slopes;
+                dbeta += 2 * coefficient * dweight;
+                ls_real *dc = dparam(p, C_) + in_c(p, d, c, h, m / 2);
+                dc[0] += (ls_real)creal(2 * beta * dweight);
+                dc[1] -= (ls_real)cimag(2 * beta * dweight);
+            }
+        complex_of(p->work[DLAMBDA])[h * k->N / 2 + m / 2] = dlambda + dbeta * a / w;
+        complex_of(p->work[DW])[in_set(p, h, m / 2)] -= dbeta * beta / w;
+    }
+}
+
+static ls_status apply_backward(ls_pass *p, int phase)
+{
+    (void)phase;
+    desk *k = desk_of(p);
+    for (int64_t i = 0; i < (int64_t)p->option[SETS] * k->N / 2; i++) complex_of(p->work[DW])[i] = 0;
+    for (int64_t first = 0; first < p->d; first += BLOCK) {
+        open_block(p, k, first);
+        for (int64_t b = 0; b < p->B; b++) apply_block_backward(p, k, b);
+        for (const group *g = k->group; g < k->group + k->groups; g++)
+            for (int64_t lane = 0; lane < g->width; lane++) settle(p, k, g, lane);
+    }
+    return LS_OK;
+}
+
+static void ends_block_backward(const ls_pass *p, const desk *k, int64_t b, int direction, const ls_summary *s)
+{
+    const int64_t pieces = count_pieces(p), first = k->group[0].first;
+    for (int64_t i = 0; i < k->groups; i++) {
+        read_state(p, k, &k->group[i], b, s->got, 1, state_of(k, &k->group[i], ENTERING, direction));
+        read_state(p, k, &k->group[i], b, s->dsent, -1, state_of(k, &k->group[i], LEAVING, direction));
+    }
+    for (int64_t j = 0; j < pieces; j++) { /* pass 1, with the state */
+        const piece x = piece_at(p, direction == FROM_LEFT ? j : pieces - 1 - j);
+        load(p, k, features(p->q, first), b, &x, k->u);
+        for (int64_t i = 0; i < k->groups; i++) enter(k, i, &x, direction, k->group[i].entering + x.first * k->N);
+    }
+    for (int64_t j = 0; j < pieces; j++) { /* pass 2, against it */
+        const piece x = piece_at(p, direction == FROM_LEFT ? pieces - 1 - j : j);
+        load(p, k, features(p->q, first), b, &x, k->u);
+        load(p, k, features(p->dq, first), b, &x, k->du);
+        for (int64_t i = 0; i < k->groups; i++) {
+            leave(k, i, &x, direction, NULL, k->leaving);
+            leaving_gradients(k, i, &x, direction, k->group[i].entering + x.first * k->N, k->leaving);
+        }
+        store(p, k, k->du, b, &x, features(p->dq, first));
+    }
+}
+
+static ls_status ends_backward(ls_pass *p, int phase)
+{
+    desk *k = desk_of(p);
+    for (int64_t first = 0; first < p->d; first += BLOCK) {
+        open_block(p, k, first);
+        for (int64_t b = 0; b < p->B; b++)
+            ends_block_backward(p, k, b, phase == ENDS_LEFT ? FROM_LEFT : FROM_RIGHT, &p->summary[phase + 1]);
+        for (const group *g = k->group; g < k->group + k->groups; g++)
+            for (int64_t lane = 0; lane < g->width; lane++)
+                for (int64_t m = 0; m < k->N; m += 2)
+                    complex_of(p->work[DLAMBDA])[((g->first + lane) * k->N + m) / 2] +=
+                        get(g->dlambda + m * LS_LANES, lane);
+    }
+    return LS_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------ table */
+
+static const ls_phase causal[] = {
+    {.name = "decays", .forward = decays, .backward = decays_backward},
+    {.name = "ends", .forward = ends, .backward = ends_backward, .feeds_scan = 1},
+    {.name = "apply", .crossing = LS_SCAN, .monoid = carried, .forward = apply, .backward = apply_backward},
+    {.name = NULL},
+};
+static const ls_phase bidirectional[] = {
+    {.name = "decays", .forward = decays, .backward = decays_backward},
+    {.name = "ends from the left", .forward = ends, .backward = ends_backward, .feeds_scan = 1},
+    {.name = "carry", .crossing = LS_SCAN, .monoid = carried},
+    {.name = "ends from the right", .forward = ends, .backward = ends_backward, .feeds_scan = 1},
+    {.name = "apply", .crossing = LS_REVERSE_SCAN, .monoid = carried, .forward = apply, .backward = apply_backward},
+    {.name = NULL},
+};
+
+const ls_mechanism ls_s4d_mechanism = {
+    .name = "s4d",
+    .option = options,
+    .params = params,
+    .check = check,
+    .layer = layer,
+    .plan = plan,
+    .phases = {[LS_NS] = bidirectional, [LS_CS] = causal},
+    .step = {[LS_CS] = causal},
+    .one_input = 1,
+};
