@@ -482,15 +482,15 @@ static void compare_case(hid_t group, const problem *p, const answer *a)
             if (strcmp(p->parameter[k].name, name) == 0) index = k;
         char label[128];
         snprintf(label, sizeof label, "grads/%s", name);
-        if (is_one_of(name, of_query)) {
+        if (index >= 0) { /* before the inputs: u is local's parameter and s4d's input */
+            const ls_param_info *info = &p->parameter[index].info;
+            compare(label, &grad[i], info->count, a->dparams + info->offset, scale, for_grad);
+        } else if (is_one_of(name, of_query)) {
             compare(label, &grad[i], a->n_query, a->dquery, scale, for_grad);
         } else if (is_one_of(name, of_key)) {
             compare(label, &grad[i], a->n_key, a->dkey, scale, for_grad);
         } else if (strcmp(name, "v") == 0) {
             compare(label, &grad[i], a->n_key, a->dvalue, scale, for_grad);
-        } else if (index >= 0) {
-            const ls_param_info *info = &p->parameter[index].info;
-            compare(label, &grad[i], info->count, a->dparams + info->offset, scale, for_grad);
         } else {
             complain("%s: the library has no such gradient", label);
         }
