@@ -7,7 +7,7 @@ enum { ALIGN = 64 };
 
 void ls_arena_measure(ls_arena *arena)
 {
-    arena->used = 0;
+    arena->used = arena->most = 0;
     arena->measuring = 1;
     arena->replaying = 0;
 }
@@ -22,7 +22,7 @@ void ls_arena_replay(ls_arena *arena)
 ls_status ls_arena_reserve(ls_arena *arena, const char *what)
 {
     arena->overrun = 0;
-    const size_t need = arena->used + ALIGN; /* one more, so that a take of 0 bytes is a pointer and not NULL */
+    const size_t need = (arena->used > arena->most ? arena->used : arena->most) + ALIGN; /* one more, so that a take of 0 bytes is a pointer and not NULL */
     arena->used = 0;
     arena->measuring = 0;
     if (need > arena->peak) arena->peak = need;
@@ -58,6 +58,12 @@ void *ls_arena_take(ls_arena *arena, size_t bytes)
     if (!arena->replaying) memset(arena->base + at, 0xff, size); /* all ones is a NaN in both precisions */
 #endif
     return arena->base + at;
+}
+
+void ls_arena_release(ls_arena *arena, size_t mark)
+{
+    if (arena->used > arena->most) arena->most = arena->used;
+    arena->used = mark;
 }
 
 void ls_arena_free(ls_arena *arena)

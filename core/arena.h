@@ -7,7 +7,7 @@
 
 typedef struct ls_arena {
     char *base;
-    size_t capacity, used, peak;
+    size_t capacity, used, most, peak; /* most: what was in use before a release */
     int measuring, replaying, overrun;
 } ls_arena;
 
@@ -23,6 +23,8 @@ ls_status ls_arena_check(const ls_arena *arena, const char *what);
 /* n bytes on a 64-byte boundary, or NULL while measuring (and past what was reserved, see ls_arena_check). In debug
  * builds the memory is filled with NaN. */
 void *ls_arena_take(ls_arena *arena, size_t bytes);
+/* Gives back what was taken since used was `mark`: what is taken next may lie there. */
+void ls_arena_release(ls_arena *arena, size_t mark);
 static inline ls_real *ls_take(ls_arena *arena, int64_t n)
 {
     return (ls_real *)ls_arena_take(arena, (size_t)n * sizeof(ls_real));

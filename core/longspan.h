@@ -222,8 +222,13 @@ typedef struct ls_attention_io {
     const uint8_t *query_padding_mask; /* (B,T) 1 = ignore: output and gradient 0; self attention: one of the two may be
                                         * NULL, then the other serves for both */
     const uint8_t *key_padding_mask;   /* (B,S) */
-    const ls_real *attn_mask;          /* softmax: additive, this rank's queries x all keys: (T, S_all), or with
-                                        * attn_mask_per_head (B*H, T, S_all) */
+    /* Documents packed into one sequence: ids (B,T) and (B,S), a document is a run of equal ids >= 0, and attention
+     * stays within it: its rows are those of the document alone, positions from 0. Rows with ids < 0 belong to none:
+     * their core output is 0. Self attention: one of the two may be NULL; cross attention: queries see the keys of the
+     * same id. Not together with attn_mask, dropout_mask, weights or random numbers that are given; not in a step. */
+    const int32_t *query_segments, *key_segments;
+    const ls_real *attn_mask; /* softmax: additive, this rank's queries x all keys: (T, S_all), or with
+                               * attn_mask_per_head (B*H, T, S_all) */
     int attn_mask_per_head;
     const ls_real *dropout_mask; /* softmax: multiplies the probabilities, (B,H,T,S_all): 0 or 1/keep; instead of
                                   * options.dropout */

@@ -5,6 +5,7 @@
  * The projections are local to a rank: only the core crosses ranks. */
 #include "attention.h"
 #include "dense.h"
+#include "packed.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,7 +14,9 @@ struct ls_saved {
     ls_attention *attention;
     ls_arena arena;
     ls_requests requests; /* and what they brought */
-    int filled;           /* a forward call succeeded: its sizes are below */
+    ls_documents documents;
+    int filled; /* a forward call succeeded: its sizes are below */
+    int packed;
     int64_t batch, T, S, T_all, S_all;
 };
 
@@ -172,6 +175,7 @@ void ls_saved_free(ls_saved *saved)
     if (saved == NULL) return;
     ls_arena_free(&saved->arena);
     ls_requests_free(&saved->requests);
+    ls_documents_free(&saved->documents);
     free(saved);
 }
 
@@ -243,6 +247,7 @@ static uint64_t sign_call(const ls_attention *a, const ls_call *c, int backward,
                                p->attn_mask != NULL,
                                p->attn_mask_per_head,
                                p->dropout_mask != NULL,
+                               c->documents != NULL,
                                p->given_features != NULL,
                                p->given_noise != NULL,
                                p->given_samples != NULL,
@@ -259,6 +264,24 @@ static uint64_t sign_call(const ls_attention *a, const ls_call *c, int backward,
 static int is_self(ls_pattern p)
 {
     return p == LS_NS || p == LS_CS;
+}
+
+static int is_packed(const ls_attention_io *io)
+{
+    return io->query_segments != NULL || io->key_segments != NULL;
+}
+
+static ls_status check_packed(const ls_attention *a, const ls_attention_io *io)
+{
+    const char *name = a->mechanism->name;
+    if (!is_packed(io)) return LS_OK;
+    if (io->attn_mask != NULL || io->dropout_mask != NULL || io->need_weights || io->need_head_weights ||
+        io->noise != NULL || io->samples != NULL || io->selected != NULL)
+        LS_FAIL(LS_ERR_UNSUPPORTED,
+                "%s: packed documents cannot have attn_mask, dropout_mask, weights, noise, samples or selected", name);
+    if (!is_self(a->options.pattern) && (io->query_segments == NULL || io->key_segments == NULL))
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: cross attention of packed documents needs query_segments and key_segments", name);
+    return LS_OK;
 }
 
 static ls_status check_call(const ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
@@ -301,7 +324,7 @@ static ls_status check_call(const ls_attention *a, const ls_attention_shape *sha
         LS_FAIL(LS_ERR_ARGUMENT, "%s: num_samples %lld is negative", name, (long long)io->num_samples);
     if (wants_weights && io->weights == NULL && shape->queries->n > 0)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: need_weights without a place for them: weights is NULL", name);
-    return LS_OK;
+    return check_packed(a, io);
 }
 
 void ls_pass_begin(const ls_attention *a, int64_t B, int64_t T, int64_t S, const ls_real *params, ls_pass *pass)
@@ -420,7 +443,10 @@ static void plan(ls_attention *a, const ls_attention_io *io, ls_call *c, layer *
     const int mean = io->need_weights && !io->need_head_weights && !back;
     l->heads = ls_take(work, mean ? p->B * p->H * p->T * p->all_keys : 0);
     if (mean) p->weights = l->heads;
-    ls_run_plan(c, saved, work);
+    if (c->documents != NULL)
+        ls_packed_plan(c, saved, work);
+    else
+        ls_run_plan(c, saved, work);
 }
 
 /* ------------------------------------------------------------------------------------------------ forward */
@@ -456,13 +482,19 @@ static void mean_over_heads(const ls_pass *p, const ls_real *heads, ls_real *mea
         }
 }
 
-static ls_status reserve_forward(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
-                                 const ls_real *params, const ls_real *out, ls_arena *keep, ls_requests *requests,
-                                 ls_call *c, layer *l)
+/* Collective. The documents of a packed call; it agrees beforehand that all ranks mean the same call. */
+static ls_status find_documents(ls_attention *a, const ls_attention_io *io, const ls_call *c, ls_status status)
 {
-    LS_TRY(check_call(a, shape, io, params, out));
-    begin_call(a, shape, io, params, out, 0, c, l);
-    c->requests = requests;
+    const ls_pass *p = &c->pass;
+    const int self = is_self(p->pattern);
+    const int32_t *q = self && io->query_segments == NULL ? io->key_segments : io->query_segments;
+    LS_TRY(ls_agree_alike(a->ctx, status, a->mechanism->name, status == LS_OK ? sign_call(a, c, 0, 0) : 0));
+    return ls_documents_find(a->ctx, a->mechanism->name, p->B, c->queries, self ? NULL : c->keys, q, io->key_segments,
+                             c->documents);
+}
+
+static ls_status reserve_forward(ls_attention *a, const ls_attention_io *io, ls_arena *keep, ls_call *c, layer *l)
+{
     ls_arena *work = &a->ctx->work;
     ls_arena_measure(keep);
     ls_arena_measure(work);
@@ -484,8 +516,14 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
         saved->filled = 0;
         saved->attention = a; /* attentions that never need theirs at the same time may share one */
     }
-    ls_requests *requests = saved != NULL ? &saved->requests : &a->ctx->requests;
-    const ls_status status = reserve_forward(a, shape, io, params, out, keep, requests, &c, &l);
+    ls_status status = check_call(a, shape, io, params, out);
+    if (status == LS_OK) begin_call(a, shape, io, params, out, 0, &c, &l);
+    if (status == LS_OK) c.requests = saved != NULL ? &saved->requests : &a->ctx->requests;
+    if (is_packed(io)) {
+        if (status == LS_OK) c.documents = saved != NULL ? &saved->documents : a->ctx->documents;
+        LS_TRY(find_documents(a, io, &c, status));
+    }
+    if (status == LS_OK) status = reserve_forward(a, io, keep, &c, &l);
     LS_TRY(ls_agree_alike(a->ctx, status, a->mechanism->name,
                           status == LS_OK ? sign_call(a, &c, 0, io->need_weights || io->need_head_weights) : 0));
     const ls_pass *p = &c.pass;
@@ -493,7 +531,7 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
     const ls_real *const x[] = {l.x_q, l.x_k, l.x_v, l.x_q};
     for (int i = 0; i < EXTRA_PROJ + 1; i++)
         if (ls_has_projection(a, i)) ls_project(a, i, rows_of(p, i), x[i], params, l.in[i]);
-    LS_TRY(ls_run_forward(&c));
+    LS_TRY(c.documents != NULL ? ls_packed_forward(&c, keep, &a->ctx->work) : ls_run_forward(&c));
     if (ls_is_layer(a)) {
         ls_project_out(a, rows, l.o, l.active, params, out);
         if (p->pad_q != NULL) ls_zero_rows(p->B, p->T, a->options.embed_dim, batch_first(a), p->pad_q, out, out);
@@ -501,6 +539,7 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
     if (l.heads != NULL && p->weights == l.heads) mean_over_heads(p, l.heads, io->weights);
     if (saved != NULL) {
         saved->filled = 1;
+        saved->packed = c.documents != NULL;
         saved->batch = p->B, saved->T = p->T, saved->S = p->S;
         saved->T_all = p->all_queries, saved->S_all = p->all_keys;
     }
@@ -519,6 +558,8 @@ static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *sha
     const ls_pass *p = &c->pass;
     if (saved == NULL || saved->attention != a || !saved->filled)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: backward needs the saved of a forward call of the same attention", name);
+    if (saved->packed != is_packed(io))
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: backward needs the segments of the forward call that saved", name);
     if (saved->batch != p->B || saved->T != p->T || saved->S != p->S || saved->T_all != p->all_queries ||
         saved->S_all != p->all_keys)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: backward has other sizes than the forward call that saved", name);
@@ -534,6 +575,7 @@ static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *sha
     c->pass.dout = ls_view_out(a, dout, p->B, p->T);
     c->pass.dparams = grads->params;
     c->requests = &saved->requests;
+    c->documents = saved->packed ? &saved->documents : NULL;
     ls_arena nothing = {0}, *work = &a->ctx->work; /* saved is as forward left it: only work is measured */
     ls_arena_measure(&nothing);
     ls_arena_measure(work);
@@ -565,6 +607,11 @@ static void project_backward(ls_attention *a, int which, const ls_pass *p, int64
     *begun = 1;
 }
 
+static ls_status run_core_backward(ls_call *c, ls_saved *saved)
+{
+    return c->documents != NULL ? ls_packed_backward(c, &saved->arena, &c->ctx->work) : ls_run_backward(c);
+}
+
 ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
                                 const ls_real *params, const ls_real *out, const ls_real *dout, ls_saved *saved,
                                 const ls_attention_grads *grads)
@@ -576,7 +623,7 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
     const ls_pass *p = &c.pass;
     const int64_t E = a->options.embed_dim;
     if (!ls_is_layer(a)) {
-        LS_TRY(ls_run_backward(&c));
+        LS_TRY(run_core_backward(&c, saved));
         if (l.key_aliased) ls_add(p->B * p->S * E, l.dk, grads->query);
         if (l.value_aliased) ls_add(p->B * p->S * E, l.dv, l.x_v == l.x_q ? grads->query : grads->key);
         return LS_OK;
@@ -590,7 +637,7 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
     if (a->form.gelu) ls_gelu(reals, l.o, l.active);
     project_backward(a, OUT_PROJ, p, p->T, NULL, a->form.gelu ? l.active : l.o, dout, l.clean, l.do_, &unused);
     if (a->form.gelu) ls_gelu_backward(reals, l.o, l.do_, l.do_);
-    LS_TRY(ls_run_backward(&c));
+    LS_TRY(run_core_backward(&c, saved));
     /* the gradient of an input arrives in the first of query, key, value that is this input */
     ls_real *dx_q = grads->query, *dx_k = l.x_k == l.x_q ? dx_q : grads->key;
     ls_real *dx_v = l.x_v == l.x_q ? dx_q : l.x_v == l.x_k ? dx_k : grads->value;

@@ -1,5 +1,6 @@
 #include "context.h"
 #include "gemm.h"
+#include "packed.h"
 
 #include <stdlib.h>
 
@@ -25,6 +26,18 @@ ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
         free(c);
         return status;
     }
+    c->alone = calloc(1, sizeof *c->alone);
+    if (c->alone != NULL) {
+        c->alone->seed = options->seed;
+        ls_comm_self(&c->alone->exchange.comm);
+    }
+    c->documents = calloc(1, sizeof *c->documents);
+    status =
+        ls_agree(c, c->alone == NULL || c->documents == NULL ? ls_fail(LS_ERR_MEMORY, "context: no memory") : LS_OK);
+    if (status != LS_OK) {
+        ls_context_free(c);
+        return status;
+    }
     ls_gemm_single_thread();
     *ctx = c;
     return LS_OK;
@@ -33,6 +46,9 @@ ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
 void ls_context_free(ls_context *ctx)
 {
     if (ctx == NULL) return;
+    ls_context_free(ctx->alone);
+    if (ctx->documents != NULL) ls_documents_free(ctx->documents);
+    free(ctx->documents);
     ls_exchange_close(&ctx->exchange);
     ls_arena_free(&ctx->work);
     ls_arena_free(&ctx->unsaved);

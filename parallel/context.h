@@ -9,7 +9,9 @@ struct ls_context {
     ls_exchange exchange;
     ls_arena work;        /* of the call that is running; contents do not outlive it */
     ls_arena unsaved;     /* stands in for `saved` where no backward will follow */
-    ls_requests requests; /* likewise */
+    ls_requests requests; /* likewise, and the documents of packed sequences */
+    struct ls_documents *documents;
+    ls_context *alone; /* this rank by itself, for what crosses nothing */
     uint64_t seed;
     ls_device device;
 };

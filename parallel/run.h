@@ -36,6 +36,7 @@ typedef struct ls_call {
     ls_ring_buffers ring;
     ls_reach reach;
     ls_requests *requests; /* a fetch of lists: as they were in forward, kept until backward */
+    struct ls_documents *documents; /* of packed sequences, see packed.h; NULL: not packed */
     int64_t *piece[LS_MAX_PHASES]; /* (P): what every rank gives to a gather */
 } ls_call;
 

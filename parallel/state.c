@@ -291,6 +291,8 @@ static ls_status reserve_step(ls_attention *a, ls_state *s, const ls_attention_i
     if (!is_cross(a) && s->tokens >= s->max_length)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: the state was made for %lld tokens, this is one more", name,
                 (long long)s->max_length);
+    if (io->query_segments != NULL || io->key_segments != NULL)
+        LS_FAIL(LS_ERR_UNSUPPORTED, "%s: segments are not supported in a step: give each document a state", name);
     if (io->attn_mask != NULL || io->dropout_mask != NULL || io->need_weights || io->need_head_weights)
         LS_FAIL(LS_ERR_UNSUPPORTED, "%s: attn_mask, dropout_mask and need_weights are not supported in a step", name);
     ls_pass_begin(a, s->batch, 1, is_cross(a) ? 0 : 1, params, p);

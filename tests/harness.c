@@ -221,6 +221,15 @@ static uint8_t *take_pad(int64_t B, int64_t N, int64_t lo, int64_t n, const uint
     return part;
 }
 
+/* Rows [lo, lo + n) of (B,N) ids. */
+static int32_t *take_segments(int64_t B, int64_t N, int64_t lo, int64_t n, const int32_t *whole)
+{
+    if (whole == NULL) return NULL;
+    int32_t *part = NEW(int32_t, B * n);
+    for (int64_t b = 0; b < B && n > 0; b++) memcpy(part + b * n, whole + b * N + lo, (size_t)n * sizeof *part);
+    return part;
+}
+
 /* ------------------------------------------------------------------------------------------------ problem */
 
 const ls_real *key_of(const problem *p)
@@ -455,6 +464,8 @@ problem problem_cut(const problem *p, int64_t T, int64_t S)
     c.features = copy_of(p->features, p->n_features, sizeof *p->features);
     c.noise = copy_of(p->noise, p->n_noise, sizeof *p->noise);
     c.samples = take_samples(p, 0, T);
+    c.query_segments = take_segments(p->B, p->T, 0, T, p->query_segments);
+    c.key_segments = take_segments(p->B, p->S, 0, S, p->key_segments);
     ls_real *rows = cut_rows(masks, p->T, p->S, T, p->attn_mask);
     c.attn_mask = cut_rows(masks * T, p->S, 1, S, rows);
     free(rows);
@@ -464,8 +475,34 @@ problem problem_cut(const problem *p, int64_t T, int64_t S)
     return c;
 }
 
+static ls_real *part_of(const problem *p, int64_t b, int64_t N, int64_t width, int64_t lo, int64_t n, const ls_real *x)
+{
+    if (x == NULL) return NULL;
+    ls_real *part = NEW(ls_real, p->heads * n * width);
+    rows_take(LS_BHTD, 1, p->heads, N, width, lo, n, x + b * p->heads * N * width, part);
+    return part;
+}
+
+problem problem_part(const problem *p, int64_t b, int64_t q_lo, int64_t T, int64_t k_lo, int64_t S)
+{
+    problem c = *p;
+    c.B = 1, c.T = T, c.S = S;
+    c.query = part_of(p, b, p->T, p->width, q_lo, T, p->query);
+    c.key = part_of(p, b, p->S, p->width, k_lo, S, p->key);
+    c.value = part_of(p, b, p->S, p->width, k_lo, S, p->value);
+    c.dout = part_of(p, b, p->T, p->out_width, q_lo, T, p->dout);
+    c.pad_q = p->pad_q == NULL ? NULL : take_pad(1, p->T, q_lo, T, p->pad_q + b * p->T);
+    c.pad_k = p->pad_k == NULL ? NULL : take_pad(1, p->S, k_lo, S, p->pad_k + b * p->S);
+    c.params = copy_of(p->params, p->param_count, sizeof *p->params);
+    c.query_segments = c.key_segments = c.samples = NULL;
+    c.attn_mask = c.dropout_mask = c.noise = NULL;
+    c.features = copy_of(p->features, p->n_features, sizeof *p->features);
+    return c;
+}
+
 void problem_free(problem *p)
 {
+    free(p->query_segments), free(p->key_segments);
     free(p->query), free(p->key), free(p->value), free(p->dout);
     free(p->pad_q), free(p->pad_k), free(p->attn_mask), free(p->dropout_mask), free(p->params);
     free(p->features), free(p->noise), free(p->samples);
@@ -600,6 +637,8 @@ int pieces_make(ls_context *ctx, MPI_Comm comm, const problem *p, const int64_t 
     }
     if (p->weights) x->weights = undefined((p->weights == 2 ? BH : B) * q->n * p->S);
     x->samples = take_samples(p, q->lo, q->n);
+    x->query_segments = take_segments(B, p->T, q->lo, q->n, p->query_segments);
+    x->key_segments = take_segments(B, p->S, k->lo, k->n, p->key_segments);
     if (p->wants_selected) x->selected = NEW(uint8_t, BH * q->n);
     x->out = undefined(groups * q->n * p->out_width);
     x->dquery = undefined(groups * q->n * p->width);
@@ -624,7 +663,9 @@ int pieces_make(ls_context *ctx, MPI_Comm comm, const problem *p, const int64_t 
                               .samples = x->samples,
                               .num_samples = p->num_samples,
                               .samples_per_batch = p->samples_per_batch,
-                              .selected = x->selected};
+                              .selected = x->selected,
+                              .query_segments = x->query_segments,
+                              .key_segments = x->key_segments};
     x->io.value = x->value != NULL ? x->value : by_null ? NULL : x->io.key;
     x->io.query_padding_mask = is_cross(p) || p->give_pads != 2 ? x->pad_q : NULL;
     x->io.key_padding_mask = is_cross(p) || p->give_pads != 1 ? x->pad_k : NULL;
@@ -639,6 +680,7 @@ void pieces_free(pieces *x)
     free(x->query), free(x->key), free(x->value), free(x->attn_mask), free(x->dropout_mask), free(x->weights);
     free(x->out), free(x->dout), free(x->dquery), free(x->dkey), free(x->dvalue), free(x->dparams);
     free(x->pad_q), free(x->pad_k), free(x->selected), free(x->samples);
+    free(x->query_segments), free(x->key_segments);
     *x = (pieces){0};
 }
 

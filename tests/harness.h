@@ -122,20 +122,21 @@ typedef struct problem {
     ls_attention_options options;
     int64_t B, H, T, S, d, heads, width, out_width;
     alias alias;
-    ls_real *query, *key, *value; /* (B,heads,n,width); key, value NULL where they are aliases */
-    ls_real *dout;                /* (B,heads,T,out_width) */
-    uint8_t *pad_q, *pad_k;       /* (B,T), (B,S) or NULL; self attention: both, the same */
-    int give_pads;                /* self attention: 1 as queries', 2 as keys', 3 as both */
-    ls_real *attn_mask;           /* (T,S) or (B*H,T,S), or NULL */
+    ls_real *query, *key, *value;           /* (B,heads,n,width); key, value NULL where they are aliases */
+    ls_real *dout;                          /* (B,heads,T,out_width) */
+    uint8_t *pad_q, *pad_k;                 /* (B,T), (B,S) or NULL; self attention: both, the same */
+    int32_t *query_segments, *key_segments; /* (B,T), (B,S) or NULL; self attention: one of the two */
+    int give_pads;                          /* self attention: 1 as queries', 2 as keys', 3 as both */
+    ls_real *attn_mask;                     /* (T,S) or (B*H,T,S), or NULL */
     int attn_mask_per_head;
-    ls_real *dropout_mask; /* (B,H,T,S), or NULL */
-    int weights;           /* 0: none, 1: mean over heads, 2: per head */
+    ls_real *dropout_mask;     /* (B,H,T,S), or NULL */
+    int weights;               /* 0: none, 1: mean over heads, 2: per head */
     ls_real *features, *noise; /* (H,m,d), (B,H,landmarks,d), or NULL: drawn by the library */
     int64_t n_features, n_noise;
     int32_t *samples; /* (T,U), or (B,T,U) with samples_per_batch, or NULL */
     int64_t num_samples;
     int samples_per_batch, wants_selected;
-    int steep;             /* its softmax is nearly one-hot: gradients are small differences of large terms */
+    int steep; /* its softmax is nearly one-hot: gradients are small differences of large terms */
     int training;
     uint64_t sample;
     int parameters;
@@ -173,6 +174,8 @@ void problem_shape(problem *p, int64_t B, int64_t T, int64_t S);
 ls_status problem_parameters(problem *p);
 ls_status problem_draw(const setting *s, problem *p);
 problem problem_copy(const problem *p);
+/* Batch row b alone: its queries [q_lo, q_lo + T) and, in cross attention, keys [k_lo, k_lo + S). */
+problem problem_part(const problem *p, int64_t b, int64_t q_lo, int64_t T, int64_t k_lo, int64_t S);
 /* The first T queries and S keys of it. */
 problem problem_cut(const problem *p, int64_t T, int64_t S);
 void problem_free(problem *p);
@@ -205,7 +208,7 @@ typedef struct pieces {
     ls_attention_grads grads; /* all given, filled with NaN; params zero */
     ls_real *query, *key, *value, *attn_mask, *dropout_mask, *weights, *out, *dout, *dquery, *dkey, *dvalue, *dparams;
     uint8_t *pad_q, *pad_k, *selected;
-    int32_t *samples;
+    int32_t *samples, *query_segments, *key_segments;
 } pieces;
 /* queries, keys: rows of each rank, NULL: even. keys is ignored in self attention. Collective. */
 int pieces_make(ls_context *ctx, MPI_Comm comm, const problem *p, const int64_t *queries, const int64_t *keys,
@@ -216,7 +219,7 @@ typedef struct answer {
     ls_real *out, *weights, *dquery, *dkey, *dvalue, *dparams; /* whole; dkey, dvalue NULL where aliases */
     int64_t n_out, n_weights, n_query, n_key, n_params;
     uint8_t *selected; /* (B,H,T), or NULL */
-    int wrote_alias; /* a gradient that should not have been written was */
+    int wrote_alias;   /* a gradient that should not have been written was */
 } answer;
 /* Collective: whole tensors on every rank from the pieces. */
 void answer_gather(MPI_Comm comm, const problem *p, const pieces *x, answer *a);

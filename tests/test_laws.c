@@ -1427,6 +1427,155 @@ static void refusals(void)
     }
 }
 
+/* ------------------------------------------------------------------------------------------------ packed documents */
+
+static int64_t least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+typedef struct stretch {
+    int64_t lo, n;
+} stretch;
+enum { MOST_DOCUMENTS = 8 };
+
+/* Cuts n positions into documents 0 .. count - 1 in some order, with gaps of no document; n_i may be 0. */
+static void draw_documents(draw *r, int64_t n, int count, stretch *document, int32_t *id)
+{
+    int order[MOST_DOCUMENTS];
+    for (int64_t t = 0; t < n; t++) id[t] = -1;
+    for (int i = 0; i < count; i++) order[i] = i, document[i] = (stretch){0, 0};
+    for (int i = count - 1; i > 0; i--) {
+        const int k = (int)draw_below(r, i + 1), swap = order[i];
+        order[i] = order[k], order[k] = swap;
+    }
+    int64_t at = 0;
+    for (int i = 0; i < count && at < n; i++) {
+        if (draw_uniform(r) < 0.3) at += 1 + draw_below(r, 3);
+        const int64_t most = least(n - at, draw_uniform(r) < 0.3 ? 2 : 2 * n / count);
+        const int64_t length = most <= 0 ? 0 : i == count - 1 ? n - at : draw_below(r, most + 1);
+        document[order[i]] = (stretch){at, length};
+        for (int64_t t = at; t < at + length; t++) id[t] = 5 * order[i] + 1;
+        at += length > 0 ? length : 0;
+    }
+}
+
+static void put_rows(const problem *p, int64_t N, int64_t width, int64_t b, stretch at, const ls_real *part,
+                     ls_real *whole)
+{
+    if (part != NULL && whole != NULL)
+        rows_put(LS_BHTD, 1, p->heads, N, width, at.lo, at.n, part, whole + b * p->heads * N * width);
+}
+
+/* Rows of no document, or of one without keys: their core output is 0, so that of a layer its bias. */
+static void put_lone_row(const problem *p, int64_t b, int64_t t, answer *want)
+{
+    if (p->options.level == LS_LEVEL_CORE || (p->pad_q != NULL && p->pad_q[b * p->T + t])) return;
+    for (int i = 0; i < p->parameters; i++) {
+        if (strcmp(p->parameter[i].name, "out_proj.bias") != 0) continue;
+        const int64_t at = p->parameter[i].info.offset;
+        for (int64_t e = 0; e < p->out_width; e++) {
+            want->out[(b * p->T + t) * p->out_width + e] = p->params[at + e];
+            want->dparams[at + e] += p->dout[(b * p->T + t) * p->out_width + e];
+        }
+    }
+}
+
+/* What each document gives alone, in the places of the packed call: a packed answer of zeros is filled in. */
+static int documents_alone(const problem *p, int count, stretch (*q)[MOST_DOCUMENTS], stretch (*k)[MOST_DOCUMENTS],
+                           answer *want)
+{
+    int status = LS_OK;
+    for (int64_t b = 0; b < p->B; b++) {
+        uint8_t *done = NEW(uint8_t, p->T);
+        for (int i = 0; i < count && status == LS_OK; i++) {
+            const stretch dq = q[b][i], dk = is_cross(p) ? k[b][i] : dq;
+            if (dq.n == 0 || dk.n == 0) continue;
+            problem alone = problem_part(p, b, dq.lo, dq.n, dk.lo, dk.n);
+            answer a;
+            status = problem_run_alone(&alone, &a);
+            if (status == LS_OK) {
+                put_rows(p, p->T, p->out_width, b, dq, a.out, want->out);
+                put_rows(p, p->T, p->width, b, dq, a.dquery, want->dquery);
+                put_rows(p, p->S, p->width, b, dk, a.dkey, want->dkey);
+                put_rows(p, p->S, p->width, b, dk, a.dvalue, want->dvalue);
+                for (int64_t e = 0; e < p->param_count; e++) want->dparams[e] += a.dparams[e];
+                memset(done + dq.lo, 1, (size_t)dq.n);
+            }
+            answer_free(&a);
+            problem_free(&alone);
+        }
+        for (int64_t t = 0; t < p->T; t++)
+            if (!done[t]) put_lone_row(p, b, t, want);
+        free(done);
+    }
+    return status;
+}
+
+static void packed_case(const setting *s, int kind)
+{
+    problem p;
+    answer a = {0}, want;
+    stretch q[4][MOST_DOCUMENTS], k[4][MOST_DOCUMENTS];
+    int64_t queries[64], keys[64];
+    draw r = draw_from(s->seed, 31);
+    const int count = 1 + (int)draw_below(&r, MOST_DOCUMENTS);
+    if (problem_draw(s, &p) != LS_OK) {
+        verdict(0, "packed: %s: %s", p.text, here.error);
+        return;
+    }
+    p.query_segments = NEW(int32_t, p.B * p.T);
+    p.key_segments = NEW(int32_t, p.B * p.S);
+    for (int64_t b = 0; b < p.B; b++) {
+        draw_documents(&r, p.T, count, q[b], p.query_segments + b * p.T);
+        draw_documents(&r, p.S, count, k[b], p.key_segments + b * p.S);
+    }
+    if (!is_cross(&p)) { /* one of the two serves for both */
+        int32_t **other = s->seed % 2 ? &p.query_segments : &p.key_segments;
+        if (other == &p.query_segments) memcpy(p.key_segments, p.query_segments, (size_t)(p.B * p.T) * sizeof **other);
+        free(*other);
+        *other = NULL;
+    }
+    splits(s, kind, queries, keys);
+    int status = problem_run(here.all, here.comm, &p, queries, keys, &a);
+    char what[2048] = "";
+    int ok = status == LS_OK;
+    if (!ok) snprintf(what, sizeof what, ": %s", here.error);
+    if (ok) {
+        want = a; /* its sizes */
+        want.weights = NULL, want.selected = NULL;
+        want.out = NEW(ls_real, a.n_out), want.dquery = NEW(ls_real, a.n_query);
+        want.dkey = a.dkey == NULL ? NULL : NEW(ls_real, a.n_key);
+        want.dvalue = a.dvalue == NULL ? NULL : NEW(ls_real, a.n_key);
+        want.dparams = NEW(ls_real, a.n_params);
+        ok = documents_alone(&p, count, q, k, &want) == LS_OK;
+        if (!ok) snprintf(what, sizeof what, ": a document alone: %s", here.error);
+        ok = ok && answer_equal(&p, &a, &want, tolerance_of(s->row), what, sizeof what);
+        answer_free(&want);
+    }
+    verdict(ok, "packed: %s shards=%s %d documents%s", p.text, split_name[kind], count, what);
+    answer_free(&a);
+    problem_free(&p);
+}
+
+/* Packed documents give what each gives alone, wherever the shards cut them. */
+static void packed_documents(void)
+{
+    for (const case_row *row = cases; row->mechanism != NULL; row++) {
+        if (!takes_part(row) || row->extras & ~(unsigned)(OTHER_SCALE | NO_DIFFERENCES | ROWS_HERE | NO_STEP | STEEP))
+            continue;
+        for (int variant = 0; variant < 6; variant++) {
+            const ls_level level = variant % 2 ? LS_LEVEL_LAYER : LS_LEVEL_CORE;
+            if (level == LS_LEVEL_CORE && traits_of(row) & LAYER_ONLY) continue;
+            const setting s = small_setting(row, level, variant < 4 ? 61 : 5, variant % 3 ? 47 : 9,
+                                            (padding)((variant + (row - cases)) % PADDINGS),
+                                            (uint64_t)(70000 + 10 * (row - cases) + variant));
+            watchdog(120);
+            packed_case(&s, variant % SPLITS);
+        }
+    }
+}
+
 /* ------------------------------------------------------------------------------------------------ random draws */
 
 static void random_draws(int count, uint64_t seed)
@@ -1517,6 +1666,7 @@ int main(int argc, char **argv)
         section("law 5", law_5);
         section("softmax", softmax_extras);
         section("promises", promises);
+        section("packed", packed_documents);
     }
     random_draws(draws, seed);
     ledger_agrees();
