@@ -184,7 +184,7 @@ void ls_run_plan(ls_call *c, ls_arena *saved, ls_arena *work)
     const ls_phase *phases = c->mechanism->phases[user->pattern];
     plan_placement(c, saved, work);
     const ls_phase *ring = find_crossing(user, phases, LS_RING), *fetch = find_crossing(user, phases, LS_FETCH);
-    if (ring != NULL) plan_ring(c, ring, work);
+    if (ring != NULL && !(user->backward && ring->constant)) plan_ring(c, ring, work);
     if (fetch != NULL) plan_fetch(c, fetch, saved, work);
     for (int i = 0; phases[i].name != NULL; i++)
         if (phases[i].crossing == LS_GATHER && ls_is_needed(user, &phases[i]))
