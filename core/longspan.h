@@ -237,8 +237,8 @@ typedef struct ls_attention_io {
     int need_weights, need_head_weights;
     int training;    /* 0: no dropout, no fresh noise, the features of draw 0 */
     uint64_t sample; /* random streams: global number of batch row 0; row b is sample + b */
-    uint64_t
-        draw; /* performer, in training: which set of random features, e.g. the optimizer step; same on all ranks */
+    uint64_t draw;   /* performer, probsparse, in training: which set of random features or samples, e.g. the optimizer
+                      * step; same on all ranks */
 
     /* Random numbers given instead of drawn. Each belongs to one mechanism, the others refuse it. */
     const ls_real *features; /* performer: (H,m,d), the same on every rank */

@@ -12,7 +12,8 @@
  * are exact depends on later tokens, and on how many there are. So cutting the sequence changes earlier rows, and a row
  * is a function of its past only for a given `top`. There is no decoding step.
  *
- * What crosses: all keys visit every rank once in the forward pass, for the samples; everything else is O(B E u).
+ * What crosses: all keys visit every rank once in the forward pass, for the samples; everything else is O(B E u), the
+ * candidates being 3 u reals per head from each rank.
  *
  *   counts → gather → totals → ring: scores → candidates → gather → the top, on every rank → their queries → reduce
  *   (sum) → partial softmaxes over own keys → reduce (softsum) → apply;  CS: and Σ v → scan (sum)
@@ -32,14 +33,15 @@
 #include "tile.h"
 
 enum { FACTOR };                                                                /* option[] */
-enum { COUNT, TOTALS, SCORES, OFFERS, CHOICE, QUERIES, PARTIAL, SUMS, PREFIX }; /* phases; PREFIX in CS alone */
+enum { COUNT, TOTALS, SCORES, OFFERS, CHOICE, QUERIES, PARTIAL, PREFIX, SUMS }; /* phases */
 enum { ROWS, CHOSEN };                                                          /* saved[] */
 enum { NOTE, BIG, TOP, SUM, START, LIST, KEY_ROWS, HEAP, MARKS, SCALED, LOGITS, DLOGITS, KEYS, VALUES, PART, STATE };
-enum { TK = 256 };                 /* keys worked on at a time */
-enum { TQ = 256, AHEAD = 8 };      /* queries whose samples are listed at a time; keys asked of memory ahead of use */
-enum { LANES = 16 };               /* partial sums of a dot product */
-enum { COUNTED = 6, OFFERED = 3 }; /* reals of a batch row's counts, of a candidate */
-enum { HALF = 4096 };              /* integers travel as two reals, high * HALF + low: exact beyond 2^24 */
+enum { TK = 256 };                    /* keys worked on at a time */
+enum { TQ = 4096, LISTED = 1 << 18 }; /* queries whose samples are listed at a time, and about how many samples */
+enum { AHEAD = 4 };                   /* keys asked of memory before their turn */
+enum { LANES = 16 };                  /* partial sums of a dot product */
+enum { COUNTED = 6, OFFERED = 3 };    /* reals of a batch row's counts, of a candidate */
+enum { HALF = 4096 };                 /* integers travel as two reals, high * HALF + low: exact beyond 2^24 */
 
 static const ls_option_info options[] = {
     {"factor", "f", 5, 1, 1000, 1, "sampled keys per query and selected queries, times the log of their number"},
@@ -63,16 +65,27 @@ static int64_t most_top(const ls_pass *p)
     return count_of(p, p->all_queries);
 }
 
+static int is_causal(const ls_pass *p)
+{
+    return p->pattern == LS_CS;
+}
+
 /* Rows of a softsum before the selected ones: that of the mean, in NS and NC. */
 static int64_t lead(const ls_pass *p)
 {
-    return p->pattern != LS_CS;
+    return is_causal(p) ? 0 : 1;
 }
 
 typedef struct candidate {
     ls_real score;
     int64_t index;
 } candidate;
+
+/* Whether the keys of a head may visit as they are, one row not right after the other: no other rank has any. */
+static int has_gaps(const ls_pass *p)
+{
+    return p->S == p->all_keys && p->own.k.st != p->d;
+}
 
 static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
@@ -85,7 +98,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[TOP] = ls_take(work, scored);
     p->work[SUM] = ls_arena_take(work, (size_t)scored * sizeof(double));
     p->work[START] = ls_arena_take(work, (TQ + 1) * sizeof(int64_t));
-    p->work[LIST] = ls_arena_take(work, (size_t)(p->backward ? 0 : TQ * U + AHEAD) * sizeof(int32_t));
+    p->work[LIST] = ls_arena_take(work, (size_t)(p->backward ? 0 : ls_max(LISTED, U) + AHEAD) * sizeof(int32_t));
     p->work[KEY_ROWS] =
         ls_arena_take(work, (size_t)(p->backward || p->own.pad == NULL ? 0 : p->all_keys) * sizeof(int32_t));
     p->work[HEAP] = ls_arena_take(work, (size_t)most_top(p) * sizeof(candidate));
@@ -93,7 +106,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[SCALED] = ls_take(work, R * d);
     p->work[LOGITS] = ls_take(work, R * TK);
     p->work[DLOGITS] = ls_take(work, R * TK);
-    p->work[KEYS] = ls_take(work, TK * d);
+    p->work[KEYS] = ls_take(work, ls_max(TK * d, has_gaps(p) && !p->backward ? p->H * p->S * d : 0));
     p->work[VALUES] = ls_take(work, TK * d);
     p->work[PART] = ls_take(work, R * d);
     p->work[STATE] = ls_arena_take(work, (size_t)(R * (d + 2)) * sizeof(double));
@@ -293,17 +306,33 @@ static ls_real product(int64_t d, const ls_real *x, const ls_real *y)
     return sum[0];
 }
 
-/* One query against the listed rows of keys. */
-static void score(int64_t d, const ls_real *q, const ls_real *keys, int64_t stride, const int32_t *row, int64_t n,
-                  double big, ls_real *top, double *sum)
+/* Query t against n listed rows of keys. */
+static void score(ls_pass *p, int64_t b, int64_t h, int64_t t, const ls_real *keys, const int32_t *row, int64_t n)
 {
+    const int64_t at = (b * p->H + h) * p->T + t, d = p->d;
+    const ls_real *q = ls_row(p->q, b, h, t);
+    const double big = ((double *)(void *)p->work[BIG])[b];
+    ls_real top = p->work[TOP][at];
+    double sum = ((double *)(void *)p->work[SUM])[at];
     for (int64_t i = 0; i < n; i++) {
-        const ls_real *ahead = keys + row[i + AHEAD] * stride;
+        const ls_real *ahead = keys + row[i + AHEAD] * d;
         for (int64_t e = 0; e < d; e += (int64_t)(64 / sizeof *ahead)) __builtin_prefetch(ahead + e);
-        const ls_real x = product(d, q, keys + row[i] * stride);
-        *top = x > *top ? x : *top;
-        *sum += ((double)x + big) - big;
+        const ls_real x = product(d, q, keys + row[i] * d);
+        top = x > top ? x : top;
+        sum += ((double)x + big) - big;
     }
+    p->work[TOP][at] = top;
+    ((double *)(void *)p->work[SUM])[at] = sum;
+}
+
+/* The visiting keys of a batch row, each head in one piece: rows met at random should not lie in a page each. */
+static ls_view gapless_keys(ls_pass *p, int64_t b)
+{
+    const ls_block *v = &p->visit;
+    if (v->k.st == p->d) return (ls_view){ls_row(v->k, b, 0, 0), 0, v->k.sh, p->d};
+    const ls_view k = {p->work[KEYS], 0, v->n * p->d, p->d};
+    for (int64_t h = 0; h < p->H; h++) ls_clean_rows(v->k, b, h, 0, v->n, p->d, v->pad, v->n, 1, ls_row(k, 0, h, 0));
+    return k;
 }
 
 static ls_status scores(ls_pass *p, int phase)
@@ -313,11 +342,13 @@ static ls_status scores(ls_pass *p, int phase)
     int64_t *start = (int64_t *)(void *)p->work[START];
     int32_t *list = (int32_t *)(void *)p->work[LIST];
     for (int64_t b = 0; b < p->B && v->n > 0; b++) {
-        if (rows_of(p, b)->samples == 0) continue;
+        const int64_t U = rows_of(p, b)->samples;
+        if (U == 0) continue;
         const int64_t first = integer_at(v->note + 2 * b), keys = list_keys(p, b);
-        const double big = ((double *)(void *)p->work[BIG])[b];
-        for (int64_t t = 0; t < p->T; t += TQ) {
-            const int64_t n = ls_min(TQ, p->T - t);
+        const int64_t at_once = ls_max(1, ls_min(TQ, LISTED / U));
+        const ls_view k = gapless_keys(p, b);
+        for (int64_t t = 0; t < p->T; t += at_once) {
+            const int64_t n = ls_min(at_once, p->T - t);
             int32_t *end = list;
             for (int64_t i = 0; i < n; i++) {
                 start[i] = end - list;
@@ -326,11 +357,8 @@ static ls_status scores(ls_pass *p, int phase)
             start[n] = end - list;
             for (int64_t i = 0; i < AHEAD; i++) end[i] = 0;
             for (int64_t h = 0; h < p->H; h++)
-                for (int64_t i = 0; i < n; i++) {
-                    const int64_t at = (b * p->H + h) * p->T + t + i;
-                    score(p->d, ls_row(p->q, b, h, t + i), ls_row(v->k, b, h, 0), v->k.st, list + start[i],
-                          start[i + 1] - start[i], big, p->work[TOP] + at, (double *)(void *)p->work[SUM] + at);
-                }
+                for (int64_t i = 0; i < n; i++)
+                    score(p, b, h, t + i, ls_row(k, 0, h, 0), list + start[i], start[i + 1] - start[i]);
         }
     }
     return LS_OK;
@@ -395,6 +423,7 @@ static ls_status offers(ls_pass *p, int phase)
 {
     const int64_t BH = p->B * p->H;
     ls_real *mine = p->gathered[phase + 1].mine;
+    ls_zero(mine, offers_piece(p, 0, 0));
     for (int64_t b = 0; b < p->B; b++)
         for (int64_t h = 0; h < p->H; h++) {
             best x = {.want = rows_of(p, b)->top, .heap = (candidate *)(void *)p->work[HEAP]};
@@ -444,7 +473,7 @@ static ls_monoid query_rows(const ls_pass *p)
     return (ls_monoid){.groups = p->B * p->H * most_top(p), .plain = p->d};
 }
 
-static ls_monoid prefix(const ls_pass *p)
+static ls_monoid value_sums(const ls_pass *p)
 {
     return (ls_monoid){.groups = p->B * p->H, .plain = p->d};
 }
@@ -463,7 +492,7 @@ static ls_status queries(ls_pass *p, int phase)
                 if (t >= 0)
                     memcpy(sent + ((b * p->H + h) * u + r) * d, ls_row(p->q, b, h, t), (size_t)d * sizeof *sent);
             }
-            if (p->pattern != LS_CS) continue;
+            if (!is_causal(p)) continue;
             double *sum = (double *)(void *)p->work[STATE];
             for (int64_t e = 0; e < d; e++) sum[e] = 0;
             for (int64_t j = 0; j < p->S; j++) {
@@ -488,7 +517,7 @@ static ls_status queries_backward(ls_pass *p, int phase)
                 if (t >= 0)
                     ls_axpy(d, 1, p->summary[PARTIAL].dsent + ((b * p->H + h) * u + r) * d, ls_row(p->dq, b, h, t));
             }
-            for (int64_t j = 0; p->pattern == LS_CS && j < p->S; j++)
+            for (int64_t j = 0; is_causal(p) && j < p->S; j++)
                 if (!ls_is_padded(p->own.pad, b * p->S + j))
                     ls_axpy(d, 1, p->summary[PREFIX].dsent + (b * p->H + h) * d, ls_row(p->own.dv, b, h, j));
         }
@@ -526,7 +555,7 @@ static void load_keys(ls_pass *p, int64_t b, int64_t h, int64_t t, int64_t n, in
     ls_clean_rows(p->own.k, b, h, t, n, d, p->own.pad, p->S, 1, p->work[KEYS]);
     ls_clean_rows(p->own.v, b, h, t, n, d, p->own.pad, p->S, 1, p->work[VALUES]);
     ls_gemm(0, 1, R, n, d, 1, p->work[SCALED], d, p->work[KEYS], d, 0, l, TK);
-    for (int64_t r = 0; p->pattern == LS_CS && r < R; r++)
+    for (int64_t r = 0; is_causal(p) && r < R; r++)
         for (int64_t j = ls_max(0, chosen_of(p, b, h)[r] + 1 - lo); j < n; j++) l[r * TK + j] = -INFINITY;
     for (int64_t j = 0; p->own.pad != NULL && j < n; j++)
         for (int64_t r = 0; p->own.pad[b * p->S + t + j] && r < R; r++) l[r * TK + j] = -INFINITY;
@@ -647,39 +676,43 @@ static void apply_selected(ls_pass *p, int64_t b, int64_t h)
     }
 }
 
-static ls_status apply(ls_pass *p, int phase)
+static void apply_mean(ls_pass *p, int64_t b, int64_t h)
 {
     const int64_t d = p->d;
-    for (int64_t b = 0; b < p->B; b++)
-        for (int64_t h = 0; h < p->H; h++) {
-            write_output(d, elements(p, p->summary[phase].got, b, h), p->work[PART]);
-            for (int64_t t = 0; t < p->T; t++) {
-                ls_real *out = ls_row(p->out, b, h, t);
-                if (ls_is_padded(p->pad_q, b * p->T + t))
-                    ls_zero(out, d);
-                else
-                    memcpy(out, p->work[PART], (size_t)d * sizeof *out);
-            }
-            apply_selected(p, b, h);
-        }
-    return LS_OK;
+    write_output(d, elements(p, p->summary[SUMS].got, b, h), p->work[PART]);
+    for (int64_t t = 0; t < p->T; t++) {
+        ls_real *out = ls_row(p->out, b, h, t);
+        if (ls_is_padded(p->pad_q, b * p->T + t))
+            ls_zero(out, d);
+        else
+            memcpy(out, p->work[PART], (size_t)d * sizeof *out);
+    }
 }
 
-static ls_status apply_causal(ls_pass *p, int phase)
+static void apply_prefix(ls_pass *p, int64_t b, int64_t h)
 {
     const int64_t d = p->d;
+    const ls_real *before = p->summary[PREFIX].got + (b * p->H + h) * d;
     double *sum = (double *)(void *)p->work[STATE];
+    for (int64_t e = 0; e < d; e++) sum[e] = (double)before[e];
+    for (int64_t t = 0; t < p->T; t++) {
+        const ls_real *v = ls_row(p->own.v, b, h, t);
+        ls_real *out = ls_row(p->out, b, h, t);
+        const int dead = ls_is_padded(p->pad_q, b * p->T + t);
+        for (int64_t e = 0; !ls_is_padded(p->own.pad, b * p->S + t) && e < d; e++) sum[e] += (double)v[e];
+        for (int64_t e = 0; e < d; e++) out[e] = dead ? 0 : (ls_real)sum[e];
+    }
+}
+
+static ls_status apply(ls_pass *p, int phase)
+{
+    (void)phase;
     for (int64_t b = 0; b < p->B; b++)
         for (int64_t h = 0; h < p->H; h++) {
-            const ls_real *before = p->summary[phase].got + (b * p->H + h) * d;
-            for (int64_t e = 0; e < d; e++) sum[e] = (double)before[e];
-            for (int64_t t = 0; t < p->T; t++) {
-                const ls_real *v = ls_row(p->own.v, b, h, t);
-                ls_real *out = ls_row(p->out, b, h, t);
-                const int dead = ls_is_padded(p->pad_q, b * p->T + t);
-                for (int64_t e = 0; !ls_is_padded(p->own.pad, b * p->S + t) && e < d; e++) sum[e] += (double)v[e];
-                for (int64_t e = 0; e < d; e++) out[e] = dead ? 0 : (ls_real)sum[e];
-            }
+            if (is_causal(p))
+                apply_prefix(p, b, h);
+            else
+                apply_mean(p, b, h);
             apply_selected(p, b, h);
         }
     return LS_OK;
@@ -702,91 +735,71 @@ static void selected_backward(ls_pass *p, int64_t b, int64_t h)
     }
 }
 
-static void begin_backward(ls_pass *p)
+static void mean_backward(ls_pass *p, int64_t b, int64_t h)
 {
-    ls_zero(p->summary[SUMS].dgot, ls_monoid_size(softsums(p)));
-    ls_zero_view(p->dq, p->B, p->H, p->T, p->d);
-    ls_zero_view(p->own.dk, p->B, p->H, p->S, p->d);
-    ls_zero_view(p->own.dv, p->B, p->H, p->S, p->d);
+    const int64_t d = p->d;
+    const uint8_t *mark = (const uint8_t *)p->work[MARKS];
+    double *sum = (double *)(void *)p->work[STATE];
+    for (int64_t e = 0; e < d; e++) sum[e] = 0;
+    for (int64_t t = 0; t < p->T; t++) {
+        const ls_real *dout = ls_row(p->dout, b, h, t);
+        for (int64_t e = 0; !mark[t] && e < d; e++) sum[e] += (double)dout[e];
+    }
+    for (int64_t e = 0; e < d; e++) p->work[PART][e] = (ls_real)sum[e];
+    give_back(d, elements(p, p->summary[SUMS].got, b, h), p->work[PART], elements(p, p->summary[SUMS].dgot, b, h));
+}
+
+/* A value has its gradient from the rows that are not before it; those of later ranks come back through the scan. */
+static void prefix_backward(ls_pass *p, int64_t b, int64_t h)
+{
+    const int64_t d = p->d;
+    const uint8_t *mark = (const uint8_t *)p->work[MARKS];
+    double *sum = (double *)(void *)p->work[STATE];
+    for (int64_t e = 0; e < d; e++) sum[e] = 0;
+    for (int64_t t = p->T - 1; t >= 0; t--) {
+        const ls_real *dout = ls_row(p->dout, b, h, t);
+        ls_real *dv = ls_row(p->own.dv, b, h, t);
+        for (int64_t e = 0; !mark[t] && e < d; e++) sum[e] += (double)dout[e];
+        for (int64_t e = 0; !ls_is_padded(p->own.pad, b * p->S + t) && e < d; e++) dv[e] = (ls_real)sum[e];
+    }
+    ls_real *to = p->summary[PREFIX].dgot + (b * p->H + h) * d;
+    for (int64_t e = 0; e < d; e++) to[e] = (ls_real)sum[e];
 }
 
 static ls_status apply_backward(ls_pass *p, int phase)
 {
-    const int64_t d = p->d;
-    const uint8_t *mark = (const uint8_t *)p->work[MARKS];
-    double *sum = (double *)(void *)p->work[STATE];
-    begin_backward(p);
+    ls_zero(p->summary[phase].dgot, ls_monoid_size(softsums(p)));
+    ls_zero_view(p->dq, p->B, p->H, p->T, p->d);
+    ls_zero_view(p->own.dk, p->B, p->H, p->S, p->d);
+    ls_zero_view(p->own.dv, p->B, p->H, p->S, p->d);
     for (int64_t b = 0; b < p->B; b++)
         for (int64_t h = 0; h < p->H; h++) {
             selected_backward(p, b, h);
-            for (int64_t e = 0; e < d; e++) sum[e] = 0;
-            for (int64_t t = 0; t < p->T; t++) {
-                const ls_real *dout = ls_row(p->dout, b, h, t);
-                for (int64_t e = 0; !mark[t] && e < d; e++) sum[e] += (double)dout[e];
-            }
-            for (int64_t e = 0; e < d; e++) p->work[PART][e] = (ls_real)sum[e];
-            give_back(d, elements(p, p->summary[phase].got, b, h), p->work[PART],
-                      elements(p, p->summary[phase].dgot, b, h));
-        }
-    return LS_OK;
-}
-
-/* A value is owed by the rows from it on, those of later ranks too; the latter come back through the scan. */
-static ls_status apply_causal_backward(ls_pass *p, int phase)
-{
-    const int64_t d = p->d;
-    const uint8_t *mark = (const uint8_t *)p->work[MARKS];
-    double *sum = (double *)(void *)p->work[STATE];
-    begin_backward(p);
-    for (int64_t b = 0; b < p->B; b++)
-        for (int64_t h = 0; h < p->H; h++) {
-            selected_backward(p, b, h);
-            for (int64_t e = 0; e < d; e++) sum[e] = 0;
-            for (int64_t t = p->T - 1; t >= 0; t--) {
-                const ls_real *dout = ls_row(p->dout, b, h, t);
-                ls_real *dv = ls_row(p->own.dv, b, h, t);
-                for (int64_t e = 0; !mark[t] && e < d; e++) sum[e] += (double)dout[e];
-                for (int64_t e = 0; !ls_is_padded(p->own.pad, b * p->S + t) && e < d; e++) dv[e] = (ls_real)sum[e];
-            }
-            ls_real *to = p->summary[phase].dgot + (b * p->H + h) * d;
-            for (int64_t e = 0; e < d; e++) to[e] = (ls_real)sum[e];
+            if (is_causal(p))
+                prefix_backward(p, b, h);
+            else
+                mean_backward(p, b, h);
         }
     return LS_OK;
 }
 
 /* ------------------------------------------------------------------------------------------------ table */
 
-#define SELECTION                                                                                                      \
-    [COUNT] = {.name = "count", .forward = count, .constant = 1},                                                      \
-    [TOTALS] = {.name = "totals", .crossing = LS_GATHER, .piece = counts_piece, .forward = totals, .constant = 1},     \
-    [SCORES] = {.name = "scores",                                                                                      \
-                .crossing = LS_RING,                                                                                   \
-                .keys_only = 1,                                                                                        \
-                .notes = note_reals,                                                                                   \
-                .forward = scores,                                                                                     \
-                .constant = 1},                                                                                        \
-    [OFFERS] = {.name = "offers", .forward = offers, .constant = 1},                                                   \
-    [CHOICE] = {.name = "choice", .crossing = LS_GATHER, .piece = offers_piece, .forward = choice, .constant = 1},     \
-    [QUERIES] = {.name = "queries", .forward = queries, .backward = queries_backward},                                 \
-    [PARTIAL] = {.name = "partial",                                                                                    \
-                 .crossing = LS_REDUCE,                                                                                \
-                 .monoid = query_rows,                                                                                 \
-                 .forward = partial,                                                                                   \
-                 .backward = partial_backward}
-
-static const ls_phase all_keys[] = {
-    SELECTION,
+static const ls_phase phases[] = {
+    [COUNT] = {.name = "count", .forward = count, .constant = 1},
+    [TOTALS] = {.name = "totals", .crossing = LS_GATHER, .piece = counts_piece, .forward = totals, .constant = 1},
+    [SCORES] =
+        {.name = "scores", .crossing = LS_RING, .keys_only = 1, .notes = note_reals, .forward = scores, .constant = 1},
+    [OFFERS] = {.name = "offers", .forward = offers, .constant = 1},
+    [CHOICE] = {.name = "choice", .crossing = LS_GATHER, .piece = offers_piece, .forward = choice, .constant = 1},
+    [QUERIES] = {.name = "queries", .forward = queries, .backward = queries_backward},
+    [PARTIAL] = {.name = "partial",
+                 .crossing = LS_REDUCE,
+                 .monoid = query_rows,
+                 .forward = partial,
+                 .backward = partial_backward},
+    [PREFIX] = {.name = "prefix", .crossing = LS_SCAN, .monoid = value_sums, .needed = is_causal},
     [SUMS] = {.name = "apply", .crossing = LS_REDUCE, .monoid = softsums, .forward = apply, .backward = apply_backward},
-    {.name = NULL},
-};
-static const ls_phase causal[] = {
-    SELECTION,
-    [SUMS] = {.name = "sums", .crossing = LS_REDUCE, .monoid = softsums},
-    [PREFIX] = {.name = "apply",
-                .crossing = LS_SCAN,
-                .monoid = prefix,
-                .forward = apply_causal,
-                .backward = apply_causal_backward},
     {.name = NULL},
 };
 
@@ -794,6 +807,6 @@ const ls_mechanism ls_probsparse_mechanism = {
     .name = "probsparse",
     .option = options,
     .plan = plan,
-    .phases = {[LS_NS] = all_keys, [LS_CS] = causal, [LS_NC] = all_keys},
+    .phases = {[LS_NS] = phases, [LS_CS] = phases, [LS_NC] = phases},
     .draws = LS_GIVEN_SAMPLES,
 };

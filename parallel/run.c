@@ -206,7 +206,7 @@ void ls_run_plan(ls_call *c, ls_arena *saved, ls_arena *work)
     const ls_phase *phases = c->mechanism->phases[user->pattern];
     plan_placement(c, saved, work);
     const ls_phase *ring = find_crossing(user, phases, LS_RING), *fetch = find_crossing(user, phases, LS_FETCH);
-    if (ring != NULL) plan_ring(c, ring, work);
+    if (ring != NULL && !(user->backward && ring->constant)) plan_ring(c, ring, work);
     if (fetch != NULL && fetch->wanted == NULL) plan_fetch(c, fetch, saved, work);
     if (fetch != NULL && fetch->wanted != NULL) plan_lists(c, work);
     for (int i = 0; phases[i].name != NULL; i++)

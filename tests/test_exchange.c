@@ -521,6 +521,113 @@ static void test_ring(void **unused)
     ledger_agrees();
 }
 
+/* Keys alone on the ring, with notes of their owner: out_i += Σ_j c(i,j) n_b k_j, where n_b is what the owner noted. */
+static int64_t one_note_each(const ls_pass *p)
+{
+    return p->B;
+}
+static ls_real noted(int64_t lo, int64_t b)
+{
+    return (ls_real)(lo + 1) / 8 + (ls_real)b;
+}
+static ls_status begin_noted(ls_pass *p, int phase)
+{
+    for (int64_t b = 0; b < p->B; b++) p->work[0][b] = noted(p->own.span[0].lo, b);
+    p->own.note = p->work[0];
+    return begin(p, phase);
+}
+static ls_status visit_noted(ls_pass *p, int phase)
+{
+    const ls_block *v = &p->visit;
+    (void)phase;
+    for (int64_t b = 0; b < p->B; b++)
+        for (int64_t i = 0; i < p->T; i++)
+            for (int64_t j = 0; j < v->n; j++) {
+                if (v->pad != NULL && v->pad[b * v->n + j]) continue;
+                const ls_real c = (ls_real)coefficient(p->query_span[0].lo + i, v->span[0].lo + j) * v->note[b];
+                for (int64_t e = 0; e < p->d; e++) ls_row(p->out, b, 0, i)[e] += c * ls_row(v->k, b, 0, j)[e];
+            }
+    return LS_OK;
+}
+static void plan_noted(ls_pass *p, ls_arena *saved, ls_arena *work)
+{
+    (void)saved;
+    p->work[0] = ls_take(work, p->B);
+}
+static const ls_phase noted_phases[] = {{.name = "begin", .forward = begin_noted, .constant = 1},
+                                        {.name = "ring",
+                                         .crossing = LS_RING,
+                                         .keys_only = 1,
+                                         .notes = one_note_each,
+                                         .forward = visit_noted,
+                                         .constant = 1},
+                                        {.name = NULL}};
+static const ls_mechanism noting = {.name = "noting", .plan = plan_noted, .phases = {noted_phases}};
+
+static void check_notes(const ls_shard *shard, int padding)
+{
+    enum { B = 2, D = 3 };
+    const int64_t n = shard->n, L = shard->length, reals = B * n * D;
+    ls_real *q = filled(reals), *k = filled(reals), *out = filled(reals);
+    uint8_t *pad = calloc((size_t)(B * n) + 1, 1);
+    double *whole = calloc((size_t)(B * L * D), sizeof *whole), wrong = 0; /* n_b k_j, 0 where padded */
+    for (int64_t i = 0; i < B * n; i++) {
+        const int64_t b = i / n, t = i % n;
+        pad[i] = (uint8_t)(padding && (shard->lo + t) % 3 == 1);
+        for (int64_t e = 0; e < D; e++) {
+            whole[(b * L + shard->lo + t) * D + e] = pad[i] ? 0 : (double)noted(shard->lo, b) * (double)k[i * D + e];
+            if (pad[i]) k[i * D + e] = (ls_real)NAN;
+        }
+    }
+    MPI_Allreduce(MPI_IN_PLACE, whole, (int)(B * L * D), MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
+    ls_call c = {.ctx = ctx, .mechanism = &noting, .queries = shard, .keys = shard};
+    c.pass = (ls_pass){.B = B, .H = 1, .T = n, .S = n, .d = D, .all_queries = L, .all_keys = L};
+    c.pass.q = (ls_view){q, n * D, n * D, D};
+    c.pass.out = (ls_view){out, n * D, n * D, D};
+    c.pass.own = (ls_block){.k = {k, n * D, n * D, D}, .n = n, .pad = padding ? pad : NULL};
+    ls_arena saved = {0}, work = {0};
+    ls_arena_measure(&saved), ls_arena_measure(&work);
+    ls_run_plan(&c, &saved, &work);
+    must(ls_arena_reserve(&saved, "test"));
+    must(ls_arena_reserve(&work, "test"));
+    ls_run_plan(&c, &saved, &work);
+    ls_traffic before, after;
+    ls_context_traffic(ctx, &before);
+    must(ls_run_forward(&c));
+    ls_context_traffic(ctx, &after);
+    const int64_t block = n == 0 ? 0 : B * n * D + B; /* every block but the last to arrive goes on, size - 1 times */
+    const double sent = all((double)(after.sent[LS_RING] - before.sent[LS_RING])),
+                 pads = padding ? (double)(size - 1) * all((double)(B * n)) : 0;
+    assert_true(sent == (double)(size - 1) * all((double)block) * (double)sizeof(ls_real) + pads);
+    c.pass.backward = 1;
+    must(ls_run_backward(&c)); /* all is constant: nothing happens */
+    ls_context_traffic(ctx, &before);
+    assert_true(all((double)(before.sent[LS_RING] - after.sent[LS_RING])) == 0);
+    for (int64_t i = 0; i < reals; i++) {
+        double sum = 0;
+        for (int64_t j = 0; j < L; j++)
+            sum += coefficient(shard->lo + i / D % n, j) * whole[(i / D / n * L + j) * D + i % D];
+        wrong += !(fabs(sum - (double)out[i]) <= tolerance * (double)(L + 1) * (double)(L + 1));
+    }
+    assert_true(all(wrong) == 0);
+    free(q), free(k), free(out), free(pad), free(whole);
+    ls_arena_free(&saved), ls_arena_free(&work);
+}
+
+static void test_ring_notes(void **unused)
+{
+    (void)unused;
+    for (int l = 0; l < LENGTHS; l++)
+        for (int variant = 0; variant < 3; variant++)
+            for (int padding = 0; padding < 2; padding++) {
+                ls_shard shard;
+                make_shard(lengths[l], variant, &shard);
+                check_notes(&shard, padding);
+                ls_shard_free(&shard);
+            }
+    ledger_agrees();
+}
+
 /* ---------------------------------------------------------------------------------------- bytes */
 
 /* What all ranks together send over one kind of crossing in a forward pass of (B,T,E) queries on (B,S,E) keys. */
@@ -588,6 +695,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_fetch),
         cmocka_unit_test(test_requests),
         cmocka_unit_test(test_ring),
+        cmocka_unit_test(test_ring_notes),
         cmocka_unit_test(test_requests_fail_together),
         cmocka_unit_test(test_volumes),
         cmocka_unit_test(test_agree),

@@ -51,6 +51,7 @@ longspan_test(dense DOUBLE)
 longspan_test(exchange DOUBLE RANKS 1 2 3 4 5 7)
 longspan_test(golden DOUBLE HDF5 SOURCES ${harness} RANKS 1 2 3 5 ARGS ${golden})
 longspan_test(gradients DOUBLE SOURCES ${harness} RANKS 1 2)
+longspan_test(probsparse DOUBLE SOURCES ${harness} RANKS 1 3)
 longspan_test(laws DOUBLE SOURCES ${harness} RANKS 1 2 3 4 5 7)
 
 longspan_test(config TRAINER)
