@@ -13,7 +13,7 @@
  * Backward. Queries: dN, da, and dℓ_r = Σ_i dlogit_ir =: g_r; with ℓ = m + ln s the slot's sum gets ds' = g/s, and
  *   dω_r = δ(da_r - g_r μ_r),   dμ_r = δ(da_r - g_r (ω_r - μ_r))
  * Keys: dλ_jr from the slots, dk_j = δ Σ_r dλ_jr (ω_r - k_j), dω_r += δ Σ_j dλ_jr k_j. Then d mean = dμ + dω, whose
- * sums over ranks go back to the rows of their segments. apply writes dq, slots write dk, dv, segments add to dq, dk.
+ * sums over ranks go back to the rows of their segments. read writes dq, write dk and dv; segments add to dq and dk.
  *
  * What is made of landmarks is in double: they are few. saved: μ (B,H,c',d), ω (B,H,C,d), doubles. */
 #include "gemm.h"
@@ -37,7 +37,8 @@ enum {
     VALUES,
     CENTRE,
     CONSTANT,
-    /* doubles: the slots' sums (C,d+2) or their gradients, da and g (C,d+1), dμ + dω (c',d), two small rooms */
+    /* doubles: the slots' sums (C,d+2) or their gradients, da and g (C,d+1), dμ + dω (c',d); a room, the gradients of
+     * the maps */
     STATE,
     DKEYS,
     DMU,
@@ -95,21 +96,11 @@ static ls_monoid summary(const ls_pass *p)
     return (ls_monoid){.groups = p->B * p->H * count(p), .has_max = 1, .scaled = 1 + p->d};
 }
 
-static ls_real *take_doubles(ls_arena *arena, int64_t n)
-{
-    return ls_arena_take(arena, (size_t)n * sizeof(double));
-}
-
-static double *doubles(ls_real *p)
-{
-    return (double *)(void *)p;
-}
-
 static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
     const int64_t d = p->d, G = p->B * p->H, R = count(p), c = landmarks(p), back = p->backward;
-    p->saved[MU] = take_doubles(saved, G * c * d);
-    p->saved[OMEGA] = take_doubles(saved, G * R * d);
+    p->saved[MU] = ls_take_doubles(saved, G * c * d);
+    p->saved[OMEGA] = ls_take_doubles(saved, G * R * d);
     p->work[ROWS_A] = ls_take(work, LS_CHUNK * d);
     p->work[ROWS_B] = ls_take(work, LS_CHUNK * d);
     p->work[LOGITS] = ls_take(work, LS_CHUNK * R);
@@ -119,31 +110,21 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[VALUES] = ls_take(work, G * R * d);
     p->work[CENTRE] = ls_take(work, G * d);
     p->work[CONSTANT] = ls_take(work, G * R);
-    p->work[STATE] = take_doubles(work, G * R * (d + 2));
-    p->work[DKEYS] = take_doubles(work, back * G * R * (d + 1));
-    p->work[DMU] = take_doubles(work, back * G * c * d);
-    p->work[ROOM] = take_doubles(work, ls_max(p->H * d, R * d + d + R));
-    p->work[DMAPS] = take_doubles(work, back * 2 * (d * d + d));
+    p->work[STATE] = ls_take_doubles(work, G * R * (d + 2));
+    p->work[DKEYS] = ls_take_doubles(work, back * G * R * (d + 1));
+    p->work[DMU] = ls_take_doubles(work, back * G * c * d);
+    p->work[ROOM] = ls_take_doubles(work, ls_max(p->H * d, R * d + d + R));
+    p->work[DMAPS] = ls_take_doubles(work, back * 2 * (d * d + d));
 }
 
 /* ------------------------------------------------------------------------------------------------ segments */
-
-static ls_segmented rows_of(const ls_pass *p, int which, int gradients)
-{
-    const ls_block *k = &p->own;
-    const int64_t c = landmarks(p);
-    if (which == 0)
-        return (ls_segmented){
-            {p->all_queries, c}, gradients ? p->dq : p->q, p->B, p->H, p->T, p->d, p->query_span[0].lo, p->pad_q};
-    return (ls_segmented){{p->all_keys, c}, gradients ? k->dk : k->k, p->B, p->H, p->S, p->d, k->span[0].lo, k->pad};
-}
 
 static ls_status segments(ls_pass *p, int phase)
 {
     const int64_t each = landmarks(p) * p->d;
     for (int which = 0; which < 2; which++) {
-        const ls_segmented s = rows_of(p, which, 0);
-        ls_segment_sums(&s, doubles(p->work[ROOM]), p->summary[phase + 1].sent + which * each, 2 * each);
+        const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 0);
+        ls_segment_sums(&s, ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent + which * each, 2 * each);
     }
     return LS_OK;
 }
@@ -152,7 +133,7 @@ static ls_status segments_backward(ls_pass *p, int phase)
 {
     const int64_t each = landmarks(p) * p->d;
     for (int which = 0; which < 2; which++) {
-        const ls_segmented s = rows_of(p, which, 1);
+        const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 1);
         ls_segment_spread(&s, p->summary[phase + 1].dsent + which * each, 2 * each);
     }
     return LS_OK;
@@ -198,12 +179,12 @@ static void add_noise(const ls_pass *p, int64_t b, int64_t h, const double *mu, 
     }
 }
 
-/* μ and ω of every (b,h), the same on all ranks; δ ω becomes KEYS. */
+/* μ and ω of every (b,h), the same on all ranks. */
 static void make_landmarks(ls_pass *p, int phase)
 {
     const int64_t c = landmarks(p), d = p->d, R = count(p);
     for (int64_t g = 0; g < p->B * p->H; g++) {
-        double *mu = doubles(p->saved[MU]) + g * c * d, *omega = doubles(p->saved[OMEGA]) + g * R * d;
+        double *mu = ls_doubles(p->saved[MU]) + g * c * d, *omega = ls_doubles(p->saved[OMEGA]) + g * R * d;
         const ls_real *sum = p->summary[phase].got + g * 2 * c * d;
         for (int64_t i = 0; i < c * d; i++) mu[i] = 0;
         for (int64_t i = 0; i < 2 * c; i++) add_mean(p, i >= c, i % c, sum + i * d, mu + i % c * d);
@@ -211,17 +192,18 @@ static void make_landmarks(ls_pass *p, int phase)
     }
 }
 
+/* KEYS = δ ω. */
 static void load_omega(ls_pass *p)
 {
     const int64_t n = p->B * p->H * count(p) * p->d;
-    for (int64_t i = 0; i < n; i++) p->work[KEYS][i] = (ls_real)(p->scale * doubles(p->saved[OMEGA])[i]);
+    for (int64_t i = 0; i < n; i++) p->work[KEYS][i] = (ls_real)(p->scale * ls_doubles(p->saved[OMEGA])[i]);
 }
 
 /* dmu (c',d) of (b,h) becomes the gradient of the sums of segments; the maps get theirs. */
 static void landmarks_backward(const ls_pass *p, int64_t g, const ls_real *sums, ls_real *dsums)
 {
     const int64_t c = landmarks(p), d = p->d;
-    const double *dmu = doubles(p->work[DMU]) + g * c * d;
+    const double *dmu = ls_doubles(p->work[DMU]) + g * c * d;
     for (int which = 0; which < 2; which++)
         for (int64_t r = 0; r < c; r++) {
             const double n = tokens(p, which, r), *dy = dmu + r * d;
@@ -232,7 +214,7 @@ static void landmarks_backward(const ls_pass *p, int64_t g, const ls_real *sums,
                 continue;
             }
             const ls_real *weight = p->params + p->param[which ? K_WEIGHT : Q_WEIGHT].offset;
-            double *dweight = doubles(p->work[DMAPS]) + which * (d * d + d), *dbias = dweight + d * d;
+            double *dweight = ls_doubles(p->work[DMAPS]) + which * (d * d + d), *dbias = dweight + d * d;
             for (int64_t e = 0; e < d; e++) {
                 double x = 0;
                 for (int64_t i = 0; i < d; i++) {
@@ -248,7 +230,7 @@ static void landmarks_backward(const ls_pass *p, int64_t g, const ls_real *sums,
 static void add_map_gradients(const ls_pass *p)
 {
     const int64_t d = p->d;
-    const double *from = doubles(p->work[DMAPS]);
+    const double *from = ls_doubles(p->work[DMAPS]);
     for (int i = Q_WEIGHT; i <= K_BIAS; i++) {
         const int64_t n = i == Q_BIAS || i == K_BIAS ? d : d * d;
         for (int64_t e = 0; e < n; e++) p->dparams[p->param[i].offset + e] += (ls_real)from[e];
@@ -280,7 +262,7 @@ static void write_chunk(ls_pass *p, int phase, const ls_chunk *c)
     int64_t ld;
     key_logits(p, c, &ld);
     const ls_real *v = ls_chunk_rows(c, p->own.v, p->d, p->own.pad, p->S, p->work[ROWS_B], &ld);
-    ls_slots_write(s, c->n, p->work[LOGITS], v, ld, doubles(p->work[STATE]) + c->g * s.R * (p->d + 2));
+    ls_slots_write(s, c->n, p->work[LOGITS], v, ld, ls_doubles(p->work[STATE]) + c->g * s.R * (p->d + 2));
 }
 
 static ls_status write(ls_pass *p, int phase)
@@ -289,9 +271,9 @@ static ls_status write(ls_pass *p, int phase)
     const int64_t each = s.R * (p->d + 2), all = p->B * p->H * each;
     make_landmarks(p, phase);
     load_omega(p);
-    for (int64_t g = 0; g < p->B * p->H; g++) ls_slots_begin(s, doubles(p->work[STATE]) + g * each);
+    for (int64_t g = 0; g < p->B * p->H; g++) ls_slots_begin(s, ls_doubles(p->work[STATE]) + g * each);
     ls_each_chunk(p, phase, p->S, write_chunk);
-    for (int64_t i = 0; i < all; i++) p->summary[phase + 1].sent[i] = (ls_real)doubles(p->work[STATE])[i];
+    for (int64_t i = 0; i < all; i++) p->summary[phase + 1].sent[i] = (ls_real)ls_doubles(p->work[STATE])[i];
     return LS_OK;
 }
 
@@ -306,7 +288,7 @@ static void write_chunk_backward(ls_pass *p, int phase, const ls_chunk *c)
     ls_chunk_centred(c, p->own.v, d, p->own.pad, p->S, p->work[CENTRE] + c->g * d, v);
     ls_slots_write_backward(s, c->n, sum->sent + at, sum->dsent + at, p->work[CONSTANT] + c->g * R, v, p->work[LOGITS],
                             dl, ls_row(p->own.dv, c->b, c->h, c->t), p->own.dv.st);
-    ls_slots_sum(s, c->n, dl, k, ld, doubles(p->work[DKEYS]) + c->g * R * d);
+    ls_slots_sum(s, c->n, dl, k, ld, ls_doubles(p->work[DKEYS]) + c->g * R * d);
     ls_real *dk = ls_row(p->own.dk, c->b, c->h, c->t);
     ls_gemm(0, 0, c->n, d, R, 1, dl, R, p->work[KEYS] + c->g * R * d, d, 0, dk, p->own.dk.st);
     for (int64_t j = 0; j < c->n; j++) {
@@ -321,7 +303,7 @@ static ls_status write_backward(ls_pass *p, int phase)
     const ls_slots s = slots(p);
     const int64_t R = s.R, d = p->d, c = landmarks(p), G = p->B * p->H;
     ls_summary *in = &p->summary[phase];
-    double *values = doubles(p->work[ROOM]), *centre = values + R * d, *domega = doubles(p->work[DKEYS]);
+    double *values = ls_doubles(p->work[ROOM]), *centre = values + R * d, *domega = ls_doubles(p->work[DKEYS]);
     load_omega(p);
     for (int64_t g = 0; g < G; g++) {
         const int64_t at = g * R * (d + 2);
@@ -331,9 +313,9 @@ static ls_status write_backward(ls_pass *p, int phase)
     }
     for (int64_t i = 0; i < G * R * d; i++) domega[i] = 0;
     ls_each_chunk(p, phase, p->S, write_chunk_backward);
-    for (int64_t i = 0; i < 2 * (d * d + d); i++) doubles(p->work[DMAPS])[i] = 0;
+    for (int64_t i = 0; i < 2 * (d * d + d); i++) ls_doubles(p->work[DMAPS])[i] = 0;
     for (int64_t g = 0; g < G; g++) {
-        double *dmu = doubles(p->work[DMU]) + g * c * d;
+        double *dmu = ls_doubles(p->work[DMU]) + g * c * d;
         for (int64_t i = 0; i < R * d; i++) dmu[i % (c * d)] += p->scale * domega[g * R * d + i];
         landmarks_backward(p, g, in->got + g * 2 * c * d, in->dgot + g * 2 * c * d);
     }
@@ -364,9 +346,9 @@ static void load_slots(ls_pass *p, int phase)
 {
     const ls_slots s = slots(p);
     const int64_t R = s.R, c = landmarks(p), d = p->d;
-    double *values = doubles(p->work[ROOM]), *centre = values + R * d, *room = centre + d;
+    double *values = ls_doubles(p->work[ROOM]), *centre = values + R * d, *room = centre + d;
     for (int64_t g = 0; g < p->B * p->H; g++) {
-        const double *mu = doubles(p->saved[MU]) + g * c * d, *omega = doubles(p->saved[OMEGA]) + g * R * d;
+        const double *mu = ls_doubles(p->saved[MU]) + g * c * d, *omega = ls_doubles(p->saved[OMEGA]) + g * R * d;
         const ls_real *element = p->summary[phase].got + g * R * (d + 2);
         for (int64_t e = 0; e < d; e++) centre[e] = 0;
         for (int64_t i = 0; i < R * d; i++) centre[i % d] += p->scale * (mu[i % (c * d)] + omega[i]) / (double)R;
@@ -415,11 +397,12 @@ static void read_chunk_backward(ls_pass *p, int phase, const ls_chunk *c)
     const ls_slots s = slots(p);
     const int64_t R = s.R, d = p->d, at = c->g * R * d;
     ls_real *dl = p->work[DLOGITS];
-    double *da = doubles(p->work[DKEYS]) + at, *sum = doubles(p->work[DKEYS]) + p->B * p->H * R * d + c->g * R;
+    double *da = ls_doubles(p->work[DKEYS]) + at, *sum = ls_doubles(p->work[DKEYS]) + p->B * p->H * R * d + c->g * R;
     int64_t ld, ldo;
     const ls_real *q = query_logits(p, c, &ld);
     const ls_real *dout = ls_chunk_rows(c, p->dout, d, p->pad_q, p->T, p->work[ROWS_B], &ldo);
-    ls_slots_read_backward(s, c->n, p->work[LOGITS], p->work[VALUES] + at, dout, ldo, dl, doubles(p->work[STATE]) + at);
+    ls_slots_read_backward(s, c->n, p->work[LOGITS], p->work[VALUES] + at, dout, ldo, dl,
+                           ls_doubles(p->work[STATE]) + at);
     ls_slots_sum(s, c->n, dl, q, ld, da);
     for (int64_t i = 0; i < c->n; i++)
         for (int64_t r = 0; r < R; r++) sum[r] += (double)dl[i * R + r];
@@ -429,16 +412,16 @@ static void read_chunk_backward(ls_pass *p, int phase, const ls_chunk *c)
 static ls_status read_backward(ls_pass *p, int phase)
 {
     const int64_t R = count(p), c = landmarks(p), d = p->d, G = p->B * p->H;
-    double *dvalues = doubles(p->work[STATE]), *da = doubles(p->work[DKEYS]), *sum = da + G * R * d;
+    double *dvalues = ls_doubles(p->work[STATE]), *da = ls_doubles(p->work[DKEYS]), *sum = da + G * R * d;
     load_slots(p, phase);
     for (int64_t i = 0; i < G * R * d; i++) dvalues[i] = da[i] = 0;
     for (int64_t i = 0; i < G * R; i++) sum[i] = 0;
     ls_each_chunk(p, phase, p->T, read_chunk_backward);
-    for (int64_t i = 0; i < G * c * d; i++) doubles(p->work[DMU])[i] = 0;
+    for (int64_t i = 0; i < G * c * d; i++) ls_doubles(p->work[DMU])[i] = 0;
     for (int64_t i = 0; i < G * R; i++) { /* slot r of (b,h) g */
         const int64_t g = i / R, r = i % R;
-        const double *omega = doubles(p->saved[OMEGA]) + i * d;
-        double *dmu = doubles(p->work[DMU]) + (g * c + r % c) * d;
+        const double *omega = ls_doubles(p->saved[OMEGA]) + i * d;
+        double *dmu = ls_doubles(p->work[DMU]) + (g * c + r % c) * d;
         const double s = (double)p->summary[phase].got[i * (d + 2) + 1], inverse = s > 0 ? 1 / s : 0;
         ls_real *to = p->summary[phase].dgot + i * (d + 2);
         to[0] = 0;

@@ -27,7 +27,7 @@
 enum { LANDMARKS, PINV_ITERS, CONV_KERNEL, INIT }; /* option[] */
 enum { CONV_WEIGHT };                              /* param[], with a convolution */
 enum { VALUES_OUT };                               /* saved[]: W */
-/* work[], after those of softmax where a short sequence needs them. Of a chunk: */
+/* work[]; a short sequence has softmax's and ROOM. Of a chunk: */
 enum {
     ROWS_A,
     ROWS_B,
@@ -40,13 +40,12 @@ enum {
     CENTRE,
     KEY_CENTRE,
     CONSTANT,
-    /* doubles of all (b,h): what is summed over rows (m, 2d + 2); gradients of q̄ and k̄ (2,m,d); F2, its gradient (m,m)
-     */
+    /* doubles of all (b,h): what rows are summed to (m, 2d + 2); gradients of q̄ and k̄ (2,m,d); F2 and its gradient */
     STATE,
     DMEANS,
     F2,
     DF2,
-    /* doubles: Z_0, .. and scratch; q̄, k̄, G and a fourth (m,d), or (H,d), or a filter */
+    /* doubles: scratch of the inverse, then Z_0, Z_1 ..; room for three (m,d), or (H,d), or a filter */
     MATRICES,
     ROOM
 };
@@ -126,20 +125,10 @@ static ls_monoid summary(const ls_pass *p)
     return (ls_monoid){.groups = p->B * p->H * landmarks(p), .has_max = 1, .scaled = 1 + p->d};
 }
 
-static ls_real *take_doubles(ls_arena *arena, int64_t n)
-{
-    return ls_arena_take(arena, (size_t)n * sizeof(double));
-}
-
-static double *doubles(ls_real *p)
-{
-    return (double *)(void *)p;
-}
-
 static void plan_long(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
     const int64_t d = p->d, G = p->B * p->H, m = landmarks(p), back = p->backward;
-    p->saved[VALUES_OUT] = take_doubles(saved, G * m * d);
+    p->saved[VALUES_OUT] = ls_take_doubles(saved, G * m * d);
     p->work[ROWS_A] = ls_take(work, LS_CHUNK * d);
     p->work[ROWS_B] = ls_take(work, LS_CHUNK * d);
     p->work[LOGITS] = ls_take(work, LS_CHUNK * m);
@@ -150,20 +139,22 @@ static void plan_long(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[CENTRE] = ls_take(work, G * d);
     p->work[KEY_CENTRE] = ls_take(work, G * d);
     p->work[CONSTANT] = ls_take(work, G * m);
-    p->work[STATE] = take_doubles(work, G * m * (2 * d + 2));
-    p->work[DMEANS] = take_doubles(work, back * G * 2 * m * d);
-    p->work[F2] = take_doubles(work, G * m * m);
-    p->work[DF2] = take_doubles(work, back * G * m * m);
-    p->work[MATRICES] = take_doubles(work, ((int64_t)p->option[PINV_ITERS] + 2) * m * m + ls_pinv_scratch(m));
+    p->work[STATE] = ls_take_doubles(work, G * m * (2 * d + 2));
+    p->work[DMEANS] = ls_take_doubles(work, back * G * 2 * m * d);
+    p->work[F2] = ls_take_doubles(work, G * m * m);
+    p->work[DF2] = ls_take_doubles(work, back * G * m * m);
+    p->work[MATRICES] = ls_take_doubles(work, ((int64_t)p->option[PINV_ITERS] + 2) * m * m + ls_pinv_scratch(m));
+    p->work[ROOM] = ls_take_doubles(work, ls_max(ls_max(3 * m * d, p->H * d), kernel(p)));
 }
 
 static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
-    if (is_short(p))
-        ls_softmax_plan(p, saved, work);
-    else
+    if (is_long(p)) {
         plan_long(p, saved, work);
-    p->work[ROOM] = take_doubles(work, ls_max(4 * landmarks(p) * p->d + p->d, ls_max(p->H * p->d, kernel(p))));
+        return;
+    }
+    ls_softmax_plan(p, saved, work);
+    p->work[ROOM] = ls_take_doubles(work, kernel(p));
 }
 
 /* ------------------------------------------------------------------------------------------------ convolution */
@@ -204,7 +195,7 @@ static ls_status conv_backward(ls_pass *p, int phase)
     (void)phase;
     const ls_block *halo = &p->halo;
     const int64_t K = kernel(p), at = p->param[CONV_WEIGHT].offset;
-    double *dw = doubles(p->work[ROOM]);
+    double *dw = ls_doubles(p->work[ROOM]);
     ls_zero_view(halo->dv, p->B, p->H, halo->n, p->d);
     for (int64_t h = 0; h < p->H; h++) {
         const ls_real *w = p->params + at + h * K;
@@ -254,17 +245,6 @@ static ls_status finish_short_backward(ls_pass *p, int phase)
 
 /* ------------------------------------------------------------------------------------------------ segments */
 
-/* which = 1: keys, 0: queries. */
-static ls_segmented rows_of(const ls_pass *p, int which, int gradients)
-{
-    const ls_block *k = &p->own;
-    const int64_t m = landmarks(p);
-    if (which == 0)
-        return (ls_segmented){
-            {p->all_queries, m}, gradients ? p->dq : p->q, p->B, p->H, p->T, p->d, p->query_span[0].lo, p->pad_q};
-    return (ls_segmented){{p->all_keys, m}, gradients ? k->dk : k->k, p->B, p->H, p->S, p->d, k->span[0].lo, k->pad};
-}
-
 /* Where the sums of a sequence stand in those of a (b,h): queries, if any, then keys. */
 static int64_t place(const ls_pass *p, int which)
 {
@@ -274,8 +254,8 @@ static int64_t place(const ls_pass *p, int which)
 static ls_status segments(ls_pass *p, int phase)
 {
     for (int which = 2 - sequences(p); which < 2; which++) {
-        const ls_segmented s = rows_of(p, which, 0);
-        ls_segment_sums(&s, doubles(p->work[ROOM]), p->summary[phase + 1].sent + place(p, which),
+        const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 0);
+        ls_segment_sums(&s, ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent + place(p, which),
                         sequences(p) * landmarks(p) * p->d);
     }
     return LS_OK;
@@ -284,7 +264,7 @@ static ls_status segments(ls_pass *p, int phase)
 static ls_status segments_backward(ls_pass *p, int phase)
 {
     for (int which = 2 - sequences(p); which < 2; which++) {
-        const ls_segmented s = rows_of(p, which, 1);
+        const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 1);
         ls_segment_spread(&s, p->summary[phase + 1].dsent + place(p, which), sequences(p) * landmarks(p) * p->d);
     }
     return LS_OK;
@@ -319,7 +299,7 @@ static void mean_of_rows(int64_t m, int64_t d, const double *x, double *centre)
 static void load_queries(ls_pass *p, int phase)
 {
     const int64_t m = landmarks(p), d = p->d;
-    double *mean = doubles(p->work[ROOM]), *centre = mean + m * d;
+    double *mean = ls_doubles(p->work[ROOM]), *centre = mean + m * d;
     for (int64_t g = 0; g < p->B * p->H; g++) {
         means(p, phase, g, 0, mean);
         for (int64_t i = 0; i < m * d; i++) p->work[KEYS][g * m * d + i] = (ls_real)(p->scale * mean[i]);
@@ -344,13 +324,14 @@ static void write_chunk(ls_pass *p, int phase, const ls_chunk *c)
     int64_t ld;
     key_logits(p, c);
     const ls_real *v = ls_chunk_rows(c, p->own.v, p->d, p->own.pad, p->S, p->work[ROWS_B], &ld);
-    ls_slots_write(slots(p), c->n, p->work[LOGITS], v, ld, doubles(p->work[STATE]) + c->g * landmarks(p) * (p->d + 2));
+    ls_slots_write(slots(p), c->n, p->work[LOGITS], v, ld,
+                   ls_doubles(p->work[STATE]) + c->g * landmarks(p) * (p->d + 2));
 }
 
 static ls_status write(ls_pass *p, int phase)
 {
     const int64_t each = landmarks(p) * (p->d + 2), all = p->B * p->H * each;
-    double *state = doubles(p->work[STATE]);
+    double *state = ls_doubles(p->work[STATE]);
     load_queries(p, phase);
     for (int64_t g = 0; g < p->B * p->H; g++) ls_slots_begin(slots(p), state + g * each);
     ls_each_chunk(p, phase, p->S, write_chunk);
@@ -367,7 +348,7 @@ static void write_chunk_backward(ls_pass *p, int phase, const ls_chunk *c)
     ls_chunk_centred(c, p->own.v, d, p->own.pad, p->S, p->work[CENTRE] + c->g * d, p->work[ROWS_B]);
     ls_slots_write_backward(slots(p), c->n, s->sent + at, s->dsent + at, p->work[CONSTANT] + c->g * m, p->work[ROWS_B],
                             p->work[LOGITS], p->work[DLOGITS], ls_row(p->own.dv, c->b, c->h, c->t), p->own.dv.st);
-    ls_slots_sum(slots(p), c->n, p->work[DLOGITS], p->work[ROWS_A], d, doubles(p->work[STATE]) + c->g * m * d);
+    ls_slots_sum(slots(p), c->n, p->work[DLOGITS], p->work[ROWS_A], d, ls_doubles(p->work[STATE]) + c->g * m * d);
     ls_gemm(0, 0, c->n, d, m, 1, p->work[DLOGITS], m, p->work[KEYS] + c->g * m * d, d, 0,
             ls_row(p->own.dk, c->b, c->h, c->t), p->own.dk.st);
 }
@@ -376,7 +357,7 @@ static void write_chunk_backward(ls_pass *p, int phase, const ls_chunk *c)
 static ls_status write_backward(ls_pass *p, int phase)
 {
     const int64_t m = landmarks(p), d = p->d, G = p->B * p->H;
-    double *values = doubles(p->work[ROOM]), *centre = values + m * d, *dq = doubles(p->work[STATE]);
+    double *values = ls_doubles(p->work[ROOM]), *centre = values + m * d, *dq = ls_doubles(p->work[STATE]);
     load_queries(p, phase);
     for (int64_t g = 0; g < G; g++) {
         const int64_t at = g * m * (d + 2);
@@ -387,7 +368,7 @@ static ls_status write_backward(ls_pass *p, int phase)
     for (int64_t i = 0; i < G * m * d; i++) dq[i] = 0;
     ls_each_chunk(p, phase, p->S, write_chunk_backward);
     for (int64_t g = 0; g < G; g++) {
-        double *dmean = doubles(p->work[DMEANS]) + g * 2 * m * d;
+        double *dmean = ls_doubles(p->work[DMEANS]) + g * 2 * m * d;
         ls_real *dsums = p->summary[phase].dgot + g * sequences(p) * m * d;
         for (int64_t i = 0; i < m * d; i++) dmean[i] += p->scale * dq[g * m * d + i];
         for (int64_t i = 0; sequences(p) == 1 && i < m * d; i++) dmean[m * d + i] += dmean[i];
@@ -404,9 +385,9 @@ static ls_status write_backward(ls_pass *p, int phase)
 static void make_F2(ls_pass *p, int sums)
 {
     const int64_t m = landmarks(p), d = p->d;
-    double *q = doubles(p->work[ROOM]), *k = q + m * d;
+    double *q = ls_doubles(p->work[ROOM]), *k = q + m * d;
     for (int64_t g = 0; g < p->B * p->H; g++) {
-        double *F = doubles(p->work[F2]) + g * m * m;
+        double *F = ls_doubles(p->work[F2]) + g * m * m;
         means(p, sums, g, 0, q);
         means(p, sums, g, 1, k);
         ls_gemm_double(0, 1, m, m, d, p->scale, q, d, k, d, 0, F, m);
@@ -431,7 +412,7 @@ static double peak_of(const ls_pass *p, int64_t g)
     const ls_span s = matrices_of(p, g);
     double peak = 0;
     for (int64_t i = s.lo * m; i < (s.lo + s.n) * m; i++) {
-        const double sum = ls_column_sum(m, doubles(p->work[F2]) + i / m * m * m, i % m);
+        const double sum = ls_column_sum(m, ls_doubles(p->work[F2]) + i / m * m * m, i % m);
         peak = sum > peak ? sum : peak;
     }
     return peak;
@@ -446,41 +427,41 @@ static void peak_backward(ls_pass *p, int64_t g, double peak, double dpeak)
     for (int count = 1; count >= 0; count--)
         for (int64_t i = s.lo * m; i < (s.lo + s.n) * m; i++) {
             const int64_t matrix = i / m * m * m, column = i % m;
-            if (ls_column_sum(m, doubles(p->work[F2]) + matrix, column) < peak) continue;
+            if (ls_column_sum(m, ls_doubles(p->work[F2]) + matrix, column) < peak) continue;
             if (count)
                 reaching++;
             else
                 for (int64_t r = 0; r < m; r++)
-                    doubles(p->work[DF2])[matrix + r * m + column] += dpeak / (double)reaching;
+                    ls_doubles(p->work[DF2])[matrix + r * m + column] += dpeak / (double)reaching;
         }
 }
 
 static void inverse(ls_pass *p, int64_t g, double peak)
 {
     const int64_t m = landmarks(p);
-    double *scratch = doubles(p->work[MATRICES]), *Z = scratch + ls_pinv_scratch(m);
-    ls_pinv(m, (int)p->option[PINV_ITERS], doubles(p->work[F2]) + g * m * m, peak, Z, scratch);
+    double *scratch = ls_doubles(p->work[MATRICES]), *Z = scratch + ls_pinv_scratch(m);
+    ls_pinv(m, (int)p->option[PINV_ITERS], ls_doubles(p->work[F2]) + g * m * m, peak, Z, scratch);
 }
 
 /* Z_t as `inverse` left it; one after the last is a spare matrix. */
 static double *inverse_at(const ls_pass *p, int t)
 {
     const int64_t m = landmarks(p);
-    return doubles(p->work[MATRICES]) + ls_pinv_scratch(m) + t * m * m;
+    return ls_doubles(p->work[MATRICES]) + ls_pinv_scratch(m) + t * m * m;
 }
 
 /* W = Z G of every (b,h). */
 static void solve(ls_pass *p, int phase)
 {
     const int64_t m = landmarks(p), d = p->d;
-    double *G = doubles(p->work[ROOM]), *centre = G + m * d, peak = 0;
+    double *G = ls_doubles(p->work[ROOM]), *centre = G + m * d, peak = 0;
     make_F2(p, phase - 1);
     for (int64_t g = 0; g < p->B * p->H; g++) {
         if (g == 0 || p->option[INIT] == 0) peak = peak_of(p, g);
         inverse(p, g, peak);
         ls_slots_values(slots(p), p->summary[phase].got + g * m * (d + 2), G, centre);
         ls_gemm_double(0, 0, m, d, m, 1, inverse_at(p, (int)p->option[PINV_ITERS]), m, G, d, 0,
-                       doubles(p->saved[VALUES_OUT]) + g * m * d, d);
+                       ls_doubles(p->saved[VALUES_OUT]) + g * m * d, d);
     }
 }
 
@@ -489,10 +470,10 @@ static void solve_backward(ls_pass *p, int phase)
 {
     const int64_t m = landmarks(p), d = p->d;
     const int iterations = (int)p->option[PINV_ITERS];
-    double *G = doubles(p->work[ROOM]), *dG = G + m * d, *centre = dG + m * d, peak = 0, dpeak = 0;
+    double *G = ls_doubles(p->work[ROOM]), *dG = G + m * d, *centre = dG + m * d, peak = 0, dpeak = 0;
     make_F2(p, phase - 1);
     for (int64_t g = 0; g < p->B * p->H; g++) {
-        const double *dW = doubles(p->work[STATE]) + g * m * d;
+        const double *dW = ls_doubles(p->work[STATE]) + g * m * d;
         double *dZ = inverse_at(p, iterations + 1);
         const ls_real *element = p->summary[phase].got + g * m * (d + 2);
         ls_real *delement = p->summary[phase].dgot + g * m * (d + 2);
@@ -506,8 +487,8 @@ static void solve_backward(ls_pass *p, int phase)
             for (int64_t e = 0; e < d; e++) delement[2 + e] = (ls_real)(s * dG[i * d + e]);
         }
         ls_gemm_double(0, 1, m, m, d, 1, dW, d, G, d, 0, dZ, m);
-        dpeak += ls_pinv_backward(m, iterations, doubles(p->work[F2]) + g * m * m, peak, inverse_at(p, 0), dZ,
-                                  doubles(p->work[DF2]) + g * m * m, doubles(p->work[MATRICES]));
+        dpeak += ls_pinv_backward(m, iterations, ls_doubles(p->work[F2]) + g * m * m, peak, inverse_at(p, 0), dZ,
+                                  ls_doubles(p->work[DF2]) + g * m * m, ls_doubles(p->work[MATRICES]));
         if (p->option[INIT] != 0) continue;
         peak_backward(p, g, peak, dpeak);
         dpeak = 0;
@@ -519,10 +500,10 @@ static void solve_backward(ls_pass *p, int phase)
 static void means_backward(ls_pass *p, int phase, const double *dkeys)
 {
     const int64_t m = landmarks(p), d = p->d;
-    double *q = doubles(p->work[ROOM]), *k = q + m * d;
+    double *q = ls_doubles(p->work[ROOM]), *k = q + m * d;
     for (int64_t g = 0; g < p->B * p->H; g++) {
-        double *F = doubles(p->work[F2]) + g * m * m, *dF = doubles(p->work[DF2]) + g * m * m;
-        double *dq = doubles(p->work[DMEANS]) + g * 2 * m * d, *dk = dq + m * d;
+        double *F = ls_doubles(p->work[F2]) + g * m * m, *dF = ls_doubles(p->work[DF2]) + g * m * m;
+        double *dq = ls_doubles(p->work[DMEANS]) + g * 2 * m * d, *dk = dq + m * d;
         means(p, phase - 1, g, 0, q);
         means(p, phase - 1, g, 1, k);
         for (int64_t r = 0; r < m; r++) {
@@ -542,9 +523,9 @@ static void means_backward(ls_pass *p, int phase, const double *dkeys)
 static void load_slots(ls_pass *p, int phase)
 {
     const int64_t m = landmarks(p), d = p->d;
-    double *mean = doubles(p->work[ROOM]), *centre = mean + m * d;
+    double *mean = ls_doubles(p->work[ROOM]), *centre = mean + m * d;
     for (int64_t g = 0; g < p->B * p->H; g++) {
-        const double *W = doubles(p->saved[VALUES_OUT]) + g * m * d;
+        const double *W = ls_doubles(p->saved[VALUES_OUT]) + g * m * d;
         means(p, phase - 1, g, 1, mean);
         mean_of_rows(m, d, mean, centre);
         for (int64_t i = 0; i < m * d; i++)
@@ -588,7 +569,7 @@ static void read_chunk_backward(ls_pass *p, int phase, const ls_chunk *c)
 {
     (void)phase;
     const int64_t m = landmarks(p), d = p->d, at = c->g * m * d;
-    double *dW = doubles(p->work[STATE]) + at, *dkeys = dW + p->B * p->H * m * d;
+    double *dW = ls_doubles(p->work[STATE]) + at, *dkeys = dW + p->B * p->H * m * d;
     int64_t ld, ldo;
     const ls_real *q = query_logits(p, c, &ld);
     const ls_real *dout = ls_chunk_rows(c, p->dout, d, p->pad_q, p->T, p->work[ROWS_B], &ldo);
@@ -601,7 +582,7 @@ static void read_chunk_backward(ls_pass *p, int phase, const ls_chunk *c)
 static ls_status read_backward(ls_pass *p, int phase)
 {
     const int64_t all = p->B * p->H * landmarks(p) * p->d;
-    double *sums = doubles(p->work[STATE]);
+    double *sums = ls_doubles(p->work[STATE]);
     load_slots(p, phase);
     for (int64_t i = 0; i < 2 * all; i++) sums[i] = 0;
     ls_each_chunk(p, phase, p->T, read_chunk_backward);

@@ -1,5 +1,15 @@
 #include "segments.h"
 
+ls_segmented ls_segmented_rows(const ls_pass *p, int64_t count, int which, int gradients)
+{
+    const ls_block *k = &p->own;
+    if (which == 0)
+        return (ls_segmented){
+            {p->all_queries, count}, gradients ? p->dq : p->q, p->B, p->H, p->T, p->d, p->query_span[0].lo, p->pad_q};
+    return (ls_segmented){
+        {p->all_keys, count}, gradients ? k->dk : k->k, p->B, p->H, p->S, p->d, k->span[0].lo, k->pad};
+}
+
 enum { ROWS = 32 }; /* of all heads: neighbours in memory where a row is model-wide */
 
 /* Rows of segment c that are here. */

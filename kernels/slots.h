@@ -14,6 +14,16 @@
 
 #include "mechanism.h"
 
+/* saved[] and work[] that hold doubles. */
+static inline ls_real *ls_take_doubles(ls_arena *arena, int64_t n)
+{
+    return (ls_real *)ls_arena_take(arena, (size_t)n * sizeof(double));
+}
+static inline double *ls_doubles(ls_real *x)
+{
+    return (double *)(void *)x;
+}
+
 /* Rows [t, t + n) of (b,h); g = b H + h. */
 typedef struct ls_chunk {
     int64_t b, h, g, t, n;
