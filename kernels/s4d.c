@@ -35,14 +35,15 @@
 
 #include <complex.h>
 
-enum { STATE_SIZE, CHANNELS, SETS };                       /* option[] */
-enum { LOG_DT, LOG_W_RE, W_IM, C_, D_ };                   /* param[] */
-enum { CHUNK = 16, PIECE = 16, ROWS = PIECE * CHUNK };     /* positions, and chunks, worked on at a time */
-enum { BLOCK = 16, GROUPS = BLOCK / LS_LANES };            /* features worked on at a time */
-enum { FROM_LEFT, FROM_RIGHT };                            /* directions: of s, of r */
-enum { ENTERING, LEAVING };                                /* the states of a sweep: s or r, and γ' of one */
-enum { LAMBDA };                                           /* saved[]: complex doubles (E,N/2) */
-enum { DESK, DLAMBDA, DW };                                /* work[]: complex doubles (E,N/2), (n_ssm,N/2) */
+enum { STATE_SIZE, CHANNELS, SETS };                  /* option[] */
+enum { LOG_DT, LOG_W_RE, W_IM, C_, D_ };              /* param[] */
+enum { CHUNK = 16, PIECE = 8, ROWS = PIECE * CHUNK }; /* positions, and chunks, worked on at a time */
+enum { STRIDE = ROWS + 4 };                           /* of rows of lanes, apart from powers of two */
+enum { BLOCK = 512 };                                 /* features worked on at a time: rows are read in long runs */
+enum { FROM_LEFT, FROM_RIGHT };                       /* directions: of s, of r */
+enum { ENTERING, LEAVING };                           /* the states of a sweep: s or r, and γ' of one */
+enum { LAMBDA };                                      /* saved[]: complex doubles (E,N/2) */
+enum { DESK, DLAMBDA, DW };                           /* work[]: complex doubles (E,N/2), (n_ssm,N/2) */
 enum { ENDS_LEFT = 1, SCAN_LEFT, ENDS_RIGHT, SCAN_RIGHT }; /* phases; CS has the first three */
 
 static const ls_option_info options[] = {
@@ -90,20 +91,21 @@ typedef struct group {
     ls_lanes *weight;                 /* (directions, channels, N) W */
     double *decay;                    /* (2, N, LANES) a^n, and a^(what is left after the last whole chunk) */
     double *state;                    /* (2, directions, N, LANES) the states of a sweep */
-    ls_lanes *entering, *leaving;     /* (all chunks, N) of the direction whose sweep goes first */
+    double *border[2];                /* (pieces, N, LANES) states at the pieces, of the sweep that goes first */
     double *dlambda, *dweight, *dtap; /* (N, LANES), (directions, channels, N, LANES), (channels, 2n - 1, LANES) */
 } group;
 
 /* All memory for a block of features. Buffers without group are used by one after the other. */
 typedef struct desk {
-    int64_t N, n, channels, directions, groups; /* groups in use, of GROUPS */
-    group group[GROUPS];
-    ls_lanes *u, *du;             /* (GROUPS, ROWS) rows of a piece */
-    ls_lanes *y;                  /* (channels, GROUPS, ROWS) out or dout */
-    ls_lanes *entering, *leaving; /* (PIECE, N) states that enter chunks, gradient form of what leaves */
-    ls_lanes *local, *mixed;      /* (PIECE, N) */
-    ls_lanes *seen;               /* (channels, PIECE, N) V */
-    ls_lanes *products;           /* (n, n) */
+    int64_t N, n, channels, directions;
+    int64_t places, groups;             /* groups there is room for, groups in use */
+    group *group;                       /* (places) */
+    ls_lanes *u, *du;                   /* (places, STRIDE) rows of a piece */
+    ls_lanes *y;                        /* (channels, places, STRIDE) out or dout */
+    ls_lanes *entering[2], *leaving[2]; /* by direction, (PIECE, N): states that enter chunks, γ' in gradient form */
+    ls_lanes *local, *mixed;            /* (PIECE, N) */
+    ls_lanes *seen;                     /* (channels, PIECE, N) V */
+    ls_lanes *products;                 /* (n, n) */
 } desk;
 
 static desk *desk_of(const ls_pass *p)
@@ -142,32 +144,38 @@ static piece piece_at(const ls_pass *p, int64_t i)
 static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
     const int64_t E = p->d, N = (int64_t)p->option[STATE_SIZE], channels = (int64_t)p->option[CHANNELS];
-    const int64_t n = chunk_length(p), directions = p->pattern == LS_NS ? 2 : 1, all = (p->T + n - 1) / n;
-    const int64_t back = p->backward, both = directions == 2, stored = back || both;
+    const int64_t n = chunk_length(p), directions = p->pattern == LS_NS ? 2 : 1, taps = channels * (2 * n - 1);
+    const int64_t back = p->backward, both = directions == 2, pieces = count_pieces(p);
+    const int64_t places = (ls_min(BLOCK, E) + LS_LANES - 1) / LS_LANES;
     const size_t lanes = sizeof(ls_lanes), doubles = LS_LANES * sizeof(double), z = sizeof(double complex);
     p->saved[LAMBDA] = ls_arena_take(saved, (size_t)(E * N / 2) * z);
     p->work[DLAMBDA] = ls_arena_take(work, (size_t)(back * E * N / 2) * z);
     p->work[DW] = ls_arena_take(work, (size_t)(back * (int64_t)p->option[SETS] * N / 2) * z);
     desk *place = ls_arena_take(work, sizeof *place);
-    desk k = {.N = N, .n = n, .channels = channels, .directions = directions};
-    for (group *g = k.group; g < k.group + GROUPS; g++) {
-        g->power = ls_arena_take(work, (size_t)((n + 1) * N) * lanes);
-        g->slope = ls_arena_take(work, (size_t)(back * (n + 1) * N) * lanes);
-        g->taps = ls_arena_take(work, (size_t)(channels * (2 * n - 1)) * lanes);
-        g->weight = ls_arena_take(work, (size_t)(directions * channels * N) * lanes);
-        g->decay = ls_arena_take(work, (size_t)(2 * N) * doubles);
-        g->state = ls_arena_take(work, (size_t)(2 * directions * N) * doubles);
-        g->entering = ls_arena_take(work, (size_t)(stored * all * N) * lanes);
-        g->leaving = ls_arena_take(work, (size_t)(back * both * all * N) * lanes);
-        g->dlambda = ls_arena_take(work, (size_t)(back * N) * doubles);
-        g->dweight = ls_arena_take(work, (size_t)(back * directions * channels * N) * doubles);
-        g->dtap = ls_arena_take(work, (size_t)(back * channels * (2 * n - 1)) * doubles);
+    desk k = {.N = N, .n = n, .channels = channels, .directions = directions, .places = places};
+    k.group = ls_arena_take(work, (size_t)places * sizeof *k.group);
+    for (int64_t i = 0; i < places; i++) {
+        group g = {0};
+        g.power = ls_arena_take(work, (size_t)((n + 1) * N) * lanes);
+        g.slope = ls_arena_take(work, (size_t)(back * (n + 1) * N) * lanes);
+        g.taps = ls_arena_take(work, (size_t)taps * lanes);
+        g.weight = ls_arena_take(work, (size_t)(directions * channels * N) * lanes);
+        g.decay = ls_arena_take(work, (size_t)(2 * N) * doubles);
+        g.state = ls_arena_take(work, (size_t)(2 * directions * N) * doubles);
+        g.dlambda = ls_arena_take(work, (size_t)(back * N) * doubles);
+        g.dweight = ls_arena_take(work, (size_t)(back * directions * channels * N) * doubles);
+        g.dtap = ls_arena_take(work, (size_t)(back * taps) * doubles);
+        g.border[0] = ls_arena_take(work, (size_t)((back || both) * pieces * N) * doubles);
+        g.border[1] = ls_arena_take(work, (size_t)(back * both * pieces * N) * doubles);
+        if (k.group != NULL) k.group[i] = g;
     }
-    k.u = ls_arena_take(work, GROUPS * ROWS * lanes);
-    k.du = ls_arena_take(work, (size_t)(back * GROUPS * ROWS) * lanes);
-    k.y = ls_arena_take(work, (size_t)(channels * GROUPS * ROWS) * lanes);
-    k.entering = ls_arena_take(work, (size_t)(PIECE * N) * lanes);
-    k.leaving = ls_arena_take(work, (size_t)(PIECE * N) * lanes);
+    k.u = ls_arena_take(work, (size_t)(places * STRIDE) * lanes);
+    k.du = ls_arena_take(work, (size_t)(back * places * STRIDE) * lanes);
+    k.y = ls_arena_take(work, (size_t)(channels * places * STRIDE) * lanes);
+    for (int64_t d = 0; d < directions; d++) {
+        k.entering[d] = ls_arena_take(work, (size_t)(PIECE * N) * lanes);
+        k.leaving[d] = ls_arena_take(work, (size_t)(back * PIECE * N) * lanes);
+    }
     k.local = ls_arena_take(work, (size_t)(PIECE * N) * lanes);
     k.mixed = ls_arena_take(work, (size_t)(PIECE * N) * lanes);
     k.seen = ls_arena_take(work, (size_t)(back * channels * PIECE * N) * lanes);
@@ -335,7 +343,7 @@ static void open_block(const ls_pass *p, desk *k, int64_t first)
 {
     const int64_t N = k->N, taps = k->channels * (2 * k->n - 1), rows = k->directions * k->channels * N;
     k->groups = 0;
-    for (int i = 0; i < GROUPS && first + i * LS_LANES < p->d; i++) {
+    for (int64_t i = 0; i < k->places && first + i * LS_LANES < p->d; i++) {
         group *g = &k->group[k->groups++];
         g->first = first + i * LS_LANES;
         g->width = ls_min(LS_LANES, p->d - g->first);
@@ -359,37 +367,37 @@ static void open_block(const ls_pass *p, desk *k, int64_t first)
 
 /* ------------------------------------------------------------------------------------------------ rows, summaries */
 
-/* to (groups, ROWS) = rows of a piece, 0 where padded. v begins at the block's first feature. */
+/* to (groups, STRIDE) = rows of a piece, 0 where padded. v begins at the block's first feature. */
 static void load(const ls_pass *p, const desk *k, ls_view v, int64_t b, const piece *x, ls_lanes *to)
 {
-    for (int64_t i = 0; i < x->chunks * x->length; i++) {
+    const group *last = &k->group[k->groups - 1];
+    const int64_t whole = k->groups - (last->width < LS_LANES);
+    for (int64_t i = 0; i < x->chunks * x->length; i++, to++) {
         const ls_real *from = ls_row(v, b, 0, x->t + i);
-        const int pad = ls_is_padded(p->pad_q, b * p->T + x->t + i);
-        for (int64_t g = 0; g < k->groups; g++) {
-            const int64_t width = pad ? 0 : k->group[g].width;
-            ls_lanes *row = to + g * ROWS + i;
-            if (width < LS_LANES) *row = (ls_lanes){0};
-            if (width == LS_LANES) /* apart, since its size is known */
-                memcpy(row, from + g * LS_LANES, sizeof *row);
-            else if (width > 0)
-                memcpy(row, from + g * LS_LANES, (size_t)width * sizeof *from);
+        if (ls_is_padded(p->pad_q, b * p->T + x->t + i)) {
+            for (int64_t g = 0; g < k->groups; g++) to[g * STRIDE] = (ls_lanes){0};
+            continue;
         }
+        for (int64_t g = 0; g < whole; g++) memcpy(&to[g * STRIDE], from + g * LS_LANES, sizeof *to);
+        if (whole == k->groups) continue;
+        to[whole * STRIDE] = (ls_lanes){0};
+        memcpy(&to[whole * STRIDE], from + whole * LS_LANES, (size_t)last->width * sizeof *from);
     }
 }
 
 /* The way back: padded rows become 0. */
 static void store(const ls_pass *p, const desk *k, const ls_lanes *from, int64_t b, const piece *x, ls_view v)
 {
-    for (int64_t i = 0; i < x->chunks * x->length; i++) {
+    const group *last = &k->group[k->groups - 1];
+    const int64_t whole = k->groups - (last->width < LS_LANES);
+    for (int64_t i = 0; i < x->chunks * x->length; i++, from++) {
         ls_real *to = ls_row(v, b, 0, x->t + i);
-        const int pad = ls_is_padded(p->pad_q, b * p->T + x->t + i);
-        for (int64_t g = 0; g < k->groups; g++) {
-            const ls_lanes row = pad ? (ls_lanes){0} : from[g * ROWS + i];
-            if (k->group[g].width == LS_LANES)
-                memcpy(to + g * LS_LANES, &row, sizeof row);
-            else
-                memcpy(to + g * LS_LANES, &row, (size_t)k->group[g].width * sizeof *to);
+        if (ls_is_padded(p->pad_q, b * p->T + x->t + i)) {
+            ls_zero(to, last->first + last->width - k->group[0].first);
+            continue;
         }
+        for (int64_t g = 0; g < whole; g++) memcpy(to + g * LS_LANES, &from[g * STRIDE], sizeof *from);
+        if (whole < k->groups) memcpy(to + whole * LS_LANES, &from[whole * STRIDE], (size_t)last->width * sizeof *to);
     }
 }
 
@@ -402,6 +410,17 @@ static ls_view features(ls_view v, int64_t first)
 static double *state_of(const desk *k, const group *g, int kind, int direction)
 {
     return g->state + (kind * k->directions + direction) * k->N * LS_LANES;
+}
+
+/* The state of a sweep as it comes to piece j, kept from the first pass for the second. */
+static void keep(const desk *k, const group *g, int which, int64_t j, const double *state)
+{
+    memcpy(g->border[which] + j * k->N * LS_LANES, state, (size_t)(k->N * LS_LANES) * sizeof *state);
+}
+
+static void recall(const desk *k, const group *g, int which, int64_t j, double *state)
+{
+    memcpy(state, g->border[which] + j * k->N * LS_LANES, (size_t)(k->N * LS_LANES) * sizeof *state);
 }
 
 /* A state and its place in a summary. sign -1: gradient form there, γ here. */
@@ -513,53 +532,58 @@ static void correlate(const desk *k, int64_t chunks, const ls_lanes *x, ls_real 
 
 /* ------------------------------------------------------------------------------------------------ forward */
 
-/* before (chunks, N) = the states that enter the chunks of the piece. */
-static void enter(const desk *k, int64_t i, const piece *x, int direction, ls_lanes *before)
+/* The state of a direction passes a piece; k->entering = the states that enter its chunks. */
+static void enter(const desk *k, int64_t i, const piece *x, int direction)
 {
     const group *g = &k->group[i];
-    ls_lanes_product(x->chunks, k->N, x->length, matrix(k->u + i * ROWS, x->length),
+    ls_lanes_product(x->chunks, k->N, x->length, matrix(k->u + i * STRIDE, x->length),
                      on_leaving(k, g->power, direction, x->length), 0, matrix(k->local, k->N));
-    chain(k, g, x, direction == FROM_RIGHT, state_of(k, g, ENTERING, direction), k->local, 1, before);
+    chain(k, g, x, direction == FROM_RIGHT, state_of(k, g, ENTERING, direction), k->local, 1, k->entering[direction]);
 }
 
 /* y of one channel from inputs and entering states. */
-static void outputs(const desk *k, int64_t i, const piece *x, int64_t channel, const ls_lanes *const *entering)
+static void outputs(const desk *k, int64_t i, const piece *x, int64_t channel)
 {
     const group *g = &k->group[i];
-    const ls_entries y = matrix(k->y + (channel * GROUPS + i) * ROWS, x->length);
-    ls_lanes_product(x->chunks, x->length, x->length, matrix(k->u + i * ROWS, x->length), toeplitz(k, g, channel), 0,
+    const ls_entries y = matrix(k->y + (channel * k->places + i) * STRIDE, x->length);
+    ls_lanes_product(x->chunks, x->length, x->length, matrix(k->u + i * STRIDE, x->length), toeplitz(k, g, channel), 0,
                      y);
     for (int d = 0; d < k->directions; d++) {
-        weigh(k, x->chunks, g->weight + (d * k->channels + channel) * k->N, entering[d], -1, 0, k->mixed);
+        weigh(k, x->chunks, g->weight + (d * k->channels + channel) * k->N, k->entering[d], -1, 0, k->mixed);
         ls_lanes_product(x->chunks, x->length, k->N, matrix(k->mixed, k->N),
                          ls_transposed(on_entering(k, g->power, d, x->length)), 1, y);
     }
 }
 
-/* Pass 1, NS: from right to left, the states r that enter the chunks are kept.
- * Pass 2: from left to right, the states s, and the outputs. */
+/* Pass 1, NS: from right to left, the states r at the pieces.
+ * Pass 2: from left to right, the states s, within each piece also r, and the outputs. */
 static void apply_block(const ls_pass *p, const desk *k, int64_t b)
 {
     const int64_t pieces = count_pieces(p), first = k->group[0].first;
+    const int both = k->directions == 2;
     for (int d = 0; d < k->directions; d++)
         for (int64_t i = 0; i < k->groups; i++)
             read_state(p, k, &k->group[i], b, p->summary[d ? SCAN_RIGHT : SCAN_LEFT].got, 1,
                        state_of(k, &k->group[i], ENTERING, d));
-    for (int64_t j = pieces - 1; k->directions == 2 && j >= 0; j--) {
+    for (int64_t j = pieces - 1; both && j >= 0; j--) {
         const piece x = piece_at(p, j);
         load(p, k, features(p->q, first), b, &x, k->u);
-        for (int64_t i = 0; i < k->groups; i++) enter(k, i, &x, FROM_RIGHT, k->group[i].entering + x.first * k->N);
+        for (int64_t i = 0; i < k->groups; i++) {
+            keep(k, &k->group[i], 0, j, state_of(k, &k->group[i], ENTERING, FROM_RIGHT));
+            enter(k, i, &x, FROM_RIGHT);
+        }
     }
     for (int64_t j = 0; j < pieces; j++) {
         const piece x = piece_at(p, j);
         load(p, k, features(p->q, first), b, &x, k->u);
         for (int64_t i = 0; i < k->groups; i++) {
-            const ls_lanes *const entering[] = {k->entering, k->group[i].entering + x.first * k->N};
-            enter(k, i, &x, FROM_LEFT, k->entering);
-            for (int64_t c = 0; c < k->channels; c++) outputs(k, i, &x, c, entering);
+            enter(k, i, &x, FROM_LEFT);
+            if (both) recall(k, &k->group[i], 0, j, state_of(k, &k->group[i], ENTERING, FROM_RIGHT));
+            if (both) enter(k, i, &x, FROM_RIGHT);
+            for (int64_t c = 0; c < k->channels; c++) outputs(k, i, &x, c);
         }
         for (int64_t c = 0; c < k->channels; c++)
-            store(p, k, k->y + c * GROUPS * ROWS, b, &x, features(p->out, c * p->d + first));
+            store(p, k, k->y + c * k->places * STRIDE, b, &x, features(p->out, c * p->d + first));
     }
 }
 
@@ -588,7 +612,7 @@ static ls_status ends(ls_pass *p, int phase)
             for (int64_t j = 0; j < pieces; j++) {
                 const piece x = piece_at(p, direction == FROM_LEFT ? j : pieces - 1 - j);
                 load(p, k, features(p->q, first), b, &x, k->u);
-                for (int64_t i = 0; i < k->groups; i++) enter(k, i, &x, direction, k->entering);
+                for (int64_t i = 0; i < k->groups; i++) enter(k, i, &x, direction);
             }
             for (int64_t i = 0; i < k->groups; i++)
                 write_state(p, k, &k->group[i], b, state_of(k, &k->group[i], ENTERING, direction), 1, s->sent);
@@ -604,7 +628,7 @@ static ls_status ends(ls_pass *p, int phase)
 static void look_back(const desk *k, int64_t i, const piece *x, int direction, int64_t channel, ls_lanes *table,
                       ls_lanes *seen)
 {
-    ls_lanes_product(x->chunks, k->N, x->length, matrix(k->y + (channel * GROUPS + i) * ROWS, x->length),
+    ls_lanes_product(x->chunks, k->N, x->length, matrix(k->y + (channel * k->places + i) * STRIDE, x->length),
                      on_entering(k, table, direction, x->length), 0, matrix(seen, k->N));
 }
 
@@ -614,43 +638,42 @@ static void look_back_all(const desk *k, int64_t i, const piece *x, int directio
         look_back(k, i, x, direction, c, k->group[i].power, k->seen + c * PIECE * k->N);
 }
 
-/* before (chunks, N) = γ' of the states that leave the chunks, in gradient form, from V in `seen` or, NULL, from what
- * comes after the shard alone. */
-static void leave(const desk *k, int64_t i, const piece *x, int direction, const ls_lanes *seen, ls_lanes *before)
+/* γ of a direction passes a piece against it; k->leaving = γ' of the states that leave its chunks, in gradient form. It
+ * grows by V in `seen`, or, NULL, by nothing: then it is what comes after the shard. */
+static void leave(const desk *k, int64_t i, const piece *x, int direction, const ls_lanes *seen)
 {
     const group *g = &k->group[i];
     if (seen == NULL) zero_lanes(k->local, x->chunks * k->N);
     for (int64_t c = 0; seen != NULL && c < k->channels; c++)
         weigh(k, x->chunks, g->weight + (direction * k->channels + c) * k->N, seen + c * PIECE * k->N, 1, c > 0,
               k->local);
-    chain(k, g, x, direction == FROM_LEFT, state_of(k, g, LEAVING, direction), k->local, -1, before);
+    chain(k, g, x, direction == FROM_LEFT, state_of(k, g, LEAVING, direction), k->local, -1, k->leaving[direction]);
 }
 
 /* What meets where states leave: du, and γ_λ of the steps up to there. */
-static void leaving_gradients(const desk *k, int64_t i, const piece *x, int direction, const ls_lanes *entering,
-                              ls_lanes *leaving)
+static void leaving_gradients(const desk *k, int64_t i, const piece *x, int direction)
 {
     const group *g = &k->group[i];
     const int64_t n = x->length;
-    ls_lanes_product(x->chunks, n, k->N, matrix(leaving, k->N), ls_transposed(on_leaving(k, g->power, direction, n)), 1,
-                     matrix(k->du + i * ROWS, n));
-    ls_lanes_product(x->chunks, k->N, n, matrix(k->u + i * ROWS, n), on_leaving(k, g->slope, direction, n), 0,
+    ls_lanes_product(x->chunks, n, k->N, matrix(k->leaving[direction], k->N),
+                     ls_transposed(on_leaving(k, g->power, direction, n)), 1, matrix(k->du + i * STRIDE, n));
+    ls_lanes_product(x->chunks, k->N, n, matrix(k->u + i * STRIDE, n), on_leaving(k, g->slope, direction, n), 0,
                      matrix(k->mixed, k->N));
-    weigh(k, x->chunks, g->slope + n * k->N, entering, 1, 1, k->mixed);
-    correlate(k, x->chunks, leaving, -1, k->mixed, g->dlambda);
+    weigh(k, x->chunks, g->slope + n * k->N, k->entering[direction], 1, 1, k->mixed);
+    correlate(k, x->chunks, k->leaving[direction], -1, k->mixed, g->dlambda);
 }
 
 /* What meets where outputs look at entering states: γ_W, and γ_λ of the steps from there. */
-static void entering_gradients(const desk *k, int64_t i, const piece *x, int direction, const ls_lanes *entering)
+static void entering_gradients(const desk *k, int64_t i, const piece *x, int direction)
 {
     const group *g = &k->group[i];
     for (int64_t c = 0; c < k->channels; c++) {
         const int64_t row = (direction * k->channels + c) * k->N;
-        correlate(k, x->chunks, entering, 1, k->seen + c * PIECE * k->N, g->dweight + row * LS_LANES);
+        correlate(k, x->chunks, k->entering[direction], 1, k->seen + c * PIECE * k->N, g->dweight + row * LS_LANES);
         look_back(k, i, x, direction, c, g->slope, k->local);
         weigh(k, x->chunks, g->weight + row, k->local, 1, c > 0, k->mixed);
     }
-    correlate(k, x->chunks, entering, 1, k->mixed, g->dlambda);
+    correlate(k, x->chunks, k->entering[direction], 1, k->mixed, g->dlambda);
 }
 
 /* The taps: du = dy Tᵀ, and dK from uᵀ dy summed along its diagonals. */
@@ -658,9 +681,9 @@ static void tap_gradients(const desk *k, int64_t i, const piece *x)
 {
     const group *g = &k->group[i];
     const int64_t n = x->length;
-    const ls_entries u = matrix(k->u + i * ROWS, n), du = matrix(k->du + i * ROWS, n);
+    const ls_entries u = matrix(k->u + i * STRIDE, n), du = matrix(k->du + i * STRIDE, n);
     for (int64_t c = 0; c < k->channels; c++) {
-        const ls_entries dy = matrix(k->y + (c * GROUPS + i) * ROWS, n);
+        const ls_entries dy = matrix(k->y + (c * k->places + i) * STRIDE, n);
         ls_lanes_product(x->chunks, n, n, dy, ls_transposed(toeplitz(k, g, c)), c > 0, du);
         ls_lanes_product(n, n, x->chunks, ls_transposed(u), dy, 0, matrix(k->products, n));
         for (int64_t distance = 1 - n; distance < n; distance++) {
@@ -675,11 +698,32 @@ static void tap_gradients(const desk *k, int64_t i, const piece *x)
 static void load_dout(const ls_pass *p, const desk *k, int64_t b, const piece *x)
 {
     for (int64_t c = 0; c < k->channels; c++)
-        load(p, k, features(p->dout, c * p->d + k->group[0].first), b, x, k->y + c * GROUPS * ROWS);
+        load(p, k, features(p->dout, c * p->d + k->group[0].first), b, x, k->y + c * k->places * STRIDE);
 }
 
-/* Pass 1, from left to right: the states s, and in NS γ' of the states r, which go to the right; both are kept.
- * Pass 2, from right to left: γ' of the states s, in NS the states r; then all is there, piece by piece. */
+/* γ has passed all pieces: it is the gradient of what came from other ranks. */
+static void write_gradients(const ls_pass *p, const desk *k, int64_t b, int direction)
+{
+    for (int64_t i = 0; i < k->groups; i++)
+        write_state(p, k, &k->group[i], b, state_of(k, &k->group[i], LEAVING, direction), -1,
+                    p->summary[direction == FROM_LEFT ? SCAN_LEFT : SCAN_RIGHT].dgot);
+}
+
+/* One piece of pass 2, all its states known at the borders. */
+static void piece_backward(const desk *k, int64_t i, const piece *x)
+{
+    tap_gradients(k, i, x);
+    for (int d = 0; d < k->directions; d++) {
+        look_back_all(k, i, x, d);
+        enter(k, i, x, d);
+        leave(k, i, x, d, k->seen);
+        entering_gradients(k, i, x, d);
+        leaving_gradients(k, i, x, d);
+    }
+}
+
+/* Pass 1, from left to right: at the pieces the states s, and in NS γ' of the states r, which go to the right.
+ * Pass 2, from right to left: γ' of the states s, in NS the states r; what pass 1 kept comes back piece by piece. */
 static void apply_block_backward(const ls_pass *p, const desk *k, int64_t b)
 {
     const int64_t pieces = count_pieces(p), first = k->group[0].first;
@@ -695,35 +739,27 @@ static void apply_block_backward(const ls_pass *p, const desk *k, int64_t b)
         load(p, k, features(p->q, first), b, &x, k->u);
         if (both) load_dout(p, k, b, &x);
         for (int64_t i = 0; i < k->groups; i++) {
-            enter(k, i, &x, FROM_LEFT, k->group[i].entering + x.first * k->N);
+            keep(k, &k->group[i], 0, j, state_of(k, &k->group[i], ENTERING, FROM_LEFT));
+            enter(k, i, &x, FROM_LEFT);
             if (!both) continue;
+            keep(k, &k->group[i], 1, j, state_of(k, &k->group[i], LEAVING, FROM_RIGHT));
             look_back_all(k, i, &x, FROM_RIGHT);
-            leave(k, i, &x, FROM_RIGHT, k->seen, k->group[i].leaving + x.first * k->N);
+            leave(k, i, &x, FROM_RIGHT, k->seen);
         }
     }
+    if (both) write_gradients(p, k, b, FROM_RIGHT);
     for (int64_t j = pieces - 1; j >= 0; j--) {
         const piece x = piece_at(p, j);
         load(p, k, features(p->q, first), b, &x, k->u);
         load_dout(p, k, b, &x);
         for (int64_t i = 0; i < k->groups; i++) {
-            ls_lanes *s = k->group[i].entering + x.first * k->N;
-            tap_gradients(k, i, &x);
-            look_back_all(k, i, &x, FROM_LEFT);
-            leave(k, i, &x, FROM_LEFT, k->seen, k->leaving);
-            entering_gradients(k, i, &x, FROM_LEFT, s);
-            leaving_gradients(k, i, &x, FROM_LEFT, s, k->leaving);
-            if (!both) continue;
-            look_back_all(k, i, &x, FROM_RIGHT);
-            enter(k, i, &x, FROM_RIGHT, k->entering);
-            entering_gradients(k, i, &x, FROM_RIGHT, k->entering);
-            leaving_gradients(k, i, &x, FROM_RIGHT, k->entering, k->group[i].leaving + x.first * k->N);
+            recall(k, &k->group[i], 0, j, state_of(k, &k->group[i], ENTERING, FROM_LEFT));
+            if (both) recall(k, &k->group[i], 1, j, state_of(k, &k->group[i], LEAVING, FROM_RIGHT));
+            piece_backward(k, i, &x);
         }
         store(p, k, k->du, b, &x, features(p->dq, first));
     }
-    for (int d = 0; d < k->directions; d++)
-        for (int64_t i = 0; i < k->groups; i++)
-            write_state(p, k, &k->group[i], b, state_of(k, &k->group[i], LEAVING, d), -1,
-                        p->summary[d ? SCAN_RIGHT : SCAN_LEFT].dgot);
+    write_gradients(p, k, b, FROM_LEFT);
 }
 
 /* The sums of one feature become gradients of C and D, and of λ and w as far as they are known. */
@@ -779,17 +815,24 @@ static void ends_block_backward(const ls_pass *p, const desk *k, int64_t b, int 
         read_state(p, k, &k->group[i], b, s->dsent, -1, state_of(k, &k->group[i], LEAVING, direction));
     }
     for (int64_t j = 0; j < pieces; j++) { /* pass 1, with the state */
-        const piece x = piece_at(p, direction == FROM_LEFT ? j : pieces - 1 - j);
+        const int64_t at = direction == FROM_LEFT ? j : pieces - 1 - j;
+        const piece x = piece_at(p, at);
         load(p, k, features(p->q, first), b, &x, k->u);
-        for (int64_t i = 0; i < k->groups; i++) enter(k, i, &x, direction, k->group[i].entering + x.first * k->N);
+        for (int64_t i = 0; i < k->groups; i++) {
+            keep(k, &k->group[i], 0, at, state_of(k, &k->group[i], ENTERING, direction));
+            enter(k, i, &x, direction);
+        }
     }
     for (int64_t j = 0; j < pieces; j++) { /* pass 2, against it */
-        const piece x = piece_at(p, direction == FROM_LEFT ? pieces - 1 - j : j);
+        const int64_t at = direction == FROM_LEFT ? pieces - 1 - j : j;
+        const piece x = piece_at(p, at);
         load(p, k, features(p->q, first), b, &x, k->u);
         load(p, k, features(p->dq, first), b, &x, k->du);
         for (int64_t i = 0; i < k->groups; i++) {
-            leave(k, i, &x, direction, NULL, k->leaving);
-            leaving_gradients(k, i, &x, direction, k->group[i].entering + x.first * k->N, k->leaving);
+            recall(k, &k->group[i], 0, at, state_of(k, &k->group[i], ENTERING, direction));
+            enter(k, i, &x, direction);
+            leave(k, i, &x, direction, NULL);
+            leaving_gradients(k, i, &x, direction);
         }
         store(p, k, k->du, b, &x, features(p->dq, first));
     }
