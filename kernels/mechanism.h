@@ -64,9 +64,11 @@ typedef struct ls_summary {
     ls_real *sent, *got, *dsent, *dgot;
 } ls_summary;
 
-/* What a gather brings: every rank's piece, in rank order, and its gradients (the ranks' dall are summed into dmine). */
+/* What a gather brings: every rank's piece, in rank order, and its gradients (the ranks' dall are summed into dmine).
+ * In a step the ranks share the list: all holds its items first, first + every, ... (otherwise 0, 1, ...). */
 typedef struct ls_collection {
     int64_t count, before, total; /* reals of this rank's piece, of the pieces before it, of all */
+    int64_t first, every;
     ls_real *mine, *all, *dmine, *dall;
 } ls_collection;
 
@@ -136,7 +138,8 @@ typedef struct ls_phase {
     int fetches, adds;
     /* gather: reals that a rank with positions [lo, lo + n) of the keys gives */
     int64_t (*piece)(const ls_pass *, int64_t lo, int64_t n);
-    /* ... and, where a step gathers: a piece is [items][B][item reals], so that the pieces of tokens add up to a list */
+    /* ... and, where a step gathers: a piece is [items][B][item reals], so that the pieces of tokens add up to a list.
+     * Its items lie on the ranks in turn: what each sees in its part is for a reduce to bring together. */
     int64_t (*item)(const ls_pass *);
     /* ring: only keys visit, no values; notes reals of the owner (own.note) come along */
     int keys_only;
@@ -181,7 +184,7 @@ typedef struct ls_mechanism {
     const ls_phase *phases[4];
     /* By pattern: phases of one decoding step. NULL: no step. A scan's `got` is the state and grows by `sent`; a
      * reduce after an of_source phase was done by the source; a ring visits this rank's cache; a fetch sees the last
-     * keys that were fed; what was gathered grows by what each token gives. */
+     * keys that were fed; what was gathered grows by what each token gives, one part of it on each rank. */
     const ls_phase *step[4];
     int balance_causal; /* CS over a ring: share the triangle evenly by a zigzag placement */
     int has_weights;    /* there are probabilities: attn_mask, dropout and need_weights make sense */
