@@ -55,10 +55,10 @@ typedef struct ls_block {
     int64_t n;
     int spans;
     ls_span span[2]; /* two where causal work is balanced by a zigzag placement */
-    /* Of a halo that was wanted as lists, see ls_phase.wanted: (b,h) has rows [first[b*H+h], first[b*H+h+1]) of its own,
-     * in k, v (1,1,n,d) and pad (n), its list's keys in order; spans = 0. NULL in all other blocks */
+    /* Of a halo that was wanted as lists, see ls_phase.wanted: (b,h) has rows [first[b*H+h], first[b*H+h+1]) of its
+     * own, in k, v (1,1,n,d) and pad (n), its list's keys in order; spans = 0. NULL in all other blocks */
     const int64_t *first;
-    ls_real *note;   /* a few reals of the owner that travel with its block, see ls_phase.notes */
+    ls_real *note; /* a few reals of the owner that travel with its block, see ls_phase.notes */
 } ls_block;
 
 /* What arrives over the crossing before a phase, and its gradients. dsent, dgot live only in backward. */
@@ -68,9 +68,10 @@ typedef struct ls_summary {
 } ls_summary;
 
 /* What a gather brings: every rank's piece, in rank order, and its gradients (the ranks' dall are summed into dmine).
- */
+ * In a step the ranks share the list: all holds its items first, first + every, ... (otherwise 0, 1, ...). */
 typedef struct ls_collection {
     int64_t count, before, total; /* reals of this rank's piece, of the pieces before it, of all */
+    int64_t first, every;
     ls_real *mine, *all, *dmine, *dall;
 } ls_collection;
 
@@ -144,8 +145,8 @@ typedef struct ls_phase {
     int64_t (*wanted)(const ls_pass *, int64_t b, int64_t h, ls_span *list);
     /* gather: reals that a rank with positions [lo, lo + n) of the keys gives */
     int64_t (*piece)(const ls_pass *, int64_t lo, int64_t n);
-    /* ... and, where a step gathers: a piece is [items][B][item reals], so that the pieces of tokens add up to a list
-     */
+    /* ... and, where a step gathers: a piece is [items][B][item reals], so that the pieces of tokens add up to a list.
+     * Its items lie on the ranks in turn: what each sees in its part is for a reduce to bring together. */
     int64_t (*item)(const ls_pass *);
     /* ring: only keys visit, no values; notes reals of the owner (own.note) come along */
     int keys_only;
@@ -191,7 +192,7 @@ typedef struct ls_mechanism {
     const ls_phase *phases[4];
     /* By pattern: phases of one decoding step. NULL: no step. A scan's `got` is the state and grows by `sent`; a
      * reduce after an of_source phase was done by the source; a ring visits this rank's cache; a fetch sees the last
-     * keys that were fed; what was gathered grows by what each token gives. */
+     * keys that were fed; what was gathered grows by what each token gives, one part of it on each rank. */
     const ls_phase *step[4];
     int balance_causal; /* CS over a ring: share the triangle evenly by a zigzag placement */
     int has_weights;    /* there are probabilities: attn_mask, dropout and need_weights make sense */

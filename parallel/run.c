@@ -185,7 +185,7 @@ static void plan_gather(ls_call *c, int i, const ls_phase *phase, ls_arena *save
     ls_collection *g = &p->gathered[i];
     const int size = c->keys->size;
     c->piece[i] = ls_arena_take(work, (size_t)size * sizeof *c->piece[i]);
-    *g = (ls_collection){0};
+    *g = (ls_collection){.every = 1};
     for (int r = 0; r < size; r++) {
         const int64_t lo = c->keys->bounds[r], n = phase->piece(p, lo, c->keys->bounds[r + 1] - lo);
         if (c->piece[i] != NULL) c->piece[i][r] = n;

@@ -5,7 +5,7 @@
  *   ring    keys and values so far are a cache, spread over ranks: token t lies on rank t mod P, a source on its
  *           owners. Each rank looks at its own part; the mechanism's next phases combine what they saw
  *   fetch   the last keys and values within reach are kept, on every rank
- *   gather  what tokens gave so far is a list, which grows by what this one gives
+ *   gather  what tokens gave so far is a list, which grows by what this one gives; item i lies on rank i mod P
  *
  * A phase that is not needed in a call is left out as in the forward pass; summaries are kept for all that might be.
  * So no mechanism writes a step of its own beyond its list of phases. */
@@ -32,6 +32,7 @@ struct ls_state {
     window recent;
     ls_real *list[LS_MAX_PHASES];                       /* by phase: what was gathered, [items][B][item] */
     int64_t listed[LS_MAX_PHASES], item[LS_MAX_PHASES]; /* reals in the list, reals of one item of one batch row */
+    int64_t given[LS_MAX_PHASES];                       /* items that tokens gave, on all ranks */
     ls_arena source;                                    /* cross attention: the cache, of the source's length */
     ls_real *k, *v;                                     /* (B,H,rows,d) */
     uint8_t *pad;                                       /* (B,rows) */
@@ -103,7 +104,9 @@ static void plan_state(ls_state *s, ls_arena *arena)
         if (phases[i].crossing == LS_FETCH) plan_window(s, &p, &phases[i], arena);
         if (phases[i].crossing != LS_GATHER) continue;
         s->item[i] = phases[i].item(&p);
-        s->list[i] = ls_take(arena, phases[i].piece(&p, 0, s->max_length));
+        const int64_t reals = s->batch * s->item[i], items = phases[i].piece(&p, 0, s->max_length) / reals;
+        const int64_t ranks = a->ctx->exchange.comm.size;
+        s->list[i] = ls_take(arena, (items + ranks - 1) / ranks * reals);
     }
     if (!is_cross(a) && rings(NULL, phases)) plan_cache(s, arena);
 }
@@ -409,13 +412,31 @@ static void fetch_recent(ls_state *s, ls_pass *p, const ls_phase *phase)
     ls_clean_halo(p, phase);
 }
 
+/* ------------------------------------------------------------------------------------------------ list */
+
+/* What the token gives joins the list, item by item on the rank whose turn it is. */
+static void list_items(ls_state *s, int i, ls_collection *g)
+{
+    const ls_comm *comm = &s->attention->ctx->exchange.comm;
+    const int64_t reals = s->batch * s->item[i];
+    for (int64_t at = 0; at < g->count; at += reals) {
+        if (s->given[i]++ % comm->size != comm->rank) continue;
+        memcpy(s->list[i] + s->listed[i], g->mine + at, (size_t)reals * sizeof *g->mine);
+        s->listed[i] += reals;
+    }
+    g->first = comm->rank;
+    g->every = comm->size;
+    g->before = 0;
+    g->total = s->listed[i];
+    g->all = s->list[i];
+}
+
 /* ------------------------------------------------------------------------------------------------ step */
 
 static ls_status cross_step(ls_attention *a, ls_state *s, ls_pass *p, const ls_phase *phases, int i)
 {
     const ls_phase *phase = &phases[i];
     ls_summary *sum = &p->summary[i];
-    ls_collection *g = &p->gathered[i];
     if (phase->monoid != NULL) sum->monoid = phase->monoid(p);
     if (keeps(a, phases, i))
         sum->got = s->summary[i];
@@ -426,12 +447,7 @@ static ls_status cross_step(ls_attention *a, ls_state *s, ls_pass *p, const ls_p
         visit_cache(s, p);
     }
     if (phase->crossing == LS_FETCH) fetch_recent(s, p, phase);
-    if (phase->crossing == LS_GATHER) {
-        if (g->count > 0) memcpy(s->list[i] + s->listed[i], g->mine, (size_t)g->count * sizeof *g->mine);
-        g->before = s->listed[i];
-        g->total = s->listed[i] += g->count;
-        g->all = s->list[i];
-    }
+    if (phase->crossing == LS_GATHER) list_items(s, i, &p->gathered[i]);
     return LS_OK;
 }
 
