@@ -86,9 +86,15 @@ static ls_slots slots(const ls_pass *p)
     return (ls_slots){count(p), p->d, p->work[SCRATCH]};
 }
 
+/* Reals of a (b,h) that are summed first: segments of queries, of keys, then the values' reference. */
+static int64_t sums(const ls_pass *p)
+{
+    return (2 * landmarks(p) + 1) * p->d + 1;
+}
+
 static ls_monoid segment_sums(const ls_pass *p)
 {
-    return (ls_monoid){.groups = p->B * p->H, .plain = 2 * landmarks(p) * p->d};
+    return (ls_monoid){.groups = p->B * p->H, .plain = sums(p)};
 }
 
 static ls_monoid summary(const ls_pass *p)
@@ -124,8 +130,9 @@ static ls_status segments(ls_pass *p, int phase)
     const int64_t each = landmarks(p) * p->d;
     for (int which = 0; which < 2; which++) {
         const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 0);
-        ls_segment_sums(&s, ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent + which * each, 2 * each);
+        ls_segment_sums(&s, ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent + which * each, sums(p));
     }
+    ls_reference_sums(p, ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent + 2 * each, sums(p));
     return LS_OK;
 }
 
@@ -134,7 +141,7 @@ static ls_status segments_backward(ls_pass *p, int phase)
     const int64_t each = landmarks(p) * p->d;
     for (int which = 0; which < 2; which++) {
         const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 1);
-        ls_segment_spread(&s, p->summary[phase + 1].dsent + which * each, 2 * each);
+        ls_segment_spread(&s, p->summary[phase + 1].dsent + which * each, sums(p));
     }
     return LS_OK;
 }
@@ -185,7 +192,7 @@ static void make_landmarks(ls_pass *p, int phase)
     const int64_t c = landmarks(p), d = p->d, R = count(p);
     for (int64_t g = 0; g < p->B * p->H; g++) {
         double *mu = ls_doubles(p->saved[MU]) + g * c * d, *omega = ls_doubles(p->saved[OMEGA]) + g * R * d;
-        const ls_real *sum = p->summary[phase].got + g * 2 * c * d;
+        const ls_real *sum = p->summary[phase].got + g * sums(p);
         for (int64_t i = 0; i < c * d; i++) mu[i] = 0;
         for (int64_t i = 0; i < 2 * c; i++) add_mean(p, i >= c, i % c, sum + i * d, mu + i % c * d);
         add_noise(p, g / p->H, g % p->H, mu, omega);
@@ -197,6 +204,14 @@ static void load_omega(ls_pass *p)
 {
     const int64_t n = p->B * p->H * count(p) * p->d;
     for (int64_t i = 0; i < n; i++) p->work[KEYS][i] = (ls_real)(p->scale * ls_doubles(p->saved[OMEGA])[i]);
+}
+
+/* CENTRE = the values' reference; `phase`: the one before which the sums were reduced. */
+static void load_reference(ls_pass *p, int phase)
+{
+    const int64_t d = p->d;
+    for (int64_t g = 0; g < p->B * p->H; g++)
+        ls_reference(d, p->summary[phase].got + g * sums(p) + 2 * landmarks(p) * d, p->work[CENTRE] + g * d);
 }
 
 /* dmu (c',d) of (b,h) becomes the gradient of the sums of segments; the maps get theirs. */
@@ -261,8 +276,8 @@ static void write_chunk(ls_pass *p, int phase, const ls_chunk *c)
     const ls_slots s = slots(p);
     int64_t ld;
     key_logits(p, c, &ld);
-    const ls_real *v = ls_chunk_rows(c, p->own.v, p->d, p->own.pad, p->S, p->work[ROWS_B], &ld);
-    ls_slots_write(s, c->n, p->work[LOGITS], v, ld, ls_doubles(p->work[STATE]) + c->g * s.R * (p->d + 2));
+    ls_chunk_centred(c, p->own.v, p->d, p->own.pad, p->S, p->work[CENTRE] + c->g * p->d, p->work[ROWS_B]);
+    ls_slots_write(s, c->n, p->work[LOGITS], p->work[ROWS_B], ls_doubles(p->work[STATE]) + c->g * s.R * (p->d + 2));
 }
 
 static ls_status write(ls_pass *p, int phase)
@@ -271,6 +286,7 @@ static ls_status write(ls_pass *p, int phase)
     const int64_t each = s.R * (p->d + 2), all = p->B * p->H * each;
     make_landmarks(p, phase);
     load_omega(p);
+    load_reference(p, phase);
     for (int64_t g = 0; g < p->B * p->H; g++) ls_slots_begin(s, ls_doubles(p->work[STATE]) + g * each);
     ls_each_chunk(p, phase, p->S, write_chunk);
     for (int64_t i = 0; i < all; i++) p->summary[phase + 1].sent[i] = (ls_real)ls_doubles(p->work[STATE])[i];
@@ -303,13 +319,13 @@ static ls_status write_backward(ls_pass *p, int phase)
     const ls_slots s = slots(p);
     const int64_t R = s.R, d = p->d, c = landmarks(p), G = p->B * p->H;
     ls_summary *in = &p->summary[phase];
-    double *values = ls_doubles(p->work[ROOM]), *centre = values + R * d, *domega = ls_doubles(p->work[DKEYS]);
+    double *domega = ls_doubles(p->work[DKEYS]);
     load_omega(p);
+    load_reference(p, phase);
     for (int64_t g = 0; g < G; g++) {
         const int64_t at = g * R * (d + 2);
-        ls_slots_constants(s, p->summary[phase + 1].got + at, p->summary[phase + 1].dsent + at, values, centre,
-                           p->work[CONSTANT] + g * R);
-        for (int64_t e = 0; e < d; e++) p->work[CENTRE][g * d + e] = (ls_real)centre[e];
+        ls_slots_constants(s, p->summary[phase + 1].got + at, p->summary[phase + 1].dsent + at,
+                           ls_doubles(p->work[ROOM]), p->work[CENTRE] + g * d, p->work[CONSTANT] + g * R);
     }
     for (int64_t i = 0; i < G * R * d; i++) domega[i] = 0;
     ls_each_chunk(p, phase, p->S, write_chunk_backward);
@@ -317,7 +333,8 @@ static ls_status write_backward(ls_pass *p, int phase)
     for (int64_t g = 0; g < G; g++) {
         double *dmu = ls_doubles(p->work[DMU]) + g * c * d;
         for (int64_t i = 0; i < R * d; i++) dmu[i % (c * d)] += p->scale * domega[g * R * d + i];
-        landmarks_backward(p, g, in->got + g * 2 * c * d, in->dgot + g * 2 * c * d);
+        landmarks_backward(p, g, in->got + g * sums(p), in->dgot + g * sums(p));
+        ls_zero(in->dgot + g * sums(p) + 2 * c * d, d + 1);
     }
     if (p->option[ADAPTIVE] != 0) add_map_gradients(p);
     return LS_OK;
@@ -347,6 +364,7 @@ static void load_slots(ls_pass *p, int phase)
     const ls_slots s = slots(p);
     const int64_t R = s.R, c = landmarks(p), d = p->d;
     double *values = ls_doubles(p->work[ROOM]), *centre = values + R * d, *room = centre + d;
+    load_reference(p, phase - 1);
     for (int64_t g = 0; g < p->B * p->H; g++) {
         const double *mu = ls_doubles(p->saved[MU]) + g * c * d, *omega = ls_doubles(p->saved[OMEGA]) + g * R * d;
         const ls_real *element = p->summary[phase].got + g * R * (d + 2);
@@ -356,7 +374,7 @@ static void load_slots(ls_pass *p, int phase)
             p->work[KEYS][g * R * d + i] = (ls_real)(p->scale * (mu[i % (c * d)] + omega[i]) - centre[i % d]);
         ls_slots_values(s, element, values, centre);
         for (int64_t i = 0; i < R * d; i++) p->work[VALUES][g * R * d + i] = (ls_real)(values[i] - centre[i % d]);
-        for (int64_t e = 0; e < d; e++) p->work[CENTRE][g * d + e] = (ls_real)centre[e];
+        for (int64_t e = 0; e < d; e++) p->work[CENTRE][g * d + e] += (ls_real)centre[e];
         constants(p, mu, omega, element, room, p->work[CONSTANT] + g * R);
     }
 }

@@ -115,9 +115,15 @@ static ls_slots slots(const ls_pass *p)
     return (ls_slots){landmarks(p), p->d, p->work[SCRATCH]};
 }
 
+/* Reals of a (b,h) that are summed first: segments of each sequence, then the values' reference. */
+static int64_t sums(const ls_pass *p)
+{
+    return (sequences(p) * landmarks(p) + 1) * p->d + 1;
+}
+
 static ls_monoid segment_sums(const ls_pass *p)
 {
-    return (ls_monoid){.groups = p->B * p->H, .plain = sequences(p) * landmarks(p) * p->d};
+    return (ls_monoid){.groups = p->B * p->H, .plain = sums(p)};
 }
 
 static ls_monoid summary(const ls_pass *p)
@@ -245,19 +251,19 @@ static ls_status finish_short_backward(ls_pass *p, int phase)
 
 /* ------------------------------------------------------------------------------------------------ segments */
 
-/* Where the sums of a sequence stand in those of a (b,h): queries, if any, then keys. */
+/* Where the sums of a sequence stand in those of a (b,h): queries, if any, then keys; 2: the values' reference. */
 static int64_t place(const ls_pass *p, int which)
 {
-    return which == 1 && sequences(p) == 2 ? landmarks(p) * p->d : 0;
+    return (which + sequences(p) - 2) * landmarks(p) * p->d;
 }
 
 static ls_status segments(ls_pass *p, int phase)
 {
     for (int which = 2 - sequences(p); which < 2; which++) {
         const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 0);
-        ls_segment_sums(&s, ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent + place(p, which),
-                        sequences(p) * landmarks(p) * p->d);
+        ls_segment_sums(&s, ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent + place(p, which), sums(p));
     }
+    ls_reference_sums(p, ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent + place(p, 2), sums(p));
     return LS_OK;
 }
 
@@ -265,7 +271,7 @@ static ls_status segments_backward(ls_pass *p, int phase)
 {
     for (int which = 2 - sequences(p); which < 2; which++) {
         const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 1);
-        ls_segment_spread(&s, p->summary[phase + 1].dsent + place(p, which), sequences(p) * landmarks(p) * p->d);
+        ls_segment_spread(&s, p->summary[phase + 1].dsent + place(p, which), sums(p));
     }
     return LS_OK;
 }
@@ -281,7 +287,7 @@ static void means(const ls_pass *p, int phase, int64_t g, int which, double *mea
 {
     const int64_t m = landmarks(p), d = p->d;
     if (sequences(p) == 1) which = 1;
-    const ls_real *sum = p->summary[phase].got + g * sequences(p) * m * d + place(p, which);
+    const ls_real *sum = p->summary[phase].got + g * sums(p) + place(p, which);
     for (int64_t r = 0; r < m; r++)
         for (int64_t e = 0; e < d; e++) mean[r * d + e] = (double)sum[r * d + e] / tokens(p, which, r);
 }
@@ -291,6 +297,13 @@ static void mean_of_rows(int64_t m, int64_t d, const double *x, double *centre)
 {
     for (int64_t e = 0; e < d; e++) centre[e] = 0;
     for (int64_t i = 0; i < m * d; i++) centre[i % d] += x[i] / (double)m;
+}
+
+/* CENTRE = the values' reference. */
+static void load_reference(ls_pass *p, int phase)
+{
+    for (int64_t g = 0; g < p->B * p->H; g++)
+        ls_reference(p->d, p->summary[phase].got + g * sums(p) + place(p, 2), p->work[CENTRE] + g * p->d);
 }
 
 /* ------------------------------------------------------------------------------------------------ keys write */
@@ -321,10 +334,9 @@ static void key_logits(ls_pass *p, const ls_chunk *c)
 static void write_chunk(ls_pass *p, int phase, const ls_chunk *c)
 {
     (void)phase;
-    int64_t ld;
     key_logits(p, c);
-    const ls_real *v = ls_chunk_rows(c, p->own.v, p->d, p->own.pad, p->S, p->work[ROWS_B], &ld);
-    ls_slots_write(slots(p), c->n, p->work[LOGITS], v, ld,
+    ls_chunk_centred(c, p->own.v, p->d, p->own.pad, p->S, p->work[CENTRE] + c->g * p->d, p->work[ROWS_B]);
+    ls_slots_write(slots(p), c->n, p->work[LOGITS], p->work[ROWS_B],
                    ls_doubles(p->work[STATE]) + c->g * landmarks(p) * (p->d + 2));
 }
 
@@ -333,6 +345,7 @@ static ls_status write(ls_pass *p, int phase)
     const int64_t each = landmarks(p) * (p->d + 2), all = p->B * p->H * each;
     double *state = ls_doubles(p->work[STATE]);
     load_queries(p, phase);
+    load_reference(p, phase);
     for (int64_t g = 0; g < p->B * p->H; g++) ls_slots_begin(slots(p), state + g * each);
     ls_each_chunk(p, phase, p->S, write_chunk);
     for (int64_t i = 0; i < all; i++) p->summary[phase + 1].sent[i] = (ls_real)state[i];
@@ -357,24 +370,25 @@ static void write_chunk_backward(ls_pass *p, int phase, const ls_chunk *c)
 static ls_status write_backward(ls_pass *p, int phase)
 {
     const int64_t m = landmarks(p), d = p->d, G = p->B * p->H;
-    double *values = ls_doubles(p->work[ROOM]), *centre = values + m * d, *dq = ls_doubles(p->work[STATE]);
+    double *dq = ls_doubles(p->work[STATE]);
     load_queries(p, phase);
+    load_reference(p, phase);
     for (int64_t g = 0; g < G; g++) {
         const int64_t at = g * m * (d + 2);
-        ls_slots_constants(slots(p), p->summary[phase + 1].got + at, p->summary[phase + 1].dsent + at, values, centre,
-                           p->work[CONSTANT] + g * m);
-        for (int64_t e = 0; e < d; e++) p->work[CENTRE][g * d + e] = (ls_real)centre[e];
+        ls_slots_constants(slots(p), p->summary[phase + 1].got + at, p->summary[phase + 1].dsent + at,
+                           ls_doubles(p->work[ROOM]), p->work[CENTRE] + g * d, p->work[CONSTANT] + g * m);
     }
     for (int64_t i = 0; i < G * m * d; i++) dq[i] = 0;
     ls_each_chunk(p, phase, p->S, write_chunk_backward);
     for (int64_t g = 0; g < G; g++) {
         double *dmean = ls_doubles(p->work[DMEANS]) + g * 2 * m * d;
-        ls_real *dsums = p->summary[phase].dgot + g * sequences(p) * m * d;
+        ls_real *dsums = p->summary[phase].dgot + g * sums(p);
         for (int64_t i = 0; i < m * d; i++) dmean[i] += p->scale * dq[g * m * d + i];
         for (int64_t i = 0; sequences(p) == 1 && i < m * d; i++) dmean[m * d + i] += dmean[i];
         for (int which = 2 - sequences(p); which < 2; which++)
             for (int64_t i = 0; i < m * d; i++)
                 dsums[place(p, which) + i] = (ls_real)(dmean[which * m * d + i] / tokens(p, which, i / d));
+        ls_zero(dsums + place(p, 2), d + 1);
     }
     return LS_OK;
 }
@@ -450,16 +464,26 @@ static double *inverse_at(const ls_pass *p, int t)
     return ls_doubles(p->work[MATRICES]) + ls_pinv_scratch(m) + t * m * m;
 }
 
+/* G (m,d) of (b,h) g, from the reference in CENTRE. A third of ROOM is used beside. */
+static void slot_values(const ls_pass *p, int phase, int64_t g, double *G)
+{
+    const int64_t m = landmarks(p), d = p->d;
+    double *centre = ls_doubles(p->work[ROOM]) + 2 * m * d;
+    ls_slots_values(slots(p), p->summary[phase].got + g * m * (d + 2), G, centre);
+    for (int64_t i = 0; i < m * d; i++) G[i] += (double)p->work[CENTRE][g * d + i % d];
+}
+
 /* W = Z G of every (b,h). */
 static void solve(ls_pass *p, int phase)
 {
     const int64_t m = landmarks(p), d = p->d;
-    double *G = ls_doubles(p->work[ROOM]), *centre = G + m * d, peak = 0;
+    double *G = ls_doubles(p->work[ROOM]), peak = 0;
     make_F2(p, phase - 1);
+    load_reference(p, phase - 1);
     for (int64_t g = 0; g < p->B * p->H; g++) {
         if (g == 0 || p->option[INIT] == 0) peak = peak_of(p, g);
         inverse(p, g, peak);
-        ls_slots_values(slots(p), p->summary[phase].got + g * m * (d + 2), G, centre);
+        slot_values(p, phase, g, G);
         ls_gemm_double(0, 0, m, d, m, 1, inverse_at(p, (int)p->option[PINV_ITERS]), m, G, d, 0,
                        ls_doubles(p->saved[VALUES_OUT]) + g * m * d, d);
     }
@@ -470,8 +494,9 @@ static void solve_backward(ls_pass *p, int phase)
 {
     const int64_t m = landmarks(p), d = p->d;
     const int iterations = (int)p->option[PINV_ITERS];
-    double *G = ls_doubles(p->work[ROOM]), *dG = G + m * d, *centre = dG + m * d, peak = 0, dpeak = 0;
+    double *G = ls_doubles(p->work[ROOM]), *dG = G + m * d, peak = 0, dpeak = 0;
     make_F2(p, phase - 1);
+    load_reference(p, phase - 1);
     for (int64_t g = 0; g < p->B * p->H; g++) {
         const double *dW = ls_doubles(p->work[STATE]) + g * m * d;
         double *dZ = inverse_at(p, iterations + 1);
@@ -479,7 +504,7 @@ static void solve_backward(ls_pass *p, int phase)
         ls_real *delement = p->summary[phase].dgot + g * m * (d + 2);
         if (g == 0 || p->option[INIT] == 0) peak = peak_of(p, g);
         inverse(p, g, peak);
-        ls_slots_values(slots(p), element, G, centre);
+        slot_values(p, phase, g, G);
         ls_gemm_double(1, 0, m, d, m, 1, inverse_at(p, iterations), m, dW, d, 0, dG, d);
         for (int64_t i = 0; i < m; i++, element += d + 2, delement += d + 2) {
             const double s = element[1] > 0 ? 1 / (double)element[1] : 0;

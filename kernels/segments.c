@@ -6,8 +6,9 @@ ls_segmented ls_segmented_rows(const ls_pass *p, int64_t count, int which, int g
     if (which == 0)
         return (ls_segmented){
             {p->all_queries, count}, gradients ? p->dq : p->q, p->B, p->H, p->T, p->d, p->query_span[0].lo, p->pad_q};
+    const ls_view keys = gradients ? k->dk : k->k, values = gradients ? k->dv : k->v;
     return (ls_segmented){
-        {p->all_keys, count}, gradients ? k->dk : k->k, p->B, p->H, p->S, p->d, k->span[0].lo, k->pad};
+        {p->all_keys, count}, which == 1 ? keys : values, p->B, p->H, p->S, p->d, k->span[0].lo, k->pad};
 }
 
 enum { ROWS = 32 }; /* of all heads: neighbours in memory where a row is model-wide */

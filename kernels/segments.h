@@ -29,7 +29,7 @@ typedef struct ls_segmented {
     const uint8_t *pad; /* (B,n), or NULL: padded rows count as zeros, and have no gradient */
 } ls_segmented;
 
-/* This rank's queries (which = 0) or keys (1), or their gradients, as `count` segments of the whole sequence. */
+/* This rank's queries (which = 0), keys (1) or values (2), or their gradients, as `count` segments of the sequence. */
 ls_segmented ls_segmented_rows(const ls_pass *p, int64_t count, int which, int gradients);
 
 /* sums[(b H + h) stride + c d ..] = Σ rows of segment c that are here. `row` is room for H d doubles. */

@@ -1,5 +1,6 @@
 #include "slots.h"
 #include "gemm.h"
+#include "segments.h"
 #include "tile.h"
 
 /* ------------------------------------------------------------------------------------------------ chunks */
@@ -49,6 +50,22 @@ void ls_chunk_blank(const ls_chunk *c, ls_view v, int64_t d, const uint8_t *pad,
 
 /* ------------------------------------------------------------------------------------------------ writing */
 
+void ls_reference_sums(const ls_pass *p, double *row, ls_real *sums, int64_t stride)
+{
+    const ls_segmented v = ls_segmented_rows(p, 1, 2, 0);
+    ls_segment_sums(&v, row, sums, stride);
+    for (int64_t b = 0; b < p->B; b++) {
+        int64_t keys = 0;
+        for (int64_t j = 0; j < p->S; j++) keys += !ls_is_padded(p->own.pad, b * p->S + j);
+        for (int64_t h = 0; h < p->H; h++) sums[(b * p->H + h) * stride + p->d] = (ls_real)keys;
+    }
+}
+
+void ls_reference(int64_t d, const ls_real *sums, ls_real *reference)
+{
+    for (int64_t e = 0; e < d; e++) reference[e] = sums[d] > 0 ? sums[e] / sums[d] : 0;
+}
+
 void ls_slots_sum(ls_slots s, int64_t n, const ls_real *a, const ls_real *b, int64_t ldb, double *total)
 {
     ls_gemm(1, 0, s.R, s.d, n, 1, a, s.R, b, ldb, 0, s.scratch, s.d);
@@ -80,7 +97,7 @@ static void raise_maxima(ls_slots s, int64_t n, const ls_real *logits, double *s
     }
 }
 
-void ls_slots_write(ls_slots s, int64_t n, ls_real *logits, const ls_real *values, int64_t ld, double *state)
+void ls_slots_write(ls_slots s, int64_t n, ls_real *logits, const ls_real *values, double *state)
 {
     ls_real *top = s.scratch, *sum = top + s.R, *x = sum + s.R;
     raise_maxima(s, n, logits, state, top);
@@ -91,7 +108,7 @@ void ls_slots_write(ls_slots s, int64_t n, ls_real *logits, const ls_real *value
             logits[j * s.R + r] = e;
             sum[r] += e;
         }
-    ls_gemm(1, 0, s.R, s.d, n, 1, logits, s.R, values, ld, 0, x, s.d);
+    ls_gemm(1, 0, s.R, s.d, n, 1, logits, s.R, values, s.d, 0, x, s.d);
     for (int64_t r = 0; r < s.R; r++, state += s.d + 2) {
         state[1] += (double)sum[r];
         for (int64_t e = 0; e < s.d; e++) state[2 + e] += (double)x[r * s.d + e];
@@ -108,10 +125,16 @@ void ls_slots_values(ls_slots s, const ls_real *element, double *values, double 
         }
 }
 
-void ls_slots_constants(ls_slots s, const ls_real *got, const ls_real *dsent, double *values, double *centre,
+void ls_slots_constants(ls_slots s, const ls_real *got, const ls_real *dsent, double *room, ls_real *c,
                         ls_real *constant)
 {
+    double *values = room, *centre = room + s.R * s.d;
     ls_slots_values(s, got, values, centre);
+    for (int64_t e = 0; e < s.d; e++) {
+        const ls_real reference = c[e];
+        c[e] = (ls_real)((double)reference + centre[e]);
+        centre[e] = (double)c[e] - (double)reference; /* as rounded */
+    }
     for (int64_t r = 0; r < s.R; r++, dsent += s.d + 2) {
         double sum = (double)dsent[1];
         for (int64_t e = 0; e < s.d; e++) sum += (double)dsent[2 + e] * (centre[e] - values[r * s.d + e]);

@@ -8,7 +8,9 @@
  * Slots may be nearly alike, and what is then left of gradients are small differences. So values are taken from a
  * centre c, the mean of the slots: Σ_r p_ir = 1 gives o_i = c + Σ_r p_ir (V_r - c), and for a key, with e = e^(l - m),
  *   de_jr = dx_r·v_j + ds_r = dx_r·(v_j - c) + constant_r,  constant_r = ds'_r + dx_r·(c - V_r)
- * where ds = -dx·V + ds': what s owes V is paid here, and only ds' travels. Sums over rows are kept in double. */
+ * where ds = -dx·V + ds': what s owes V is paid here, and only ds' travels. Sums over rows are kept in double. What
+ * travels is rounded, so x is made of v - reference, their mean: V = reference + x / s. No gradient flows through it.
+ */
 #ifndef LS_SLOTS_H
 #define LS_SLOTS_H
 
@@ -44,6 +46,11 @@ void ls_chunk_hide(const ls_chunk *c, int64_t R, const uint8_t *pad, int64_t row
 /* Zeros in padded rows of v. */
 void ls_chunk_blank(const ls_chunk *c, ls_view v, int64_t d, const uint8_t *pad, int64_t rows);
 
+/* The values' reference travels with the sums of segments, as d + 1 reals of each (b,h): the sum of the values that are
+ * not padded, and how many these are. `row`: room for H d doubles. */
+void ls_reference_sums(const ls_pass *p, double *row, ls_real *sums, int64_t stride);
+void ls_reference(int64_t d, const ls_real *sums, ls_real *reference);
+
 typedef struct ls_slots {
     int64_t R, d;
     ls_real *scratch; /* R (d+2) */
@@ -54,12 +61,13 @@ void ls_slots_sum(ls_slots s, int64_t n, const ls_real *a, const ls_real *b, int
 
 /* state (R, d+2): nothing written yet. */
 void ls_slots_begin(ls_slots s, double *state);
-/* n rows join: logits become e. */
-void ls_slots_write(ls_slots s, int64_t n, ls_real *logits, const ls_real *values, int64_t ld, double *state);
-/* values (R,d) = V, 0 where no key was; centre (d) their mean. */
+/* n rows join: logits become e. values (n,d): v - reference. */
+void ls_slots_write(ls_slots s, int64_t n, ls_real *logits, const ls_real *values, double *state);
+/* values (R,d) = V - reference, 0 where no key was; centre (d) their mean. */
 void ls_slots_values(ls_slots s, const ls_real *element, double *values, double *centre);
-/* constant (R), from what was got of the crossing and this rank's gradients of what it sent. */
-void ls_slots_constants(ls_slots s, const ls_real *got, const ls_real *dsent, double *values, double *centre,
+/* c (d), which comes as the reference, and constant (R), from what was got of the crossing and this rank's gradients of
+ * what it sent. `room`: for (R+1) d doubles. */
+void ls_slots_constants(ls_slots s, const ls_real *got, const ls_real *dsent, double *room, ls_real *c,
                         ls_real *constant);
 /* logits (n,R) become e; dlogits (n,R), dv (n,d) are overwritten. values (n,d): v - c. */
 void ls_slots_write_backward(ls_slots s, int64_t n, const ls_real *sent, const ls_real *dsent, const ls_real *constant,
