@@ -126,6 +126,7 @@ static const ls_real *far_keys(const ls_pass *p, const tile *t)
     for (int64_t n = 0; n < t->far; n++) {
         const ls_real *key = keys + n * p->d, *distance = table + (t->far - 1 - n) * p->d;
         ls_real *to = m->merged + n * p->d;
+#pragma omp simd
         for (int64_t e = 0; e < p->d; e++) to[e] = key[e] + distance[e];
     }
     return m->merged;
@@ -144,8 +145,12 @@ static void far_keys_backward(const ls_pass *p, const tile *t)
     ls_gemm(1, 0, t->far, d, t->n, 1, m->dscores, m->width, m->q, d, 0, m->dmerged, d);
     for (int64_t n = 0; n < t->far; n++) {
         const ls_real *from = m->dmerged + n * d;
-        ls_axpy(d, 1, from, dkeys + n * d);
-        ls_axpy(d, 1, from, m->dfar_table + at + (t->far - 1 - n) * d);
+        ls_real *key = dkeys + n * d, *distance = m->dfar_table + at + (t->far - 1 - n) * d;
+#pragma omp simd
+        for (int64_t e = 0; e < d; e++) {
+            key[e] += from[e];
+            distance[e] += from[e];
+        }
     }
 }
 
