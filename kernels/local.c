@@ -24,12 +24,12 @@
 #include "gemm.h"
 #include "tile.h"
 
-enum { WINDOW, ALIGN };                                                               /* option[] */
-enum { MAP, VECTOR };                                                                 /* param[]: W, u */
-enum { TQ = 32 };                                                                     /* queries of a tile */
-enum { DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS };                                   /* of the sort */
-enum { COUNT, CENTRES };                                                              /* phases of cross attention */
-enum { CENTRE, ORDER };                                                               /* saved[]: doubles, int64_t */
+enum { WINDOW, ALIGN };                             /* option[] */
+enum { MAP, VECTOR };                               /* param[]: W, u */
+enum { TQ = 16, BLOCK = 64 };                       /* queries of a tile, of the tiles that all heads do together */
+enum { DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS }; /* of the sort */
+enum { COUNT, CENTRES };                            /* phases of cross attention */
+enum { CENTRE, ORDER };                             /* saved[]: doubles, int64_t */
 enum { QUERIES, DOUT, ROWS, SCORES, DSCORES, GAUSS, HIDDEN, DCENTRE, PREDICT, SORT }; /* work[] */
 
 static const ls_option_info options[] = {
@@ -111,6 +111,12 @@ static int64_t monotonic_centre(const ls_pass *p, int64_t i)
     return p->all_queries > 0 ? (2 * i + 1) * p->all_keys / (2 * p->all_queries) : 0;
 }
 
+/* p >= 0; where parameters are not numbers, nor is p: its window is somewhere, and the Gaussian keeps the NaN. */
+static int64_t predicted_centre(double p)
+{
+    return p > 0 ? (int64_t)rint(p) : 0;
+}
+
 /* Monotonic windows only grow in i, so those of [i, i + n) reach from that of the first to that of the last. */
 static ls_span reach(const ls_pass *p, int64_t i, int64_t n)
 {
@@ -128,7 +134,7 @@ static ls_span window(const ls_pass *p, int64_t b, int64_t h, int64_t t)
     if (ls_is_padded(p->pad_q, b * p->T + t)) return (ls_span){0, 0, 0};
     ls_span s = {0, 0, 2 * w + 1};
     if (predictive(p))
-        s.lo = (int64_t)rint(centres_of(p, b, h)[t]) - w;
+        s.lo = predicted_centre(centres_of(p, b, h)[t]) - w;
     else
         s = reach(p, p->query_span[0].lo + t, 1);
     const int64_t lo = ls_max(0, s.lo);
@@ -188,27 +194,30 @@ static void join(const ls_pass *p, tile *t, int64_t query, int64_t row, ls_span 
     t->n++;
 }
 
-/* Calls work for tiles that hold every query of this rank once. */
+/* Calls work for tiles that hold every query of this rank once: block by block, so that the heads of a row, which lie
+ * side by side, are worked on while it is in the cache; or in local-p, where a head has an order of its own, all at
+ * once. */
 static void each_tile(ls_pass *p, void (*work)(ls_pass *, const tile *))
 {
-    const int64_t width = tile_width(p);
+    const int64_t width = tile_width(p), block = predictive(p) ? ls_max(p->T, 1) : BLOCK;
     for (int64_t b = 0; b < p->B; b++)
-        for (int64_t h = 0; h < p->H; h++) {
-            const int64_t base = p->halo.first != NULL ? p->halo.first[b * p->H + h] : 0;
-            tile t = {.b = b, .h = h};
-            cursor c = {0, 0};
-            for (int64_t s = 0; s < p->T; s++) {
-                const int64_t query = predictive(p) ? order_of(p, b, h)[s] : s;
-                const ls_span k = window(p, b, h, query);
-                const int64_t row = k.n > 0 ? base + locate(p, &c, k) : 0;
-                if (t.n == TQ || (k.n > 0 && t.keys > 0 && row + k.n - t.row > width)) {
-                    work(p, &t);
-                    t.n = t.keys = 0;
+        for (int64_t begin = 0; begin < p->T; begin += block)
+            for (int64_t h = 0; h < p->H; h++) {
+                const int64_t base = p->halo.first != NULL ? p->halo.first[b * p->H + h] : 0;
+                tile t = {.b = b, .h = h};
+                cursor c = {0, 0};
+                for (int64_t s = begin; s < ls_min(begin + block, p->T); s++) {
+                    const int64_t query = predictive(p) ? order_of(p, b, h)[s] : s;
+                    const ls_span k = window(p, b, h, query);
+                    const int64_t row = k.n > 0 ? base + locate(p, &c, k) : 0;
+                    if (t.n == TQ || (k.n > 0 && t.keys > 0 && row + k.n - t.row > width)) {
+                        work(p, &t);
+                        t.n = t.keys = 0;
+                    }
+                    join(p, &t, query, row, k);
                 }
-                join(p, &t, query, row, k);
+                if (t.n > 0) work(p, &t);
             }
-            if (t.n > 0) work(p, &t);
-        }
 }
 
 static ls_real *rows_of(const tile *t, ls_view v)
@@ -402,19 +411,55 @@ static predictor load_predictor(const ls_pass *p, int64_t h)
     return f;
 }
 
+/* tanh x = 1 - 2 / (e^2x + 1) to double's absolute precision. e^y = 2^n e^r, n = rint(y / ln 2): n is in the low bits
+ * of a sum with 1.5·2^52. Without branches, so that the loop around it becomes vector code; NaN stays NaN. */
+static inline double smooth_tanh(double x)
+{
+    const double y = x > 20 ? 40 : x < -20 ? -40 : 2 * x;
+    union {
+        double x;
+        uint64_t bits;
+    } n = {y * 1.4426950408889634 + 6755399441055744.0}, scale = {0};
+    const double whole = n.x - 6755399441055744.0;
+    const double r = (y - whole * 0.693147180369123816490) - whole * 1.90821492927058770002e-10;
+    double e = 1.0 / 479001600;
+    e = e * r + 1.0 / 39916800;
+    e = e * r + 1.0 / 3628800;
+    e = e * r + 1.0 / 362880;
+    e = e * r + 1.0 / 40320;
+    e = e * r + 1.0 / 5040;
+    e = e * r + 1.0 / 720;
+    e = e * r + 1.0 / 120;
+    e = e * r + 1.0 / 24;
+    e = e * r + 1.0 / 6;
+    e = e * r + 0.5;
+    e = e * r + 1;
+    e = e * r + 1;
+    scale.bits = (n.bits + 1023) << 52;
+    return 1 - 2 / (e * scale.x + 1);
+}
+
 /* h = tanh(W q) */
 static void predict(const predictor *f, int64_t d, const ls_real *q)
 {
-    for (int64_t c = 0; c < d; c++) f->hidden[c] = 0;
-    for (int64_t e = 0; e < d; e++)
-        for (int64_t c = 0; c < d; c++) f->hidden[c] += (double)q[e] * f->map[e * d + c];
-    for (int64_t c = 0; c < d; c++) f->hidden[c] = tanh(f->hidden[c]);
+    double *restrict x = f->hidden;
+    const double *m = f->map;
+    int64_t e = 0;
+    for (int64_t c = 0; c < d; c++) x[c] = 0;
+    for (; e + 4 <= d; e += 4, m += 4 * d) {
+        const double q0 = (double)q[e], q1 = (double)q[e + 1], q2 = (double)q[e + 2], q3 = (double)q[e + 3];
+        for (int64_t c = 0; c < d; c++) x[c] += q0 * m[c] + q1 * m[d + c] + q2 * m[2 * d + c] + q3 * m[3 * d + c];
+    }
+    for (; e < d; e++, m += d)
+        for (int64_t c = 0; c < d; c++) x[c] += (double)q[e] * m[c];
+#pragma omp simd
+    for (int64_t c = 0; c < d; c++) x[c] = smooth_tanh(x[c]);
 }
 
 /* The order of queries by centre, padded ones last: a radix sort, which keeps the order of equals. */
 static int64_t sort_key(const ls_pass *p, int64_t b, const double *centre, int64_t t)
 {
-    return ls_is_padded(p->pad_q, b * p->T + t) ? p->all_keys : (int64_t)rint(centre[t]);
+    return ls_is_padded(p->pad_q, b * p->T + t) ? p->all_keys : predicted_centre(centre[t]);
 }
 
 static void sort_queries(ls_pass *p, int64_t b, int64_t h)
