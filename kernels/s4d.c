@@ -1,35 +1,49 @@
-/* S4D, diagonal state space layer (Gu et al., 2022, "On the Parameterization and Initialization of Diagonal State Space
- * Models"). Every feature h is a filter of its own with N/2 complex modes; feature h uses set h mod n_ssm of w.
+/* S4D, the diagonal state space layer (Gu et al., 2022, "On the Parameterization and Initialization of Diagonal State
+ * Space Models"). Every feature h is a filter of its own, of N/2 complex modes; it uses set h mod n_ssm of w.
  *
- *   λ = dt w,  a = e^λ,  W = 2 C β,  β = (a - 1)/w;   u := 0 where padded
- *   s_t = a s_{t-1} + u_t                    the state, all a step need keep
- *   CS: y_t = D u_t + Re Σ_modes W s_t
- *   NS: the same with the first half of C, and + Re Σ W₁ r_t with the second, r_t = a r_{t+1} + u_{t+1}
+ *   λ = dt w,  a = e^λ,  β = (a - 1)/w,  W = 2 C β;   u := 0 where padded
+ *   s_t = a s_{t-1} + u_t            the state of a mode, all that a step need keep
+ *   CS: y_t = D u_t + Re Σ W s_t     summed over the modes
+ *   NS: C has two halves, W and W¹;  y_t += Re Σ W¹ r_t,  r_t = a r_{t+1} + u_{t+1}
  *
- * Chunks. Positions go in chunks of n. A state meets a chunk twice: it enters, and its successor leaves.
- *   s' = a^n s + Σ_k a^(n-1-k) u_k,  y_k = Re Σ W a^(k+1) s + Σ_{j<=k} K_{k-j} u_j,  K_l = Re Σ W a^l  (+ D in K_0)
- *   r' = a^n r + Σ_k a^k u_k,        y_k += Re Σ W₁ a^(n-1-k) r + Σ_{j>k} K¹_{j-k-1} u_j        (r comes from the
- * right) So with the chunks as rows, all is a product of small matrices for every feature: inputs with powers of a make
- * what joins the states, states with powers make outputs, inputs with a Toeplitz matrix of taps K make outputs. The
- * features are the lanes (lanes.h). The chain over chunks and the powers are made in double and rounded once: |a| is
- * close to 1, float powers would drift.
+ * Chunks. Positions go in chunks of n. A state enters a chunk (s on the left, r on the right), its successor leaves:
  *
- * Gradients. Of a complex x we keep γ_x with dL = Re(γ_x dx), so holomorphic steps need no conjugates: x' = f(x) gives
- * γ_x = γ_x' f'(x), and a real input gets Re γ. With γ for the state that enters a chunk and γ' for the one that
- * leaves: γ = a^n γ' + W V,  V = Σ_k dy_k a^(k+1);   du_k = Re Σ γ' a^(n-1-k) + Σ_j K_{j-k} dy_j γ_W += s V;   γ_λ +=
- * γ' (n a^n s + Σ_k (n-1-k) a^(n-1-k) u_k) + W s Σ_k (k+1) dy_k a^(k+1) and the taps give theirs: dK_l = Σ dy_{j+l}
- * u_j, γ_W += dK_l a^l, γ_λ += W l a^l dK_l (likewise for r, K¹, W₁). This is Σ_t γ_{s_t} a s_{t-1}, the step of the
- * state over every position t, sorted by chunks. Lastly γ_C = 2β γ_W,  γ_β = Σ 2C γ_W,  γ_λ += γ_β a/w,  γ_w = dt γ_λ -
- * γ_β β/w,  d log_dt = Re Σ γ_λ λ. In memory a real pair of derivatives (d/dRe, d/dIm) is (Re γ, -Im γ): "gradient
- * form"; so cross the summaries.
+ *   s' = a^n s + Σ_k a^(n-1-k) u_k
+ *   r' = a^n r + Σ_k a^k u_k
+ *   y_k = Re Σ W a^(k+1) s + Σ_{j<=k} K_{k-j} u_j        K_l = Re Σ W a^l, and D in K_0
+ *         + Re Σ W¹ a^(n-1-k) r + Σ_{j>k} K¹_{j-k-1} u_j  K¹_l = Re Σ W¹ a^l
  *
- * Ranks. The summary of a shard is the state that it makes from nothing: "ends" → scan → apply, with r reverse scanned.
- * A rank answers for the steps of the state over its own positions, first one included, whatever the state holds:
- * γ_s there has two parts, what its own outputs want and what later ranks want.
- *   apply backward: γ' from own outputs, 0 leaves the shard; s with what came from before (got). At the first chunk γ
- * is d got. ends backward:  γ' = d sent at the end of the shard, outputs have no part; s with got once more, since the
- * scan carries got over this shard with λ as a constant. d got is not touched: the scan's adjoint does it. γ_λ is
- * linear in γ', so the two parts add up, each pair (γ', s) is met once, and by its owner. */
+ * With chunks as rows, all of it is products of small matrices, for each feature its own: inputs with powers of a
+ * make what joins the states, states with powers make outputs, inputs with a Toeplitz matrix of the taps K make the
+ * rest of the outputs. Features are the lanes of these products (lanes.h). The powers, and the chain of states from
+ * chunk to chunk, are made in double and rounded once: |a| is close to 1, and float powers would drift.
+ *
+ * Gradients. Of a complex x we keep γ_x with dL = Re(γ_x dx): holomorphic steps then need no conjugates, x' = f(x)
+ * gives γ_x = γ_x' f'(x), and a real input gets Re γ. With γ of the state that enters a chunk, γ' of what leaves:
+ *
+ *   γ = a^n γ' + W V,  V = Σ_k dy_k a^(k+1)
+ *   du_k = Re Σ γ' a^(n-1-k) + Σ_j K_{j-k} dy_j
+ *   γ_W += s V
+ *   γ_λ += γ' (n a^n s + Σ_k (n-1-k) a^(n-1-k) u_k) + W s Σ_k (k+1) a^(k+1) dy_k
+ *   taps: dK_l = Σ_j dy_{j+l} u_j,  γ_W += dK_l a^l,  γ_λ += dK_l W l a^l
+ *
+ * and likewise for r, W¹, K¹. For γ_λ this is Σ_t γ_{s_t} a s_{t-1}, over the steps of the state to every t, sorted
+ * by chunks. Lastly
+ *
+ *   γ_C = 2β γ_W,  γ_β = Σ 2C γ_W,  γ_λ += γ_β a/w,  γ_w = dt γ_λ - γ_β β/w,  d log_dt = Re Σ γ_λ λ
+ *
+ * A pair of real derivatives (d/dRe, d/dIm) is (Re γ, -Im γ). This "gradient form" is what crosses ranks.
+ *
+ * Ranks. The summary of a shard is the state that it makes from nothing: ends → scan → apply, and r is scanned in
+ * reverse. The scan takes λ for a constant: who owns position t answers for the step of the state to t, whatever the
+ * state held, also for the first position of a shard. There γ_{s_t} has two parts, and γ_λ is linear in it:
+ *
+ *   apply backward: what the shard's own outputs want. Nothing leaves the shard (γ' = 0 after its last chunk);
+ *                   s begins with what came from others, got. γ at the first chunk is d got.
+ *   ends backward:  what later ranks want. d sent leaves the shard, outputs have no part; s again begins with got,
+ *                   for the scan carried got, too, over this shard. d got is left alone: that is the scan's adjoint.
+ *
+ * So every pair (γ', s) is met once, by the owner of the position. */
 #include "lanes.h"
 #include "tile.h"
 
@@ -42,7 +56,7 @@ enum { STRIDE = ROWS + 4 };                           /* of rows of lanes, apart
 enum { BLOCK = 512 };                                 /* features worked on at a time: rows are read in long runs */
 enum { FROM_LEFT, FROM_RIGHT };                       /* directions: of s, of r */
 enum { ENTERING, LEAVING };                           /* the states of a sweep: s or r, and γ' of one */
-enum { LAMBDA };                                      /* saved[]: complex doubles (E,N/2) */
+enum { LAMBDA, POWER, BETA };                         /* saved[]: complex doubles (E,N/2) of λ, a, β */
 enum { DESK, DLAMBDA, DW };                           /* work[]: complex doubles (E,N/2), (n_ssm,N/2) */
 enum { ENDS_LEFT = 1, SCAN_LEFT, ENDS_RIGHT, SCAN_RIGHT }; /* phases; CS has the first three */
 
@@ -82,8 +96,7 @@ static void layer(const ls_attention_options *o, ls_layer_form *form)
 
 /* ------------------------------------------------------------------------------------------------ sizes, memory */
 
-/* LS_LANES neighbouring features: their tables, their running states, their sums of gradients. N: re and im by turns.
- */
+/* LS_LANES neighbouring features: tables, running states, sums of gradients. N: re and im by turns. */
 typedef struct group {
     int64_t first, width;             /* features [first, first + width) */
     ls_lanes *power, *slope;          /* (n + 1, N) a^e, e a^e */
@@ -118,9 +131,10 @@ static double complex *complex_of(ls_real *x)
     return (double complex *)(void *)x;
 }
 
-/* Positions [t, t + chunks·length) of a shard: its chunks first .. first + chunks - 1, of equal length. */
+/* Positions [t, t + chunks·length) of a shard. What is left after the last whole chunk is a piece of one short chunk.
+ */
 typedef struct piece {
-    int64_t t, chunks, length, first;
+    int64_t t, chunks, length;
 } piece;
 
 static int64_t chunk_length(const ls_pass *p)
@@ -137,8 +151,8 @@ static int64_t count_pieces(const ls_pass *p)
 static piece piece_at(const ls_pass *p, int64_t i)
 {
     const int64_t n = chunk_length(p), whole = p->T / n, first = i * PIECE;
-    if (first < whole) return (piece){first * n, ls_min(PIECE, whole - first), n, first};
-    return (piece){whole * n, 1, p->T % n, whole};
+    if (first < whole) return (piece){first * n, ls_min(PIECE, whole - first), n};
+    return (piece){whole * n, 1, p->T % n};
 }
 
 static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
@@ -148,7 +162,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     const int64_t back = p->backward, both = directions == 2, pieces = count_pieces(p);
     const int64_t places = (ls_min(BLOCK, E) + LS_LANES - 1) / LS_LANES;
     const size_t lanes = sizeof(ls_lanes), doubles = LS_LANES * sizeof(double), z = sizeof(double complex);
-    p->saved[LAMBDA] = ls_arena_take(saved, (size_t)(E * N / 2) * z);
+    for (int i = LAMBDA; i <= BETA; i++) p->saved[i] = ls_arena_take(saved, (size_t)(E * N / 2) * z);
     p->work[DLAMBDA] = ls_arena_take(work, (size_t)(back * E * N / 2) * z);
     p->work[DW] = ls_arena_take(work, (size_t)(back * (int64_t)p->option[SETS] * N / 2) * z);
     desk *place = ls_arena_take(work, sizeof *place);
@@ -218,17 +232,9 @@ static double complex frequency(const ls_pass *p, int64_t h, int64_t m)
     return CMPLX(-exp((double)param(p, LOG_W_RE)[i]), (double)param(p, W_IM)[i]);
 }
 
-static double complex lambda_of(const ls_pass *p, int64_t h, int64_t m)
+static double complex saved_of(const ls_pass *p, int which, int64_t h, int64_t m)
 {
-    return complex_of(p->saved[LAMBDA])[h * ((int64_t)p->option[STATE_SIZE] / 2) + m];
-}
-
-/* β = (e^λ - 1) / w: no digits are lost where λ is small. */
-static double complex beta_of(const ls_pass *p, int64_t h, int64_t m)
-{
-    const double complex lambda = lambda_of(p, h, m);
-    const double x = creal(lambda), y = cimag(lambda), half = sin(y / 2);
-    return CMPLX(expm1(x) * cos(y) - 2 * half * half, exp(x) * sin(y)) / frequency(p, h, m);
+    return complex_of(p->saved[which])[h * ((int64_t)p->option[STATE_SIZE] / 2) + m];
 }
 
 /* C of direction and channel: entry of the flat tensor. */
@@ -244,14 +250,21 @@ static double complex c_of(const ls_pass *p, int direction, int64_t channel, int
     return CMPLX((double)c[0], (double)c[1]);
 }
 
-/* Phase 0: λ, which the scans need as well. */
+/* Phase 0: λ, which the scans need as well; a - 1 is made so that no digits are lost where λ is small. */
 static ls_status decays(ls_pass *p, int phase)
 {
     (void)phase;
     const int64_t modes = (int64_t)p->option[STATE_SIZE] / 2;
     for (int64_t h = 0; h < p->d; h++) {
         const double dt = exp((double)param(p, LOG_DT)[h]);
-        for (int64_t m = 0; m < modes; m++) complex_of(p->saved[LAMBDA])[h * modes + m] = dt * frequency(p, h, m);
+        for (int64_t m = 0; m < modes; m++) {
+            const double complex w = frequency(p, h, m), lambda = dt * w;
+            const double y = cimag(lambda), half = sin(y / 2), grown = expm1(creal(lambda));
+            const double complex a1 = CMPLX(grown * cos(y) - 2 * half * half, (grown + 1) * sin(y));
+            complex_of(p->saved[LAMBDA])[h * modes + m] = lambda;
+            complex_of(p->saved[POWER])[h * modes + m] = 1 + a1;
+            complex_of(p->saved[BETA])[h * modes + m] = a1 / w;
+        }
     }
     return LS_OK;
 }
@@ -267,7 +280,7 @@ static ls_status decays_backward(ls_pass *p, int phase)
         for (int64_t m = 0; m < modes; m++) {
             const double complex dlambda = complex_of(p->work[DLAMBDA])[h * modes + m];
             dw[in_set(p, h, m)] += dt * dlambda;
-            sum += creal(dlambda * lambda_of(p, h, m));
+            sum += creal(dlambda * saved_of(p, LAMBDA, h, m));
         }
         dparam(p, LOG_DT)[h] += (ls_real)sum;
     }
@@ -295,7 +308,7 @@ static void fill_powers(const ls_pass *p, const desk *k, group *g, int64_t lane)
 {
     const int64_t rest = p->T % k->n;
     for (int64_t m = 0; m < k->N; m += 2) {
-        const double complex a = cexp(lambda_of(p, g->first + lane, m / 2));
+        const double complex a = saved_of(p, POWER, g->first + lane, m / 2);
         double complex power = 1;
         for (int64_t e = 0; e <= k->n; e++, power *= a) {
             put(g->power + e * k->N + m, lane, power);
@@ -317,7 +330,7 @@ static void fill_taps(const ls_pass *p, const desk *k, group *g, int64_t lane, i
     double tap[2 * CHUNK - 1] = {0};
     tap[middle] = (double)param(p, D_)[channel * p->d + h];
     for (int64_t m = 0; m < k->N; m += 2) {
-        const double complex a = cexp(lambda_of(p, h, m / 2)), beta = beta_of(p, h, m / 2);
+        const double complex a = saved_of(p, POWER, h, m / 2), beta = saved_of(p, BETA, h, m / 2);
         for (int d = 0; d < k->directions; d++) {
             const double complex weight = 2 * beta * c_of(p, d, channel, h, m / 2);
             put(g->weight + (d * k->channels + channel) * k->N + m, lane, weight);
@@ -338,8 +351,9 @@ static void zero_doubles(double *x, int64_t n)
     memset(x, 0, (size_t)n * LS_LANES * sizeof *x);
 }
 
-/* Features [first, first + BLOCK) come to the desk. Lanes without a feature are 0 throughout. */
-static void open_block(const ls_pass *p, desk *k, int64_t first)
+/* Features [first, first + BLOCK) come to the desk, taps and weights only where there are outputs. Lanes without a
+ * feature are 0 throughout. */
+static void open_block(const ls_pass *p, desk *k, int64_t first, int with_outputs)
 {
     const int64_t N = k->N, taps = k->channels * (2 * k->n - 1), rows = k->directions * k->channels * N;
     k->groups = 0;
@@ -356,7 +370,7 @@ static void open_block(const ls_pass *p, desk *k, int64_t first)
         }
         for (int64_t lane = 0; lane < g->width; lane++) {
             fill_powers(p, k, g, lane);
-            for (int64_t c = 0; c < k->channels; c++) fill_taps(p, k, g, lane, c);
+            for (int64_t c = 0; with_outputs && c < k->channels; c++) fill_taps(p, k, g, lane, c);
         }
         if (!p->backward) continue;
         zero_doubles(g->dlambda, N);
@@ -592,7 +606,7 @@ static ls_status apply(ls_pass *p, int phase)
     (void)phase;
     desk *k = desk_of(p);
     for (int64_t first = 0; first < p->d; first += BLOCK) {
-        open_block(p, k, first);
+        open_block(p, k, first, 1);
         for (int64_t b = 0; b < p->B; b++) apply_block(p, k, b);
     }
     return LS_OK;
@@ -606,7 +620,7 @@ static ls_status ends(ls_pass *p, int phase)
     const ls_summary *s = &p->summary[phase + 1];
     desk *k = desk_of(p);
     for (int64_t first = 0; first < p->d; first += BLOCK) {
-        open_block(p, k, first);
+        open_block(p, k, first, 0);
         for (int64_t b = 0; b < p->B; b++) {
             for (int64_t i = 0; i < k->groups; i++) zero_doubles(state_of(k, &k->group[i], ENTERING, direction), k->N);
             for (int64_t j = 0; j < pieces; j++) {
@@ -769,7 +783,8 @@ static void settle(const ls_pass *p, const desk *k, const group *g, int64_t lane
     for (int64_t c = 0; c < k->channels; c++)
         dparam(p, D_)[c * p->d + h] += (ls_real)g->dtap[(c * taps + middle) * LS_LANES + lane];
     for (int64_t m = 0; m < k->N; m += 2) {
-        const double complex a = cexp(lambda_of(p, h, m / 2)), w = frequency(p, h, m / 2), beta = beta_of(p, h, m / 2);
+        const double complex a = saved_of(p, POWER, h, m / 2), w = frequency(p, h, m / 2),
+                             beta = saved_of(p, BETA, h, m / 2);
         double complex dlambda = get(g->dlambda + m * LS_LANES, lane), dbeta = 0;
         for (int d = 0; d < k->directions; d++)
             for (int64_t c = 0; c < k->channels; c++) {
@@ -799,7 +814,7 @@ static ls_status apply_backward(ls_pass *p, int phase)
     desk *k = desk_of(p);
     for (int64_t i = 0; i < (int64_t)p->option[SETS] * k->N / 2; i++) complex_of(p->work[DW])[i] = 0;
     for (int64_t first = 0; first < p->d; first += BLOCK) {
-        open_block(p, k, first);
+        open_block(p, k, first, 1);
         for (int64_t b = 0; b < p->B; b++) apply_block_backward(p, k, b);
         for (const group *g = k->group; g < k->group + k->groups; g++)
             for (int64_t lane = 0; lane < g->width; lane++) settle(p, k, g, lane);
@@ -842,7 +857,7 @@ static ls_status ends_backward(ls_pass *p, int phase)
 {
     desk *k = desk_of(p);
     for (int64_t first = 0; first < p->d; first += BLOCK) {
-        open_block(p, k, first);
+        open_block(p, k, first, 0);
         for (int64_t b = 0; b < p->B; b++)
             ends_block_backward(p, k, b, phase == ENDS_LEFT ? FROM_LEFT : FROM_RIGHT, &p->summary[phase + 1]);
         for (const group *g = k->group; g < k->group + k->groups; g++)
