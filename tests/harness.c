@@ -52,6 +52,15 @@ const word_row words[] = {
 const char *const padding_name[PADDINGS] = {"none", "tail", "random", "whole"};
 const char *const split_name[SPLITS] = {"even", "uneven", "one"};
 
+int64_t row_number(const case_row *row)
+{
+    char text[256];
+    uint64_t hash = UINT64_C(14695981039346656037);
+    snprintf(text, sizeof text, "%s %d %s %u", row->mechanism, (int)row->pattern, row->options, row->extras);
+    for (const char *c = text; *c != '\0'; c++) hash = (hash ^ (unsigned char)*c) * UINT64_C(1099511628211);
+    return (int64_t)((hash >> 20) % 1000);
+}
+
 const mechanism_row *mechanism_of(const char *name)
 {
     for (const mechanism_row *m = mechanisms; m->name != NULL; m++)

@@ -57,6 +57,8 @@ extern const mechanism_row mechanisms[]; /* these end with a name, mechanism, op
 extern const case_row cases[];
 extern const word_row words[];
 
+/* A number below 1000 that follows from the case alone, so that seeds do not change when others join the table. */
+int64_t row_number(const case_row *row);
 const mechanism_row *mechanism_of(const char *name); /* NULL: not in the table */
 int library_has(const char *mechanism, ls_pattern pattern);
 const char *pattern_letters(ls_pattern pattern); /* "NS", ... */

@@ -291,9 +291,8 @@ static uint8_t *take_padding(hid_t group, const char *name, int64_t count)
 
 static void take_inputs(hid_t group, problem *p)
 {
-    static const char *const known[] = {"q",    "k",     "v",     "u",         "x",       "x_q",
-                                        "x_kv", "pad_q", "pad_k", "attn_mask", "dropout", "W", "noise",
-                                        "idx", NULL};
+    static const char *const known[] = {"q",     "k",         "v",       "u", "x",     "x_q", "x_kv", "pad_q",
+                                        "pad_k", "attn_mask", "dropout", "W", "noise", "idx", NULL};
     names list = members(group, "inputs");
     for (int i = 0; i < list.count; i++)
         if (!is_one_of(list.name[i], known)) complain("this test has no place for inputs/%s", list.name[i]);
