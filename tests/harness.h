@@ -190,8 +190,9 @@ typedef struct world {
     int rank, size;
     ls_context *all, *one;
     int passed, failed;
-    char error[1024]; /* of the last call that failed */
-    char doing[256];  /* what to name when the watchdog barks */
+    int ill_conditioned; /* tensors of this rank, see answer_equal */
+    char error[1024];    /* of the last call that failed */
+    char doing[256];     /* what to name when the watchdog barks */
 } world;
 extern world here;
 void world_open(int *argc, char ***argv); /* MPI_Init, contexts; a program that cannot even do that ends here */
@@ -232,7 +233,10 @@ int problem_run(ls_context *ctx, MPI_Comm comm, const problem *p, const int64_t 
                 answer *a);
 int problem_run_alone(const problem *p, answer *a); /* on this process alone */
 
-/* a against b: 1 if each tensor agrees within tolerance; otherwise 0 and what differs, by how much. */
+/* a against b: 1 if each tensor agrees within tolerance; otherwise 0 and what differs, by how much. In float, where a
+ * problem amplifies rounding by itself (a query whose relu features are all but one 0, a norm over two nearly equal
+ * features), the tolerance is 4 times the error that rounding the inputs anew makes on one rank, as in golden files;
+ * how often is told at the end. */
 int answer_equal(const problem *p, const answer *a, const answer *b, double tolerance, char *what, size_t size);
 /* The same, bit for bit. */
 int answer_same_bits(const problem *p, const answer *a, const answer *b, char *what, size_t size);

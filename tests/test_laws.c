@@ -11,7 +11,7 @@
  *   test_laws [--all] [--only MECHANISM] [--random N] [--seed S]
  *
  * --all runs the full product of law 1 instead of a part in which every value still meets every mechanism and pattern.
- * --random N: N random problems against one rank (40 by default); --seed S makes the first of them problem S. */
+ * --random N: N random problems against one rank (300 by default); --seed S makes the first of them problem S. */
 #include "harness.h"
 
 #include <math.h>
@@ -1642,7 +1642,7 @@ static void section(const char *name, void (*run)(void))
 int main(int argc, char **argv)
 {
     world_open(&argc, &argv);
-    int draws = 40, draws_only = 0;
+    int draws = 300, draws_only = 0;
     uint64_t seed = 1;
     full_product = getenv("LONGSPAN_ALL_LAWS") != NULL;
     for (int i = 1; i < argc; i++) {
