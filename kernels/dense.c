@@ -36,20 +36,30 @@ static void dots(int64_t in, const ls_real *const x[4], const ls_real *const w[2
     sum[0] = a, sum[1] = b, sum[2] = c, sum[3] = d, sum[4] = e, sum[5] = f, sum[6] = g, sum[7] = h;
 }
 
+/* Rows [r, r + n) of y, n <= 4, columns [o, end). */
+static void few_rows(int64_t r, int64_t n, int64_t o, int64_t end, int64_t in, int64_t out, const ls_real *x,
+                     const ls_real *w, const ls_real *b, ls_real *y)
+{
+    for (; o < end; o += 2) {
+        const ls_real *xs[4], *ws[2];
+        ls_real sum[8];
+        for (int64_t i = 0; i < 4; i++) xs[i] = x + (r + ls_min(i, n - 1)) * in; /* the last ones over again */
+        for (int64_t j = 0; j < 2; j++) ws[j] = w + ls_min(o + j, end - 1) * in;
+        dots(in, xs, ws, sum);
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t j = 0; j < ls_min(2, end - o); j++)
+                y[(r + i) * out + o + j] = sum[2 * i + j] + (b ? b[o + j] : 0);
+    }
+}
+
+/* Tiles of 64 rows stay in the second cache, 8 rows of w in the first. */
 void ls_linear_alike(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w, const ls_real *b,
                      ls_real *y)
 {
-    for (int64_t r = 0; r < rows; r += 4)
-        for (int64_t o = 0; o < out; o += 2) {
-            const ls_real *xs[4], *ws[2];
-            ls_real sum[8];
-            for (int64_t i = 0; i < 4; i++) xs[i] = x + ls_min(r + i, rows - 1) * in; /* the last ones over again */
-            for (int64_t j = 0; j < 2; j++) ws[j] = w + ls_min(o + j, out - 1) * in;
-            dots(in, xs, ws, sum);
-            for (int64_t i = 0; i < ls_min(4, rows - r); i++)
-                for (int64_t j = 0; j < ls_min(2, out - o); j++)
-                    y[(r + i) * out + o + j] = sum[2 * i + j] + (b ? b[o + j] : 0);
-        }
+    for (int64_t tile = 0; tile < rows; tile += 64)
+        for (int64_t o = 0; o < out; o += 8)
+            for (int64_t r = tile; r < ls_min(tile + 64, rows); r += 4)
+                few_rows(r, ls_min(4, rows - r), o, ls_min(o + 8, out), in, out, x, w, b, y);
 }
 
 /* sum (n) += Σ_rows x (rows,n) */

@@ -7,10 +7,10 @@
  *   a_ij = softmax_j(scale q_i·k_j) over the unpadded keys of the window,  o_i = Σ_j a_ij g_ij v_j
  *   g_ij = 1, but in local-p the Gaussian e^(-2 (j - p_i)² / w²), of deviation w/2
  *
- * Keys and values within reach are fetched: one interval of them, or in local-p a list, since the data say where. A
+ * Keys and values within reach are fetched: one interval of them, or in local-p a list for each head, since the data
+ * say where: at most min(S, (2w+1) T) keys for the T queries of a rank, few where neighbours look at the same place. A
  * tile is a few queries, in the order of their windows, against the run of keys that these cover together; most of its
- * products lie in somebody's window, and whole windows are in it, so nothing is kept for backward but p_i and the
- * order.
+ * products lie in somebody's window, and whole windows are in it, so nothing is kept for backward but p and the order.
  *
  * Backward, with b_ij = do_i·v_j and δ_i = Σ_j a_ij g_ij b_ij:
  *   dv_j = Σ_i a g do_i,  ds = a (g b - δ),  dq_i = scale Σ_j ds k_j,  dk_j = scale Σ_i ds q_i
@@ -173,6 +173,175 @@ static int64_t wanted(const ls_pass *p, int64_t b, int64_t h, ls_span *list)
     return n;
 }
 
+/* ------------------------------------------------------------------------------------------------ centres */
+
+/* Unpadded keys of each batch row, as two numbers that a float holds exactly: n = 4096 high + low. */
+static ls_monoid counts(const ls_pass *p)
+{
+    return (ls_monoid){.groups = p->B, .plain = 2};
+}
+
+static ls_status count(ls_pass *p, int phase)
+{
+    ls_real *sent = p->summary[phase + 1].sent;
+    for (int64_t b = 0; b < p->B; b++) {
+        int64_t n = 0;
+        for (int64_t j = 0; j < p->S; j++) n += !ls_is_padded(p->own.pad, b * p->S + j);
+        sent[2 * b] = (ls_real)(n / 4096);
+        sent[2 * b + 1] = (ls_real)(n % 4096);
+    }
+    return LS_OK;
+}
+
+static double last_key(const ls_pass *p, int64_t b)
+{
+    const ls_real *got = p->summary[CENTRES].got + 2 * b;
+    const double n = 4096 * (double)got[0] + (double)got[1];
+    return n > 1 ? n - 1 : 0;
+}
+
+/* Of one head: Wᵀ (d,d), u (d), and room for h (d) and du (d), in double. */
+typedef struct predictor {
+    double *map, *vector, *hidden, *dvector;
+} predictor;
+
+static predictor load_predictor(const ls_pass *p, int64_t h)
+{
+    const int64_t d = p->d;
+    const ls_real *W = p->params + p->param[MAP].offset + h * d * d, *u = p->params + p->param[VECTOR].offset + h * d;
+    double *x = (double *)(void *)p->work[PREDICT];
+    const predictor f = {x, x + d * d, x + d * d + d, x + d * d + 2 * d};
+    for (int64_t c = 0; c < d; c++)
+        for (int64_t e = 0; e < d; e++) f.map[e * d + c] = (double)W[c * d + e];
+    for (int64_t c = 0; c < d; c++) f.vector[c] = (double)u[c];
+    return f;
+}
+
+/* tanh x = 1 - 2 / (e^2x + 1) to double's absolute precision. e^y = 2^n e^r, n = rint(y / ln 2): n is in the low bits
+ * of a sum with 1.5·2^52. Without branches, so that the loop around it becomes vector code; NaN stays NaN. */
+static inline double smooth_tanh(double x)
+{
+    const double y = x > 20 ? 40 : x < -20 ? -40 : 2 * x;
+    union {
+        double x;
+        uint64_t bits;
+    } n = {y * 1.4426950408889634 + 6755399441055744.0}, scale = {0};
+    const double whole = n.x - 6755399441055744.0;
+    const double r = (y - whole * 0.693147180369123816490) - whole * 1.90821492927058770002e-10;
+    double e = 1.0 / 479001600;
+    e = e * r + 1.0 / 39916800;
+    e = e * r + 1.0 / 3628800;
+    e = e * r + 1.0 / 362880;
+    e = e * r + 1.0 / 40320;
+    e = e * r + 1.0 / 5040;
+    e = e * r + 1.0 / 720;
+    e = e * r + 1.0 / 120;
+    e = e * r + 1.0 / 24;
+    e = e * r + 1.0 / 6;
+    e = e * r + 0.5;
+    e = e * r + 1;
+    e = e * r + 1;
+    scale.bits = (n.bits + 1023) << 52;
+    return 1 - 2 / (e * scale.x + 1);
+}
+
+/* h = tanh(W q) */
+static void predict(const predictor *f, int64_t d, const ls_real *q)
+{
+    double *restrict x = f->hidden;
+    const double *m = f->map;
+    int64_t e = 0;
+    for (int64_t c = 0; c < d; c++) x[c] = 0;
+    for (; e + 4 <= d; e += 4, m += 4 * d) {
+        const double q0 = (double)q[e], q1 = (double)q[e + 1], q2 = (double)q[e + 2], q3 = (double)q[e + 3];
+        for (int64_t c = 0; c < d; c++) x[c] += q0 * m[c] + q1 * m[d + c] + q2 * m[2 * d + c] + q3 * m[3 * d + c];
+    }
+    for (; e < d; e++, m += d)
+        for (int64_t c = 0; c < d; c++) x[c] += (double)q[e] * m[c];
+#pragma omp simd
+    for (int64_t c = 0; c < d; c++) x[c] = smooth_tanh(x[c]);
+}
+
+/* The order of queries by centre, padded ones last: a radix sort, which keeps the order of equals. */
+static int64_t sort_key(const ls_pass *p, int64_t b, const double *centre, int64_t t)
+{
+    return ls_is_padded(p->pad_q, b * p->T + t) ? p->all_keys : predicted_centre(centre[t]);
+}
+
+static void sort_queries(ls_pass *p, int64_t b, int64_t h)
+{
+    const double *centre = centres_of(p, b, h);
+    int64_t *from = order_of(p, b, h), *to = (int64_t *)(void *)p->work[SORT], *begin = to + p->T;
+    for (int64_t t = 0; t < p->T; t++) from[t] = t;
+    for (int shift = 0; p->all_keys >> shift > 0; shift += DIGIT_BITS) {
+        memset(begin, 0, (DIGITS + 1) * sizeof *begin);
+        for (int64_t t = 0; t < p->T; t++) begin[1 + (sort_key(p, b, centre, t) >> shift) % DIGITS]++;
+        for (int64_t i = 0; i < DIGITS; i++) begin[i + 1] += begin[i];
+        for (int64_t s = 0; s < p->T; s++) to[begin[(sort_key(p, b, centre, from[s]) >> shift) % DIGITS]++] = from[s];
+        int64_t *swap = from;
+        from = to, to = swap;
+    }
+    if (from != order_of(p, b, h)) memcpy(order_of(p, b, h), from, (size_t)p->T * sizeof *from);
+}
+
+static ls_status centres(ls_pass *p, int phase)
+{
+    (void)phase;
+    for (int64_t b = 0; b < p->B; b++)
+        for (int64_t h = 0; h < p->H; h++) {
+            const predictor f = load_predictor(p, h);
+            for (int64_t t = 0; t < p->T; t++) {
+                double z = 0;
+                centres_of(p, b, h)[t] = 0;
+                if (ls_is_padded(p->pad_q, b * p->T + t)) continue;
+                predict(&f, p->d, ls_row(p->q, b, h, t));
+                for (int64_t c = 0; c < p->d; c++) z += f.vector[c] * f.hidden[c];
+                centres_of(p, b, h)[t] = last_key(p, b) / (1 + exp(-z));
+            }
+            sort_queries(p, b, h);
+        }
+    return LS_OK;
+}
+
+/* Queries [t, t + n), which QUERIES holds: d(W q) goes to ROWS, and du grows. */
+static void predictor_backward(ls_pass *p, const predictor *f, int64_t b, int64_t h, int64_t t, int64_t n)
+{
+    const double last = last_key(p, b);
+    for (int64_t r = 0; r < n; r++) {
+        const double centre = centres_of(p, b, h)[t + r], dp = (double)p->work[DCENTRE][(b * p->H + h) * p->T + t + r];
+        const double dz = last > 0 ? dp * centre * (1 - centre / last) : 0;
+        predict(f, p->d, p->work[QUERIES] + r * p->d);
+        for (int64_t c = 0; c < p->d; c++) {
+            const double x = f->hidden[c];
+            f->dvector[c] += dz * x;
+            p->work[ROWS][r * p->d + c] = (ls_real)(dz * f->vector[c] * (1 - x * x));
+        }
+    }
+}
+
+static void centres_backward(ls_pass *p)
+{
+    const int64_t d = p->d;
+    for (int64_t b = 0; b < p->B; b++)
+        for (int64_t h = 0; h < p->H; h++) {
+            const predictor f = load_predictor(p, h);
+            const ls_real *W = p->params + p->param[MAP].offset + h * d * d;
+            ls_real *dW = p->dparams + p->param[MAP].offset + h * d * d;
+            ls_real *du = p->dparams + p->param[VECTOR].offset + h * d;
+            for (int64_t c = 0; c < d; c++) f.dvector[c] = 0;
+            for (int64_t t = 0; t < p->T; t += TQ) {
+                const int64_t n = ls_min(TQ, p->T - t);
+                ls_real *q = p->work[QUERIES], *dh = p->work[ROWS], *dq = p->work[DOUT];
+                ls_clean_rows(p->q, b, h, t, n, d, p->pad_q, p->T, 1, q);
+                predictor_backward(p, &f, b, h, t, n);
+                ls_gemm(1, 0, d, d, n, 1, dh, d, q, d, 1, dW, d);
+                ls_gemm(0, 0, n, d, d, 1, dh, d, W, d, 0, dq, d);
+                for (int64_t r = 0; r < n; r++) ls_axpy(d, 1, dq + r * d, ls_row(p->dq, b, h, t + r));
+            }
+            for (int64_t c = 0; c < d; c++) du[c] += (ls_real)f.dvector[c];
+        }
+}
+
 /* ------------------------------------------------------------------------------------------------ tiles */
 
 /* n queries against keys [row, row + keys) of the halo, of which query r sees [from, to). */
@@ -199,7 +368,7 @@ static void join(const ls_pass *p, tile *t, int64_t query, int64_t row, ls_span 
  * once. */
 static void each_tile(ls_pass *p, void (*work)(ls_pass *, const tile *))
 {
-    const int64_t width = tile_width(p), block = predictive(p) ? ls_max(p->T, 1) : BLOCK;
+    const int64_t width = tile_width(p), block = predictive(p) ? p->T : BLOCK;
     for (int64_t b = 0; b < p->B; b++)
         for (int64_t begin = 0; begin < p->T; begin += block)
             for (int64_t h = 0; h < p->H; h++) {
@@ -354,8 +523,6 @@ static void backward_tile(ls_pass *p, const tile *t)
     store(p, t, p->work[ROWS], p->dq);
 }
 
-static void centres_backward(ls_pass *p);
-
 static ls_status windows_backward(ls_pass *p, int phase)
 {
     (void)phase;
@@ -365,175 +532,6 @@ static ls_status windows_backward(ls_pass *p, int phase)
     each_tile(p, backward_tile);
     if (predictive(p)) centres_backward(p);
     return LS_OK;
-}
-
-/* ------------------------------------------------------------------------------------------------ centres */
-
-/* Unpadded keys of each batch row, as two numbers that a float holds exactly: n = 4096 high + low. */
-static ls_monoid counts(const ls_pass *p)
-{
-    return (ls_monoid){.groups = p->B, .plain = 2};
-}
-
-static ls_status count(ls_pass *p, int phase)
-{
-    ls_real *sent = p->summary[phase + 1].sent;
-    for (int64_t b = 0; b < p->B; b++) {
-        int64_t n = 0;
-        for (int64_t j = 0; j < p->S; j++) n += !ls_is_padded(p->own.pad, b * p->S + j);
-        sent[2 * b] = (ls_real)(n / 4096);
-        sent[2 * b + 1] = (ls_real)(n % 4096);
-    }
-    return LS_OK;
-}
-
-static double last_key(const ls_pass *p, int64_t b)
-{
-    const ls_real *got = p->summary[CENTRES].got + 2 * b;
-    const double n = 4096 * (double)got[0] + (double)got[1];
-    return n > 1 ? n - 1 : 0;
-}
-
-/* Of one head: Wᵀ (d,d), u (d), and room for h (d), in double. */
-typedef struct predictor {
-    double *map, *vector, *hidden;
-} predictor;
-
-static predictor load_predictor(const ls_pass *p, int64_t h)
-{
-    const int64_t d = p->d;
-    const ls_real *W = p->params + p->param[MAP].offset + h * d * d, *u = p->params + p->param[VECTOR].offset + h * d;
-    double *x = (double *)(void *)p->work[PREDICT];
-    const predictor f = {x, x + d * d, x + d * d + d};
-    for (int64_t c = 0; c < d; c++)
-        for (int64_t e = 0; e < d; e++) f.map[e * d + c] = (double)W[c * d + e];
-    for (int64_t c = 0; c < d; c++) f.vector[c] = (double)u[c];
-    return f;
-}
-
-/* tanh x = 1 - 2 / (e^2x + 1) to double's absolute precision. e^y = 2^n e^r, n = rint(y / ln 2): n is in the low bits
- * of a sum with 1.5·2^52. Without branches, so that the loop around it becomes vector code; NaN stays NaN. */
-static inline double smooth_tanh(double x)
-{
-    const double y = x > 20 ? 40 : x < -20 ? -40 : 2 * x;
-    union {
-        double x;
-        uint64_t bits;
-    } n = {y * 1.4426950408889634 + 6755399441055744.0}, scale = {0};
-    const double whole = n.x - 6755399441055744.0;
-    const double r = (y - whole * 0.693147180369123816490) - whole * 1.90821492927058770002e-10;
-    double e = 1.0 / 479001600;
-    e = e * r + 1.0 / 39916800;
-    e = e * r + 1.0 / 3628800;
-    e = e * r + 1.0 / 362880;
-    e = e * r + 1.0 / 40320;
-    e = e * r + 1.0 / 5040;
-    e = e * r + 1.0 / 720;
-    e = e * r + 1.0 / 120;
-    e = e * r + 1.0 / 24;
-    e = e * r + 1.0 / 6;
-    e = e * r + 0.5;
-    e = e * r + 1;
-    e = e * r + 1;
-    scale.bits = (n.bits + 1023) << 52;
-    return 1 - 2 / (e * scale.x + 1);
-}
-
-/* h = tanh(W q) */
-static void predict(const predictor *f, int64_t d, const ls_real *q)
-{
-    double *restrict x = f->hidden;
-    const double *m = f->map;
-    int64_t e = 0;
-    for (int64_t c = 0; c < d; c++) x[c] = 0;
-    for (; e + 4 <= d; e += 4, m += 4 * d) {
-        const double q0 = (double)q[e], q1 = (double)q[e + 1], q2 = (double)q[e + 2], q3 = (double)q[e + 3];
-        for (int64_t c = 0; c < d; c++) x[c] += q0 * m[c] + q1 * m[d + c] + q2 * m[2 * d + c] + q3 * m[3 * d + c];
-    }
-    for (; e < d; e++, m += d)
-        for (int64_t c = 0; c < d; c++) x[c] += (double)q[e] * m[c];
-#pragma omp simd
-    for (int64_t c = 0; c < d; c++) x[c] = smooth_tanh(x[c]);
-}
-
-/* The order of queries by centre, padded ones last: a radix sort, which keeps the order of equals. */
-static int64_t sort_key(const ls_pass *p, int64_t b, const double *centre, int64_t t)
-{
-    return ls_is_padded(p->pad_q, b * p->T + t) ? p->all_keys : predicted_centre(centre[t]);
-}
-
-static void sort_queries(ls_pass *p, int64_t b, int64_t h)
-{
-    const double *centre = centres_of(p, b, h);
-    int64_t *from = order_of(p, b, h), *to = (int64_t *)(void *)p->work[SORT], *begin = to + p->T;
-    for (int64_t t = 0; t < p->T; t++) from[t] = t;
-    for (int shift = 0; p->all_keys >> shift > 0; shift += DIGIT_BITS) {
-        memset(begin, 0, (DIGITS + 1) * sizeof *begin);
-        for (int64_t t = 0; t < p->T; t++) begin[1 + (sort_key(p, b, centre, t) >> shift) % DIGITS]++;
-        for (int64_t i = 0; i < DIGITS; i++) begin[i + 1] += begin[i];
-        for (int64_t s = 0; s < p->T; s++) to[begin[(sort_key(p, b, centre, from[s]) >> shift) % DIGITS]++] = from[s];
-        int64_t *swap = from;
-        from = to, to = swap;
-    }
-    if (from != order_of(p, b, h)) memcpy(order_of(p, b, h), from, (size_t)p->T * sizeof *from);
-}
-
-static ls_status centres(ls_pass *p, int phase)
-{
-    (void)phase;
-    for (int64_t b = 0; b < p->B; b++)
-        for (int64_t h = 0; h < p->H; h++) {
-            const predictor f = load_predictor(p, h);
-            for (int64_t t = 0; t < p->T; t++) {
-                double z = 0;
-                centres_of(p, b, h)[t] = 0;
-                if (ls_is_padded(p->pad_q, b * p->T + t)) continue;
-                predict(&f, p->d, ls_row(p->q, b, h, t));
-                for (int64_t c = 0; c < p->d; c++) z += f.vector[c] * f.hidden[c];
-                centres_of(p, b, h)[t] = last_key(p, b) / (1 + exp(-z));
-            }
-            sort_queries(p, b, h);
-        }
-    return LS_OK;
-}
-
-/* Queries [t, t + n): d(W q) into ROWS, and du is added to the double du. */
-static void predictor_backward(ls_pass *p, const predictor *f, int64_t b, int64_t h, int64_t t, int64_t n, double *du)
-{
-    const double last = last_key(p, b);
-    for (int64_t r = 0; r < n; r++) {
-        const double centre = centres_of(p, b, h)[t + r], dp = (double)p->work[DCENTRE][(b * p->H + h) * p->T + t + r];
-        const double dz = last > 0 ? dp * centre * (1 - centre / last) : 0;
-        predict(f, p->d, p->work[QUERIES] + r * p->d);
-        for (int64_t c = 0; c < p->d; c++) {
-            const double x = f->hidden[c];
-            du[c] += dz * x;
-            p->work[ROWS][r * p->d + c] = (ls_real)(dz * f->vector[c] * (1 - x * x));
-        }
-    }
-}
-
-static void centres_backward(ls_pass *p)
-{
-    const int64_t d = p->d;
-    for (int64_t b = 0; b < p->B; b++)
-        for (int64_t h = 0; h < p->H; h++) {
-            const predictor f = load_predictor(p, h);
-            const ls_real *W = p->params + p->param[MAP].offset + h * d * d;
-            ls_real *dW = p->dparams + p->param[MAP].offset + h * d * d;
-            double *du = f.hidden + d;
-            for (int64_t c = 0; c < d; c++) du[c] = 0;
-            for (int64_t t = 0; t < p->T; t += TQ) {
-                const int64_t n = ls_min(TQ, p->T - t);
-                ls_real *q = p->work[QUERIES], *dh = p->work[ROWS], *dq = p->work[DOUT];
-                ls_clean_rows(p->q, b, h, t, n, d, p->pad_q, p->T, 1, q);
-                predictor_backward(p, &f, b, h, t, n, du);
-                ls_gemm(1, 0, d, d, n, 1, dh, d, q, d, 1, dW, d);
-                ls_gemm(0, 0, n, d, d, 1, dh, d, W, d, 0, dq, d);
-                for (int64_t r = 0; r < n; r++) ls_axpy(d, 1, dq + r * d, ls_row(p->dq, b, h, t + r));
-            }
-            for (int64_t c = 0; c < d; c++) p->dparams[p->param[VECTOR].offset + h * d + c] += (ls_real)du[c];
-        }
 }
 
 /* ------------------------------------------------------------------------------------------------ step */
