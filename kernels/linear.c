@@ -28,10 +28,14 @@
 #include "gemm.h"
 #include "tile.h"
 
-enum { ROWS = LS_LINEAR_ROWS, CAUSAL_ROWS = 64, SHORT = 64, RISE = 8 };
-enum { QUERIES, KEYS, TURNED, PLAIN, WEIGHTS, STATE, DOUBLES, SMALL, TRACE, ALL_WORK }; /* work[] */
+enum { ROWS = LS_LINEAR_ROWS, CAUSAL_ROWS = 64, BLOCK = 256, SHORT = 64, RISE = 8 };
+enum { QUERIES, KEYS, TURNED, STAGE, WEIGHTS, STATE, DOUBLES, SMALL, TRACE, ALL_WORK }; /* work[] */
 _Static_assert((int)ALL_WORK <= (int)LS_LINEAR_WORK, "work[] of linear attention overlaps that of its mechanism");
 _Static_assert((int)SHORT <= (int)CAUSAL_ROWS, "a short sequence of keys is one chunk");
+_Static_assert(BLOCK % ROWS == 0 && BLOCK % CAUSAL_ROWS == 0, "a block is whole chunks");
+
+/* Tensors whose rows are staged; OUT is the output, or in backward dv. */
+enum { Q, K, V, DOUT, OUT, DQ, DK, STAGED };
 
 /* Everything a kernel works with. Where ω = 0 the turned features are the features themselves. */
 typedef struct linear {
@@ -39,16 +43,20 @@ typedef struct linear {
     const ls_feature_map *map;
     int64_t r, F, d, exponentials;
     double turn, floor;
-    ls_real *a, *da, *b, *db, *part;      /* (n,r); part of db */
-    ls_real *A, *dA, *B, *dB;             /* (n,F); dA and dB are the same memory where ω ≠ 0 */
-    ls_real *q, *k, *v, *dout, *out, *dx; /* (n,d): rows of one head side by side; out is dv in backward */
-    ls_real *w, *dw;                      /* (n,n) */
-    ls_real *S, *z, *change, *sum;        /* (F,d), (F): the state as products want it; what a chunk adds to it */
-    double *running, *step;               /* (F,d) then (F): the state as it is summed; sin kω, cos kω for k < n */
-    ls_real *top, *c, *inverse, *delta;   /* (n) */
-    ls_real *flows;                       /* (n) 0 where the floor is taken */
-    ls_real *sine, *cosine, *apart;       /* (n); apart: cos (n-1)ω, .., cos 0 */
-    ls_real *all_c, *all_inverse, *all_delta; /* (T) of one (b,h), from sweep to sweep */
+    ls_real *a, *da, *b, *db;                  /* (n,r) */
+    ls_real *A, *dA, *B, *dB;                  /* (n,F); dA and dB are the same memory where ω ≠ 0 */
+    ls_real *stage[STAGED];                    /* (H,block,d) */
+    int64_t block;                             /* rows of the stage */
+    ls_real *q, *k, *v, *dout, *out, *dq, *dk; /* (n,d) the present chunk on the stage */
+    ls_real *w, *dw;                           /* (n,n) */
+    ls_real *S, *z, *change, *sum;             /* (F,d), (F): the state as products want it; what a chunk adds to it */
+    double *running, *all_running;             /* (F,d) then (F), of each head: the state as it is summed */
+    double *step;                              /* (n,2) sin kω, cos kω */
+    ls_real *top, *c, *inverse, *delta;        /* (n) */
+    ls_real *flows;                            /* (n) 0 where the floor is taken */
+    ls_real *sine, *cosine, *apart;            /* (n); apart: cos (n-1)ω, .., cos 0 */
+    ls_real *seen_from;                        /* (H) c that a head's running state is seen from */
+    ls_real *all_c, *all_inverse, *all_delta;  /* (H,T) of one batch row, from sweep to sweep */
 } linear;
 
 static int64_t exponentials_of(const ls_pass *p, const ls_feature_map *map)
@@ -61,21 +69,26 @@ static int64_t turned(const ls_pass *p, const ls_feature_map *map)
     return (map->turn != NULL ? 2 : 1) * map->features(p);
 }
 
-enum { PLAINS = 6, SMALLS = 8 };
+enum { SMALLS = 8 };
+
+static int64_t stage_rows(const ls_pass *p)
+{
+    return ls_min(BLOCK, ls_max(p->T, p->S));
+}
 
 void ls_linear_plan(ls_pass *p, const ls_feature_map *map, ls_arena *work)
 {
     const int64_t r = map->features(p), F = turned(p, map), d = p->d;
     const int sweeps = p->pattern == LS_CS && p->backward;
     p->work[QUERIES] = ls_take(work, 2 * ROWS * r);
-    p->work[KEYS] = ls_take(work, 3 * ROWS * r);
+    p->work[KEYS] = ls_take(work, 2 * ROWS * r);
     p->work[TURNED] = ls_take(work, F > r ? 3 * ROWS * F : 0);
-    p->work[PLAIN] = ls_take(work, PLAINS * ROWS * d);
+    p->work[STAGE] = ls_take(work, (p->backward ? STAGED : OUT + 1) * p->H * stage_rows(p) * d);
     p->work[WEIGHTS] = ls_take(work, 2 * CAUSAL_ROWS * CAUSAL_ROWS);
     p->work[STATE] = ls_take(work, 2 * F * (d + 1));
-    p->work[DOUBLES] = ls_arena_take(work, (size_t)(F * (d + 1) + 2 * ROWS) * sizeof(double));
-    p->work[SMALL] = ls_take(work, SMALLS * ROWS);
-    p->work[TRACE] = ls_take(work, sweeps ? 3 * p->T : 0);
+    p->work[DOUBLES] = ls_arena_take(work, (size_t)(p->H * F * (d + 1) + 2 * ROWS) * sizeof(double));
+    p->work[SMALL] = ls_take(work, SMALLS * ROWS + p->H);
+    p->work[TRACE] = ls_take(work, sweeps ? 3 * p->H * p->T : 0);
 }
 
 static linear begin(ls_pass *p, const ls_feature_map *map)
@@ -85,19 +98,20 @@ static linear begin(ls_pass *p, const ls_feature_map *map)
     x.exponentials = exponentials_of(p, map);
     x.turn = turns ? map->turn(p) : 0, x.floor = map->floor(p);
     x.a = p->work[QUERIES], x.da = x.a + ROWS * x.r;
-    x.b = p->work[KEYS], x.db = x.b + ROWS * x.r, x.part = x.db + ROWS * x.r;
+    x.b = p->work[KEYS], x.db = x.b + ROWS * x.r;
     x.A = turns ? p->work[TURNED] : x.a;
     x.B = turns ? x.A + ROWS * x.F : x.b;
     x.dA = turns ? x.B + ROWS * x.F : x.da;
     x.dB = turns ? x.dA : x.db;
-    ls_real **const plain[PLAINS] = {&x.q, &x.k, &x.v, &x.dout, &x.out, &x.dx};
-    for (int i = 0; i < PLAINS; i++) *plain[i] = p->work[PLAIN] + i * ROWS * x.d;
+    x.block = stage_rows(p);
+    for (int i = 0; i < (p->backward ? STAGED : OUT + 1); i++) x.stage[i] = p->work[STAGE] + i * p->H * x.block * x.d;
     x.w = p->work[WEIGHTS], x.dw = x.w + CAUSAL_ROWS * CAUSAL_ROWS;
     x.S = p->work[STATE], x.z = x.S + x.F * x.d, x.change = x.z + x.F, x.sum = x.change + x.F * x.d;
-    x.running = (double *)(void *)p->work[DOUBLES], x.step = x.running + x.F * (x.d + 1);
+    x.step = (double *)(void *)p->work[DOUBLES], x.all_running = x.step + 2 * ROWS;
     ls_real **const small[SMALLS] = {&x.top, &x.c, &x.inverse, &x.delta, &x.flows, &x.sine, &x.cosine, &x.apart};
     for (int i = 0; i < SMALLS; i++) *small[i] = p->work[SMALL] + i * ROWS;
-    x.all_c = p->work[TRACE], x.all_inverse = x.all_c + p->T, x.all_delta = x.all_inverse + p->T;
+    x.seen_from = p->work[SMALL] + SMALLS * ROWS;
+    x.all_c = p->work[TRACE], x.all_inverse = x.all_c + p->H * p->T, x.all_delta = x.all_inverse + p->H * p->T;
     for (int64_t k = 0; turns && k < ROWS; k++) {
         x.step[2 * k] = sin(x.turn * (double)k), x.step[2 * k + 1] = cos(x.turn * (double)k);
         x.apart[ROWS - 1 - k] = (ls_real)x.step[2 * k + 1];
@@ -105,43 +119,139 @@ static linear begin(ls_pass *p, const ls_feature_map *map)
     return x;
 }
 
-/* ------------------------------------------------------------------------------------------------ rows */
+/* ------------------------------------------------------------------------------------------------ walking */
 
-/* Rows [t, t + n) of (b,h). */
+/* A kernel walks through the rows of one batch row: blocks of rows, in each all heads, of each chunk by chunk. So
+ * tensors are read and written row by row, as they lie in memory, and products find the rows of a head side by side. */
+typedef struct walk {
+    int64_t rows, step;     /* all of them, of a chunk */
+    unsigned reads, writes; /* sets of staged tensors */
+    int adds, backward;     /* writes add; from the last row to the first */
+} walk;
+enum {
+    HAS_Q = 1 << Q,
+    HAS_K = 1 << K,
+    HAS_V = 1 << V,
+    HAS_DOUT = 1 << DOUT,
+    HAS_OUT = 1 << OUT,
+    HAS_DQ = 1 << DQ,
+    HAS_DK = 1 << DK
+};
+
+/* Rows [t, t + n) of (b,h), in the block [lo, hi). */
 typedef struct chunk {
-    int64_t b, h, t, n;
+    int64_t b, h, t, n, lo, hi;
 } chunk;
 
-static void load(const linear *x, chunk k, ls_view from, const uint8_t *pad, int64_t rows, ls_real *to)
+static int of_keys(int tensor)
 {
-    ls_clean_rows(from, k.b, k.h, k.t, k.n, x->d, pad, rows, 1, to);
+    return tensor == K || tensor == V || tensor == DK;
 }
 
-static void store(const linear *x, chunk k, const ls_real *from, int add, ls_view to)
+static ls_view view_of(const ls_pass *p, int tensor)
 {
-    for (int64_t i = 0; i < k.n; i++, from += x->d)
-        if (add)
-            ls_axpy(x->d, 1, from, ls_row(to, k.b, k.h, k.t + i));
-        else
-            memcpy(ls_row(to, k.b, k.h, k.t + i), from, (size_t)x->d * sizeof *from);
+    const ls_view out = p->backward ? p->own.dv : p->out;
+    const ls_view view[STAGED] = {p->q, p->own.k, p->own.v, p->dout, out, p->dq, p->own.dk};
+    return view[tensor];
 }
+
+/* A block of a tensor to the stage, 0 where padded. */
+static void read_block(const linear *x, const chunk *k, int tensor)
+{
+    const ls_pass *p = x->p;
+    const ls_view v = view_of(p, tensor);
+    const uint8_t *pad = of_keys(tensor) ? p->own.pad : p->pad_q;
+    const int64_t rows = of_keys(tensor) ? p->S : p->T;
+    for (int64_t t = k->lo; t < k->hi; t++)
+        for (int64_t h = 0; h < p->H; h++) {
+            ls_real *to = x->stage[tensor] + (h * x->block + t - k->lo) * x->d;
+            if (ls_is_padded(pad, k->b * rows + t))
+                ls_zero(to, x->d);
+            else
+                memcpy(to, ls_row(v, k->b, h, t), (size_t)x->d * sizeof *to);
+        }
+}
+
+static void write_block(const linear *x, const chunk *k, int tensor, int add)
+{
+    const ls_view v = view_of(x->p, tensor);
+    for (int64_t t = k->lo; t < k->hi; t++)
+        for (int64_t h = 0; h < x->p->H; h++) {
+            const ls_real *from = x->stage[tensor] + (h * x->block + t - k->lo) * x->d;
+            ls_real *to = ls_row(v, k->b, h, t);
+            if (add)
+                ls_axpy(x->d, 1, from, to);
+            else
+                memcpy(to, from, (size_t)x->d * sizeof *to);
+        }
+}
+
+/* From one block to the next; 0 after the last. */
+static int next_block(const linear *x, const walk *w, chunk *k)
+{
+    for (int i = 0; i < STAGED && k->hi > k->lo; i++)
+        if (w->writes >> i & 1) write_block(x, k, i, w->adds);
+    if (w->backward ? k->lo == 0 : k->hi == w->rows) return 0;
+    if (w->backward) {
+        k->hi = k->lo;
+        k->lo = (k->hi - 1) / x->block * x->block;
+    } else {
+        k->lo = k->hi;
+        k->hi = ls_min(k->lo + x->block, w->rows);
+    }
+    for (int i = 0; i < STAGED; i++)
+        if (w->reads >> i & 1) read_block(x, k, i);
+    return 1;
+}
+
+static chunk before_all(const linear *x, const walk *w, int64_t b)
+{
+    const int64_t at = w->backward ? w->rows : 0;
+    return (chunk){.b = b, .h = x->p->H, .lo = at, .hi = at};
+}
+
+/* Is it the first of its head in the block? */
+static int begins(const walk *w, const chunk *k)
+{
+    return w->backward ? k->t + k->n == k->hi : k->t == k->lo;
+}
+
+/* To the next chunk; 0 after the last. */
+static int go_on(linear *x, const walk *w, chunk *k)
+{
+    const int64_t last = w->backward ? k->lo : k->hi - k->n, d = x->d;
+    if (k->h < x->p->H && k->t != last) {
+        k->t += w->backward ? -w->step : w->step;
+    } else {
+        if (++k->h >= x->p->H) {
+            if (!next_block(x, w, k)) return 0;
+            k->h = 0;
+        }
+        k->t = w->backward ? k->lo + (k->hi - k->lo - 1) / w->step * w->step : k->lo;
+    }
+    k->n = ls_min(w->step, k->hi - k->t);
+    ls_real **const rows[STAGED] = {&x->q, &x->k, &x->v, &x->dout, &x->out, &x->dq, &x->dk};
+    for (int i = 0; i < STAGED && x->stage[i] != NULL; i++)
+        *rows[i] = x->stage[i] + (k->h * x->block + k->t - k->lo) * d;
+    x->running = x->all_running + k->h * x->F * (d + 1);
+    return 1;
+}
+
+/* ------------------------------------------------------------------------------------------------ rows */
 
 /* a; nothing where padded. */
 static void load_queries(const linear *x, chunk k)
 {
     ls_pass *p = x->p;
-    load(x, k, p->q, p->pad_q, p->T, x->q);
     x->map->queries(p, k.h, k.n, x->q, x->a);
     for (int64_t i = 0; p->pad_q != NULL && i < k.n; i++)
         if (p->pad_q[k.b * p->T + k.t + i]) ls_zero(x->a + i * x->r, x->r);
 }
 
-/* b (where features are exponentials x, not yet e^(x - c)) and v; nothing where padded. */
+/* b (where features are exponentials x, not yet e^(x - c)); nothing where padded. */
 static void load_keys(const linear *x, chunk k)
 {
     ls_pass *p = x->p;
-    load(x, k, p->own.k, p->own.pad, p->S, x->k);
-    load(x, k, p->own.v, p->own.pad, p->S, x->v);
     x->map->keys(p, k.h, k.n, x->k, x->b, x->top);
     for (int64_t j = 0; p->own.pad != NULL && j < k.n; j++) {
         if (!p->own.pad[k.b * p->S + k.t + j]) continue;
@@ -182,22 +292,19 @@ static void straighten(const linear *x, int64_t i, int64_t n)
     }
 }
 
-/* dq of a chunk from da. */
-static void store_queries(const linear *x, chunk k)
+/* dq from da. */
+static void finish_queries(const linear *x, chunk k)
 {
-    x->map->queries_backward(x->p, k.h, k.n, x->q, x->da, x->dx);
-    store(x, k, x->dx, 0, x->p->dq);
+    x->map->queries_backward(x->p, k.h, k.n, x->q, x->da, x->dq);
 }
 
-/* dk and dv (=, or += with `add`) of a chunk from db and out. */
-static void store_keys(const linear *x, chunk k, int add)
+/* dk from db. */
+static void finish_keys(const linear *x, chunk k)
 {
     const uint8_t *pad = x->p->own.pad;
     for (int64_t j = 0; pad != NULL && j < k.n; j++)
         if (pad[k.b * x->p->S + k.t + j]) ls_zero(x->db + j * x->r, x->r);
-    x->map->keys_backward(x->p, k.h, k.n, x->k, x->db, x->dx);
-    store(x, k, x->dx, add, x->p->own.dk);
-    store(x, k, x->out, add, x->p->own.dv);
+    x->map->keys_backward(x->p, k.h, k.n, x->k, x->db, x->dk);
 }
 
 /* ------------------------------------------------------------------------------------------------ features */
@@ -290,20 +397,23 @@ static ls_real unpack(const linear *x, const ls_real *element)
     return x->exponentials > 0 ? element[0] : 0;
 }
 
-/* The running state goes on its way, with c. */
-static void pack(const linear *x, ls_real c, ls_real *element)
+/* The running state of head h goes on its way, with c. */
+static void pack(const linear *x, int64_t h, ls_real c, ls_real *element)
 {
+    const double *running = x->all_running + h * x->F * (x->d + 1);
     ls_real *row = element + (x->exponentials > 0);
     if (x->exponentials > 0) element[0] = c;
     for (int64_t f = 0; f < x->F; f++, row += x->d + 1) {
-        for (int64_t i = 0; i < x->d; i++) row[i] = (ls_real)x->running[f * x->d + i];
-        row[x->d] = (ls_real)x->running[x->F * x->d + f];
+        for (int64_t i = 0; i < x->d; i++) row[i] = (ls_real)running[f * x->d + i];
+        row[x->d] = (ls_real)running[x->F * x->d + f];
     }
 }
 
+/* Of all heads. */
 static void clear_running(const linear *x)
 {
-    for (int64_t i = 0; i < x->F * (x->d + 1); i++) x->running[i] = 0;
+    for (int64_t i = 0; i < x->p->H * x->F * (x->d + 1); i++) x->all_running[i] = 0;
+    for (int64_t h = 0; h < x->p->H; h++) x->seen_from[h] = -INFINITY;
 }
 
 static void round_running(const linear *x) /* to S, z */
@@ -311,14 +421,31 @@ static void round_running(const linear *x) /* to S, z */
     for (int64_t i = 0; i < x->F * (x->d + 1); i++) x->S[i] = (ls_real)x->running[i];
 }
 
-/* The running state times e^(from - to): seen from c = `to` instead of `from`, or as a gradient the other way round. */
-static void rescale(const linear *x, ls_real from, ls_real to)
+static void scale_running(const linear *x, double factor)
 {
-    if (from == to || x->exponentials == 0) return;
-    const double factor = from == -INFINITY || to == -INFINITY ? 0 : exp((double)from - (double)to);
     double *z = x->running + x->F * x->d;
     for (int64_t i = 0; i < x->exponentials * x->d; i++) x->running[i] *= factor;
     for (int64_t f = 0; f < x->exponentials; f++) z[f] *= factor;
+}
+
+/* e^(from - to), 0 where there is nothing on the one side or the other. */
+static double change_of(ls_real from, ls_real to)
+{
+    return from == -INFINITY || to == -INFINITY ? 0 : exp((double)from - (double)to);
+}
+
+/* The running state of a head, seen from c = `to` from now on. */
+static void see_from(const linear *x, int64_t h, ls_real to)
+{
+    if (x->exponentials > 0 && x->seen_from[h] != to) scale_running(x, change_of(x->seen_from[h], to));
+    x->seen_from[h] = to;
+}
+
+/* The same for the gradient of a state, which goes the other way. */
+static void see_gradient_from(const linear *x, int64_t h, ls_real to)
+{
+    if (x->exponentials > 0 && x->seen_from[h] != to) scale_running(x, change_of(to, x->seen_from[h]));
+    x->seen_from[h] = to;
 }
 
 /* The running S += Σ_i rows_i matrix_iᵀ, z += Σ_i weight_i rows_i; rows (n,F), matrix (n,d). weight NULL: 1. */
@@ -333,6 +460,12 @@ static void gather(const linear *x, int64_t n, const ls_real *rows, const ls_rea
 
 /* ------------------------------------------------------------------------------------------------ sums */
 
+static ls_real highest(ls_real c, int64_t n, const ls_real *top)
+{
+    const ls_real here = ls_row_max(n, top);
+    return here > c ? here : c;
+}
+
 /* A chunk of keys, turned; c: what exponentials are taken from. */
 static void load_all(const linear *x, chunk k, ls_real c)
 {
@@ -343,25 +476,22 @@ static void load_all(const linear *x, chunk k, ls_real c)
 
 ls_status ls_linear_sums(ls_pass *p, const ls_feature_map *map, int phase)
 {
-    const linear x = begin(p, map);
-    for (int64_t b = 0; b < p->B; b++)
-        for (int64_t h = 0; h < p->H; h++) {
-            ls_real c = -INFINITY;
-            clear_running(&x);
-            for (int64_t t = 0; t < p->S; t += ROWS) {
-                const chunk k = {b, h, t, ls_min(ROWS, p->S - t)};
-                load_keys(&x, k);
-                const ls_real top = x.exponentials > 0 ? ls_row_max(k.n, x.top) : c;
-                if (top > c) rescale(&x, c, top), c = top;
-                load_all(&x, k, c);
-                gather(&x, k.n, x.B, x.v, NULL);
-            }
-            pack(&x, c, element(&x, p->summary[phase + 1].sent, b, h));
+    linear x = begin(p, map);
+    const walk w = {.rows = p->S, .step = ROWS, .reads = HAS_K | HAS_V};
+    for (int64_t b = 0; b < p->B; b++) {
+        clear_running(&x);
+        for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
+            load_keys(&x, k);
+            if (x.exponentials > 0) see_from(&x, k.h, highest(x.seen_from[k.h], k.n, x.top));
+            load_all(&x, k, x.seen_from[k.h]);
+            gather(&x, k.n, x.B, x.v, NULL);
         }
+        for (int64_t h = 0; h < p->H; h++) pack(&x, h, x.seen_from[h], element(&x, p->summary[phase + 1].sent, b, h));
+    }
     return LS_OK;
 }
 
-/* What the keys of rows [i, i + n) get from S, z, which are gradients here: db, and dv (=, or += with `add`) in out. */
+/* What the keys of rows [i, i + n) get from S, z, which are gradients here: db, and dv. */
 static void take_gradients(const linear *x, int64_t i, int64_t n)
 {
     const int64_t F = x->F, d = x->d;
@@ -375,19 +505,17 @@ static void take_gradients(const linear *x, int64_t i, int64_t n)
 /* CS: the causal kernel wrote dk and dv before, so this adds. */
 ls_status ls_linear_sums_backward(ls_pass *p, const ls_feature_map *map, int phase)
 {
-    const linear x = begin(p, map);
+    linear x = begin(p, map);
     const ls_summary *s = &p->summary[phase + 1];
+    const walk w = {
+        .rows = p->S, .step = ROWS, .reads = HAS_K | HAS_V, .writes = HAS_DK | HAS_OUT, .adds = p->pattern == LS_CS};
     for (int64_t b = 0; b < p->B; b++)
-        for (int64_t h = 0; h < p->H; h++) {
-            const ls_real c = unpack(&x, element(&x, s->sent, b, h));
-            unpack(&x, element(&x, s->dsent, b, h));
-            for (int64_t t = 0; t < p->S; t += ROWS) {
-                const chunk k = {b, h, t, ls_min(ROWS, p->S - t)};
-                load_keys(&x, k);
-                load_all(&x, k, c);
-                take_gradients(&x, 0, k.n);
-                store_keys(&x, k, p->pattern == LS_CS);
-            }
+        for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
+            if (begins(&w, &k)) unpack(&x, element(&x, s->dsent, b, k.h));
+            load_keys(&x, k);
+            load_all(&x, k, element(&x, s->sent, b, k.h)[0]); /* c, where there is one */
+            take_gradients(&x, 0, k.n);
+            finish_keys(&x, k);
         }
     return LS_OK;
 }
@@ -409,18 +537,15 @@ static void scale_rows(int64_t n, int64_t width, const ls_real *by, ls_real *row
 
 ls_status ls_linear_apply(ls_pass *p, const ls_feature_map *map, int phase)
 {
-    const linear x = begin(p, map);
+    linear x = begin(p, map);
+    const walk w = {.rows = p->T, .step = ROWS, .reads = HAS_Q, .writes = HAS_OUT};
     for (int64_t b = 0; b < p->B; b++)
-        for (int64_t h = 0; h < p->H; h++) {
-            unpack(&x, element(&x, p->summary[phase].got, b, h));
-            for (int64_t t = 0; t < p->T; t += ROWS) {
-                const chunk k = {b, h, t, ls_min(ROWS, p->T - t)};
-                load_turned_queries(&x, k);
-                ls_gemm(0, 0, k.n, x.d, x.F, 1, x.A, x.F, x.S, x.d, 0, x.out, x.d);
-                for (int64_t i = 0; i < k.n; i++) set_inverse(&x, i, dot(x.F, x.A + i * x.F, x.z));
-                scale_rows(k.n, x.d, x.inverse, x.out);
-                store(&x, k, x.out, 0, p->out);
-            }
+        for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
+            if (begins(&w, &k)) unpack(&x, element(&x, p->summary[phase].got, b, k.h));
+            load_turned_queries(&x, k);
+            ls_gemm(0, 0, k.n, x.d, x.F, 1, x.A, x.F, x.S, x.d, 0, x.out, x.d);
+            for (int64_t i = 0; i < k.n; i++) set_inverse(&x, i, dot(x.F, x.A + i * x.F, x.z));
+            scale_rows(k.n, x.d, x.inverse, x.out);
         }
     return LS_OK;
 }
@@ -450,25 +575,23 @@ static void give_gradients(const linear *x, int64_t i, int64_t n)
 
 ls_status ls_linear_apply_backward(ls_pass *p, const ls_feature_map *map, int phase)
 {
-    const linear x = begin(p, map);
+    linear x = begin(p, map);
     const ls_summary *s = &p->summary[phase];
-    for (int64_t b = 0; b < p->B; b++)
-        for (int64_t h = 0; h < p->H; h++) {
-            unpack(&x, element(&x, s->got, b, h));
-            clear_running(&x);
-            for (int64_t t = 0; t < p->T; t += ROWS) {
-                const chunk k = {b, h, t, ls_min(ROWS, p->T - t)};
-                load_turned_queries(&x, k);
-                load(&x, k, p->dout, p->pad_q, p->T, x.dout);
-                ls_gemm(0, 1, k.n, x.F, x.d, 1, x.dout, x.d, x.S, x.d, 0, x.dA, x.F);
-                divide(&x, k.n);
-                give_gradients(&x, 0, k.n);
-                turn_backward(&x, 0, k.n, x.dA, x.da);
-                straighten(&x, 0, k.n);
-                store_queries(&x, k);
-            }
-            pack(&x, 0, element(&x, s->dgot, b, h));
+    const walk w = {.rows = p->T, .step = ROWS, .reads = HAS_Q | HAS_DOUT, .writes = HAS_DQ};
+    for (int64_t b = 0; b < p->B; b++) {
+        clear_running(&x);
+        for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
+            if (begins(&w, &k)) unpack(&x, element(&x, s->got, b, k.h));
+            load_turned_queries(&x, k);
+            ls_gemm(0, 1, k.n, x.F, x.d, 1, x.dout, x.d, x.S, x.d, 0, x.dA, x.F);
+            divide(&x, k.n);
+            give_gradients(&x, 0, k.n);
+            turn_backward(&x, 0, k.n, x.dA, x.da);
+            straighten(&x, 0, k.n);
+            finish_queries(&x, k);
         }
+        for (int64_t h = 0; h < p->H; h++) pack(&x, h, 0, element(&x, s->dgot, b, h));
+    }
     return LS_OK;
 }
 
@@ -549,12 +672,13 @@ static ls_real *shared(const linear *x, ls_real *keys, int64_t b, int64_t h, int
 
 ls_status ls_linear_share(ls_pass *p, const ls_feature_map *map, int phase)
 {
-    const linear x = begin(p, map);
+    linear x = begin(p, map);
+    const walk w = {.rows = p->S, .step = SHORT, .reads = HAS_K | HAS_V};
     for (int64_t b = 0; b < p->B; b++)
-        for (int64_t h = 0; h < p->H; h++) {
-            load_keys(&x, (chunk){b, h, 0, p->S});
-            for (int64_t j = 0; j < p->S; j++) {
-                ls_real *to = shared(&x, p->gathered[phase + 1].mine, b, h, j);
+        for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
+            load_keys(&x, k);
+            for (int64_t j = 0; j < k.n; j++) {
+                ls_real *to = shared(&x, p->gathered[phase + 1].mine, b, k.h, k.t + j);
                 memcpy(to, x.b + j * x.r, (size_t)x.r * sizeof *to);
                 memcpy(to + x.r, x.v + j * x.d, (size_t)x.d * sizeof *to);
                 if (x.exponentials > 0) to[x.r + x.d] = x.top[j];
@@ -565,31 +689,38 @@ ls_status ls_linear_share(ls_pass *p, const ls_feature_map *map, int phase)
 
 ls_status ls_linear_share_backward(ls_pass *p, const ls_feature_map *map, int phase)
 {
-    const linear x = begin(p, map);
+    linear x = begin(p, map);
+    const walk w = {.rows = p->S, .step = SHORT, .reads = HAS_K, .writes = HAS_DK | HAS_OUT};
     for (int64_t b = 0; b < p->B; b++)
-        for (int64_t h = 0; h < p->H; h++) {
-            const chunk k = {b, h, 0, p->S};
+        for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
             load_keys(&x, k);
-            for (int64_t j = 0; j < p->S; j++) {
-                const ls_real *from = shared(&x, p->gathered[phase + 1].dmine, b, h, j);
+            for (int64_t j = 0; j < k.n; j++) {
+                const ls_real *from = shared(&x, p->gathered[phase + 1].dmine, b, k.h, k.t + j);
                 memcpy(x.db + j * x.r, from, (size_t)x.r * sizeof *from);
                 memcpy(x.out + j * x.d, from + x.r, (size_t)x.d * sizeof *from);
             }
-            store_keys(&x, k, 0);
+            finish_keys(&x, k);
         }
     return LS_OK;
 }
 
-/* All keys of (b,h): b seen from c, v, top. */
-static void load_shared(const linear *x, int phase, int64_t b, int64_t h, ls_real c)
+/* All keys of (b,h): b seen from c. */
+static void load_shared(const linear *x, int phase, chunk k, ls_real c)
 {
-    for (int64_t j = 0; j < x->p->all_keys; j++) {
-        const ls_real *from = shared(x, x->p->gathered[phase].all, b, h, j);
-        memcpy(x->b + j * x->r, from, (size_t)x->r * sizeof *from);
-        memcpy(x->v + j * x->d, from + x->r, (size_t)x->d * sizeof *from);
-        if (x->exponentials > 0) x->top[j] = from[x->r + x->d];
-    }
+    for (int64_t j = 0; j < x->p->all_keys; j++)
+        memcpy(x->b + j * x->r, shared(x, x->p->gathered[phase].all, k.b, k.h, j), (size_t)x->r * sizeof *x->b);
     exponentiate(x, 0, x->p->all_keys, c);
+}
+
+/* Their values (S,d), and the distance between two rows. */
+static const ls_real *shared_values(const linear *x, int phase, chunk k)
+{
+    return shared(x, x->p->gathered[phase].all, k.b, k.h, 0) + x->r;
+}
+
+static int64_t shared_stride(const linear *x)
+{
+    return ls_linear_shared(x->p, x->map, 1);
 }
 
 /* How many keys row t of the queries sees. */
@@ -611,50 +742,57 @@ static const ls_real *apart_from_all(const linear *x, int64_t t)
 /* Queries of a chunk, and their c. */
 static void load_short(const linear *x, int phase, chunk k)
 {
-    load_shared(x, phase, k.b, k.h, 0);
     load_queries(x, k);
-    for (int64_t i = 0; i < k.n; i++) x->c[i] = x->exponentials > 0 ? ls_row_max(seen(x, k.t + i), x->top) : 0;
+    for (int64_t i = 0; i < k.n; i++) x->c[i] = 0;
+    for (int64_t i = 0; i < k.n && x->exponentials > 0; i++) {
+        const int64_t n = seen(x, k.t + i);
+        for (int64_t j = 0; j < n; j++) x->top[j] = shared(x, x->p->gathered[phase].all, k.b, k.h, j)[x->r + x->d];
+        x->c[i] = ls_row_max(n, x->top);
+    }
 }
 
-/* The end of the piece of a chunk's queries that begins at row i, which is made ready: keys seen from c at its end. */
+/* The piece of a chunk's queries that begins at row i is made ready: keys seen from c at its end, w = a·b. Returns its
+ * length. */
 static int64_t load_short_piece(const linear *x, int phase, chunk k, int64_t i)
 {
     const int64_t end = end_of_piece(x, i, k.n), n = end - i, S = x->p->all_keys;
-    load_shared(x, phase, k.b, k.h, x->c[end - 1]);
+    load_shared(x, phase, k, x->c[end - 1]);
     make_up(x, i, n, x->a);
     ls_gemm(0, 1, n, S, x->r, 1, x->a + i * x->r, x->r, x->b, x->r, 0, x->w, S);
-    return end;
+    return n;
 }
 
 ls_status ls_linear_pairs(ls_pass *p, const ls_feature_map *map, int phase)
 {
-    const linear x = begin(p, map);
-    const int64_t S = p->all_keys;
+    linear x = begin(p, map);
+    const int64_t S = p->all_keys, ld = shared_stride(&x);
+    const walk w = {.rows = p->T, .step = CAUSAL_ROWS, .reads = HAS_Q, .writes = HAS_OUT};
     for (int64_t b = 0; b < p->B; b++)
-        for (int64_t h = 0; h < p->H; h++)
-            for (int64_t t = 0; t < p->T; t += CAUSAL_ROWS) {
-                const chunk k = {b, h, t, ls_min(CAUSAL_ROWS, p->T - t)};
-                load_short(&x, phase, k);
-                for (int64_t i = 0, end; i < k.n; i = end) {
-                    end = load_short_piece(&x, phase, k, i);
-                    for (int64_t j = i; j < end; j++)
-                        set_inverse(&x, j, weigh(S, seen(&x, t + j), apart_from_all(&x, t + j), x.w + (j - i) * S));
-                    ls_gemm(0, 0, end - i, x.d, S, 1, x.w, S, x.v, x.d, 0, x.out + i * x.d, x.d);
+        for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
+            const ls_real *v = shared_values(&x, phase, k);
+            load_short(&x, phase, k);
+            for (int64_t i = 0, n; i < k.n; i += n) {
+                n = load_short_piece(&x, phase, k, i);
+                for (int64_t j = 0; j < n; j++) {
+                    const int64_t t = k.t + i + j;
+                    set_inverse(&x, i + j, weigh(S, seen(&x, t), apart_from_all(&x, t), x.w + j * S));
                 }
-                scale_rows(k.n, x.d, x.inverse, x.out);
-                store(&x, k, x.out, 0, p->out);
+                ls_gemm(0, 0, n, x.d, S, 1, x.w, S, v, ld, 0, x.out + i * x.d, x.d);
             }
+            scale_rows(k.n, x.d, x.inverse, x.out);
+        }
     return LS_OK;
 }
 
-/* A piece of queries that is ready: da, and what its keys get is added to db and out. */
-static void pairs_backward(const linear *x, chunk k, int64_t i, int64_t n)
+/* A piece of queries that is ready: da, and what its keys get is added to what goes back to them. */
+static void pairs_backward(const linear *x, int phase, chunk k, int64_t i, int64_t n)
 {
-    const int64_t S = x->p->all_keys, r = x->r, d = x->d;
-    ls_gemm(0, 1, n, S, d, 1, x->dout + i * d, d, x->v, d, 0, x->dw, S);
+    const int64_t S = x->p->all_keys, r = x->r, d = x->d, ld = shared_stride(x);
+    ls_real *back = shared(x, x->p->gathered[phase].dall, k.b, k.h, 0);
+    ls_gemm(0, 1, n, S, d, 1, x->dout + i * d, d, shared_values(x, phase, k), ld, 0, x->dw, S);
     for (int64_t j = 0; j < n; j++) {
-        const int64_t sees = seen(x, k.t + i + j);
-        const ls_real *apart = apart_from_all(x, k.t + i + j);
+        const int64_t t = k.t + i + j, sees = seen(x, t);
+        const ls_real *apart = apart_from_all(x, t);
         ls_real *w = x->w + j * S, *dw = x->dw + j * S;
         const double D = weigh(S, sees, apart, w);
         set_inverse(x, i + j, D);
@@ -662,51 +800,45 @@ static void pairs_backward(const linear *x, chunk k, int64_t i, int64_t n)
         weigh_backward(S, sees, apart, x->inverse[i + j], delta, w, dw);
     }
     ls_gemm(0, 0, n, r, S, 1, x->dw, S, x->b, r, 0, x->da + i * r, r);
-    ls_gemm(1, 0, S, r, n, 1, x->dw, S, x->a + i * r, r, 0, x->part, r);
-    ls_gemm(1, 0, S, d, n, 1, x->w, S, x->dout + i * d, d, 1, x->out, d);
-    for (int64_t j = 0; j < S; j++)
-        for (int64_t f = 0; f < r; f++)
-            x->db[j * r + f] += f < x->exponentials ? x->b[j * r + f] * x->part[j * r + f] : x->part[j * r + f];
+    ls_gemm(1, 0, S, r, n, 1, x->dw, S, x->a + i * r, r, 0, x->db, r);
+    ls_gemm(1, 0, S, d, n, 1, x->w, S, x->dout + i * d, d, 1, back + r, ld);
+    exponentiate_backward(x, 0, S);
+    for (int64_t j = 0; j < S; j++) ls_axpy(r, 1, x->db + j * r, back + j * ld);
     straighten(x, i, n);
     make_up(x, i, n, x->da);
 }
 
 ls_status ls_linear_pairs_backward(ls_pass *p, const ls_feature_map *map, int phase)
 {
-    const linear x = begin(p, map);
+    linear x = begin(p, map);
+    const walk w = {.rows = p->T, .step = CAUSAL_ROWS, .reads = HAS_Q | HAS_DOUT, .writes = HAS_DQ};
+    ls_zero(p->gathered[phase].dall, p->gathered[phase].total);
     for (int64_t b = 0; b < p->B; b++)
-        for (int64_t h = 0; h < p->H; h++) {
-            ls_zero(x.db, p->all_keys * x.r);
-            ls_zero(x.out, p->all_keys * x.d);
-            for (int64_t t = 0; t < p->T; t += CAUSAL_ROWS) {
-                const chunk k = {b, h, t, ls_min(CAUSAL_ROWS, p->T - t)};
-                load_short(&x, phase, k);
-                load(&x, k, p->dout, p->pad_q, p->T, x.dout);
-                for (int64_t i = 0, end; i < k.n; i = end) {
-                    end = load_short_piece(&x, phase, k, i);
-                    pairs_backward(&x, k, i, end - i);
-                }
-                store_queries(&x, k);
+        for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
+            load_short(&x, phase, k);
+            for (int64_t i = 0, n; i < k.n; i += n) {
+                n = load_short_piece(&x, phase, k, i);
+                pairs_backward(&x, phase, k, i, n);
             }
-            for (int64_t j = 0; j < p->all_keys; j++) {
-                ls_real *to = shared(&x, p->gathered[phase].dall, b, h, j);
-                memcpy(to, x.db + j * x.r, (size_t)x.r * sizeof *to);
-                memcpy(to + x.r, x.out + j * x.d, (size_t)x.d * sizeof *to);
-                if (x.exponentials > 0) to[x.r + x.d] = 0;
-            }
+            finish_queries(&x, k);
         }
     return LS_OK;
 }
 
 /* ------------------------------------------------------------------------------------------------ apply, causal */
 
-/* a and b of a chunk, not yet turned, b not yet exponentiated; c of each row, the maximum so far, from `before` on. */
-static void load_causal(const linear *x, chunk k, ls_real before)
+/* a and b of a chunk, not yet turned, b not yet exponentiated. */
+static void load_causal(const linear *x, chunk k)
 {
     load_queries(x, k);
     load_keys(x, k);
     set_angles(x, x->p->query_span[0].lo + k.t, k.n);
-    for (int64_t i = 0; i < k.n; i++) {
+}
+
+/* c of each row, the maximum so far, from `before` on. */
+static void find_maxima(const linear *x, int64_t n, ls_real before)
+{
+    for (int64_t i = 0; i < n; i++) {
         if (x->exponentials > 0 && x->top[i] > before) before = x->top[i];
         x->c[i] = before;
     }
@@ -735,12 +867,14 @@ static const ls_real *apart_within(const linear *x, int64_t i)
     return x->F == x->r ? NULL : x->apart + ROWS - 1 - i;
 }
 
-/* The running state := the prefix. Returns its c. */
-static ls_real load_prefix(const linear *x, const ls_real *element)
+/* The running states := the prefixes. */
+static void load_prefixes(const linear *x, int phase, int64_t b)
 {
-    const ls_real c = unpack(x, element);
-    for (int64_t i = 0; i < x->F * (x->d + 1); i++) x->running[i] = (double)x->S[i];
-    return c;
+    const int64_t reals = x->F * (x->d + 1);
+    for (int64_t h = 0; h < x->p->H; h++) {
+        x->seen_from[h] = unpack(x, element(x, x->p->summary[phase].got, b, h));
+        for (int64_t i = 0; i < reals; i++) x->all_running[h * reals + i] = (double)x->S[i];
+    }
 }
 
 /* Piece [i, i + n) of a chunk: out, not yet divided. */
@@ -758,25 +892,23 @@ static void apply_piece(const linear *x, int64_t i, int64_t n)
 
 ls_status ls_linear_causal(ls_pass *p, const ls_feature_map *map, int phase)
 {
-    const linear x = begin(p, map);
-    for (int64_t b = 0; b < p->B; b++)
-        for (int64_t h = 0; h < p->H; h++) {
-            ls_real c = load_prefix(&x, element(&x, p->summary[phase].got, b, h));
-            for (int64_t t = 0; t < p->T; t += CAUSAL_ROWS) {
-                const chunk k = {b, h, t, ls_min(CAUSAL_ROWS, p->T - t)};
-                load_causal(&x, k, c);
-                for (int64_t i = 0, end; i < k.n; i = end) {
-                    end = end_of_piece(&x, i, k.n);
-                    rescale(&x, c, x.c[end - 1]);
-                    c = x.c[end - 1];
-                    load_piece(&x, i, end - i);
-                    apply_piece(&x, i, end - i);
-                    gather(&x, end - i, x.B + i * x.F, x.v + i * x.d, NULL);
-                }
-                scale_rows(k.n, x.d, x.inverse, x.out);
-                store(&x, k, x.out, 0, p->out);
+    linear x = begin(p, map);
+    const walk w = {.rows = p->T, .step = CAUSAL_ROWS, .reads = HAS_Q | HAS_K | HAS_V, .writes = HAS_OUT};
+    for (int64_t b = 0; b < p->B; b++) {
+        load_prefixes(&x, phase, b);
+        for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
+            load_causal(&x, k);
+            find_maxima(&x, k.n, x.seen_from[k.h]);
+            for (int64_t i = 0, end; i < k.n; i = end) {
+                end = end_of_piece(&x, i, k.n);
+                see_from(&x, k.h, x.c[end - 1]);
+                load_piece(&x, i, end - i);
+                apply_piece(&x, i, end - i);
+                gather(&x, end - i, x.B + i * x.F, x.v + i * x.d, NULL);
             }
+            scale_rows(k.n, x.d, x.inverse, x.out);
         }
+    }
     return LS_OK;
 }
 
@@ -812,70 +944,85 @@ static void piece_backward(const linear *x, int64_t i, int64_t n)
     exponentiate_backward(x, i, n);
 }
 
-/* Sweep 1, forward in time: dq, and of dk and dv what comes from within chunks. */
-static void sweep_past(const linear *x, int phase, int64_t b, int64_t h)
+/* What sweep 1 leaves for sweep 2, of a chunk. */
+static void keep_rows(const linear *x, chunk k)
 {
-    ls_pass *p = x->p;
-    ls_real c = load_prefix(x, element(x, p->summary[phase].got, b, h));
-    for (int64_t t = 0; t < p->T; t += CAUSAL_ROWS) {
-        const chunk k = {b, h, t, ls_min(CAUSAL_ROWS, p->T - t)};
-        const size_t bytes = (size_t)k.n * sizeof *x->c;
-        load_causal(x, k, c);
-        load(x, k, p->dout, p->pad_q, p->T, x->dout);
+    const int64_t at = k.h * x->p->T + k.t;
+    memcpy(x->all_c + at, x->c, (size_t)k.n * sizeof *x->c);
+    memcpy(x->all_inverse + at, x->inverse, (size_t)k.n * sizeof *x->c);
+    memcpy(x->all_delta + at, x->delta, (size_t)k.n * sizeof *x->c);
+}
+
+static void recall_rows(const linear *x, chunk k)
+{
+    const int64_t at = k.h * x->p->T + k.t;
+    memcpy(x->c, x->all_c + at, (size_t)k.n * sizeof *x->c);
+    memcpy(x->inverse, x->all_inverse + at, (size_t)k.n * sizeof *x->c);
+    memcpy(x->delta, x->all_delta + at, (size_t)k.n * sizeof *x->c);
+}
+
+/* Sweep 1, forward in time: dq, and of dk and dv what comes from within chunks. */
+static void sweep_past(linear *x, int phase, int64_t b)
+{
+    const walk w = {.rows = x->p->T,
+                    .step = CAUSAL_ROWS,
+                    .reads = HAS_Q | HAS_K | HAS_V | HAS_DOUT,
+                    .writes = HAS_DQ | HAS_DK | HAS_OUT};
+    load_prefixes(x, phase, b);
+    for (chunk k = before_all(x, &w, b); go_on(x, &w, &k);) {
+        load_causal(x, k);
+        find_maxima(x, k.n, x->seen_from[k.h]);
         for (int64_t i = 0, end; i < k.n; i = end) {
             end = end_of_piece(x, i, k.n);
-            rescale(x, c, x->c[end - 1]);
-            c = x->c[end - 1];
+            see_from(x, k.h, x->c[end - 1]);
             load_piece(x, i, end - i);
             piece_backward(x, i, end - i);
             gather(x, end - i, x->B + i * x->F, x->v + i * x->d, NULL);
         }
-        store_queries(x, k);
-        store_keys(x, k, 0);
-        memcpy(x->all_c + t, x->c, bytes);
-        memcpy(x->all_inverse + t, x->inverse, bytes);
-        memcpy(x->all_delta + t, x->delta, bytes);
+        finish_queries(x, k);
+        finish_keys(x, k);
+        keep_rows(x, k);
     }
 }
 
 /* Sweep 2, backward in time: the gradient of the state is gathered from the queries, and keys before them get theirs.
  */
-static void sweep_future(const linear *x, int phase, int64_t b, int64_t h)
+static void sweep_future(linear *x, int phase, int64_t b)
 {
-    ls_pass *p = x->p;
-    ls_real later = p->T > 0 ? x->all_c[p->T - 1] : 0;
+    const ls_summary *s = &x->p->summary[phase];
+    const walk w = {.rows = x->p->T,
+                    .step = CAUSAL_ROWS,
+                    .reads = HAS_Q | HAS_K | HAS_V | HAS_DOUT,
+                    .writes = HAS_DK | HAS_OUT,
+                    .adds = 1,
+                    .backward = 1};
     clear_running(x);
-    for (int64_t end = p->T, t; end > 0; end = t) {
-        t = (end - 1) / CAUSAL_ROWS * CAUSAL_ROWS;
-        const chunk k = {b, h, t, end - t};
-        const size_t bytes = (size_t)k.n * sizeof *x->c;
-        load_causal(x, k, -INFINITY);
-        load(x, k, p->dout, p->pad_q, p->T, x->dout);
-        memcpy(x->c, x->all_c + t, bytes);
-        memcpy(x->delta, x->all_delta + t, bytes);
-        for (int64_t last = k.n, i; last > 0; last = i) {
-            i = start_of_piece(x, last);
-            rescale(x, x->c[last - 1], later);
-            later = x->c[last - 1];
-            load_piece(x, i, last - i);
-            take_gradients(x, i, last - i);
-            scale_rows(last - i, x->F, x->all_inverse + t + i, x->A + i * x->F);
-            give_gradients(x, i, last - i);
+    for (chunk k = before_all(x, &w, b); go_on(x, &w, &k);) {
+        load_causal(x, k);
+        recall_rows(x, k);
+        for (int64_t end = k.n, i; end > 0; end = i) {
+            i = start_of_piece(x, end);
+            see_gradient_from(x, k.h, x->c[end - 1]);
+            load_piece(x, i, end - i);
+            take_gradients(x, i, end - i);
+            scale_rows(end - i, x->F, x->inverse + i, x->A + i * x->F);
+            give_gradients(x, i, end - i);
         }
-        store_keys(x, k, 1);
+        finish_keys(x, k);
     }
-    const ls_real *got = element(x, p->summary[phase].got, b, h);
-    if (x->exponentials > 0) rescale(x, got[0], later);
-    pack(x, 0, element(x, p->summary[phase].dgot, b, h));
+    for (int64_t h = 0; h < x->p->H; h++) {
+        x->running = x->all_running + h * x->F * (x->d + 1);
+        if (x->exponentials > 0) see_gradient_from(x, h, element(x, s->got, b, h)[0]);
+        pack(x, h, 0, element(x, s->dgot, b, h));
+    }
 }
 
 ls_status ls_linear_causal_backward(ls_pass *p, const ls_feature_map *map, int phase)
 {
-    const linear x = begin(p, map);
-    for (int64_t b = 0; b < p->B; b++)
-        for (int64_t h = 0; h < p->H; h++) {
-            sweep_past(&x, phase, b, h);
-            sweep_future(&x, phase, b, h);
-        }
+    linear x = begin(p, map);
+    for (int64_t b = 0; b < p->B; b++) {
+        sweep_past(&x, phase, b);
+        sweep_future(&x, phase, b);
+    }
     return LS_OK;
 }
