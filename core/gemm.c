@@ -18,6 +18,10 @@ void ls_gemm(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, 
             for (int64_t j = 0; j < n; j++) c[i * ldc + j] = beta == 0 ? 0 : (ls_real)beta * c[i * ldc + j];
         return;
     }
+    if (beta == 0) { /* BLAS clears C number by number, which small products feel */
+        for (int64_t i = 0; i < m; i++) memset(c + i * ldc, 0, (size_t)n * sizeof *c);
+        beta = 1;
+    }
     GEMM(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans, (blasint)m,
          (blasint)n, (blasint)k, (ls_real)alpha, a, (blasint)lda, b, (blasint)ldb, (ls_real)beta, c, (blasint)ldc);
 }

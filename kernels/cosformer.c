@@ -52,67 +52,41 @@ static double least(const ls_pass *p)
     return p->option[EPS];
 }
 
-/* to (n,d) = act(rows), 0 where padded. */
-static void activate(const ls_pass *p, ls_chunk k, ls_view v, const uint8_t *pad, int64_t pads, ls_real *to)
+static void activate(const ls_pass *p, int64_t n, const ls_real *x, ls_real *y)
 {
-    const int elu = p->option[ACT] == ONE_PLUS_ELU;
-    for (int64_t i = 0; i < k.n; i++, to += p->d) {
-        if (ls_is_padded(pad, k.b * pads + k.t + i)) {
-            ls_zero(to, p->d);
-            continue;
+    if (p->option[ACT] == RELU)
+        for (int64_t i = 0; i < n; i++) y[i] = x[i] > 0 ? x[i] : 0;
+    else
+        for (int64_t i = 0; i < n; i++) {
+            const ls_real e = ls_exp(x[i] < 0 ? x[i] : 0);
+            y[i] = x[i] > 0 ? 1 + x[i] : e;
         }
-        const ls_real *x = ls_row(v, k.b, k.h, k.t + i);
-        if (elu)
-            for (int64_t e = 0; e < p->d; e++) {
-                const ls_real low = ls_exp(x[e] < 0 ? x[e] : 0);
-                to[e] = x[e] > 0 ? 1 + x[e] : low;
-            }
-        else
-            for (int64_t e = 0; e < p->d; e++) to[e] = x[e] > 0 ? x[e] : 0;
-    }
 }
 
-/* One row: dx (=, or += with `add`) act'(x) dy. */
-static void activate_backward(int elu, int64_t d, const ls_real *x, const ls_real *dy, int add, ls_real *dx)
+static void activate_backward(const ls_pass *p, int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
 {
-    for (int64_t e = 0; e < d; e++) {
-        const ls_real slope = x[e] > 0 ? 1 : elu ? ls_exp(x[e] < 0 ? x[e] : 0) : 0;
-        dx[e] = (add ? dx[e] : 0) + slope * dy[e];
-    }
+    if (p->option[ACT] == RELU)
+        for (int64_t i = 0; i < n; i++) dx[i] = x[i] > 0 ? dy[i] : 0;
+    else
+        for (int64_t i = 0; i < n; i++) dx[i] = dy[i] * ls_exp(x[i] < 0 ? x[i] : 0);
 }
 
-static void all_backward(const ls_pass *p, ls_chunk k, ls_view v, const uint8_t *pad, int64_t pads, const ls_real *dy,
-                         int add, ls_view dv)
+static void queries(ls_pass *p, int64_t h, int64_t n, const ls_real *rows, ls_real *a)
 {
-    const int elu = p->option[ACT] == ONE_PLUS_ELU;
-    for (int64_t i = 0; i < k.n; i++) {
-        ls_real *to = ls_row(dv, k.b, k.h, k.t + i);
-        if (!ls_is_padded(pad, k.b * pads + k.t + i))
-            activate_backward(elu, p->d, ls_row(v, k.b, k.h, k.t + i), dy + i * p->d, add, to);
-        else if (!add)
-            ls_zero(to, p->d);
-    }
+    (void)h;
+    activate(p, n * p->d, rows, a);
 }
 
-static void queries(ls_pass *p, ls_chunk k, ls_real *a)
+static void keys(ls_pass *p, int64_t h, int64_t n, const ls_real *rows, ls_real *b, ls_real *top)
 {
-    activate(p, k, p->q, p->pad_q, p->T, a);
+    (void)h, (void)top;
+    activate(p, n * p->d, rows, b);
 }
 
-static void keys(ls_pass *p, ls_chunk k, ls_real *b, ls_real *top)
+static void backward(ls_pass *p, int64_t h, int64_t n, const ls_real *rows, const ls_real *dy, ls_real *drows)
 {
-    (void)top;
-    activate(p, k, p->own.k, p->own.pad, p->S, b);
-}
-
-static void queries_backward(ls_pass *p, ls_chunk k, const ls_real *da)
-{
-    all_backward(p, k, p->q, p->pad_q, p->T, da, 0, p->dq);
-}
-
-static void keys_backward(ls_pass *p, ls_chunk k, const ls_real *db, int add)
-{
-    all_backward(p, k, p->own.k, p->own.pad, p->S, db, add, p->own.dk);
+    (void)h;
+    activate_backward(p, n * p->d, rows, dy, drows);
 }
 
 static const ls_feature_map map = {.features = features,
@@ -120,8 +94,8 @@ static const ls_feature_map map = {.features = features,
                                    .floor = least,
                                    .queries = queries,
                                    .keys = keys,
-                                   .queries_backward = queries_backward,
-                                   .keys_backward = keys_backward};
+                                   .queries_backward = backward,
+                                   .keys_backward = backward};
 
 /* ------------------------------------------------------------------------------------------------ table */
 
@@ -136,48 +110,71 @@ static ls_monoid summary(const ls_pass *p)
     return ls_linear_summary(p, &map);
 }
 
-static ls_status sums(ls_pass *p, int phase)
+static int64_t shared(const ls_pass *p, int64_t lo, int64_t n)
 {
-    return ls_linear_sums(p, &map, phase);
+    (void)lo;
+    return ls_linear_shared(p, &map, n);
 }
 
-static ls_status sums_backward(ls_pass *p, int phase)
-{
-    return ls_linear_sums_backward(p, &map, phase);
-}
-
-static ls_status apply(ls_pass *p, int phase)
-{
-    return ls_linear_apply(p, &map, phase);
-}
-
-static ls_status apply_backward(ls_pass *p, int phase)
-{
-    return ls_linear_apply_backward(p, &map, phase);
-}
-
-static ls_status apply_causal(ls_pass *p, int phase)
-{
-    return ls_linear_causal(p, &map, phase);
-}
-
-static ls_status apply_causal_backward(ls_pass *p, int phase)
-{
-    return ls_linear_causal_backward(p, &map, phase);
-}
+#define KERNEL(name)                                                                                                   \
+    static ls_status name(ls_pass *p, int phase)                                                                       \
+    {                                                                                                                  \
+        return ls_linear_##name(p, &map, phase);                                                                       \
+    }
+KERNEL(share)
+KERNEL(share_backward)
+KERNEL(pairs)
+KERNEL(pairs_backward)
+KERNEL(sums)
+KERNEL(sums_backward)
+KERNEL(apply)
+KERNEL(apply_backward)
+KERNEL(causal)
+KERNEL(causal_backward)
+#undef KERNEL
 
 static const ls_phase all_keys[] = {
-    {.name = "sums", .forward = sums, .backward = sums_backward, .of_source = 1},
-    {.name = "apply", .crossing = LS_REDUCE, .monoid = summary, .forward = apply, .backward = apply_backward},
+    {.name = "share", .needed = ls_linear_is_short, .forward = share, .backward = share_backward},
+    {.name = "pairs",
+     .crossing = LS_GATHER,
+     .needed = ls_linear_is_short,
+     .piece = shared,
+     .forward = pairs,
+     .backward = pairs_backward},
+    {.name = "sums", .needed = ls_linear_is_long, .forward = sums, .backward = sums_backward},
+    {.name = "apply",
+     .crossing = LS_REDUCE,
+     .needed = ls_linear_is_long,
+     .monoid = summary,
+     .forward = apply,
+     .backward = apply_backward},
     {.name = NULL},
 };
-static const ls_phase causal[] = {
-    {.name = "sums", .forward = sums, .backward = sums_backward, .feeds_scan = 1},
-    {.name = "apply",
+static const ls_phase causal_phases[] = {
+    {.name = "share", .needed = ls_linear_is_short, .forward = share, .backward = share_backward},
+    {.name = "pairs",
+     .crossing = LS_GATHER,
+     .needed = ls_linear_is_short,
+     .piece = shared,
+     .forward = pairs,
+     .backward = pairs_backward},
+    {.name = "sums", .needed = ls_linear_is_long, .forward = sums, .backward = sums_backward, .feeds_scan = 1},
+    {.name = "causal",
      .crossing = LS_SCAN,
+     .needed = ls_linear_is_long,
      .monoid = summary,
-     .forward = apply_causal,
-     .backward = apply_causal_backward},
+     .forward = causal,
+     .backward = causal_backward},
+    {.name = NULL},
+};
+static const ls_phase step_across[] = {
+    {.name = "sums", .forward = sums, .of_source = 1},
+    {.name = "apply", .crossing = LS_REDUCE, .monoid = summary, .forward = apply},
+    {.name = NULL},
+};
+static const ls_phase step_causal[] = {
+    {.name = "sums", .forward = sums},
+    {.name = "causal", .crossing = LS_SCAN, .monoid = summary, .forward = causal},
     {.name = NULL},
 };
 
@@ -187,6 +184,6 @@ const ls_mechanism ls_cosformer_mechanism = {
     .check = check,
     .check_step = check_step,
     .plan = plan,
-    .phases = {[LS_NS] = all_keys, [LS_CS] = causal, [LS_NC] = all_keys, [LS_CC] = all_keys},
-    .step = {[LS_CS] = causal, [LS_NC] = all_keys, [LS_CC] = all_keys},
+    .phases = {[LS_NS] = all_keys, [LS_CS] = causal_phases, [LS_NC] = all_keys, [LS_CC] = all_keys},
+    .step = {[LS_CS] = step_causal, [LS_NC] = step_across, [LS_CC] = step_across},
 };

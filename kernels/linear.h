@@ -1,44 +1,47 @@
 /* Linear attention by feature maps: what cosformer and performer share.
  *
- *   w_ij = (a_i·b_j) cos ω(i - j),   o_i = Σ_j w_ij v_j / max(Σ_j w_ij, floor)
+ *   w_ij = (a_i·b_j) cos ω(i - j),   o_i = Σ_j w_ij v_j / max(Σ_j w_ij, floor)     over unpadded j; CS: over j <= i
  *
- * a (T,r), b (S,r): features of queries and keys, given by the mechanism; i, j: global positions. With ω ≠ 0 features
- * turn: A_i = [a_i sin ω(i+1), a_i cos ω(i+1)], B_j likewise, F = 2r of them, so that w_ij = A_i·B_j; with ω = 0 A = a,
- * F = r. */
+ * a (T,r), b (S,r): features of queries and keys, which the mechanism makes; i, j: global positions. */
 #ifndef LS_LINEAR_H
 #define LS_LINEAR_H
 
 #include "mechanism.h"
 
-/* Rows [t, t + n) of (b,h). */
-typedef struct ls_chunk {
-    int64_t b, h, t, n;
-} ls_chunk;
-
+/* The mechanism's part. Rows (n,d) are those of one head, side by side, 0 where padded; what becomes of the features of
+ * padded rows is not its business. */
 typedef struct ls_feature_map {
     int64_t (*features)(const ls_pass *); /* r */
-    /* NULL: 0. The first so many features of a key are e^(x - c): keys() gives x and, in top (n), what c is the maximum
-     * of, over all unpadded keys that a query sees. c is a constant to the gradient. */
+    /* The first so many features of a key are e^(x - c): keys() gives x and, for each key, a number of which c is the
+     * maximum over all the keys that a query sees; the others are 1. c is a constant to the gradient. NULL: none is. */
     int64_t (*exponentials)(const ls_pass *);
-    double (*turn)(const ls_pass *); /* ω; NULL: 0 */
+    double (*turn)(const ls_pass *); /* ω. NULL: 0 */
     double (*floor)(const ls_pass *);
-    /* Features (n,r) of rows, 0 where padded (x and top: -inf). */
-    void (*queries)(ls_pass *, ls_chunk, ls_real *a);
-    void (*keys)(ls_pass *, ls_chunk, ls_real *b, ls_real *top);
-    /* Gradients of the features that the last call of queries() or keys() gave go to dq (=, 0 where padded), and to dk
-     * (=, or
-     * += with `add`). db of exponentials is that of x. */
-    void (*queries_backward)(ls_pass *, ls_chunk, const ls_real *da);
-    void (*keys_backward)(ls_pass *, ls_chunk, const ls_real *db, int add);
+    void (*queries)(ls_pass *, int64_t h, int64_t n, const ls_real *rows, ls_real *a);
+    void (*keys)(ls_pass *, int64_t h, int64_t n, const ls_real *rows, ls_real *b, ls_real *top);
+    /* drows = the gradient of rows, from that of the features (of x, where it is x) that the last call of queries() or
+     * keys() made of the same rows. */
+    void (*queries_backward)(ls_pass *, int64_t h, int64_t n, const ls_real *rows, const ls_real *da, ls_real *drows);
+    void (*keys_backward)(ls_pass *, int64_t h, int64_t n, const ls_real *rows, const ls_real *db, ls_real *drows);
 } ls_feature_map;
 
-enum { LS_LINEAR_ROWS = 128 }; /* the most rows of a chunk */
+enum { LS_LINEAR_ROWS = 128 }; /* the most rows of such a call */
 enum { LS_LINEAR_WORK = 10 };  /* pass.work[] from here on is the mechanism's own */
 
 void ls_linear_plan(ls_pass *p, const ls_feature_map *map, ls_arena *work);
+
+/* Phases. A short sequence of keys: share → gather → pairs. Otherwise sums → reduce → apply; CS: sums → scan → causal.
+ * A step always goes the second way. */
+int ls_linear_is_short(const ls_pass *p);
+int ls_linear_is_long(const ls_pass *p);
+int64_t ls_linear_shared(const ls_pass *p, const ls_feature_map *map, int64_t n); /* the piece of n keys */
 ls_monoid ls_linear_summary(const ls_pass *p, const ls_feature_map *map);
 
-/* Kernels. The summary goes out before phase + 1 and has arrived before `phase` of apply. */
+/* Kernels, each with its backward. */
+ls_status ls_linear_share(ls_pass *p, const ls_feature_map *map, int phase);
+ls_status ls_linear_share_backward(ls_pass *p, const ls_feature_map *map, int phase);
+ls_status ls_linear_pairs(ls_pass *p, const ls_feature_map *map, int phase);
+ls_status ls_linear_pairs_backward(ls_pass *p, const ls_feature_map *map, int phase);
 ls_status ls_linear_sums(ls_pass *p, const ls_feature_map *map, int phase);
 ls_status ls_linear_sums_backward(ls_pass *p, const ls_feature_map *map, int phase);
 ls_status ls_linear_apply(ls_pass *p, const ls_feature_map *map, int phase);

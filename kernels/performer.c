@@ -21,9 +21,9 @@
 #include "rng.h"
 #include "tile.h"
 
-enum { NUM_FEATURES, EPS, DENOM_MIN, ORTHOGONAL };        /* option[] */
-enum { PROJECTION };                                      /* saved[] */
-enum { EXPONENTIALS = LS_LINEAR_WORK, CLEAN_ROWS, DRAW }; /* work[]; DRAW holds doubles */
+enum { NUM_FEATURES, EPS, DENOM_MIN, ORTHOGONAL };    /* option[] */
+enum { PROJECTION };                                  /* saved[] */
+enum { EXPONENTIALS = LS_LINEAR_WORK, HALVES, DRAW }; /* work[]; DRAW holds doubles */
 
 static const ls_option_info options[] = {
     {"num_features", "m", 16, 1, 4096, 1, "random features"},
@@ -113,89 +113,64 @@ static int any_will_do(const ls_pass *p)
     return p->option[EPS] == 0 && p->option[DENOM_MIN] == 0;
 }
 
-/* x (n,ld) = W rows; half (n) = |row|²/2; both of scaled rows, and of 0 where padded. */
-static void logits(const ls_pass *p, ls_chunk k, ls_view v, const uint8_t *pad, int64_t pads, ls_real *x, int64_t ld,
-                   ls_real *half)
+/* x (n,ld) = W rows; half (n) = |row|²/2; both of scaled rows. */
+static void logits(const ls_pass *p, int64_t h, int64_t n, const ls_real *rows, ls_real *x, int64_t ld, ls_real *half)
 {
-    const ls_real *rows = ls_row(v, k.b, k.h, k.t);
-    int64_t st = v.st;
-    if (pad != NULL) {
-        ls_clean_rows(v, k.b, k.h, k.t, k.n, p->d, pad, pads, 1, p->work[CLEAN_ROWS]);
-        rows = p->work[CLEAN_ROWS], st = p->d;
-    }
-    ls_gemm(0, 1, k.n, num_features(p), p->d, 1, rows, st, projection(p, k.h), p->d, 0, x, ld);
-    for (int64_t i = 0; i < k.n; i++) half[i] = (ls_real)(p->scale / 2) * ls_dot(p->d, rows + i * st, rows + i * st);
+    ls_gemm(0, 1, n, num_features(p), p->d, 1, rows, p->d, projection(p, h), p->d, 0, x, ld);
+    for (int64_t i = 0; i < n; i++, rows += p->d) half[i] = (ls_real)(p->scale / 2) * ls_dot(p->d, rows, rows);
 }
 
-static ls_real *halves(const ls_pass *p)
-{
-    return p->work[CLEAN_ROWS] + LS_LINEAR_ROWS * p->d;
-}
-
-static void queries(ls_pass *p, ls_chunk k, ls_real *a)
+static void queries(ls_pass *p, int64_t h, int64_t n, const ls_real *rows, ls_real *a)
 {
     const int64_t m = num_features(p);
     const ls_real eps = (ls_real)p->option[EPS];
-    ls_real *e = p->work[EXPONENTIALS], *half = halves(p);
-    logits(p, k, p->q, p->pad_q, p->T, e, m, half);
-    for (int64_t i = 0; i < k.n; i++, e += m, a += m + 1) {
-        if (ls_is_padded(p->pad_q, k.b * p->T + k.t + i)) {
-            ls_zero(e, m);
-            ls_zero(a, m + 1);
-            continue;
-        }
-        const ls_real top = ls_row_max(m, e) + (any_will_do(p) ? 0 : half[i]);
-        const ls_real sum = ls_row_exp(m, top, e);
+    ls_real *e = p->work[EXPONENTIALS], *half = p->work[HALVES];
+    logits(p, h, n, rows, e, m, half);
+    for (int64_t i = 0; i < n; i++, e += m, a += m + 1) {
+        const ls_real top = ls_row_max(m, e) + (any_will_do(p) ? 0 : half[i]), sum = ls_row_exp(m, top, e);
         for (int64_t r = 0; r < m; r++) a[r] = e[r] + eps;
         a[m] = eps * (sum + (ls_real)m * eps);
     }
 }
 
-static void keys(ls_pass *p, ls_chunk k, ls_real *b, ls_real *top)
+static void keys(ls_pass *p, int64_t h, int64_t n, const ls_real *rows, ls_real *b, ls_real *top)
 {
     const int64_t m = num_features(p);
-    const ls_real *half = halves(p);
-    logits(p, k, p->own.k, p->own.pad, p->S, b, m + 1, halves(p));
-    for (int64_t j = 0; j < k.n; j++, b += m + 1) {
-        if (ls_is_padded(p->own.pad, k.b * p->S + k.t + j)) {
-            for (int64_t r = 0; r < m; r++) b[r] = -INFINITY;
-            b[m] = 0;
-            top[j] = -INFINITY;
-            continue;
-        }
+    const ls_real *half = p->work[HALVES];
+    logits(p, h, n, rows, b, m + 1, p->work[HALVES]);
+    for (int64_t j = 0; j < n; j++, b += m + 1) {
         top[j] = ls_row_max(m, b) - (any_will_do(p) ? half[j] : 0);
         for (int64_t r = 0; r < m; r++) b[r] -= half[j];
         b[m] = 1;
     }
 }
 
-/* Rows get (=, or += with `add`) scale^½ Wᵀ dx - scale row Σ_m dx; dx (n,ld). */
-static void logits_backward(const ls_pass *p, ls_chunk k, ls_view v, const uint8_t *pad, int64_t pads,
-                            const ls_real *dx, int64_t ld, int add, ls_view dv)
+/* drows = scale^½ Wᵀ dx - scale row Σ_m dx; dx (n,ld). */
+static void logits_backward(const ls_pass *p, int64_t h, int64_t n, const ls_real *rows, const ls_real *dx, int64_t ld,
+                            ls_real *drows)
 {
     const int64_t m = num_features(p);
-    ls_gemm(0, 0, k.n, p->d, m, 1, dx, ld, projection(p, k.h), p->d, add, ls_row(dv, k.b, k.h, k.t), dv.st);
-    for (int64_t i = 0; i < k.n; i++, dx += ld) {
-        if (ls_is_padded(pad, k.b * pads + k.t + i)) continue; /* dx is 0 */
+    ls_gemm(0, 0, n, p->d, m, 1, dx, ld, projection(p, h), p->d, 0, drows, p->d);
+    for (int64_t i = 0; i < n; i++) {
         ls_real sum = 0;
-        for (int64_t r = 0; r < m; r++) sum += dx[r];
-        ls_axpy(p->d, -(ls_real)p->scale * sum, ls_row(v, k.b, k.h, k.t + i), ls_row(dv, k.b, k.h, k.t + i));
+        for (int64_t r = 0; r < m; r++) sum += dx[i * ld + r];
+        ls_axpy(p->d, -(ls_real)p->scale * sum, rows + i * p->d, drows + i * p->d);
     }
 }
 
-static void queries_backward(ls_pass *p, ls_chunk k, const ls_real *da)
+static void queries_backward(ls_pass *p, int64_t h, int64_t n, const ls_real *rows, const ls_real *da, ls_real *drows)
 {
     const int64_t m = num_features(p);
     const ls_real eps = (ls_real)p->option[EPS];
     ls_real *e = p->work[EXPONENTIALS]; /* as queries() left them; they become dx */
-    for (int64_t i = 0; i < k.n; i++)
+    for (int64_t i = 0; i < n; i++)
         for (int64_t r = 0; r < m; r++) e[i * m + r] *= da[i * (m + 1) + r] + eps * da[i * (m + 1) + m];
-    logits_backward(p, k, p->q, p->pad_q, p->T, e, m, 0, p->dq);
+    logits_backward(p, h, n, rows, e, m, drows);
 }
 
-static void keys_backward(ls_pass *p, ls_chunk k, const ls_real *db, int add)
+static void keys_backward(ls_pass *p, int64_t h, int64_t n, const ls_real *rows, const ls_real *db, ls_real *drows)
 {
-    logits_backward(p, k, p->own.k, p->own.pad, p->S, db, num_features(p) + 1, add, p->own.dk);
+    logits_backward(p, h, n, rows, db, num_features(p) + 1, drows);
 }
 
 static const ls_feature_map map = {.features = features,
@@ -214,7 +189,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->saved[PROJECTION] = ls_take(saved, p->H * m * p->d);
     ls_linear_plan(p, &map, work);
     p->work[EXPONENTIALS] = ls_take(work, LS_LINEAR_ROWS * m);
-    p->work[CLEAN_ROWS] = ls_take(work, LS_LINEAR_ROWS * (p->d + 1)); /* and half of their squares */
+    p->work[HALVES] = ls_take(work, LS_LINEAR_ROWS);
     p->work[DRAW] = ls_arena_take(work, (size_t)(m * p->d) * sizeof(double));
 }
 
@@ -223,35 +198,28 @@ static ls_monoid summary(const ls_pass *p)
     return ls_linear_summary(p, &map);
 }
 
-static ls_status sums(ls_pass *p, int phase)
+static int64_t shared(const ls_pass *p, int64_t lo, int64_t n)
 {
-    return ls_linear_sums(p, &map, phase);
+    (void)lo;
+    return ls_linear_shared(p, &map, n);
 }
 
-static ls_status sums_backward(ls_pass *p, int phase)
-{
-    return ls_linear_sums_backward(p, &map, phase);
-}
-
-static ls_status apply(ls_pass *p, int phase)
-{
-    return ls_linear_apply(p, &map, phase);
-}
-
-static ls_status apply_backward(ls_pass *p, int phase)
-{
-    return ls_linear_apply_backward(p, &map, phase);
-}
-
-static ls_status apply_causal(ls_pass *p, int phase)
-{
-    return ls_linear_causal(p, &map, phase);
-}
-
-static ls_status apply_causal_backward(ls_pass *p, int phase)
-{
-    return ls_linear_causal_backward(p, &map, phase);
-}
+#define KERNEL(name)                                                                                                   \
+    static ls_status name(ls_pass *p, int phase)                                                                       \
+    {                                                                                                                  \
+        return ls_linear_##name(p, &map, phase);                                                                       \
+    }
+KERNEL(share)
+KERNEL(share_backward)
+KERNEL(pairs)
+KERNEL(pairs_backward)
+KERNEL(sums)
+KERNEL(sums_backward)
+KERNEL(apply)
+KERNEL(apply_backward)
+KERNEL(causal)
+KERNEL(causal_backward)
+#undef KERNEL
 
 /* A source is summarised apart from the steps that follow, so it makes W for itself. */
 static ls_status sums_of_source(ls_pass *p, int phase)
@@ -262,18 +230,38 @@ static ls_status sums_of_source(ls_pass *p, int phase)
 
 static const ls_phase all_keys[] = {
     {.name = "project", .forward = project},
-    {.name = "sums", .forward = sums, .backward = sums_backward},
-    {.name = "apply", .crossing = LS_REDUCE, .monoid = summary, .forward = apply, .backward = apply_backward},
+    {.name = "share", .needed = ls_linear_is_short, .forward = share, .backward = share_backward},
+    {.name = "pairs",
+     .crossing = LS_GATHER,
+     .needed = ls_linear_is_short,
+     .piece = shared,
+     .forward = pairs,
+     .backward = pairs_backward},
+    {.name = "sums", .needed = ls_linear_is_long, .forward = sums, .backward = sums_backward},
+    {.name = "apply",
+     .crossing = LS_REDUCE,
+     .needed = ls_linear_is_long,
+     .monoid = summary,
+     .forward = apply,
+     .backward = apply_backward},
     {.name = NULL},
 };
-static const ls_phase causal[] = {
+static const ls_phase causal_phases[] = {
     {.name = "project", .forward = project},
-    {.name = "sums", .forward = sums, .backward = sums_backward, .feeds_scan = 1},
-    {.name = "apply",
+    {.name = "share", .needed = ls_linear_is_short, .forward = share, .backward = share_backward},
+    {.name = "pairs",
+     .crossing = LS_GATHER,
+     .needed = ls_linear_is_short,
+     .piece = shared,
+     .forward = pairs,
+     .backward = pairs_backward},
+    {.name = "sums", .needed = ls_linear_is_long, .forward = sums, .backward = sums_backward, .feeds_scan = 1},
+    {.name = "causal",
      .crossing = LS_SCAN,
+     .needed = ls_linear_is_long,
      .monoid = summary,
-     .forward = apply_causal,
-     .backward = apply_causal_backward},
+     .forward = causal,
+     .backward = causal_backward},
     {.name = NULL},
 };
 static const ls_phase step_across[] = {
@@ -282,12 +270,18 @@ static const ls_phase step_across[] = {
     {.name = "apply", .crossing = LS_REDUCE, .monoid = summary, .forward = apply},
     {.name = NULL},
 };
+static const ls_phase step_causal[] = {
+    {.name = "project", .forward = project},
+    {.name = "sums", .forward = sums},
+    {.name = "causal", .crossing = LS_SCAN, .monoid = summary, .forward = causal},
+    {.name = NULL},
+};
 
 const ls_mechanism ls_performer_mechanism = {
     .name = "performer",
     .option = options,
     .plan = plan,
-    .phases = {[LS_NS] = all_keys, [LS_CS] = causal, [LS_NC] = all_keys, [LS_CC] = all_keys},
-    .step = {[LS_CS] = causal, [LS_NC] = step_across, [LS_CC] = step_across},
+    .phases = {[LS_NS] = all_keys, [LS_CS] = causal_phases, [LS_NC] = all_keys, [LS_CC] = all_keys},
+    .step = {[LS_CS] = step_causal, [LS_NC] = step_across, [LS_CC] = step_across},
     .draws = LS_GIVEN_FEATURES,
 };
