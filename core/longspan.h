@@ -166,7 +166,8 @@ const char *ls_mechanism_name(int index);
 const ls_option_info *ls_mechanism_options(const char *mechanism, int *count);
 int ls_mechanism_has(const char *mechanism, ls_pattern pattern);      /* 1 if forward and backward exist */
 int ls_mechanism_has_step(const char *mechanism, ls_pattern pattern); /* 1 if step exists */
-/* The phases of the forward pass in order: name, and what crosses ranks before each. NULL past the end. */
+/* The phases of the forward pass in order, with default options on a long sequence: name, and what crosses ranks before
+ * each. NULL past the end. */
 const char *ls_mechanism_phase(const char *mechanism, ls_pattern pattern, int index, ls_crossing *crossing);
 
 /* Everything at its default, for a known mechanism. */

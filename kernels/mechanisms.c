@@ -48,8 +48,13 @@ int ls_mechanism_has_step(const char *mechanism, ls_pattern pattern)
 const char *ls_mechanism_phase(const char *mechanism, ls_pattern pattern, int index, ls_crossing *crossing)
 {
     if (!ls_mechanism_has(mechanism, pattern) || index < 0) return NULL;
-    const ls_phase *phase = ls_mechanism_find(mechanism)->phases[pattern];
-    while (index > 0 && phase->name != NULL) phase++, index--;
+    const ls_mechanism *m = ls_mechanism_find(mechanism);
+    const ls_phase *phase = m->phases[pattern];
+    double value[LS_MAX_OPTIONS] = {0};
+    for (int i = 0; m->option != NULL && m->option[i].name != NULL; i++) value[i] = m->option[i].initial;
+    const ls_pass p = {.pattern = pattern, .option = value, .all_queries = 1 << 20, .all_keys = 1 << 20};
+    for (; phase->name != NULL; phase++)
+        if (ls_is_needed(&p, phase) && index-- == 0) break;
     if (phase->name != NULL) *crossing = phase->crossing;
     return phase->name;
 }

@@ -151,6 +151,20 @@ static void refuses_set(void **state)
     assert_int_equal(strlen(c.run.directory), 1023);
 }
 
+/* With what some patterns of the mechanism cannot do without, unless that is what is tried; returns how many. */
+static int needs(const char *place, const char *mechanism, const char *tried, char text[160], const char **assignments)
+{
+    int count;
+    const ls_option_info *option = ls_mechanism_options(mechanism, &count);
+    for (int o = 0; o < count; o++) {
+        if (strcmp(option[o].name, "max_len") != 0 || strcmp(tried, "max_len") == 0) continue;
+        snprintf(text, 160, "model.%s.options.max_len=64", place);
+        assignments[0] = text;
+        return 1;
+    }
+    return 0;
+}
+
 static void refuses_patterns(void **state)
 {
     (void)state;
@@ -163,10 +177,12 @@ static void refuses_patterns(void **state)
                 {"cross", LS_CC, "causal cross attention is not supported"}};
     for (int m = 0; ls_mechanism_name(m) != NULL; m++) {
         for (int i = 0; i < 3; i++) {
-            char assignment[100], wanted[200];
+            char assignment[100], wanted[200], more[160];
+            const char *assignments[2] = {assignment};
             config c;
             snprintf(assignment, sizeof assignment, "model.%s.mechanism=%s", each[i].place, ls_mechanism_name(m));
-            const ls_status status = set("", assignment, &c);
+            const int count = 1 + needs(each[i].place, ls_mechanism_name(m), "", more, assignments + 1);
+            const ls_status status = config_parse("a.yaml", "", 0, assignments, count, &c);
             assert_int_equal(status,
                              ls_mechanism_has(ls_mechanism_name(m), each[i].pattern) ? LS_OK : LS_ERR_UNSUPPORTED);
             if (status == LS_OK) continue;
@@ -175,12 +191,13 @@ static void refuses_patterns(void **state)
             assert_contains(ls_last_error(), wanted, assignment);
         }
     }
-    config c; /* whatever the mechanisms can do: here is one that can do nothing */
+    config c; /* options that do not go together are the mechanism's to refuse, and have their place */
+    assert_int_equal(set("", "model.decoder.mechanism=cosformer", &c), LS_ERR_ARGUMENT);
+    assert_contains(ls_last_error(), "model.decoder.mechanism: cosformer: ", "cosformer without max_len");
     assert_int_equal(parse("", &c), LS_OK);
     strcpy(c.model.cross.mechanism, "nothing");
-    assert_int_equal(config_check(&c), LS_ERR_UNSUPPORTED);
-    assert_contains(ls_last_error(), "model.cross.mechanism: nothing: causal cross attention is not supported",
-                    "nothing");
+    assert_int_equal(config_check(&c), LS_ERR_ARGUMENT);
+    assert_contains(ls_last_error(), "model.cross.mechanism: attention: there is no mechanism \"nothing\"", "nothing");
 }
 
 static void refuses_files(void **state)
@@ -223,7 +240,7 @@ static void options_belong_to_their_mechanism(void **state)
     assert_contains(ls_last_error(), wanted, text);
 
     /* another mechanism by --set starts from its own options; the same one keeps those of the file */
-    snprintf(text, sizeof text, "model:\n  encoder:\n    mechanism: %s\n    options: {%s: %g}\n", mechanism,
+    snprintf(text, sizeof text, "model:\n  encoder:\n    mechanism: %s\n    options: {%s: %.17g}\n", mechanism,
              option[0].name, option[0].max);
     assert_int_equal(set(text, "model.encoder.mechanism=softmax", &c), LS_OK);
     assert_string_equal(c.model.encoder.mechanism, "softmax");
@@ -332,9 +349,16 @@ static void every_option_can_be_set(void **state)
                 const double x = option[o].initial == option[o].min ? option[o].max : option[o].min;
                 snprintf(mechanism, sizeof mechanism, "model.%s.mechanism=%s", where[w], ls_mechanism_name(m));
                 snprintf(value, sizeof value, "model.%s.options.%s=%.17g", where[w], option[o].name, x);
-                const char *assignments[] = {value, mechanism}; /* in either order */
+                char more[160];
+                const char *assignments[3] = {value, mechanism}; /* in either order */
+                const int given = 2 + needs(where[w], ls_mechanism_name(m), option[o].name, more, assignments + 2);
                 config c;
-                if (config_parse("a.yaml", "", 0, assignments, 2, &c) != LS_OK) fail_msg("%s", ls_last_error());
+                const ls_status status = config_parse("a.yaml", "", 0, assignments, given, &c);
+                if (w == 2 && strcmp(option[o].name, "conv_kernel") == 0) { /* an option of self attention alone */
+                    assert_int_equal(status, LS_ERR_ARGUMENT);
+                    continue;
+                }
+                if (status != LS_OK) fail_msg("%s", ls_last_error());
                 const config_attention *a = w == 0 ? &c.model.encoder : w == 1 ? &c.model.decoder : &c.model.cross;
                 assert_true(a->value[o] == x);
                 tried++;

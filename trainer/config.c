@@ -457,7 +457,8 @@ ls_status config_load(const char *file, const char *const *set, int nset, config
 static ls_status check_attention(const char *place, const config *c, const config_attention *a, ls_pattern pattern)
 {
     ls_attention_options o;
-    LS_TRY(ls_attention_defaults(a->mechanism, &o));
+    if (ls_attention_defaults(a->mechanism, &o) != LS_OK)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s.mechanism: %s", place, ls_last_error());
     o.pattern = pattern;
     o.level = LS_LEVEL_LAYER;
     o.embed_dim = c->model.embed_dim;
