@@ -1,11 +1,18 @@
-/* One rank: nothing ever crosses. */
+/* One process. Self: one rank, nothing ever crosses. Dry: one rank of any number, with nobody else there: what is sent
+ * counts and is gone, what is received is zeros; the ledger then tells exactly what would cross on so many ranks, and
+ * the clock what one of them would have to compute. */
 #include "comm.h"
+
+#include <string.h>
 
 static ls_status post(ls_comm *c, const ls_message *m, int count, ls_pending *p)
 {
-    (void)c, (void)p;
-    for (int i = 0; i < count; i++)
-        if (m[i].bytes > 0) LS_FAIL(LS_ERR_INTERNAL, "self: a message to rank %d of one rank", m[i].peer);
+    (void)p;
+    for (int i = 0; i < count; i++) {
+        if (c->size == 1 && m[i].bytes > 0)
+            LS_FAIL(LS_ERR_INTERNAL, "self: a message to rank %d of one rank", m[i].peer);
+        if (m[i].receive) memset(m[i].data, 0, m[i].bytes);
+    }
     return LS_OK;
 }
 static ls_status wait_none(ls_comm *c, ls_pending *p)
@@ -34,8 +41,7 @@ static ls_status broadcast(ls_comm *c, void *data, int bytes, int root)
 }
 static ls_status gather(ls_comm *c, int64_t mine, int64_t *all)
 {
-    (void)c;
-    all[0] = mine;
+    for (int p = 0; p < c->size; p++) all[p] = mine;
     return LS_OK;
 }
 static void close_none(ls_comm *c)
@@ -43,8 +49,13 @@ static void close_none(ls_comm *c)
     (void)c;
 }
 
-void ls_comm_self(ls_comm *comm)
+void ls_comm_dry(int rank, int size, ls_comm *comm)
 {
     static const ls_comm_ops ops = {"self", post, wait_none, forget, sum, min, broadcast, gather, close_none};
-    *comm = (ls_comm){&ops, 0, 1, NULL};
+    *comm = (ls_comm){&ops, rank, size, NULL};
+}
+
+void ls_comm_self(ls_comm *comm)
+{
+    ls_comm_dry(0, 1, comm);
 }
