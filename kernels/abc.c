@@ -49,6 +49,7 @@ static ls_monoid summary(const ls_pass *p)
 }
 
 /* Per key and head, what the second pass of the causal backward needs of the first: R reals of each. */
+enum { AHEAD = 6 }; /* rows */
 enum { A, B, DLOGIT, DS_K, P_V, DS_V, M_K, M_V, TRACES };
 
 static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
@@ -376,6 +377,14 @@ static void join(int64_t R, int64_t d, const ls_real *logit, const double *row, 
     spread(R, d, e, row, y.x);
 }
 
+/* Rows of a head lie far apart: asked for a few rows ahead, they are there when their turn comes. */
+static void ask_for(ls_view v, int64_t b, int64_t h, int64_t t, int64_t n, int64_t d)
+{
+    const int64_t line = 64 / (int64_t)sizeof(ls_real);
+    if (t < 0 || t >= n) return;
+    for (int64_t i = 0; i < d; i += line) __builtin_prefetch(ls_row(v, b, h, t) + i);
+}
+
 static void load_state(ls_pass *p, int phase, int64_t b, int64_t h)
 {
     const int64_t R = slots(p), d = p->d;
@@ -448,6 +457,8 @@ static ls_status apply_causal(ls_pass *p, int phase)
                 const int64_t n = ls_min(CHUNK, p->T - t);
                 load_keys(p, b, h, t, n);
                 for (int64_t i = 0; i < n; i++) {
+                    ask_for(p->q, b, h, t + i + AHEAD, p->T, d);
+                    ask_for(p->out, b, h, t + i + AHEAD, p->T, d);
                     join_row(p, b, t, i, w);
                     ls_real *out = ls_row(p->out, b, h, t + i);
                     ls_zero(out, d);
@@ -504,6 +515,9 @@ static void causal_queries(ls_pass *p, int phase, int64_t b, int64_t h)
         load_keys(p, b, h, t, n);
         for (int64_t i = 0; i < n; i++) {
             double *trace = trace_of(p, t + i);
+            ask_for(p->q, b, h, t + i + AHEAD, p->T, d);
+            ask_for(p->dout, b, h, t + i + AHEAD, p->T, d);
+            ask_for(p->dq, b, h, t + i + AHEAD, p->T, d);
             ls_real *dq = ls_row(p->dq, b, h, t + i);
             join_row(p, b, t, i, w);
             widen(R, p->work[LOGITS] + i * R, trace + A * R);
@@ -603,6 +617,10 @@ static void causal_keys(ls_pass *p, int phase, int64_t b, int64_t h)
         ls_zero(db, n * R);
         for (int64_t i = n - 1; i >= 0; i--) {
             const double *trace = trace_of(p, t + i);
+            ask_for(p->q, b, h, t + i - AHEAD, p->T, d);
+            ask_for(p->dout, b, h, t + i - AHEAD, p->T, d);
+            ask_for(p->own.dk, b, h, t + i - AHEAD, p->T, d);
+            ask_for(p->own.dv, b, h, t + i - AHEAD, p->T, d);
             if (later != NULL) {
                 rescale(R, d, later + M_K * R, trace + M_K * R, keys);
                 rescale(R, d, later + M_V * R, trace + M_V * R, values);
