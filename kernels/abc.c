@@ -48,9 +48,15 @@ static ls_monoid summary(const ls_pass *p)
     return (ls_monoid){.groups = p->B * p->H * 2 * slots(p), .has_max = 1, .scaled = 1 + p->d};
 }
 
-/* Per key and head, what the second pass of the causal backward needs of the first: R reals of each. */
-enum { AHEAD = 6 }; /* rows */
-enum { A, B, DLOGIT, DS_K, P_V, DS_V, M_K, M_V, TRACES };
+/* Per position, what the second pass of the causal backward needs of the first: R doubles of each, then R reals. */
+enum { DLOGIT, DS_K, P_V, DS_V, DOUBLES };
+enum { A, B, M_K, M_V, REALS };
+enum { AHEAD = 6 }; /* rows that are asked for before their turn */
+
+static size_t trace_bytes(int64_t R)
+{
+    return (size_t)R * (DOUBLES * sizeof(double) + REALS * sizeof(ls_real));
+}
 
 static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
@@ -64,7 +70,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[SLOT_VALUES] = ls_take(work, R * (d + 2) + R + d);
     p->work[STATE] = ls_arena_take(work, (size_t)(2 * R * (d + 2)) * sizeof(double));
     const int traced = p->pattern == LS_CS && p->backward;
-    p->work[TRACE] = ls_arena_take(work, traced ? (size_t)(TRACES * R * p->T) * sizeof(double) : 0);
+    p->work[TRACE] = ls_arena_take(work, traced ? (size_t)p->T * trace_bytes(R) : 0);
 }
 
 /* The elements of (b,h): which = 0 for keys, 1 for values. */
@@ -476,7 +482,12 @@ static ls_status apply_causal(ls_pass *p, int phase)
 
 static double *trace_of(const ls_pass *p, int64_t t)
 {
-    return (double *)(void *)p->work[TRACE] + t * TRACES * slots(p);
+    return (double *)(void *)((char *)p->work[TRACE] + (size_t)t * trace_bytes(slots(p)));
+}
+
+static ls_real *reals_of(const ls_pass *p, int64_t t)
+{
+    return (ls_real *)(void *)(trace_of(p, t) + DOUBLES * slots(p));
 }
 
 /* The trace of a query, and dq: with dp_r = do·Ṽ_r and dlogit = p (dp - Σ p dp),
@@ -520,10 +531,11 @@ static void causal_queries(ls_pass *p, int phase, int64_t b, int64_t h)
             ask_for(p->dq, b, h, t + i + AHEAD, p->T, d);
             ls_real *dq = ls_row(p->dq, b, h, t + i);
             join_row(p, b, t, i, w);
-            widen(R, p->work[LOGITS] + i * R, trace + A * R);
-            widen(R, p->work[DLOGITS] + i * R, trace + B * R);
-            memcpy(trace + M_K * R, keys.m, (size_t)R * sizeof *trace);
-            memcpy(trace + M_V * R, values.m, (size_t)R * sizeof *trace);
+            ls_real *reals = reals_of(p, t + i);
+            memcpy(reals + A * R, p->work[LOGITS] + i * R, (size_t)R * sizeof *reals);
+            memcpy(reals + B * R, p->work[DLOGITS] + i * R, (size_t)R * sizeof *reals);
+            narrow(R, keys.m, reals + M_K * R);
+            narrow(R, values.m, reals + M_V * R);
             if (padded(p->pad_q, b * p->T + t + i)) {
                 for (int64_t r = 0; r < R; r++)
                     trace[DLOGIT * R + r] = trace[DS_K * R + r] = trace[P_V * R + r] = trace[DS_V * R + r] = 0;
@@ -541,25 +553,25 @@ static void causal_queries(ls_pass *p, int phase, int64_t b, int64_t h)
 
 /* One key leaves its gradient: with e = e^(logit - m), m the state's maximum at this key, to (d) and da (R).
  * y holds the gradients of s and x; e, seen (R) are scratch. */
-static void leave(int64_t R, int64_t d, const double *logit, const double *m, const double *row, running y, double *e,
+static void leave(int64_t R, int64_t d, const ls_real *logit, const ls_real *m, const double *row, running y, double *e,
                   double *seen, double *to, ls_real *da)
 {
     dots(R, d, row, y.x, seen);
 #pragma omp simd
     for (int64_t r = 0; r < R; r++) {
-        e[r] = (double)ls_exp((ls_real)(logit[r] - m[r]));
+        e[r] = (double)ls_exp(logit[r] - m[r]);
         da[r] = (ls_real)(e[r] * (y.s[r] + seen[r]));
     }
     combine(R, d, e, y.x, to);
 }
 
 /* The running gradient of a state, whose maxima fall from `later` to `now` as time runs backward. */
-static void rescale(int64_t R, int64_t d, const double *later, const double *now, running y)
+static void rescale(int64_t R, int64_t d, const ls_real *later, const ls_real *now, running y)
 {
     if (memcmp(later, now, (size_t)R * sizeof *now) == 0) return;
     for (int64_t r = 0; r < R; r++) {
         if (!(now[r] < later[r])) continue;
-        const double shrink = now[r] == -INFINITY ? 0 : (double)ls_exp((ls_real)(now[r] - later[r]));
+        const double shrink = now[r] == -INFINITY ? 0 : (double)ls_exp(now[r] - later[r]);
         y.s[r] *= shrink;
         for (int64_t i = 0; i < d; i++) y.x[r * d + i] *= shrink;
     }
@@ -582,7 +594,7 @@ static void gather_query(ls_pass *p, int64_t b, int64_t h, int64_t t, const doub
 
 /* The gradient of the prefix, which entered the first state scaled by e^(m_prefix - m_first); first NULL: no position.
  */
-static void prefix_backward(ls_pass *p, int phase, int64_t b, int64_t h, const double *first)
+static void prefix_backward(ls_pass *p, int phase, int64_t b, int64_t h, const ls_real *first)
 {
     const int64_t R = slots(p), d = p->d;
     for (int which = 0; which < 2; which++) {
@@ -590,9 +602,8 @@ static void prefix_backward(ls_pass *p, int phase, int64_t b, int64_t h, const d
         ls_real *to = elements(p, p->summary[phase].dgot, b, h, which);
         const running y = state_of(p, which);
         for (int64_t r = 0; r < R; r++, got += d + 2, to += d + 2) {
-            const double weight = first == NULL || got[0] == -INFINITY
-                                      ? 0
-                                      : (double)ls_exp((ls_real)((double)got[0] - first[(which ? M_V : M_K) * R + r]));
+            const double weight =
+                first == NULL || got[0] == -INFINITY ? 0 : (double)ls_exp(got[0] - first[(which ? M_V : M_K) * R + r]);
             to[0] = 0;
             to[1] = (ls_real)(weight * y.s[r]);
             for (int64_t i = 0; i < d; i++) to[2 + i] = (ls_real)(weight * y.x[r * d + i]);
@@ -608,7 +619,7 @@ static void causal_keys(ls_pass *p, int phase, int64_t b, int64_t h)
     const scratch w = scratch_of(p);
     ls_real *k = p->work[ROWS_A], *v = p->work[ROWS_B], *da = p->work[LOGITS], *db = p->work[DLOGITS];
     for (int64_t i = 0; i < R * (d + 2); i++) keys.m[i] = values.m[i] = 0; /* m, s and x lie together */
-    const double *later = NULL;
+    const ls_real *later = NULL;
     for (int64_t end = p->T; end > 0;) {
         const int64_t n = (end - 1) % CHUNK + 1, t = end - n;
         ls_clean_rows(p->own.k, b, h, t, n, d, p->own.pad, p->S, 1, k);
@@ -617,25 +628,26 @@ static void causal_keys(ls_pass *p, int phase, int64_t b, int64_t h)
         ls_zero(db, n * R);
         for (int64_t i = n - 1; i >= 0; i--) {
             const double *trace = trace_of(p, t + i);
+            const ls_real *reals = reals_of(p, t + i);
             ask_for(p->q, b, h, t + i - AHEAD, p->T, d);
             ask_for(p->dout, b, h, t + i - AHEAD, p->T, d);
             ask_for(p->own.dk, b, h, t + i - AHEAD, p->T, d);
             ask_for(p->own.dv, b, h, t + i - AHEAD, p->T, d);
             if (later != NULL) {
-                rescale(R, d, later + M_K * R, trace + M_K * R, keys);
-                rescale(R, d, later + M_V * R, trace + M_V * R, values);
+                rescale(R, d, later + M_K * R, reals + M_K * R, keys);
+                rescale(R, d, later + M_V * R, reals + M_V * R, values);
             }
-            later = trace;
+            later = reals;
             if (!padded(p->pad_q, b * p->T + t + i)) gather_query(p, b, h, t + i, trace, w);
             ls_real *dk = ls_row(p->own.dk, b, h, t + i), *dv = ls_row(p->own.dv, b, h, t + i);
             ls_zero(dk, d);
             ls_zero(dv, d);
             if (padded(p->own.pad, b * p->S + t + i)) continue;
             widen(d, k + i * d, w.row);
-            leave(R, d, trace + A * R, trace + M_K * R, w.row, keys, w.e, w.prob, w.sum, da + i * R);
+            leave(R, d, reals + A * R, reals + M_K * R, w.row, keys, w.e, w.prob, w.sum, da + i * R);
             narrow(d, w.sum, dk);
             widen(d, v + i * d, w.row);
-            leave(R, d, trace + B * R, trace + M_V * R, w.row, values, w.e, w.prob, w.sum, db + i * R);
+            leave(R, d, reals + B * R, reals + M_V * R, w.row, values, w.e, w.prob, w.sum, db + i * R);
             narrow(d, w.sum, dv);
         }
         ls_gemm(0, 1, n, d, R, 1, da, R, phi(p, PHI_K, p->params), R, 1, ls_row(p->own.dk, b, h, t), p->own.dk.st);
