@@ -858,7 +858,7 @@ int answer_equal(const problem *p, const answer *a, const answer *b, double tole
         const double error = part_error(p, &list[i]);
         if (error <= tolerance) continue;
 #ifndef LS_REAL_DOUBLE
-        if (!asked++) own_errors(p, n, own);
+        if (mechanism_of(p->options.mechanism)->traits & FEW_FEATURES && !asked++) own_errors(p, n, own);
         if (error <= 4 * own[i]) {
             here.ill_conditioned++;
             continue;
