@@ -99,91 +99,16 @@ static const ls_feature_map map = {.features = features,
 
 /* ------------------------------------------------------------------------------------------------ table */
 
-static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
-{
-    (void)saved;
-    ls_linear_plan(p, &map, work);
-}
-
-static ls_monoid summary(const ls_pass *p)
-{
-    return ls_linear_summary(p, &map);
-}
-
-static int64_t shared(const ls_pass *p, int64_t lo, int64_t n)
-{
-    (void)lo;
-    return ls_linear_shared(p, &map, n);
-}
-
-#define KERNEL(name)                                                                                                   \
-    static ls_status name(ls_pass *p, int phase)                                                                       \
-    {                                                                                                                  \
-        return ls_linear_##name(p, &map, phase);                                                                       \
-    }
-KERNEL(share)
-KERNEL(share_backward)
-KERNEL(pairs)
-KERNEL(pairs_backward)
-KERNEL(sums)
-KERNEL(sums_backward)
-KERNEL(apply)
-KERNEL(apply_backward)
-KERNEL(causal)
-KERNEL(causal_backward)
-#undef KERNEL
-
-static const ls_phase all_keys[] = {
-    {.name = "share", .needed = ls_linear_is_short, .forward = share, .backward = share_backward},
-    {.name = "pairs",
-     .crossing = LS_GATHER,
-     .needed = ls_linear_is_short,
-     .piece = shared,
-     .forward = pairs,
-     .backward = pairs_backward},
-    {.name = "sums", .needed = ls_linear_is_long, .forward = sums, .backward = sums_backward},
-    {.name = "apply",
-     .crossing = LS_REDUCE,
-     .needed = ls_linear_is_long,
-     .monoid = summary,
-     .forward = apply,
-     .backward = apply_backward},
-    {.name = NULL},
-};
-static const ls_phase causal_phases[] = {
-    {.name = "share", .needed = ls_linear_is_short, .forward = share, .backward = share_backward},
-    {.name = "pairs",
-     .crossing = LS_GATHER,
-     .needed = ls_linear_is_short,
-     .piece = shared,
-     .forward = pairs,
-     .backward = pairs_backward},
-    {.name = "sums", .needed = ls_linear_is_long, .forward = sums, .backward = sums_backward, .feeds_scan = 1},
-    {.name = "causal",
-     .crossing = LS_SCAN,
-     .needed = ls_linear_is_long,
-     .monoid = summary,
-     .forward = causal,
-     .backward = causal_backward},
-    {.name = NULL},
-};
-static const ls_phase step_across[] = {
-    {.name = "sums", .forward = sums, .of_source = 1},
-    {.name = "apply", .crossing = LS_REDUCE, .monoid = summary, .forward = apply},
-    {.name = NULL},
-};
-static const ls_phase step_causal[] = {
-    {.name = "sums", .forward = sums},
-    {.name = "causal", .crossing = LS_SCAN, .monoid = summary, .forward = causal},
-    {.name = NULL},
-};
-
 const ls_mechanism ls_cosformer_mechanism = {
     .name = "cosformer",
     .option = options,
     .check = check,
     .check_step = check_step,
-    .plan = plan,
-    .phases = {[LS_NS] = all_keys, [LS_CS] = causal_phases, [LS_NC] = all_keys, [LS_CC] = all_keys},
-    .step = {[LS_CS] = step_causal, [LS_NC] = step_across, [LS_CC] = step_across},
+    .plan = ls_linear_plan,
+    .phases = {[LS_NS] = ls_linear_all_keys,
+               [LS_CS] = ls_linear_causal,
+               [LS_NC] = ls_linear_all_keys,
+               [LS_CC] = ls_linear_all_keys},
+    .step = {[LS_CS] = ls_linear_step_causal, [LS_NC] = ls_linear_step_across, [LS_CC] = ls_linear_step_across},
+    .kit = &map,
 };

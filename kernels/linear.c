@@ -59,13 +59,20 @@ typedef struct linear {
     ls_real *all_c, *all_inverse, *all_delta;  /* (H,T) of one batch row, from sweep to sweep */
 } linear;
 
-static int64_t exponentials_of(const ls_pass *p, const ls_feature_map *map)
+static const ls_feature_map *map_of(const ls_pass *p)
 {
+    return p->kit;
+}
+
+static int64_t exponentials_of(const ls_pass *p)
+{
+    const ls_feature_map *map = map_of(p);
     return map->exponentials == NULL ? 0 : map->exponentials(p);
 }
 
-static int64_t turned(const ls_pass *p, const ls_feature_map *map)
+static int64_t turned(const ls_pass *p)
 {
+    const ls_feature_map *map = map_of(p);
     return (map->turn != NULL ? 2 : 1) * map->features(p);
 }
 
@@ -76,9 +83,10 @@ static int64_t stage_rows(const ls_pass *p)
     return ls_min(BLOCK, ls_max(p->T, p->S));
 }
 
-void ls_linear_plan(ls_pass *p, const ls_feature_map *map, ls_arena *work)
+void ls_linear_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
-    const int64_t r = map->features(p), F = turned(p, map), d = p->d;
+    (void)saved;
+    const int64_t r = map_of(p)->features(p), F = turned(p), d = p->d;
     const int sweeps = p->pattern == LS_CS && p->backward;
     p->work[QUERIES] = ls_take(work, 2 * ROWS * r);
     p->work[KEYS] = ls_take(work, 2 * ROWS * r);
@@ -91,11 +99,12 @@ void ls_linear_plan(ls_pass *p, const ls_feature_map *map, ls_arena *work)
     p->work[TRACE] = ls_take(work, sweeps ? 3 * p->H * p->T : 0);
 }
 
-static linear begin(ls_pass *p, const ls_feature_map *map)
+static linear begin(ls_pass *p)
 {
-    linear x = {.p = p, .map = map, .r = map->features(p), .F = turned(p, map), .d = p->d};
+    const ls_feature_map *map = map_of(p);
+    linear x = {.p = p, .map = map, .r = map->features(p), .F = turned(p), .d = p->d};
     const int turns = map->turn != NULL;
-    x.exponentials = exponentials_of(p, map);
+    x.exponentials = exponentials_of(p);
     x.turn = turns ? map->turn(p) : 0, x.floor = map->floor(p);
     x.a = p->work[QUERIES], x.da = x.a + ROWS * x.r;
     x.b = p->work[KEYS], x.db = x.b + ROWS * x.r;
@@ -374,9 +383,9 @@ static void turn_backward(const linear *x, int64_t i, int64_t n, const ls_real *
 
 /* ------------------------------------------------------------------------------------------------ states */
 
-ls_monoid ls_linear_summary(const ls_pass *p, const ls_feature_map *map)
+static ls_monoid summary(const ls_pass *p)
 {
-    const int64_t F = turned(p, map), e = exponentials_of(p, map), row = p->d + 1;
+    const int64_t F = turned(p), e = exponentials_of(p), row = p->d + 1;
     return (ls_monoid){.groups = p->B * p->H, .has_max = e > 0, .scaled = e * row, .plain = (F - e) * row};
 }
 
@@ -474,9 +483,9 @@ static void load_all(const linear *x, chunk k, ls_real c)
     turn(x, 0, k.n, x->b, x->B);
 }
 
-ls_status ls_linear_sums(ls_pass *p, const ls_feature_map *map, int phase)
+static ls_status kernel_sums(ls_pass *p, int phase)
 {
-    linear x = begin(p, map);
+    linear x = begin(p);
     const walk w = {.rows = p->S, .step = ROWS, .reads = HAS_K | HAS_V};
     for (int64_t b = 0; b < p->B; b++) {
         clear_running(&x);
@@ -503,9 +512,9 @@ static void take_gradients(const linear *x, int64_t i, int64_t n)
 }
 
 /* CS: the causal kernel wrote dk and dv before, so this adds. */
-ls_status ls_linear_sums_backward(ls_pass *p, const ls_feature_map *map, int phase)
+static ls_status kernel_sums_backward(ls_pass *p, int phase)
 {
-    linear x = begin(p, map);
+    linear x = begin(p);
     const ls_summary *s = &p->summary[phase + 1];
     const walk w = {
         .rows = p->S, .step = ROWS, .reads = HAS_K | HAS_V, .writes = HAS_DK | HAS_OUT, .adds = p->pattern == LS_CS};
@@ -535,9 +544,9 @@ static void scale_rows(int64_t n, int64_t width, const ls_real *by, ls_real *row
         for (int64_t e = 0; e < width; e++) rows[i * width + e] *= by[i];
 }
 
-ls_status ls_linear_apply(ls_pass *p, const ls_feature_map *map, int phase)
+static ls_status kernel_apply(ls_pass *p, int phase)
 {
-    linear x = begin(p, map);
+    linear x = begin(p);
     const walk w = {.rows = p->T, .step = ROWS, .reads = HAS_Q, .writes = HAS_OUT};
     for (int64_t b = 0; b < p->B; b++)
         for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
@@ -573,9 +582,9 @@ static void give_gradients(const linear *x, int64_t i, int64_t n)
     gather(x, n, x->A + i * x->F, x->dout + i * x->d, x->delta + i);
 }
 
-ls_status ls_linear_apply_backward(ls_pass *p, const ls_feature_map *map, int phase)
+static ls_status kernel_apply_backward(ls_pass *p, int phase)
 {
-    linear x = begin(p, map);
+    linear x = begin(p);
     const ls_summary *s = &p->summary[phase];
     const walk w = {.rows = p->T, .step = ROWS, .reads = HAS_Q | HAS_DOUT, .writes = HAS_DQ};
     for (int64_t b = 0; b < p->B; b++) {
@@ -643,36 +652,37 @@ static int64_t start_of_piece(const linear *x, int64_t end)
 
 /* ------------------------------------------------------------------------------------------------ short sequences */
 
-int ls_linear_is_short(const ls_pass *p)
+static int is_short(const ls_pass *p)
 {
     return p->all_keys <= SHORT;
 }
 
-int ls_linear_is_long(const ls_pass *p)
+static int is_long(const ls_pass *p)
 {
-    return !ls_linear_is_short(p);
+    return !is_short(p);
 }
 
 /* A key on its way is [b][v] and, where there are exponentials, [top]; keys go (n,B,H) one after the other, so that the
  * ranks' pieces make the sequence. */
-static int64_t shared_width(const ls_pass *p, const ls_feature_map *map)
+static int64_t shared_width(const ls_pass *p)
 {
-    return map->features(p) + p->d + (exponentials_of(p, map) > 0);
+    return map_of(p)->features(p) + p->d + (exponentials_of(p) > 0);
 }
 
-int64_t ls_linear_shared(const ls_pass *p, const ls_feature_map *map, int64_t n)
+static int64_t shared_piece(const ls_pass *p, int64_t lo, int64_t n)
 {
-    return n * p->B * p->H * shared_width(p, map);
+    (void)lo;
+    return n * p->B * p->H * shared_width(p);
 }
 
 static ls_real *shared(const linear *x, ls_real *keys, int64_t b, int64_t h, int64_t j)
 {
-    return keys + ((j * x->p->B + b) * x->p->H + h) * shared_width(x->p, x->map);
+    return keys + ((j * x->p->B + b) * x->p->H + h) * shared_width(x->p);
 }
 
-ls_status ls_linear_share(ls_pass *p, const ls_feature_map *map, int phase)
+static ls_status kernel_share(ls_pass *p, int phase)
 {
-    linear x = begin(p, map);
+    linear x = begin(p);
     const walk w = {.rows = p->S, .step = SHORT, .reads = HAS_K | HAS_V};
     for (int64_t b = 0; b < p->B; b++)
         for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
@@ -687,9 +697,9 @@ ls_status ls_linear_share(ls_pass *p, const ls_feature_map *map, int phase)
     return LS_OK;
 }
 
-ls_status ls_linear_share_backward(ls_pass *p, const ls_feature_map *map, int phase)
+static ls_status kernel_share_backward(ls_pass *p, int phase)
 {
-    linear x = begin(p, map);
+    linear x = begin(p);
     const walk w = {.rows = p->S, .step = SHORT, .reads = HAS_K, .writes = HAS_DK | HAS_OUT};
     for (int64_t b = 0; b < p->B; b++)
         for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
@@ -720,7 +730,7 @@ static const ls_real *shared_values(const linear *x, int phase, chunk k)
 
 static int64_t shared_stride(const linear *x)
 {
-    return ls_linear_shared(x->p, x->map, 1);
+    return shared_piece(x->p, 0, 1);
 }
 
 /* How many keys row t of the queries sees. */
@@ -762,9 +772,9 @@ static int64_t load_short_piece(const linear *x, int phase, chunk k, int64_t i)
     return n;
 }
 
-ls_status ls_linear_pairs(ls_pass *p, const ls_feature_map *map, int phase)
+static ls_status kernel_pairs(ls_pass *p, int phase)
 {
-    linear x = begin(p, map);
+    linear x = begin(p);
     const int64_t S = p->all_keys, ld = shared_stride(&x);
     const walk w = {.rows = p->T, .step = CAUSAL_ROWS, .reads = HAS_Q, .writes = HAS_OUT};
     for (int64_t b = 0; b < p->B; b++)
@@ -808,9 +818,9 @@ static void pairs_backward(const linear *x, int phase, chunk k, int64_t i, int64
     make_up(x, i, n, x->da);
 }
 
-ls_status ls_linear_pairs_backward(ls_pass *p, const ls_feature_map *map, int phase)
+static ls_status kernel_pairs_backward(ls_pass *p, int phase)
 {
-    linear x = begin(p, map);
+    linear x = begin(p);
     const walk w = {.rows = p->T, .step = CAUSAL_ROWS, .reads = HAS_Q | HAS_DOUT, .writes = HAS_DQ};
     ls_zero(p->gathered[phase].dall, p->gathered[phase].total);
     for (int64_t b = 0; b < p->B; b++)
@@ -890,9 +900,9 @@ static void apply_piece(const linear *x, int64_t i, int64_t n)
     ls_gemm(0, 0, n, d, F, 1, x->A + i * F, F, x->S, d, 1, x->out + i * d, d);
 }
 
-ls_status ls_linear_causal(ls_pass *p, const ls_feature_map *map, int phase)
+static ls_status kernel_causal(ls_pass *p, int phase)
 {
-    linear x = begin(p, map);
+    linear x = begin(p);
     const walk w = {.rows = p->T, .step = CAUSAL_ROWS, .reads = HAS_Q | HAS_K | HAS_V, .writes = HAS_OUT};
     for (int64_t b = 0; b < p->B; b++) {
         load_prefixes(&x, phase, b);
@@ -1017,12 +1027,81 @@ static void sweep_future(linear *x, int phase, int64_t b)
     }
 }
 
-ls_status ls_linear_causal_backward(ls_pass *p, const ls_feature_map *map, int phase)
+static ls_status kernel_causal_backward(ls_pass *p, int phase)
 {
-    linear x = begin(p, map);
+    linear x = begin(p);
     for (int64_t b = 0; b < p->B; b++) {
         sweep_past(&x, phase, b);
         sweep_future(&x, phase, b);
     }
     return LS_OK;
 }
+
+/* ------------------------------------------------------------------------------------------------ table */
+
+static int is_prepared(const ls_pass *p)
+{
+    return map_of(p)->prepare != NULL;
+}
+
+static ls_status kernel_prepare(ls_pass *p, int phase)
+{
+    (void)phase;
+    return map_of(p)->prepare(p);
+}
+
+/* A source is summarised apart from the steps that follow, so what they need is prepared for it too. */
+static ls_status kernel_sums_of_source(ls_pass *p, int phase)
+{
+    if (is_prepared(p)) LS_TRY(kernel_prepare(p, phase));
+    return kernel_sums(p, phase);
+}
+
+#define PREPARE                                                                                                        \
+    {                                                                                                                  \
+        .name = "prepare", .needed = is_prepared, .forward = kernel_prepare                                            \
+    }
+#define SHORT_SEQUENCES                                                                                                \
+    {.name = "share", .needed = is_short, .forward = kernel_share, .backward = kernel_share_backward},                 \
+    {                                                                                                                  \
+        .name = "pairs", .crossing = LS_GATHER, .needed = is_short, .piece = shared_piece, .forward = kernel_pairs,    \
+        .backward = kernel_pairs_backward                                                                              \
+    }
+const ls_phase ls_linear_all_keys[] = {
+    PREPARE,
+    SHORT_SEQUENCES,
+    {.name = "sums", .needed = is_long, .forward = kernel_sums, .backward = kernel_sums_backward},
+    {.name = "apply",
+     .crossing = LS_REDUCE,
+     .needed = is_long,
+     .monoid = summary,
+     .forward = kernel_apply,
+     .backward = kernel_apply_backward},
+    {.name = NULL},
+};
+const ls_phase ls_linear_causal[] = {
+    PREPARE,
+    SHORT_SEQUENCES,
+    {.name = "sums", .needed = is_long, .forward = kernel_sums, .backward = kernel_sums_backward, .feeds_scan = 1},
+    {.name = "causal",
+     .crossing = LS_SCAN,
+     .needed = is_long,
+     .monoid = summary,
+     .forward = kernel_causal,
+     .backward = kernel_causal_backward},
+    {.name = NULL},
+};
+const ls_phase ls_linear_step_across[] = {
+    PREPARE,
+    {.name = "sums", .forward = kernel_sums_of_source, .of_source = 1},
+    {.name = "apply", .crossing = LS_REDUCE, .monoid = summary, .forward = kernel_apply},
+    {.name = NULL},
+};
+const ls_phase ls_linear_step_causal[] = {
+    PREPARE,
+    {.name = "sums", .forward = kernel_sums},
+    {.name = "causal", .crossing = LS_SCAN, .monoid = summary, .forward = kernel_causal},
+    {.name = NULL},
+};
+#undef PREPARE
+#undef SHORT_SEQUENCES

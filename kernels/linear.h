@@ -11,6 +11,7 @@
 /* The mechanism's part. Rows (n,d) are those of one head, side by side, 0 where padded; what becomes of the features of
  * padded rows is not its business. */
 typedef struct ls_feature_map {
+    ls_status (*prepare)(ls_pass *);      /* once a call, before anything else. NULL: nothing to prepare */
     int64_t (*features)(const ls_pass *); /* r */
     /* The first so many features of a key are e^(x - c): keys() gives x and, for each key, a number of which c is the
      * maximum over all the keys that a query sees; the others are 1. c is a constant to the gradient. NULL: none is. */
@@ -28,25 +29,10 @@ typedef struct ls_feature_map {
 enum { LS_LINEAR_ROWS = 128 }; /* the most rows of such a call */
 enum { LS_LINEAR_WORK = 10 };  /* pass.work[] from here on is the mechanism's own */
 
-void ls_linear_plan(ls_pass *p, const ls_feature_map *map, ls_arena *work);
+void ls_linear_plan(ls_pass *p, ls_arena *saved, ls_arena *work);
 
-/* Phases. A short sequence of keys: share → gather → pairs. Otherwise sums → reduce → apply; CS: sums → scan → causal.
- * A step always goes the second way. */
-int ls_linear_is_short(const ls_pass *p);
-int ls_linear_is_long(const ls_pass *p);
-int64_t ls_linear_shared(const ls_pass *p, const ls_feature_map *map, int64_t n); /* the piece of n keys */
-ls_monoid ls_linear_summary(const ls_pass *p, const ls_feature_map *map);
-
-/* Kernels, each with its backward. */
-ls_status ls_linear_share(ls_pass *p, const ls_feature_map *map, int phase);
-ls_status ls_linear_share_backward(ls_pass *p, const ls_feature_map *map, int phase);
-ls_status ls_linear_pairs(ls_pass *p, const ls_feature_map *map, int phase);
-ls_status ls_linear_pairs_backward(ls_pass *p, const ls_feature_map *map, int phase);
-ls_status ls_linear_sums(ls_pass *p, const ls_feature_map *map, int phase);
-ls_status ls_linear_sums_backward(ls_pass *p, const ls_feature_map *map, int phase);
-ls_status ls_linear_apply(ls_pass *p, const ls_feature_map *map, int phase);
-ls_status ls_linear_apply_backward(ls_pass *p, const ls_feature_map *map, int phase);
-ls_status ls_linear_causal(ls_pass *p, const ls_feature_map *map, int phase);
-ls_status ls_linear_causal_backward(ls_pass *p, const ls_feature_map *map, int phase);
+/* Phases of any mechanism whose kit is a feature map. A short sequence of keys: share → gather → pairs. Otherwise sums
+ * → reduce → apply; CS: sums → scan → causal. A step always goes the second way. */
+extern const ls_phase ls_linear_all_keys[], ls_linear_causal[], ls_linear_step_across[], ls_linear_step_causal[];
 
 #endif

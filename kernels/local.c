@@ -66,7 +66,7 @@ static int params(const ls_attention_options *o, ls_param_info *list)
 
 static void layer(const ls_attention_options *o, ls_layer_form *form)
 {
-    form->query_alike = predicts(o->pattern, o->value);
+    form->input[0].alike = predicts(o->pattern, o->value);
 }
 
 /* Keys that a tile may cover: the windows of TQ neighbours, or all that there are. */

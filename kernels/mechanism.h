@@ -85,6 +85,7 @@ typedef struct ls_pass {
     int64_t all_queries, all_keys; /* global lengths */
     double scale;
     const double *option; /* the mechanism's own, in the order of its table */
+    const void *kit;      /* ls_mechanism.kit */
     const ls_real *params;
     ls_real *dparams;
     const ls_param_info *param; /* the mechanism's own parameters (without projections): name, dims, offset */
@@ -169,10 +170,10 @@ typedef struct ls_layer_form {
     struct {
         const char *weight, *bias; /* bias NULL: none */
         int64_t width;
+        int alike;      /* rows are rounded or compared: their bits must not depend on ranks, see ls_linear_alike */
     } input[4];         /* query, key, value, and extra, which is projected from the query's rows */
     int64_t core_width; /* of the core's rows of output */
     int gelu;           /* of the core's output, before out_proj */
-    int query_alike;    /* queries are rounded or compared: their bits must not depend on ranks, see ls_linear_alike */
     const char *out_weight, *out_bias;
 } ls_layer_form;
 
@@ -194,6 +195,7 @@ typedef struct ls_mechanism {
      * reduce after an of_source phase was done by the source; a ring visits this rank's cache; a fetch sees the last
      * keys that were fed; what was gathered grows by what each token gives, one part of it on each rank. */
     const ls_phase *step[4];
+    const void *kit;    /* what kernels that several mechanisms share need to know of this one, see linear.h */
     int balance_causal; /* CS over a ring: share the triangle evenly by a zigzag placement */
     int has_weights;    /* there are probabilities: attn_mask, dropout and need_weights make sense */
     int one_input;      /* reads query alone, all heads at once: pass.H = 1, pass.d = E */

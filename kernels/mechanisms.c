@@ -52,7 +52,7 @@ const char *ls_mechanism_phase(const char *mechanism, ls_pattern pattern, int in
     const ls_phase *phase = m->phases[pattern];
     double value[LS_MAX_OPTIONS] = {0};
     for (int i = 0; m->option != NULL && m->option[i].name != NULL; i++) value[i] = m->option[i].initial;
-    const ls_pass p = {.pattern = pattern, .option = value, .all_queries = 1 << 20, .all_keys = 1 << 20};
+    const ls_pass p = {.pattern = pattern, .option = value, .kit = m->kit, .all_queries = 1 << 20, .all_keys = 1 << 20};
     for (; phase->name != NULL; phase++)
         if (ls_is_needed(&p, phase) && index-- == 0) break;
     if (phase->name != NULL) *crossing = phase->crossing;

@@ -75,9 +75,8 @@ static void draw_projection(const ls_pass *p, int64_t h, double *w)
     }
 }
 
-static ls_status project(ls_pass *p, int phase)
+static ls_status project(ls_pass *p)
 {
-    (void)phase;
     const int64_t n = num_features(p) * p->d;
     const double root = sqrt(p->scale);
     double *w = (double *)(void *)p->work[DRAW];
@@ -173,7 +172,8 @@ static void keys_backward(ls_pass *p, int64_t h, int64_t n, const ls_real *rows,
     logits_backward(p, h, n, rows, db, num_features(p) + 1, drows);
 }
 
-static const ls_feature_map map = {.features = features,
+static const ls_feature_map map = {.prepare = project,
+                                   .features = features,
                                    .exponentials = num_features,
                                    .floor = least,
                                    .queries = queries,
@@ -187,101 +187,21 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
     const int64_t m = num_features(p);
     p->saved[PROJECTION] = ls_take(saved, p->H * m * p->d);
-    ls_linear_plan(p, &map, work);
+    ls_linear_plan(p, saved, work);
     p->work[EXPONENTIALS] = ls_take(work, LS_LINEAR_ROWS * m);
     p->work[HALVES] = ls_take(work, LS_LINEAR_ROWS);
     p->work[DRAW] = ls_arena_take(work, (size_t)(m * p->d) * sizeof(double));
 }
 
-static ls_monoid summary(const ls_pass *p)
-{
-    return ls_linear_summary(p, &map);
-}
-
-static int64_t shared(const ls_pass *p, int64_t lo, int64_t n)
-{
-    (void)lo;
-    return ls_linear_shared(p, &map, n);
-}
-
-#define KERNEL(name)                                                                                                   \
-    static ls_status name(ls_pass *p, int phase)                                                                       \
-    {                                                                                                                  \
-        return ls_linear_##name(p, &map, phase);                                                                       \
-    }
-KERNEL(share)
-KERNEL(share_backward)
-KERNEL(pairs)
-KERNEL(pairs_backward)
-KERNEL(sums)
-KERNEL(sums_backward)
-KERNEL(apply)
-KERNEL(apply_backward)
-KERNEL(causal)
-KERNEL(causal_backward)
-#undef KERNEL
-
-/* A source is summarised apart from the steps that follow, so it makes W for itself. */
-static ls_status sums_of_source(ls_pass *p, int phase)
-{
-    LS_TRY(project(p, phase));
-    return sums(p, phase);
-}
-
-static const ls_phase all_keys[] = {
-    {.name = "project", .forward = project},
-    {.name = "share", .needed = ls_linear_is_short, .forward = share, .backward = share_backward},
-    {.name = "pairs",
-     .crossing = LS_GATHER,
-     .needed = ls_linear_is_short,
-     .piece = shared,
-     .forward = pairs,
-     .backward = pairs_backward},
-    {.name = "sums", .needed = ls_linear_is_long, .forward = sums, .backward = sums_backward},
-    {.name = "apply",
-     .crossing = LS_REDUCE,
-     .needed = ls_linear_is_long,
-     .monoid = summary,
-     .forward = apply,
-     .backward = apply_backward},
-    {.name = NULL},
-};
-static const ls_phase causal_phases[] = {
-    {.name = "project", .forward = project},
-    {.name = "share", .needed = ls_linear_is_short, .forward = share, .backward = share_backward},
-    {.name = "pairs",
-     .crossing = LS_GATHER,
-     .needed = ls_linear_is_short,
-     .piece = shared,
-     .forward = pairs,
-     .backward = pairs_backward},
-    {.name = "sums", .needed = ls_linear_is_long, .forward = sums, .backward = sums_backward, .feeds_scan = 1},
-    {.name = "causal",
-     .crossing = LS_SCAN,
-     .needed = ls_linear_is_long,
-     .monoid = summary,
-     .forward = causal,
-     .backward = causal_backward},
-    {.name = NULL},
-};
-static const ls_phase step_across[] = {
-    {.name = "project", .forward = project},
-    {.name = "sums", .forward = sums_of_source, .of_source = 1},
-    {.name = "apply", .crossing = LS_REDUCE, .monoid = summary, .forward = apply},
-    {.name = NULL},
-};
-static const ls_phase step_causal[] = {
-    {.name = "project", .forward = project},
-    {.name = "sums", .forward = sums},
-    {.name = "causal", .crossing = LS_SCAN, .monoid = summary, .forward = causal},
-    {.name = NULL},
-};
-
 const ls_mechanism ls_performer_mechanism = {
     .name = "performer",
     .option = options,
     .plan = plan,
-    .phases = {[LS_NS] = all_keys, [LS_CS] = causal_phases, [LS_NC] = all_keys, [LS_CC] = all_keys},
-    .step = {[LS_CS] = step_causal, [LS_NC] = step_across, [LS_CC] = step_across},
+    .phases = {[LS_NS] = ls_linear_all_keys,
+               [LS_CS] = ls_linear_causal,
+               [LS_NC] = ls_linear_all_keys,
+               [LS_CC] = ls_linear_all_keys},
+    .step = {[LS_CS] = ls_linear_step_causal, [LS_NC] = ls_linear_step_across, [LS_CC] = ls_linear_step_across},
+    .kit = &map,
     .draws = LS_GIVEN_FEATURES,
 };

@@ -803,9 +803,17 @@ static const ls_phase phases[] = {
     {.name = NULL},
 };
 
+/* Scores are compared: queries and keys have the same bits however the rows are spread. */
+static void layer(const ls_attention_options *o, ls_layer_form *form)
+{
+    (void)o;
+    form->input[0].alike = form->input[1].alike = 1;
+}
+
 const ls_mechanism ls_probsparse_mechanism = {
     .name = "probsparse",
     .option = options,
+    .layer = layer,
     .plan = plan,
     .phases = {[LS_NS] = phases, [LS_CS] = phases, [LS_NC] = phases},
     .draws = LS_GIVEN_SAMPLES,

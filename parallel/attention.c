@@ -78,9 +78,9 @@ static void list_params(ls_attention *a)
 {
     const int64_t E = a->options.embed_dim;
     a->form = (ls_layer_form){.inputs = 3,
-                              .input = {{"q_proj.weight", "q_proj.bias", E},
-                                        {"k_proj.weight", "k_proj.bias", E},
-                                        {"v_proj.weight", "v_proj.bias", E}},
+                              .input = {{"q_proj.weight", "q_proj.bias", E, 0},
+                                        {"k_proj.weight", "k_proj.bias", E, 0},
+                                        {"v_proj.weight", "v_proj.bias", E, 0}},
                               .core_width = E,
                               .out_weight = "out_proj.weight",
                               .out_bias = "out_proj.bias"};
@@ -339,6 +339,7 @@ void ls_pass_begin(const ls_attention *a, int64_t B, int64_t T, int64_t S, const
                       .extra_width = ls_has_projection(a, EXTRA_PROJ) ? a->form.input[EXTRA_PROJ].width : 0,
                       .scale = a->options.scale > 0 ? a->options.scale : 1 / sqrt((double)a->d),
                       .option = a->options.value,
+                      .kit = a->mechanism->kit,
                       .params = params,
                       .param = a->param + a->own,
                       .dropout = a->options.dropout,
@@ -454,7 +455,7 @@ static void plan(ls_attention *a, const ls_attention_io *io, ls_call *c, layer *
 void ls_project(const ls_attention *a, int which, int64_t rows, const ls_real *x, const ls_real *params, ls_real *y)
 {
     const ls_real *bias = a->bias[which] < 0 ? NULL : params + a->param[a->bias[which]].offset;
-    const int alike = which == Q_PROJ && a->form.query_alike;
+    const int alike = which != OUT_PROJ && a->form.input[which].alike;
     (alike ? ls_linear_alike : ls_linear)(rows, ls_projection_in(a, which), ls_projection_out(a, which), x,
                                           params + a->param[a->weight[which]].offset, bias, y);
 }
