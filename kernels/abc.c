@@ -66,7 +66,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[ROWS_B] = ls_take(work, CHUNK * d);
     p->work[LOGITS] = ls_take(work, CHUNK * R);
     p->work[DLOGITS] = ls_take(work, CHUNK * R);
-    p->work[SLOT_KEYS] = ls_take(work, R * (d + 2) + 6 * R + 4 * d); /* or five short rows of doubles */
+    p->work[SLOT_KEYS] = ls_take(work, R * (d + 2) + 8 * R + 6 * d); /* or short rows of doubles, see scratch */
     p->work[SLOT_VALUES] = ls_take(work, R * (d + 2) + R + d);
     p->work[STATE] = ls_arena_take(work, (size_t)(2 * R * (d + 2)) * sizeof(double));
     const int traced = p->pattern == LS_CS && p->backward;
@@ -300,25 +300,63 @@ static running state_of(const ls_pass *p, int which)
     return (running){at, at + slots(p), at + 2 * slots(p)};
 }
 
-/* dot (R) = x (R,d) q. Four slots at a time share the loads of q, and their sums the way to one number. */
-static void dots(int64_t R, int64_t d, const double *q, const double *x, double *dot)
+/* One pass over the rows of a state, x (R,d): x_r += give_r row, and of what they are then dot_r = x_r·q. Four slots at
+ * a time share the loads of row and q. */
+static void give_and_dot(int64_t R, int64_t d, const double *give, const double *row, double *restrict x,
+                         const double *q, double *dot)
 {
     int64_t r = 0;
     for (; r + 4 <= R; r += 4, x += 4 * d) {
+        const double g0 = give[r], g1 = give[r + 1], g2 = give[r + 2], g3 = give[r + 3];
         double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
         for (int64_t i = 0; i < d; i++) {
-            s0 += q[i] * x[i];
-            s1 += q[i] * x[d + i];
-            s2 += q[i] * x[2 * d + i];
-            s3 += q[i] * x[3 * d + i];
+            const double x0 = x[i] + g0 * row[i], x1 = x[d + i] + g1 * row[i];
+            const double x2 = x[2 * d + i] + g2 * row[i], x3 = x[3 * d + i] + g3 * row[i];
+            x[i] = x0, x[d + i] = x1, x[2 * d + i] = x2, x[3 * d + i] = x3;
+            s0 += q[i] * x0, s1 += q[i] * x1, s2 += q[i] * x2, s3 += q[i] * x3;
         }
         dot[r] = s0, dot[r + 1] = s1, dot[r + 2] = s2, dot[r + 3] = s3;
     }
     for (; r < R; r++, x += d) {
         double s = 0;
 #pragma omp simd reduction(+ : s)
-        for (int64_t i = 0; i < d; i++) s += q[i] * x[i];
+        for (int64_t i = 0; i < d; i++) {
+            x[i] += give[r] * row[i];
+            s += q[i] * x[i];
+        }
+        dot[r] = s;
+    }
+}
+
+/* The same, and sum = Σ_r take_r x_r. */
+static void give_dot_and_take(int64_t R, int64_t d, const double *give, const double *row, double *restrict x,
+                              const double *q, double *dot, const double *take, double *restrict sum)
+{
+    int64_t r = 0;
+    for (int64_t i = 0; i < d; i++) sum[i] = 0;
+    for (; r + 4 <= R; r += 4, x += 4 * d) {
+        const double g0 = give[r], g1 = give[r + 1], g2 = give[r + 2], g3 = give[r + 3];
+        const double t0 = take[r], t1 = take[r + 1], t2 = take[r + 2], t3 = take[r + 3];
+        double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+        for (int64_t i = 0; i < d; i++) {
+            const double x0 = x[i] + g0 * row[i], x1 = x[d + i] + g1 * row[i];
+            const double x2 = x[2 * d + i] + g2 * row[i], x3 = x[3 * d + i] + g3 * row[i];
+            x[i] = x0, x[d + i] = x1, x[2 * d + i] = x2, x[3 * d + i] = x3;
+            s0 += q[i] * x0, s1 += q[i] * x1, s2 += q[i] * x2, s3 += q[i] * x3;
+            sum[i] += (t0 * x0 + t1 * x1) + (t2 * x2 + t3 * x3);
+        }
+        dot[r] = s0, dot[r + 1] = s1, dot[r + 2] = s2, dot[r + 3] = s3;
+    }
+    for (; r < R; r++, x += d) {
+        double s = 0;
+#pragma omp simd reduction(+ : s)
+        for (int64_t i = 0; i < d; i++) {
+            x[i] += give[r] * row[i];
+            s += q[i] * x[i];
+            sum[i] += take[r] * x[i];
+        }
         dot[r] = s;
     }
 }
@@ -335,15 +373,6 @@ static void combine(int64_t R, int64_t d, const double *w, const double *x, doub
     }
     for (; r < R; r++, x += d)
         for (int64_t i = 0; i < d; i++) sum[i] += w[r] * x[i];
-}
-
-/* x_r += w_r row */
-static void spread(int64_t R, int64_t d, const double *w, const double *row, double *restrict x)
-{
-    for (int64_t r = 0; r < R; r++, x += d) {
-#pragma omp simd
-        for (int64_t i = 0; i < d; i++) x[i] += w[r] * row[i];
-    }
 }
 
 static void widen(int64_t n, const ls_real *x, double *y)
@@ -369,18 +398,21 @@ static void raise_maxima(int64_t R, int64_t d, const ls_real *logit, running y)
     }
 }
 
-/* One key joins: logit (R), row (d). e (R) is scratch. */
-static void join(int64_t R, int64_t d, const ls_real *logit, const double *row, running y, double *e)
+/* One key, its logits (R), is about to join: e (R) is what its row counts in each slot, 0 where it is padded. */
+static void weigh(int64_t R, int64_t d, const ls_real *logit, int is_padded, running y, double *e)
 {
     int higher = 0;
     for (int64_t r = 0; r < R; r++) higher |= (double)logit[r] > y.m[r];
-    if (higher) raise_maxima(R, d, logit, y);
+    if (higher && !is_padded) raise_maxima(R, d, logit, y);
+    if (is_padded) {
+        for (int64_t r = 0; r < R; r++) e[r] = 0;
+        return;
+    }
 #pragma omp simd
     for (int64_t r = 0; r < R; r++) {
         e[r] = (double)ls_exp(logit[r] - (ls_real)y.m[r]);
         y.s[r] += e[r];
     }
-    spread(R, d, e, row, y.x);
 }
 
 /* Rows of a head lie far apart: asked for a few rows ahead, they are there when their turn comes. */
@@ -389,6 +421,11 @@ static void ask_for(ls_view v, int64_t b, int64_t h, int64_t t, int64_t n, int64
     const int64_t line = 64 / (int64_t)sizeof(ls_real);
     if (t < 0 || t >= n) return;
     for (int64_t i = 0; i < d; i += line) __builtin_prefetch(ls_row(v, b, h, t) + i);
+}
+
+static void ask_for_bytes(const void *from, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i);
 }
 
 static void load_state(ls_pass *p, int phase, int64_t b, int64_t h)
@@ -416,32 +453,31 @@ static void load_keys(ls_pass *p, int64_t b, int64_t h, int64_t t, int64_t n)
 
 /* Short rows of doubles for the row under way. */
 typedef struct scratch {
-    double *row, *sum, *prob, *logit, *e; /* (d), (d), (R), (R), (R) */
+    double *row, *q, *sum, *prob, *logit, *e, *take; /* (d) three times, (R) four times */
 } scratch;
+enum { SCRATCH_ROWS = 3, SCRATCH_SLOTS = 4 };
 
 static scratch scratch_of(const ls_pass *p)
 {
-    double *at = (double *)(void *)p->work[SLOT_KEYS];
-    return (scratch){at, at + p->d, at + 2 * p->d, at + 2 * p->d + slots(p), at + 2 * p->d + 2 * slots(p)};
-}
-
-/* Row i of the chunk joins both states, unless it is padded. */
-static void join_row(ls_pass *p, int64_t b, int64_t t, int64_t i, scratch w)
-{
     const int64_t R = slots(p), d = p->d;
-    if (padded(p->own.pad, b * p->S + t + i)) return;
-    widen(d, p->work[ROWS_A] + i * d, w.row);
-    join(R, d, p->work[LOGITS] + i * R, w.row, state_of(p, 0), w.e);
-    widen(d, p->work[ROWS_B] + i * d, w.row);
-    join(R, d, p->work[DLOGITS] + i * R, w.row, state_of(p, 1), w.e);
+    double *at = (double *)(void *)p->work[SLOT_KEYS], *slot = at + SCRATCH_ROWS * d;
+    return (scratch){at, at + d, at + 2 * d, slot, slot + R, slot + 2 * R, slot + 3 * R};
 }
 
-/* prob (R) = softmax_r(logit), logit (R) = scale q·K̃_r at the present state; both are exact to double's rounding but
- * for the exponential, whose relative error does no harm. */
-static void look(int64_t R, int64_t d, double scale, const double *q, running y, double *logit, double *prob)
+/* A row of the queries' side, 0 where it is padded. */
+static void widen_query(const ls_pass *p, ls_view v, int64_t b, int64_t h, int64_t t, double *row)
+{
+    if (padded(p->pad_q, b * p->T + t))
+        for (int64_t i = 0; i < p->d; i++) row[i] = 0;
+    else
+        widen(p->d, ls_row(v, b, h, t), row);
+}
+
+/* prob (R) = softmax_r(logit), logit (R) = scale q·K̃_r at the present state, from the dot products q·x_r; both are
+ * exact to double's rounding but for the exponential, whose relative error does no harm. */
+static void look(int64_t R, double scale, running y, double *logit, double *prob)
 {
     double top = -INFINITY, sum = 0;
-    dots(R, d, q, y.x, logit);
     for (int64_t r = 0; r < R; r++) {
         logit[r] = y.s[r] > 0 ? scale * logit[r] / y.s[r] : 0;
         top = logit[r] > top ? logit[r] : top;
@@ -451,10 +487,30 @@ static void look(int64_t R, int64_t d, double scale, const double *q, running y,
     for (int64_t r = 0; r < R; r++) prob[r] /= sum;
 }
 
+/* Row i of the chunk joins the state of the keys, which its query then sees: w.logit, w.prob. */
+static void join_keys(ls_pass *p, int64_t b, int64_t h, int64_t t, int64_t i, scratch w)
+{
+    const int64_t R = slots(p), d = p->d;
+    const running keys = state_of(p, 0);
+    weigh(R, d, p->work[LOGITS] + i * R, padded(p->own.pad, b * p->S + t + i), keys, w.e);
+    widen(d, p->work[ROWS_A] + i * d, w.row);
+    widen_query(p, p->q, b, h, t + i, w.q);
+    give_and_dot(R, d, w.e, w.row, keys.x, w.q, w.logit);
+    look(R, p->scale, keys, w.logit, w.prob);
+}
+
+/* Its value is about to join: w.e, w.row. */
+static void weigh_values(ls_pass *p, int64_t b, int64_t t, int64_t i, scratch w)
+{
+    const int64_t R = slots(p);
+    weigh(R, p->d, p->work[DLOGITS] + i * R, padded(p->own.pad, b * p->S + t + i), state_of(p, 1), w.e);
+    widen(p->d, p->work[ROWS_B] + i * p->d, w.row);
+}
+
 static ls_status apply_causal(ls_pass *p, int phase)
 {
     const int64_t R = slots(p), d = p->d;
-    const running keys = state_of(p, 0), values = state_of(p, 1);
+    const running values = state_of(p, 1);
     const scratch w = scratch_of(p);
     for (int64_t b = 0; b < p->B; b++)
         for (int64_t h = 0; h < p->H; h++) {
@@ -465,15 +521,14 @@ static ls_status apply_causal(ls_pass *p, int phase)
                 for (int64_t i = 0; i < n; i++) {
                     ask_for(p->q, b, h, t + i + AHEAD, p->T, d);
                     ask_for(p->out, b, h, t + i + AHEAD, p->T, d);
-                    join_row(p, b, t, i, w);
-                    ls_real *out = ls_row(p->out, b, h, t + i);
-                    ls_zero(out, d);
-                    if (padded(p->pad_q, b * p->T + t + i)) continue;
-                    widen(d, ls_row(p->q, b, h, t + i), w.row);
-                    look(R, d, p->scale, w.row, keys, w.logit, w.prob);
-                    for (int64_t r = 0; r < R; r++) w.e[r] = values.s[r] > 0 ? w.prob[r] / values.s[r] : 0;
-                    combine(R, d, w.e, values.x, w.sum);
-                    narrow(d, w.sum, out);
+                    join_keys(p, b, h, t, i, w);
+                    weigh_values(p, b, t, i, w);
+                    for (int64_t r = 0; r < R; r++) w.take[r] = values.s[r] > 0 ? w.prob[r] / values.s[r] : 0;
+                    give_dot_and_take(R, d, w.e, w.row, values.x, w.row, w.logit, w.take, w.sum);
+                    if (padded(p->pad_q, b * p->T + t + i))
+                        ls_zero(ls_row(p->out, b, h, t + i), d);
+                    else
+                        narrow(d, w.sum, ls_row(p->out, b, h, t + i));
                 }
             }
         }
@@ -493,12 +548,11 @@ static ls_real *reals_of(const ls_pass *p, int64_t t)
 /* The trace of a query, and dq: with dp_r = do·Ṽ_r and dlogit = p (dp - Σ p dp),
  *   the gradient of x_r of K̃ is g q, g = scale dlogit / s, and that of s is -dlogit logit / s, since dK̃·K̃ = dlogit
  * logit; the gradient of x_r of Ṽ is do p / s, and that of s is -dp p / s. */
-static void trace_query(ls_pass *p, const scratch w, const double *dout, double *trace, double *dq)
+static void trace_query(ls_pass *p, const scratch w, double *trace, double *dq)
 {
     const int64_t R = slots(p), d = p->d;
     const running keys = state_of(p, 0), values = state_of(p, 1);
-    double mean = 0, *dp = trace + DS_V * R;
-    dots(R, d, dout, values.x, dp);
+    double mean = 0, *dp = trace + DS_V * R; /* do·x_r, made when the value joined */
     for (int64_t r = 0; r < R; r++) {
         dp[r] = values.s[r] > 0 ? dp[r] / values.s[r] : 0;
         mean += w.prob[r] * dp[r];
@@ -529,8 +583,10 @@ static void causal_queries(ls_pass *p, int phase, int64_t b, int64_t h)
             ask_for(p->q, b, h, t + i + AHEAD, p->T, d);
             ask_for(p->dout, b, h, t + i + AHEAD, p->T, d);
             ask_for(p->dq, b, h, t + i + AHEAD, p->T, d);
-            ls_real *dq = ls_row(p->dq, b, h, t + i);
-            join_row(p, b, t, i, w);
+            join_keys(p, b, h, t, i, w);
+            weigh_values(p, b, t, i, w);
+            widen_query(p, p->dout, b, h, t + i, w.q);
+            give_and_dot(R, d, w.e, w.row, values.x, w.q, trace + DS_V * R);
             ls_real *reals = reals_of(p, t + i);
             memcpy(reals + A * R, p->work[LOGITS] + i * R, (size_t)R * sizeof *reals);
             memcpy(reals + B * R, p->work[DLOGITS] + i * R, (size_t)R * sizeof *reals);
@@ -539,30 +595,28 @@ static void causal_queries(ls_pass *p, int phase, int64_t b, int64_t h)
             if (padded(p->pad_q, b * p->T + t + i)) {
                 for (int64_t r = 0; r < R; r++)
                     trace[DLOGIT * R + r] = trace[DS_K * R + r] = trace[P_V * R + r] = trace[DS_V * R + r] = 0;
-                ls_zero(dq, d);
+                ls_zero(ls_row(p->dq, b, h, t + i), d);
                 continue;
             }
-            widen(d, ls_row(p->q, b, h, t + i), w.row);
-            look(R, d, p->scale, w.row, keys, w.logit, w.prob);
-            widen(d, ls_row(p->dout, b, h, t + i), w.row);
-            trace_query(p, w, w.row, trace, w.sum);
-            narrow(d, w.sum, dq);
+            trace_query(p, w, trace, w.sum);
+            narrow(d, w.sum, ls_row(p->dq, b, h, t + i));
         }
     }
 }
 
-/* One key leaves its gradient: with e = e^(logit - m), m the state's maximum at this key, to (d) and da (R).
- * y holds the gradients of s and x; e, seen (R) are scratch. */
-static void leave(int64_t R, int64_t d, const ls_real *logit, const ls_real *m, const double *row, running y, double *e,
-                  double *seen, double *to, ls_real *da)
+/* One position of a state's gradient y, time running backward: its query gives `give` (R) of s and give_row (R) times
+ * row of x. Then its key takes, with e = e^(logit - m), m the state's maximum there: w.sum (d), and da (R) of the
+ * logits. */
+static void exchange_row(int64_t R, int64_t d, const double *give, const double *give_row, const ls_real *logit,
+                         const ls_real *m, int is_padded, running y, const scratch w, ls_real *da)
 {
-    dots(R, d, row, y.x, seen);
 #pragma omp simd
+    for (int64_t r = 0; r < R; r++) w.e[r] = is_padded ? 0 : (double)ls_exp(logit[r] - m[r]);
+    give_dot_and_take(R, d, give_row, w.q, y.x, w.row, w.prob, w.e, w.sum);
     for (int64_t r = 0; r < R; r++) {
-        e[r] = (double)ls_exp(logit[r] - m[r]);
-        da[r] = (ls_real)(e[r] * (y.s[r] + seen[r]));
+        y.s[r] += give[r];
+        da[r] = (ls_real)(w.e[r] * (y.s[r] + w.prob[r]));
     }
-    combine(R, d, e, y.x, to);
 }
 
 /* The running gradient of a state, whose maxima fall from `later` to `now` as time runs backward. */
@@ -575,21 +629,6 @@ static void rescale(int64_t R, int64_t d, const ls_real *later, const ls_real *n
         y.s[r] *= shrink;
         for (int64_t i = 0; i < d; i++) y.x[r * d + i] *= shrink;
     }
-}
-
-/* What the query of one position gives to the running gradients. */
-static void gather_query(ls_pass *p, int64_t b, int64_t h, int64_t t, const double *trace, const scratch w)
-{
-    const int64_t R = slots(p), d = p->d;
-    const running keys = state_of(p, 0), values = state_of(p, 1);
-    widen(d, ls_row(p->q, b, h, t), w.row);
-    widen(d, ls_row(p->dout, b, h, t), w.sum);
-    for (int64_t r = 0; r < R; r++) {
-        keys.s[r] += trace[DS_K * R + r];
-        values.s[r] += trace[DS_V * R + r];
-    }
-    spread(R, d, trace + DLOGIT * R, w.row, keys.x);
-    spread(R, d, trace + P_V * R, w.sum, values.x);
 }
 
 /* The gradient of the prefix, which entered the first state scaled by e^(m_prefix - m_first); first NULL: no position.
@@ -624,11 +663,10 @@ static void causal_keys(ls_pass *p, int phase, int64_t b, int64_t h)
         const int64_t n = (end - 1) % CHUNK + 1, t = end - n;
         ls_clean_rows(p->own.k, b, h, t, n, d, p->own.pad, p->S, 1, k);
         ls_clean_rows(p->own.v, b, h, t, n, d, p->own.pad, p->S, 1, v);
-        ls_zero(da, n * R);
-        ls_zero(db, n * R);
         for (int64_t i = n - 1; i >= 0; i--) {
             const double *trace = trace_of(p, t + i);
             const ls_real *reals = reals_of(p, t + i);
+            if (t + i >= AHEAD) ask_for_bytes(trace_of(p, t + i - AHEAD), trace_bytes(R));
             ask_for(p->q, b, h, t + i - AHEAD, p->T, d);
             ask_for(p->dout, b, h, t + i - AHEAD, p->T, d);
             ask_for(p->own.dk, b, h, t + i - AHEAD, p->T, d);
@@ -638,17 +676,17 @@ static void causal_keys(ls_pass *p, int phase, int64_t b, int64_t h)
                 rescale(R, d, later + M_V * R, reals + M_V * R, values);
             }
             later = reals;
-            if (!padded(p->pad_q, b * p->T + t + i)) gather_query(p, b, h, t + i, trace, w);
-            ls_real *dk = ls_row(p->own.dk, b, h, t + i), *dv = ls_row(p->own.dv, b, h, t + i);
-            ls_zero(dk, d);
-            ls_zero(dv, d);
-            if (padded(p->own.pad, b * p->S + t + i)) continue;
+            const int nothing = padded(p->own.pad, b * p->S + t + i);
+            widen_query(p, p->q, b, h, t + i, w.q);
             widen(d, k + i * d, w.row);
-            leave(R, d, reals + A * R, reals + M_K * R, w.row, keys, w.e, w.prob, w.sum, da + i * R);
-            narrow(d, w.sum, dk);
+            exchange_row(R, d, trace + DS_K * R, trace + DLOGIT * R, reals + A * R, reals + M_K * R, nothing, keys, w,
+                         da + i * R);
+            narrow(d, w.sum, ls_row(p->own.dk, b, h, t + i));
+            widen_query(p, p->dout, b, h, t + i, w.q);
             widen(d, v + i * d, w.row);
-            leave(R, d, reals + B * R, reals + M_V * R, w.row, values, w.e, w.prob, w.sum, db + i * R);
-            narrow(d, w.sum, dv);
+            exchange_row(R, d, trace + DS_V * R, trace + P_V * R, reals + B * R, reals + M_V * R, nothing, values, w,
+                         db + i * R);
+            narrow(d, w.sum, ls_row(p->own.dv, b, h, t + i));
         }
         ls_gemm(0, 1, n, d, R, 1, da, R, phi(p, PHI_K, p->params), R, 1, ls_row(p->own.dk, b, h, t), p->own.dk.st);
         ls_gemm(0, 1, n, d, R, 1, db, R, phi(p, PHI_V, p->params), R, 1, ls_row(p->own.dv, b, h, t), p->own.dv.st);

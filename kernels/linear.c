@@ -51,10 +51,12 @@ typedef struct linear {
     ls_real *w, *dw;                           /* (n,n) */
     ls_real *S, *z, *change, *sum;             /* (F,d), (F): the state as products want it; what a chunk adds to it */
     double *running, *all_running;             /* (F,d) then (F), of each head: the state as it is summed */
+    int rounded;                               /* S, z are the running state */
     double *step;                              /* (n,2) sin kω, cos kω */
     ls_real *top, *c, *inverse, *delta;        /* (n) */
     ls_real *flows;                            /* (n) 0 where the floor is taken */
-    ls_real *sine, *cosine, *apart;            /* (n); apart: cos (n-1)ω, .., cos 0 */
+    ls_real *sine, *cosine;                    /* (n) */
+    ls_real *apart;                            /* (2n) cos (n-1)ω, .., cos 0, then zeros: what is later is not seen */
     ls_real *seen_from;                        /* (H) c that a head's running state is seen from */
     ls_real *all_c, *all_inverse, *all_delta;  /* (H,T) of one batch row, from sweep to sweep */
 } linear;
@@ -95,7 +97,7 @@ void ls_linear_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[WEIGHTS] = ls_take(work, 2 * CAUSAL_ROWS * CAUSAL_ROWS);
     p->work[STATE] = ls_take(work, 2 * F * (d + 1));
     p->work[DOUBLES] = ls_arena_take(work, (size_t)(p->H * F * (d + 1) + 2 * ROWS) * sizeof(double));
-    p->work[SMALL] = ls_take(work, SMALLS * ROWS + p->H);
+    p->work[SMALL] = ls_take(work, (SMALLS + 1) * ROWS + p->H);
     p->work[TRACE] = ls_take(work, sweeps ? 3 * p->H * p->T : 0);
 }
 
@@ -119,11 +121,14 @@ static linear begin(ls_pass *p)
     x.step = (double *)(void *)p->work[DOUBLES], x.all_running = x.step + 2 * ROWS;
     ls_real **const small[SMALLS] = {&x.top, &x.c, &x.inverse, &x.delta, &x.flows, &x.sine, &x.cosine, &x.apart};
     for (int i = 0; i < SMALLS; i++) *small[i] = p->work[SMALL] + i * ROWS;
-    x.seen_from = p->work[SMALL] + SMALLS * ROWS;
+    x.seen_from = p->work[SMALL] + (SMALLS + 1) * ROWS; /* apart, the last, has twice the room */
     x.all_c = p->work[TRACE], x.all_inverse = x.all_c + p->H * p->T, x.all_delta = x.all_inverse + p->H * p->T;
     for (int64_t k = 0; turns && k < ROWS; k++) {
         x.step[2 * k] = sin(x.turn * (double)k), x.step[2 * k + 1] = cos(x.turn * (double)k);
-        x.apart[ROWS - 1 - k] = (ls_real)x.step[2 * k + 1];
+    }
+    for (int64_t k = 0; k < ROWS; k++) {
+        x.apart[ROWS - 1 - k] = turns ? (ls_real)x.step[2 * k + 1] : 1;
+        x.apart[ROWS + k] = 0;
     }
     return x;
 }
@@ -242,7 +247,9 @@ static int go_on(linear *x, const walk *w, chunk *k)
     ls_real **const rows[STAGED] = {&x->q, &x->k, &x->v, &x->dout, &x->out, &x->dq, &x->dk};
     for (int i = 0; i < STAGED && x->stage[i] != NULL; i++)
         *rows[i] = x->stage[i] + (k->h * x->block + k->t - k->lo) * d;
-    x->running = x->all_running + k->h * x->F * (d + 1);
+    double *running = x->all_running + k->h * x->F * (d + 1);
+    if (running != x->running || begins(w, k)) x->rounded = 0;
+    x->running = running;
     return 1;
 }
 
@@ -425,13 +432,15 @@ static void clear_running(const linear *x)
     for (int64_t h = 0; h < x->p->H; h++) x->seen_from[h] = -INFINITY;
 }
 
-static void round_running(const linear *x) /* to S, z */
+static void round_running(linear *x) /* to S, z */
 {
-    for (int64_t i = 0; i < x->F * (x->d + 1); i++) x->S[i] = (ls_real)x->running[i];
+    for (int64_t i = 0; i < x->F * (x->d + 1) && !x->rounded; i++) x->S[i] = (ls_real)x->running[i];
+    x->rounded = 1;
 }
 
-static void scale_running(const linear *x, double factor)
+static void scale_running(linear *x, double factor)
 {
+    x->rounded = 0;
     double *z = x->running + x->F * x->d;
     for (int64_t i = 0; i < x->exponentials * x->d; i++) x->running[i] *= factor;
     for (int64_t f = 0; f < x->exponentials; f++) z[f] *= factor;
@@ -444,27 +453,30 @@ static double change_of(ls_real from, ls_real to)
 }
 
 /* The running state of a head, seen from c = `to` from now on. */
-static void see_from(const linear *x, int64_t h, ls_real to)
+static void see_from(linear *x, int64_t h, ls_real to)
 {
     if (x->exponentials > 0 && x->seen_from[h] != to) scale_running(x, change_of(x->seen_from[h], to));
     x->seen_from[h] = to;
 }
 
 /* The same for the gradient of a state, which goes the other way. */
-static void see_gradient_from(const linear *x, int64_t h, ls_real to)
+static void see_gradient_from(linear *x, int64_t h, ls_real to)
 {
     if (x->exponentials > 0 && x->seen_from[h] != to) scale_running(x, change_of(to, x->seen_from[h]));
     x->seen_from[h] = to;
 }
 
-/* The running S += Σ_i rows_i matrix_iᵀ, z += Σ_i weight_i rows_i; rows (n,F), matrix (n,d). weight NULL: 1. */
-static void gather(const linear *x, int64_t n, const ls_real *rows, const ls_real *matrix, const ls_real *weight)
+/* The running S += Σ_i rows_i matrix_iᵀ, z += Σ_i weight_i rows_i; rows (n,F), matrix (n,d). weight NULL: 1. round: S,
+ * z are then what is running, too. */
+static void gather(linear *x, int64_t n, const ls_real *rows, const ls_real *matrix, const ls_real *weight, int round)
 {
     const int64_t F = x->F, d = x->d;
     ls_gemm(1, 0, F, d, n, 1, rows, F, matrix, d, 0, x->change, d);
     ls_zero(x->sum, F);
     for (int64_t i = 0; i < n; i++) ls_axpy(F, weight == NULL ? 1 : weight[i], rows + i * F, x->sum);
-    for (int64_t i = 0; i < F * (d + 1); i++) x->running[i] += (double)x->change[i];
+    for (int64_t i = 0; i < F * (d + 1) && !round; i++) x->running[i] += (double)x->change[i];
+    for (int64_t i = 0; i < F * (d + 1) && round; i++) x->S[i] = (ls_real)(x->running[i] += (double)x->change[i]);
+    x->rounded = round;
 }
 
 /* ------------------------------------------------------------------------------------------------ sums */
@@ -493,7 +505,7 @@ static ls_status kernel_sums(ls_pass *p, int phase)
             load_keys(&x, k);
             if (x.exponentials > 0) see_from(&x, k.h, highest(x.seen_from[k.h], k.n, x.top));
             load_all(&x, k, x.seen_from[k.h]);
-            gather(&x, k.n, x.B, x.v, NULL);
+            gather(&x, k.n, x.B, x.v, NULL, 0);
         }
         for (int64_t h = 0; h < p->H; h++) pack(&x, h, x.seen_from[h], element(&x, p->summary[phase + 1].sent, b, h));
     }
@@ -576,10 +588,10 @@ static void divide(const linear *x, int64_t n)
 }
 
 /* The running state, a gradient, gets what queries owe it: rows of A were divided by D. */
-static void give_gradients(const linear *x, int64_t i, int64_t n)
+static void give_gradients(linear *x, int64_t i, int64_t n, int round)
 {
     for (int64_t k = i; k < i + n; k++) x->delta[k] = -x->delta[k];
-    gather(x, n, x->A + i * x->F, x->dout + i * x->d, x->delta + i);
+    gather(x, n, x->A + i * x->F, x->dout + i * x->d, x->delta + i, round);
 }
 
 static ls_status kernel_apply_backward(ls_pass *p, int phase)
@@ -594,7 +606,7 @@ static ls_status kernel_apply_backward(ls_pass *p, int phase)
             load_turned_queries(&x, k);
             ls_gemm(0, 1, k.n, x.F, x.d, 1, x.dout, x.d, x.S, x.d, 0, x.dA, x.F);
             divide(&x, k.n);
-            give_gradients(&x, 0, k.n);
+            give_gradients(&x, 0, k.n, 0);
             turn_backward(&x, 0, k.n, x.dA, x.da);
             straighten(&x, 0, k.n);
             finish_queries(&x, k);
@@ -606,28 +618,23 @@ static ls_status kernel_apply_backward(ls_pass *p, int phase)
 
 /* ------------------------------------------------------------------------------------------------ pairs */
 
-/* A row of w, which holds a·b: w_ij = a_i·b_j apart_j for the first `seen` of n keys, 0 for the others. apart NULL: 1.
- * Returns their sum. */
-static double weigh(int64_t n, int64_t seen, const ls_real *apart, ls_real *w)
+/* A row of w, which holds a·b: w_ij = a_i·b_j apart_j, 0 for keys that are not seen. Returns their sum. */
+static double weigh(int64_t n, const ls_real *apart, ls_real *w)
 {
     double sum = 0;
-    for (int64_t j = 0; apart != NULL && j < seen; j++) w[j] *= apart[j];
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < seen; j++) sum += (double)w[j];
-    ls_zero(w + seen, n - seen);
+    for (int64_t j = 0; j < n; j++) sum += (double)(w[j] *= apart[j]);
     return sum;
 }
 
 /* Rows of w and dw, which hold w and do·v: w := w / D, dw := the gradient of a·b. */
-static void weigh_backward(int64_t n, int64_t seen, const ls_real *apart, ls_real inverse, ls_real delta, ls_real *w,
-                           ls_real *dw)
+static void weigh_backward(int64_t n, const ls_real *apart, ls_real inverse, ls_real delta, ls_real *restrict w,
+                           ls_real *restrict dw)
 {
-    for (int64_t j = 0; j < seen; j++) {
-        dw[j] = inverse * (dw[j] - delta);
+    for (int64_t j = 0; j < n; j++) {
+        dw[j] = inverse * (dw[j] - delta) * apart[j];
         w[j] *= inverse;
     }
-    for (int64_t j = 0; apart != NULL && j < seen; j++) dw[j] *= apart[j];
-    ls_zero(dw + seen, n - seen);
 }
 
 /* Pieces are the rows whose c lies between the same multiples of RISE: found alike from either end. */
@@ -740,12 +747,15 @@ static int64_t seen(const linear *x, int64_t t)
     return p->pattern == LS_CS ? p->query_span[0].lo + t + 1 : p->all_keys;
 }
 
-/* cos ω(i - j) of all keys j and row t of the queries, or NULL. */
+/* cos ω(i - j) of all keys j that row t of the queries sees, 0 of the others. */
 static const ls_real *apart_from_all(const linear *x, int64_t t)
 {
-    if (x->F == x->r) return NULL;
     const double angle = x->turn * (double)(x->p->query_span[0].lo + t), s = sin(angle), c = cos(angle);
-    for (int64_t j = 0; j < x->p->all_keys; j++) x->apart[j] = (ls_real)(c * x->step[2 * j + 1] + s * x->step[2 * j]);
+    const int64_t sees = seen(x, t);
+    for (int64_t j = 0; j < x->p->all_keys; j++) {
+        const double apart = x->F == x->r ? 1 : c * x->step[2 * j + 1] + s * x->step[2 * j];
+        x->apart[j] = j < sees ? (ls_real)apart : 0;
+    }
     return x->apart;
 }
 
@@ -785,7 +795,7 @@ static ls_status kernel_pairs(ls_pass *p, int phase)
                 n = load_short_piece(&x, phase, k, i);
                 for (int64_t j = 0; j < n; j++) {
                     const int64_t t = k.t + i + j;
-                    set_inverse(&x, i + j, weigh(S, seen(&x, t), apart_from_all(&x, t), x.w + j * S));
+                    set_inverse(&x, i + j, weigh(S, apart_from_all(&x, t), x.w + j * S));
                 }
                 ls_gemm(0, 0, n, x.d, S, 1, x.w, S, v, ld, 0, x.out + i * x.d, x.d);
             }
@@ -801,13 +811,12 @@ static void pairs_backward(const linear *x, int phase, chunk k, int64_t i, int64
     ls_real *back = shared(x, x->p->gathered[phase].dall, k.b, k.h, 0);
     ls_gemm(0, 1, n, S, d, 1, x->dout + i * d, d, shared_values(x, phase, k), ld, 0, x->dw, S);
     for (int64_t j = 0; j < n; j++) {
-        const int64_t t = k.t + i + j, sees = seen(x, t);
-        const ls_real *apart = apart_from_all(x, t);
+        const ls_real *apart = apart_from_all(x, k.t + i + j);
         ls_real *w = x->w + j * S, *dw = x->dw + j * S;
-        const double D = weigh(S, sees, apart, w);
+        const double D = weigh(S, apart, w);
         set_inverse(x, i + j, D);
-        const ls_real delta = x->flows[i + j] > 0 ? (ls_real)(dot(sees, w, dw) / D) : 0;
-        weigh_backward(S, sees, apart, x->inverse[i + j], delta, w, dw);
+        const ls_real delta = x->flows[i + j] > 0 ? (ls_real)(dot(S, w, dw) / D) : 0;
+        weigh_backward(S, apart, x->inverse[i + j], delta, w, dw);
     }
     ls_gemm(0, 0, n, r, S, 1, x->dw, S, x->b, r, 0, x->da + i * r, r);
     ls_gemm(1, 0, S, r, n, 1, x->dw, S, x->a + i * r, r, 0, x->db, r);
@@ -856,7 +865,7 @@ static void find_maxima(const linear *x, int64_t n, ls_real before)
 
 /* Rows [i, i + n) made ready: a and b seen from c at their end, A and B, and S, z from the running state, which was
  * seen from c until now. */
-static void load_piece(const linear *x, int64_t i, int64_t n)
+static void load_piece(linear *x, int64_t i, int64_t n)
 {
     exponentiate(x, i, n, x->c[i + n - 1]);
     make_up(x, i, n, x->a);
@@ -871,10 +880,10 @@ static void multiply(const linear *x, int64_t i, int64_t n)
     ls_gemm(0, 1, n, n, x->r, 1, x->a + i * x->r, x->r, x->b + i * x->r, x->r, 0, x->w, n);
 }
 
-/* cos ω(i - j) of row i of a piece, from j = 0 on, or NULL. */
+/* cos ω(i - j) of row i of a piece, from j = 0 on. */
 static const ls_real *apart_within(const linear *x, int64_t i)
 {
-    return x->F == x->r ? NULL : x->apart + ROWS - 1 - i;
+    return x->apart + ROWS - 1 - i;
 }
 
 /* The running states := the prefixes. */
@@ -894,7 +903,7 @@ static void apply_piece(const linear *x, int64_t i, int64_t n)
     multiply(x, i, n);
     for (int64_t j = 0; j < n; j++) {
         const double past = dot(F, x->A + (i + j) * F, x->z);
-        set_inverse(x, i + j, past + weigh(n, j + 1, apart_within(x, j), x->w + j * n));
+        set_inverse(x, i + j, past + weigh(n, apart_within(x, j), x->w + j * n));
     }
     ls_gemm(0, 0, n, d, n, 1, x->w, n, x->v + i * d, d, 0, x->out + i * d, d);
     ls_gemm(0, 0, n, d, F, 1, x->A + i * F, F, x->S, d, 1, x->out + i * d, d);
@@ -914,7 +923,7 @@ static ls_status kernel_causal(ls_pass *p, int phase)
                 see_from(&x, k.h, x.c[end - 1]);
                 load_piece(&x, i, end - i);
                 apply_piece(&x, i, end - i);
-                gather(&x, end - i, x.B + i * x.F, x.v + i * x.d, NULL);
+                gather(&x, end - i, x.B + i * x.F, x.v + i * x.d, NULL, 1);
             }
             scale_rows(k.n, x.d, x.inverse, x.out);
         }
@@ -928,11 +937,11 @@ static void row_backward(const linear *x, int64_t i, int64_t n, int64_t j)
 {
     const int64_t F = x->F, at = i + j;
     ls_real *w = x->w + j * n, *dw = x->dw + j * n, *A = x->A + at * F, *dA = x->dA + at * F;
-    const double D = weigh(n, j + 1, apart_within(x, j), w) + dot(F, A, x->z);
+    const double D = weigh(n, apart_within(x, j), w) + dot(F, A, x->z);
     set_inverse(x, at, D);
     const ls_real by = x->inverse[at];
-    const ls_real delta = x->flows[at] > 0 ? (ls_real)((dot(j + 1, w, dw) + dot(F, A, dA)) / D) : 0;
-    weigh_backward(n, j + 1, apart_within(x, j), by, delta, w, dw);
+    const ls_real delta = x->flows[at] > 0 ? (ls_real)((dot(n, w, dw) + dot(F, A, dA)) / D) : 0;
+    weigh_backward(n, apart_within(x, j), by, delta, w, dw);
     for (int64_t f = 0; f < F; f++) dA[f] = by * (dA[f] - delta * x->z[f]);
     x->delta[at] = delta;
 }
@@ -987,7 +996,7 @@ static void sweep_past(linear *x, int phase, int64_t b)
             see_from(x, k.h, x->c[end - 1]);
             load_piece(x, i, end - i);
             piece_backward(x, i, end - i);
-            gather(x, end - i, x->B + i * x->F, x->v + i * x->d, NULL);
+            gather(x, end - i, x->B + i * x->F, x->v + i * x->d, NULL, 1);
         }
         finish_queries(x, k);
         finish_keys(x, k);
@@ -1016,7 +1025,7 @@ static void sweep_future(linear *x, int phase, int64_t b)
             load_piece(x, i, end - i);
             take_gradients(x, i, end - i);
             scale_rows(end - i, x->F, x->inverse + i, x->A + i * x->F);
-            give_gradients(x, i, end - i);
+            give_gradients(x, i, end - i, 1);
         }
         finish_keys(x, k);
     }

@@ -14,6 +14,8 @@ static inline void ls_clean_rows(ls_view v, int64_t b, int64_t h, int64_t t, int
             continue;
         }
         const ls_real *from = ls_row(v, b, h, t + i);
+        if (i + 8 < n) /* rows of a head lie far apart: those that come soon are asked for */
+            for (int64_t e = 0; e < d; e += 64 / (int64_t)sizeof *from) __builtin_prefetch(from + 8 * v.st + e);
         for (int64_t e = 0; e < d; e++) to[e] = scale * from[e];
     }
 }
