@@ -1,9 +1,13 @@
 #include "arena.h"
 
-#include <stdlib.h>
 #include <string.h>
 
-enum { ALIGN = 64 };
+enum { ALIGN = 256 }; /* what GPUs read at once, and four cache lines */
+
+static const ls_device_ops *device_of(const ls_arena *arena)
+{
+    return arena->device != NULL ? arena->device : &ls_cpu_device;
+}
 
 void ls_arena_measure(ls_arena *arena)
 {
@@ -22,14 +26,15 @@ void ls_arena_replay(ls_arena *arena)
 ls_status ls_arena_reserve(ls_arena *arena, const char *what)
 {
     arena->overrun = 0;
-    const size_t need = (arena->used > arena->most ? arena->used : arena->most) + ALIGN; /* one more, so that a take of 0 bytes is a pointer and not NULL */
+    const size_t need = (arena->used > arena->most ? arena->used : arena->most) +
+                        ALIGN; /* one more, so that a take of 0 bytes is a pointer and not NULL */
     arena->used = 0;
     arena->measuring = 0;
     if (need > arena->peak) arena->peak = need;
     if (need <= arena->capacity) return LS_OK;
-    free(arena->base);
+    device_of(arena)->release(arena->base);
     arena->capacity = 0;
-    arena->base = aligned_alloc(ALIGN, need);
+    arena->base = device_of(arena)->alloc(need);
     if (arena->base == NULL)
         LS_FAIL(LS_ERR_MEMORY,
                 "%s: cannot reserve %.1f MiB: use more ranks, a smaller batch, or a machine with more memory", what,
@@ -55,7 +60,7 @@ void *ls_arena_take(ls_arena *arena, size_t bytes)
         return NULL;
     }
 #ifndef NDEBUG
-    if (!arena->replaying) memset(arena->base + at, 0xff, size); /* all ones is a NaN in both precisions */
+    if (!arena->replaying) device_of(arena)->poison(arena->base + at, size);
 #endif
     return arena->base + at;
 }
@@ -68,6 +73,7 @@ void ls_arena_release(ls_arena *arena, size_t mark)
 
 void ls_arena_free(ls_arena *arena)
 {
-    free(arena->base);
-    memset(arena, 0, sizeof *arena);
+    const ls_device_ops *device = arena->device;
+    device_of(arena)->release(arena->base);
+    *arena = (ls_arena){.device = device};
 }

@@ -3,9 +3,10 @@
 #ifndef LS_ARENA_H
 #define LS_ARENA_H
 
-#include "status.h"
+#include "device.h"
 
 typedef struct ls_arena {
+    const ls_device_ops *device; /* where the memory is; NULL: the CPU */
     char *base;
     size_t capacity, used, most, peak; /* most: what was in use before a release */
     int measuring, replaying, overrun;
@@ -20,7 +21,7 @@ void ls_arena_replay(ls_arena *arena);
 /* After the real run: LS_ERR_INTERNAL if the plan took more than it had measured. To be asked before the memory is
  * used. */
 ls_status ls_arena_check(const ls_arena *arena, const char *what);
-/* n bytes on a 64-byte boundary, or NULL while measuring (and past what was reserved, see ls_arena_check). In debug
+/* n bytes on a 256-byte boundary, or NULL while measuring (and past what was reserved, see ls_arena_check). In debug
  * builds the memory is filled with NaN. */
 void *ls_arena_take(ls_arena *arena, size_t bytes);
 /* Gives back what was taken since used was `mark`: what is taken next may lie there. */

@@ -66,11 +66,20 @@ typedef struct ls_context ls_context;
 
 typedef enum ls_device { LS_CPU = 0, LS_CUDA = 1 } ls_device;
 
+/* What carries messages between GPUs: NCCL needs one GPU for each rank; MPI works everywhere, by way of host memory. */
+typedef enum ls_transport {
+    LS_TRANSPORT_AUTO = 0, /* NCCL where it can be had */
+    LS_TRANSPORT_MPI,
+    LS_TRANSPORT_NCCL
+} ls_transport;
+
 typedef struct ls_context_options {
     MPI_Comm comm;    /* the ranks that share each sequence; 0 or MPI_COMM_NULL: this process alone, MPI not needed.
                        * Duplicated, so the caller may free or use its own at any time. */
     ls_device device; /* where tensors live */
-    uint64_t seed;    /* of every random number drawn through this context */
+    ls_transport transport;
+    int device_number;      /* CUDA: which of this machine's devices; ranks may share one */
+    uint64_t seed;          /* of every random number drawn through this context */
     int dry_size, dry_rank; /* dry_size > 0: as rank dry_rank of so many, of whom the others do not exist: comm is not
                              * used, everything sent is counted and gone, everything received is zeros. For planning:
                              * exact volumes, memory and the work of one rank. Results mean nothing */
@@ -82,6 +91,19 @@ void ls_context_free(ls_context *ctx);
 int ls_context_rank(const ls_context *ctx);
 int ls_context_size(const ls_context *ctx);
 size_t ls_context_bytes(const ls_context *ctx); /* scratch memory that all its attentions share, as it has grown */
+
+/* On a GPU calls give work to the context's queue and return: outputs are there after ls_context_wait, which also tells
+ * what failed meanwhile. query, key, value, out, their gradients, params, masks, features, noise, samples and weights
+ * are device memory then; shards, options, query_segments and key_segments are not. On the CPU nothing has to be waited
+ * for. */
+ls_status ls_context_wait(ls_context *ctx);
+/* Memory on the context's device, for callers that have no other way to it, to be given back before the context is
+ * freed; copies from and to host memory, in order with the work before. ls_device_read waits. On the CPU these are
+ * malloc and memcpy. */
+ls_status ls_device_alloc(ls_context *ctx, size_t bytes, void **p);
+void ls_device_free(ls_context *ctx, void *p);
+ls_status ls_device_write(ls_context *ctx, void *to, const void *from, size_t bytes);
+ls_status ls_device_read(ls_context *ctx, void *to, const void *from, size_t bytes);
 
 /* Collective: every rank passes its own status and gets the same one back: LS_OK if all were LS_OK, otherwise that of
  * the lowest failing rank, whose message (prefixed "rank N: ") becomes ls_last_error() everywhere. */

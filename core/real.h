@@ -7,9 +7,16 @@
 #include <math.h>
 #include <string.h>
 
+/* Arithmetic that is the same on the CPU and in CUDA kernels. */
+#ifdef __CUDACC__
+#define LS_BOTH_SIDES static inline __host__ __device__
+#else
+#define LS_BOTH_SIDES static inline
+#endif
+
 #ifdef LS_REAL_DOUBLE
 #define LS_REAL_EPS 2.220446049250313e-16
-static inline ls_real ls_exp(ls_real x)
+LS_BOTH_SIDES ls_real ls_exp(ls_real x)
 {
     return exp(x);
 }
@@ -18,7 +25,7 @@ static inline ls_real ls_exp(ls_real x)
 /* exp(x) = 2^n exp(r), n = rint(x / ln 2), |r| <= ln 2 / 2. Without branches or tables, so that the compiler makes
  * vector code of the loops around it; within 2 ulp; below -87.3 it is exactly 0 (also at -inf), above 88.7 inf.
  * NaN stays NaN. */
-static inline float ls_exp(float x)
+LS_BOTH_SIDES float ls_exp(float x)
 {
     const float c = x > -88.0f ? (x < 89.0f ? x : 89.0f) : -88.0f; /* also NaN, which comes back at the end */
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
@@ -42,11 +49,11 @@ static inline float ls_exp(float x)
 }
 #endif
 
-static inline int64_t ls_min(int64_t a, int64_t b)
+LS_BOTH_SIDES int64_t ls_min(int64_t a, int64_t b)
 {
     return a < b ? a : b;
 }
-static inline int64_t ls_max(int64_t a, int64_t b)
+LS_BOTH_SIDES int64_t ls_max(int64_t a, int64_t b)
 {
     return a > b ? a : b;
 }
@@ -61,7 +68,7 @@ typedef struct ls_view {
     int64_t sb, sh, st;
 } ls_view;
 
-static inline ls_real *ls_row(ls_view v, int64_t b, int64_t h, int64_t t)
+LS_BOTH_SIDES ls_real *ls_row(ls_view v, int64_t b, int64_t h, int64_t t)
 {
     return v.p + b * v.sb + h * v.sh + t * v.st;
 }

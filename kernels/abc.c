@@ -18,6 +18,8 @@
 #include "gemm.h"
 #include "tile.h"
 
+extern const ls_cuda_mechanism ls_abc_cuda;
+
 enum { SLOTS };                                                                 /* option[] */
 enum { PHI_K, PHI_V };                                                          /* param[] */
 enum { CHUNK = 256 };                                                           /* rows worked on at a time */
@@ -731,4 +733,5 @@ const ls_mechanism ls_abc_mechanism = {
     .plan = plan,
     .phases = {[LS_NS] = all_keys, [LS_CS] = causal, [LS_NC] = all_keys, [LS_CC] = all_keys},
     .step = {[LS_CS] = causal, [LS_NC] = all_keys, [LS_CC] = all_keys},
+    .cuda = LS_IF_CUDA(&ls_abc_cuda),
 };

@@ -5,11 +5,8 @@
  *
  * which is linear attention with A_i = [a_i sin θ_i, a_i cos θ_i] and B_j likewise: the phases are those of linear.c,
  * with ω = π / 2M. CS, CC and steps need max_len: otherwise an output would depend on how long the sequence gets. */
-#include "linear.h"
+#include "cosformer.h"
 #include "tile.h"
-
-enum { ACT, MAX_LEN, EPS }; /* option[] */
-enum { RELU, ONE_PLUS_ELU };
 
 static const ls_option_info options[] = {
     {"act", "act", RELU, RELU, ONE_PLUS_ELU, 1, "what makes features positive: 0 relu, 1 1 + elu"},
@@ -55,20 +52,17 @@ static double least(const ls_pass *p)
 static void activate(const ls_pass *p, int64_t n, const ls_real *x, ls_real *y)
 {
     if (p->option[ACT] == RELU)
-        for (int64_t i = 0; i < n; i++) y[i] = x[i] > 0 ? x[i] : 0;
+        for (int64_t i = 0; i < n; i++) y[i] = ls_relu(x[i]);
     else
-        for (int64_t i = 0; i < n; i++) {
-            const ls_real e = ls_exp(x[i] < 0 ? x[i] : 0);
-            y[i] = x[i] > 0 ? 1 + x[i] : e;
-        }
+        for (int64_t i = 0; i < n; i++) y[i] = ls_one_plus_elu(x[i]);
 }
 
 static void activate_backward(const ls_pass *p, int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
 {
     if (p->option[ACT] == RELU)
-        for (int64_t i = 0; i < n; i++) dx[i] = x[i] > 0 ? dy[i] : 0;
+        for (int64_t i = 0; i < n; i++) dx[i] = ls_relu_backward(x[i], dy[i]);
     else
-        for (int64_t i = 0; i < n; i++) dx[i] = dy[i] * ls_exp(x[i] < 0 ? x[i] : 0);
+        for (int64_t i = 0; i < n; i++) dx[i] = ls_one_plus_elu_backward(x[i], dy[i]);
 }
 
 static void queries(ls_pass *p, int64_t h, int64_t n, const ls_real *rows, ls_real *a)
@@ -95,7 +89,8 @@ static const ls_feature_map map = {.features = features,
                                    .queries = queries,
                                    .keys = keys,
                                    .queries_backward = backward,
-                                   .keys_backward = backward};
+                                   .keys_backward = backward,
+                                   .cuda = LS_IF_CUDA(&ls_cosformer_map_cuda)};
 
 /* ------------------------------------------------------------------------------------------------ table */
 
@@ -110,5 +105,6 @@ const ls_mechanism ls_cosformer_mechanism = {
                [LS_NC] = ls_linear_all_keys,
                [LS_CC] = ls_linear_all_keys},
     .step = {[LS_CS] = ls_linear_step_causal, [LS_NC] = ls_linear_step_across, [LS_CC] = ls_linear_step_across},
+    .cuda = LS_IF_CUDA(&ls_cosformer_cuda),
     .kit = &map,
 };

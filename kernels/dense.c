@@ -13,8 +13,10 @@ enum { TILE_COLUMNS = 256, TILE_ROWS = 32 };
 
 /* ------------------------------------------------------------------------------------------------ linear */
 
-void ls_linear(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w, const ls_real *b, ls_real *y)
+static void linear(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
+                   const ls_real *b, ls_real *y)
 {
+    (void)queue;
     /* BLAS clears C before it adds to it: writing the bias instead costs the same and saves a pass */
     if (b)
         for (int64_t r = 0; r < rows; r++) memcpy(y + r * out, b, (size_t)out * sizeof *y);
@@ -53,9 +55,10 @@ static void few_rows(int64_t r, int64_t n, int64_t o, int64_t end, int64_t in, i
 }
 
 /* Tiles of 64 rows stay in the second cache, 8 rows of w in the first. */
-void ls_linear_alike(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w, const ls_real *b,
-                     ls_real *y)
+static void linear_alike(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
+                         const ls_real *b, ls_real *y)
 {
+    (void)queue;
     for (int64_t tile = 0; tile < rows; tile += 64)
         for (int64_t o = 0; o < out; o += 8)
             for (int64_t r = tile; r < ls_min(tile + 64, rows); r += 4)
@@ -77,9 +80,10 @@ static void add_column_sums(int64_t rows, int64_t n, const ls_real *x, ls_real *
     }
 }
 
-void ls_linear_backward(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w, const ls_real *dy,
-                        ls_real *dx, int accumulate_dx, ls_real *dw, ls_real *db)
+static void linear_backward(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
+                            const ls_real *dy, ls_real *dx, int accumulate_dx, ls_real *dw, ls_real *db)
 {
+    (void)queue;
     if (dw) ls_gemm(1, 0, out, in, rows, 1, dy, out, x, in, 1, dw, in);
     if (db) add_column_sums(rows, out, dy, db);
     if (dx) ls_gemm(0, 0, rows, in, out, 1, dy, out, w, in, accumulate_dx ? 1 : 0, dx, in);
@@ -105,9 +109,10 @@ static void moments(int64_t n, const ls_real *x, double *mean, double *var)
     *var = q < 0 ? 0 : q; /* NaN stays */
 }
 
-void ls_layer_norm(int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *b, ls_real *y,
-                   ls_real *mean, ls_real *rstd)
+static void layer_norm(ls_queue *queue, int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *b,
+                       ls_real *y, ls_real *mean, ls_real *rstd)
 {
+    (void)queue;
     for (int64_t r = 0; r < rows; r++) {
         const ls_real *xr = x + r * E;
         ls_real *yr = y + r * E;
@@ -122,10 +127,11 @@ void ls_layer_norm(int64_t rows, int64_t E, const ls_real *x, const ls_real *w, 
 
 /* With g = dy·w and x̂ = (x - mean)·rstd: dx = rstd·(g - avg(g) - x̂·avg(g·x̂)), dw += Σ dy·x̂, db += Σ dy. The averages
  * of a tile of rows come first; then, column by column tile, everything else while the rows are still in the cache. */
-void ls_layer_norm_backward(int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *mean,
-                            const ls_real *rstd, const ls_real *dy, ls_real *dx, int accumulate_dx, ls_real *dw,
-                            ls_real *db)
+static void layer_norm_backward(ls_queue *queue, int64_t rows, int64_t E, const ls_real *x, const ls_real *w,
+                                const ls_real *mean, const ls_real *rstd, const ls_real *dy, ls_real *dx,
+                                int accumulate_dx, ls_real *dw, ls_real *db)
 {
+    (void)queue;
     for (int64_t r0 = 0; r0 < rows; r0 += TILE_ROWS) {
         const int64_t r1 = ls_min(r0 + TILE_ROWS, rows);
         ls_real avg_g[TILE_ROWS], avg_gx[TILE_ROWS];
@@ -166,8 +172,9 @@ void ls_layer_norm_backward(int64_t rows, int64_t E, const ls_real *x, const ls_
 
 /* ------------------------------------------------------------------------------------------------ activations */
 
-void ls_gelu(int64_t n, const ls_real *x, ls_real *y)
+static void gelu(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y)
 {
+    (void)queue;
     LS_ERF_LOOP
     for (int64_t i = 0; i < n; i++) {
         ls_real density;
@@ -176,8 +183,9 @@ void ls_gelu(int64_t n, const ls_real *x, ls_real *y)
 }
 
 /* (x Φ(x))' = Φ(x) + x φ(x) */
-void ls_gelu_backward(int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
+static void gelu_backward(ls_queue *queue, int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
 {
+    (void)queue;
     LS_ERF_LOOP
     for (int64_t i = 0; i < n; i++) {
         ls_real density;
@@ -187,22 +195,26 @@ void ls_gelu_backward(int64_t n, const ls_real *x, const ls_real *dy, ls_real *d
 }
 
 /* Written so that NaN goes through and is seen. */
-void ls_relu(int64_t n, const ls_real *x, ls_real *y)
+static void relu(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y)
 {
+    (void)queue;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) y[i] = x[i] < 0 ? 0 : x[i];
 }
 
-void ls_relu_backward(int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
+static void relu_backward(ls_queue *queue, int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
 {
+    (void)queue;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) dx[i] = x[i] > 0 ? dy[i] : 0;
 }
 
 /* ------------------------------------------------------------------------------------------------ embedding */
 
-void ls_embedding(int64_t rows, int64_t E, const int32_t *token, const ls_real *table, double scale, ls_real *y)
+static void embedding(ls_queue *queue, int64_t rows, int64_t E, const int32_t *token, const ls_real *table,
+                      double scale, ls_real *y)
 {
+    (void)queue;
     const ls_real a = (ls_real)scale;
     for (int64_t r = 0; r < rows; r++) {
         ls_real *yr = y + r * E;
@@ -216,9 +228,10 @@ void ls_embedding(int64_t rows, int64_t E, const int32_t *token, const ls_real *
     }
 }
 
-void ls_embedding_backward(int64_t rows, int64_t E, const int32_t *token, double scale, const ls_real *dy,
-                           ls_real *dtable)
+static void embedding_backward(ls_queue *queue, int64_t rows, int64_t V, int64_t E, const int32_t *token, double scale,
+                               const ls_real *dy, ls_real *dtable)
 {
+    (void)queue, (void)V;
     const ls_real a = (ls_real)scale;
     for (int64_t r = 0; r < rows; r++) {
         if (token[r] < 0) continue;
@@ -236,8 +249,9 @@ enum { ANCHOR = 64, TILE_FREQUENCIES = 128 };
 /* sin and cos of p f from the position before by the rotation through f, in double, and anew from libm at every global
  * multiple of ANCHOR. A row's value is thus the same wherever the piece that holds it begins: its walk always starts at
  * its own anchor. The walk adds 1e-14; what remains is the rounding of p f, at most 5e-7 at p = 2^31. */
-void ls_add_positions(int64_t B, int64_t T, int64_t E, int64_t lo, ls_real *x)
+static void add_positions(ls_queue *queue, int64_t B, int64_t T, int64_t E, int64_t lo, ls_real *x)
 {
+    (void)queue;
     const int64_t half = E / 2;
     for (int64_t i0 = 0; i0 < half; i0 += TILE_FREQUENCIES) {
         const int64_t n = ls_min(TILE_FREQUENCIES, half - i0);
@@ -304,9 +318,10 @@ static void random_block(uint64_t seed, uint32_t stream, uint32_t step, uint64_t
  * index position·⌈E/8⌉ + e/8 (as they lie in memory: little-endian machines have the low half of a word first). It is
  * kept if they are >= drop, the rate rounded to 1/65536; kept elements are divided by the true probability 1 -
  * drop/65536, so the expected value is exact for any rate. */
-void ls_dropout(int64_t B, int64_t T, int64_t E, double rate, uint64_t seed, uint32_t stream, uint64_t sample,
-                int64_t lo, ls_real *x)
+static void dropout(ls_queue *queue, int64_t B, int64_t T, int64_t E, double rate, uint64_t seed, uint32_t stream,
+                    uint64_t sample, int64_t lo, ls_real *x)
 {
+    (void)queue;
     const uint32_t drop = (uint32_t)(rate * 65536 + 0.5);
     if (drop == 0 || T <= 0) return;
     const ls_real scale = drop < 65536 ? (ls_real)(65536.0 / (65536.0 - drop)) : 0;
@@ -333,8 +348,10 @@ void ls_dropout(int64_t B, int64_t T, int64_t E, double rate, uint64_t seed, uin
 
 /* ------------------------------------------------------------------------------------------------ rows */
 
-void ls_zero_rows(int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad, const ls_real *x, ls_real *y)
+static void zero_rows(ls_queue *queue, int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad,
+                      const ls_real *x, ls_real *y)
 {
+    (void)queue;
     for (int64_t r = 0; r < B * T; r++) {
         const int64_t b = batch_first ? r / T : r % B, t = batch_first ? r % T : r / B;
         if (pad && pad[b * T + t])
@@ -344,8 +361,57 @@ void ls_zero_rows(int64_t B, int64_t T, int64_t E, int batch_first, const uint8_
     }
 }
 
-void ls_add(int64_t n, const ls_real *x, ls_real *y)
+static void add(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y)
 {
+    (void)queue;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) y[i] += x[i];
 }
+
+static void sum(ls_queue *queue, int64_t n, const ls_real *a, const ls_real *b, ls_real *y)
+{
+    (void)queue;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) y[i] = a[i] + b[i];
+}
+
+static void copy(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y)
+{
+    (void)queue;
+    if (n > 0) memcpy(y, x, (size_t)n * sizeof *y);
+}
+
+static void scale(ls_queue *queue, int64_t n, double factor, ls_real *x)
+{
+    (void)queue;
+    const ls_real a = (ls_real)factor;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) x[i] *= a;
+}
+
+static void zero(ls_queue *queue, size_t bytes, void *x)
+{
+    (void)queue;
+    if (bytes > 0) memset(x, 0, bytes);
+}
+
+const ls_dense_ops ls_dense_cpu = {.linear = linear,
+                                   .linear_alike = linear_alike,
+                                   .linear_backward = linear_backward,
+                                   .layer_norm = layer_norm,
+                                   .layer_norm_backward = layer_norm_backward,
+                                   .gelu = gelu,
+                                   .gelu_backward = gelu_backward,
+                                   .relu = relu,
+                                   .relu_backward = relu_backward,
+                                   .embedding = embedding,
+                                   .embedding_backward = embedding_backward,
+                                   .add_positions = add_positions,
+                                   .dropout = dropout,
+                                   .cross_entropy = ls_cross_entropy_cpu,
+                                   .zero_rows = zero_rows,
+                                   .add = add,
+                                   .sum = sum,
+                                   .copy = copy,
+                                   .scale = scale,
+                                   .zero = zero};

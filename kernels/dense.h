@@ -1,60 +1,171 @@
 /* What stands between attentions in an encoder-decoder model: local to a rank, row by row. Rows are (B,T), batch first;
  * `rows` = B*T. Parameter gradients accumulate (+=), activation gradients overwrite (=) unless said otherwise.
- * None of these allocates or fails. Where in and out may be the same pointer, it is said. */
+ * None of these allocates, waits or fails; on a GPU what went wrong comes to light where the queue is asked. All
+ * pointers are to memory of the device; `queue` is NULL on the CPU. Where in and out may be the same pointer, it is
+ * said. */
 #ifndef LS_DENSE_H
 #define LS_DENSE_H
 
+#include "device.h"
 #include "real.h"
 
-/* y (rows,out) = x (rows,in) wᵀ + b, w (out,in), b (out) or NULL. */
-void ls_linear(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w, const ls_real *b, ls_real *y);
-/* The same, but the bits of a row of y depend on its row of x alone, and not on how many rows there are: for what is
- * rounded or compared afterwards, which must not come out otherwise where the rows are spread over other ranks. Slower:
- * BLAS sums the rows at the edge of its tiles in another order. */
-void ls_linear_alike(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w, const ls_real *b,
-                     ls_real *y);
-/* dx = dy w (NULL: not wanted; accumulate_dx: +=), dw += dyᵀ x, db += Σ_rows dy (NULL where there is none). */
-void ls_linear_backward(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w, const ls_real *dy,
-                        ls_real *dx, int accumulate_dx, ls_real *dw, ls_real *db);
+/* What cross_entropy adds to, in doubles: the first two numbers are the sums, the others its own to work in. */
+enum { LS_LOSS_SUMS = 2 + 2 * 512 };
 
-/* y = (x - mean) * rstd * w + b over the last axis E (Ba et al., 2016), eps 1e-5. mean, rstd (rows) are kept. */
-void ls_layer_norm(int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *b, ls_real *y,
-                   ls_real *mean, ls_real *rstd);
-/* dx (=, or += with accumulate_dx; may be dy itself without it). */
-void ls_layer_norm_backward(int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *mean,
-                            const ls_real *rstd, const ls_real *dy, ls_real *dx, int accumulate_dx, ls_real *dw,
-                            ls_real *db);
+typedef struct ls_dense_ops {
+    /* y (rows,out) = x (rows,in) wᵀ + b, w (out,in), b (out) or NULL. */
+    void (*linear)(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
+                   const ls_real *b, ls_real *y);
+    /* The same, but the bits of a row of y depend on its row of x alone, and not on how many rows there are: for what
+     * is rounded or compared afterwards, which must not come out otherwise where the rows are spread over other ranks.
+     * Slower: BLAS sums the rows at the edge of its tiles in another order. */
+    void (*linear_alike)(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
+                         const ls_real *b, ls_real *y);
+    /* dx = dy w (NULL: not wanted; accumulate_dx: +=), dw += dyᵀ x, db += Σ_rows dy (NULL where there is none). */
+    void (*linear_backward)(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
+                            const ls_real *dy, ls_real *dx, int accumulate_dx, ls_real *dw, ls_real *db);
 
-/* Exact (erf) gelu and relu; y may be x. dx may be dy. */
-void ls_gelu(int64_t n, const ls_real *x, ls_real *y);
-void ls_gelu_backward(int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx);
-void ls_relu(int64_t n, const ls_real *x, ls_real *y);
-void ls_relu_backward(int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx);
+    /* y = (x - mean) * rstd * w + b over the last axis E (Ba et al., 2016), eps 1e-5. mean, rstd (rows) are kept. */
+    void (*layer_norm)(ls_queue *queue, int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *b,
+                       ls_real *y, ls_real *mean, ls_real *rstd);
+    /* dx (=, or += with accumulate_dx; may be dy itself without it). */
+    void (*layer_norm_backward)(ls_queue *queue, int64_t rows, int64_t E, const ls_real *x, const ls_real *w,
+                                const ls_real *mean, const ls_real *rstd, const ls_real *dy, ls_real *dx,
+                                int accumulate_dx, ls_real *dw, ls_real *db);
 
-/* y (rows,E) = table[token] * scale; a token < 0 (padding) gives a row of 0. Tokens were checked against V when read. */
-void ls_embedding(int64_t rows, int64_t E, const int32_t *token, const ls_real *table, double scale, ls_real *y);
-void ls_embedding_backward(int64_t rows, int64_t E, const int32_t *token, double scale, const ls_real *dy,
-                           ls_real *dtable);
+    /* Exact (erf) gelu and relu; y may be x. dx may be dy. */
+    void (*gelu)(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y);
+    void (*gelu_backward)(ls_queue *queue, int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx);
+    void (*relu)(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y);
+    void (*relu_backward)(ls_queue *queue, int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx);
 
-/* x (B,T,E) += pe(position), position = lo + t: pe = [sin(p f_0) .. sin(p f_{E/2-1}), cos(p f_0) ..],
- * f_i = 10000^(-2i/E) (Vaswani et al., 2017). E odd: the last column gets nothing. Accurate for positions to 2^31. */
-void ls_add_positions(int64_t B, int64_t T, int64_t E, int64_t lo, ls_real *x);
+    /* y (rows,E) = table (V,E)[token] * scale; a token < 0 (padding) gives a row of 0. Tokens were checked against V
+     * when read. */
+    void (*embedding)(ls_queue *queue, int64_t rows, int64_t E, const int32_t *token, const ls_real *table,
+                      double scale, ls_real *y);
+    void (*embedding_backward)(ls_queue *queue, int64_t rows, int64_t V, int64_t E, const int32_t *token, double scale,
+                               const ls_real *dy, ls_real *dtable);
 
-/* x (B,T,E) *= mask / (1 - rate) in place; the mask is a pure function of (seed, stream, sample + b, lo + t, e), so
- * the backward pass is the same call on the gradient. rate 0: nothing happens. */
-void ls_dropout(int64_t B, int64_t T, int64_t E, double rate, uint64_t seed, uint32_t stream, uint64_t sample,
-                int64_t lo, ls_real *x);
+    /* x (B,T,E) += pe(position), position = lo + t: pe = [sin(p f_0) .. sin(p f_{E/2-1}), cos(p f_0) ..],
+     * f_i = 10000^(-2i/E) (Vaswani et al., 2017). E odd: the last column gets nothing. Accurate for positions to 2^31.
+     */
+    void (*add_positions)(ls_queue *queue, int64_t B, int64_t T, int64_t E, int64_t lo, ls_real *x);
 
-/* Cross-entropy with label smoothing: per row (1-s)·(-log p_target) + s·mean_v(-log p_v). Rows with target < 0 are
- * ignored (their gradient is 0). Returns the sum over rows, in double. dlogits = grad_scale · d sum / d logits, may be
- * logits itself, NULL: not wanted. nll: receives Σ -log p_target without smoothing; may be NULL. */
-double ls_cross_entropy(int64_t rows, int64_t V, const ls_real *logits, const int32_t *target, double smoothing,
-                        double grad_scale, ls_real *dlogits, double *nll);
+    /* x (B,T,E) *= mask / (1 - rate) in place; the mask is a pure function of (seed, stream, sample + b, lo + t, e), so
+     * the backward pass is the same call on the gradient. rate 0: nothing happens. */
+    void (*dropout)(ls_queue *queue, int64_t B, int64_t T, int64_t E, double rate, uint64_t seed, uint32_t stream,
+                    uint64_t sample, int64_t lo, ls_real *x);
 
-/* Rows of x (B,T,E), or (T,B,E) with batch_first 0, whose pad (B,T) is 1 become 0 in y (may be x). pad NULL: copies. */
-void ls_zero_rows(int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad, const ls_real *x, ls_real *y);
+    /* Cross-entropy with label smoothing: per row (1-s)·(-log p_target) + s·mean_v(-log p_v). Rows with target < 0 are
+     * ignored (their gradient is 0). dlogits = grad_scale · d sum / d logits, may be logits itself, NULL: not wanted.
+     * sums (LS_LOSS_SUMS): sums[0] += the sum over rows, sums[1] += Σ -log p_target without smoothing. */
+    void (*cross_entropy)(ls_queue *queue, int64_t rows, int64_t V, const ls_real *logits, const int32_t *target,
+                          double smoothing, double grad_scale, ls_real *dlogits, double *sums);
 
-/* y += x */
-void ls_add(int64_t n, const ls_real *x, ls_real *y);
+    /* Rows of x (B,T,E), or (T,B,E) with batch_first 0, whose pad (B,T) is 1 become 0 in y (may be x). pad NULL:
+     * copies. */
+    void (*zero_rows)(ls_queue *queue, int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad,
+                      const ls_real *x, ls_real *y);
+
+    void (*add)(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y);                   /* y += x */
+    void (*sum)(ls_queue *queue, int64_t n, const ls_real *a, const ls_real *b, ls_real *y); /* y = a + b; y may be a */
+    void (*copy)(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y);                  /* y = x */
+    void (*scale)(ls_queue *queue, int64_t n, double factor, ls_real *x);                    /* x *= factor */
+    void (*zero)(ls_queue *queue, size_t bytes, void *x);
+} ls_dense_ops;
+
+extern const ls_dense_ops ls_dense_cpu, ls_dense_cuda;
+
+/* NULL: this build has no such backend. */
+static inline const ls_dense_ops *ls_dense_of(ls_device device)
+{
+    return device == LS_CPU ? &ls_dense_cpu : device == LS_CUDA ? LS_IF_CUDA(&ls_dense_cuda) : NULL;
+}
+
+/* Part of ls_dense_cpu, in loss.c. */
+void ls_cross_entropy_cpu(ls_queue *queue, int64_t rows, int64_t V, const ls_real *logits, const int32_t *target,
+                          double smoothing, double grad_scale, ls_real *dlogits, double *sums);
+
+/* ------------------------------------------------------------------------------------------------ names of before
+ * On the CPU, for callers that do not yet go by a table. */
+
+static inline void ls_linear(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
+                             const ls_real *b, ls_real *y)
+{
+    ls_dense_cpu.linear(NULL, rows, in, out, x, w, b, y);
+}
+static inline void ls_linear_alike(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
+                                   const ls_real *b, ls_real *y)
+{
+    ls_dense_cpu.linear_alike(NULL, rows, in, out, x, w, b, y);
+}
+static inline void ls_linear_backward(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
+                                      const ls_real *dy, ls_real *dx, int accumulate_dx, ls_real *dw, ls_real *db)
+{
+    ls_dense_cpu.linear_backward(NULL, rows, in, out, x, w, dy, dx, accumulate_dx, dw, db);
+}
+static inline void ls_layer_norm(int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *b,
+                                 ls_real *y, ls_real *mean, ls_real *rstd)
+{
+    ls_dense_cpu.layer_norm(NULL, rows, E, x, w, b, y, mean, rstd);
+}
+static inline void ls_layer_norm_backward(int64_t rows, int64_t E, const ls_real *x, const ls_real *w,
+                                          const ls_real *mean, const ls_real *rstd, const ls_real *dy, ls_real *dx,
+                                          int accumulate_dx, ls_real *dw, ls_real *db)
+{
+    ls_dense_cpu.layer_norm_backward(NULL, rows, E, x, w, mean, rstd, dy, dx, accumulate_dx, dw, db);
+}
+static inline void ls_gelu(int64_t n, const ls_real *x, ls_real *y)
+{
+    ls_dense_cpu.gelu(NULL, n, x, y);
+}
+static inline void ls_gelu_backward(int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
+{
+    ls_dense_cpu.gelu_backward(NULL, n, x, dy, dx);
+}
+static inline void ls_relu(int64_t n, const ls_real *x, ls_real *y)
+{
+    ls_dense_cpu.relu(NULL, n, x, y);
+}
+static inline void ls_relu_backward(int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
+{
+    ls_dense_cpu.relu_backward(NULL, n, x, dy, dx);
+}
+static inline void ls_embedding(int64_t rows, int64_t E, const int32_t *token, const ls_real *table, double scale,
+                                ls_real *y)
+{
+    ls_dense_cpu.embedding(NULL, rows, E, token, table, scale, y);
+}
+static inline void ls_embedding_backward(int64_t rows, int64_t E, const int32_t *token, double scale, const ls_real *dy,
+                                         ls_real *dtable)
+{
+    ls_dense_cpu.embedding_backward(NULL, rows, 0, E, token, scale, dy, dtable);
+}
+static inline void ls_add_positions(int64_t B, int64_t T, int64_t E, int64_t lo, ls_real *x)
+{
+    ls_dense_cpu.add_positions(NULL, B, T, E, lo, x);
+}
+static inline void ls_dropout(int64_t B, int64_t T, int64_t E, double rate, uint64_t seed, uint32_t stream,
+                              uint64_t sample, int64_t lo, ls_real *x)
+{
+    ls_dense_cpu.dropout(NULL, B, T, E, rate, seed, stream, sample, lo, x);
+}
+static inline double ls_cross_entropy(int64_t rows, int64_t V, const ls_real *logits, const int32_t *target,
+                                      double smoothing, double grad_scale, ls_real *dlogits, double *nll)
+{
+    double sums[LS_LOSS_SUMS] = {0};
+    ls_dense_cpu.cross_entropy(NULL, rows, V, logits, target, smoothing, grad_scale, dlogits, sums);
+    if (nll) *nll = sums[1];
+    return sums[0];
+}
+static inline void ls_zero_rows(int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad, const ls_real *x,
+                                ls_real *y)
+{
+    ls_dense_cpu.zero_rows(NULL, B, T, E, batch_first, pad, x, y);
+}
+static inline void ls_add(int64_t n, const ls_real *x, ls_real *y)
+{
+    ls_dense_cpu.add(NULL, n, x, y);
+}
 
 #endif

@@ -16,14 +16,14 @@
  */
 #ifdef LS_REAL_DOUBLE
 #define LS_ERF_LOOP
-static inline double ls_normal_cdf(double x, double *density)
+LS_BOTH_SIDES double ls_normal_cdf(double x, double *density)
 {
     *density = 0.3989422804014327 * exp(-0.5 * x * x);
     return 0.5 * erfc(-0.7071067811865476 * x);
 }
 #else
 #define LS_ERF_LOOP _Pragma("omp simd")
-static inline float ls_normal_cdf(float x, float *density)
+LS_BOTH_SIDES float ls_normal_cdf(float x, float *density)
 {
     const float s = x * x, s2 = s * s;
     const float p23 = 9.96719673e-3f - 1.16935372e-3f * s, p01 = 3.98942262e-1f - 6.64895847e-2f * s;

@@ -16,15 +16,16 @@
  * sums over ranks go back to the rows of their segments. read writes dq, write dk and dv; segments add to dq and dk.
  *
  * What is made of landmarks is in double: they are few. saved: μ (B,H,c',d), ω (B,H,C,d), doubles. */
+#include "lara.h"
 #include "gemm.h"
 #include "rng.h"
 #include "segments.h"
 #include "slots.h"
 #include "tile.h"
 
-enum { LANDMARKS, ANTITHETIC, ADAPTIVE };    /* option[] */
-enum { Q_WEIGHT, Q_BIAS, K_WEIGHT, K_BIAS }; /* param[], if adaptive */
-enum { MU, OMEGA };                          /* saved[], doubles */
+extern const ls_cuda_mechanism ls_lara_cuda;
+
+enum { MU, OMEGA }; /* saved[], doubles */
 /* work[]. Of a chunk: */
 enum {
     ROWS_A,
@@ -66,30 +67,9 @@ static int params(const ls_attention_options *o, ls_param_info *list)
 
 /* ------------------------------------------------------------------------------------------------ sizes */
 
-static int is_noisy(const ls_pass *p)
-{
-    return p->training || p->given_noise != NULL;
-}
-
-static int64_t landmarks(const ls_pass *p)
-{
-    return ls_min((int64_t)p->option[LANDMARKS], ls_min(p->all_queries, p->all_keys));
-}
-
-static int64_t count(const ls_pass *p)
-{
-    return landmarks(p) * (is_noisy(p) && p->option[ANTITHETIC] != 0 ? 2 : 1);
-}
-
 static ls_slots slots(const ls_pass *p)
 {
     return (ls_slots){count(p), p->d, p->work[SCRATCH]};
-}
-
-/* Reals of a (b,h) that are summed first: segments of queries, of keys, then the values' reference. */
-static int64_t sums(const ls_pass *p)
-{
-    return (2 * landmarks(p) + 1) * p->d + 1;
 }
 
 static ls_monoid segment_sums(const ls_pass *p)
@@ -150,8 +130,7 @@ static ls_status segments_backward(ls_pass *p, int phase)
 
 static double tokens(const ls_pass *p, int which, int64_t c)
 {
-    const ls_segments s = {which ? p->all_keys : p->all_queries, landmarks(p)};
-    return (double)ls_segment_tokens(s, c);
+    return (double)ls_segment_tokens(segments_of(p, which), c);
 }
 
 /* μ_c (d) += the mean of segment c, through the map if there is one. */
@@ -467,5 +446,6 @@ const ls_mechanism ls_lara_mechanism = {
     .params = params,
     .plan = plan,
     .phases = {[LS_NS] = phases, [LS_NC] = phases},
+    .cuda = LS_IF_CUDA(&ls_lara_cuda),
     .draws = LS_GIVEN_NOISE,
 };

@@ -28,7 +28,8 @@
 #include "gemm.h"
 #include "tile.h"
 
-enum { ROWS = LS_LINEAR_ROWS, CAUSAL_ROWS = 64, BLOCK = 256, SHORT = 64, RISE = 8 };
+enum { ROWS = LS_LINEAR_ROWS, CAUSAL_ROWS = LS_LINEAR_CAUSAL_ROWS, BLOCK = 256 };
+enum { SHORT = LS_LINEAR_SHORT, RISE = LS_LINEAR_RISE };
 enum { QUERIES, KEYS, TURNED, STAGE, WEIGHTS, STATE, DOUBLES, SMALL, TRACE, ALL_WORK }; /* work[] */
 _Static_assert((int)ALL_WORK <= (int)LS_LINEAR_WORK, "work[] of linear attention overlaps that of its mechanism");
 _Static_assert((int)SHORT <= (int)CAUSAL_ROWS, "a short sequence of keys is one chunk");
@@ -288,10 +289,9 @@ static double dot(int64_t n, const ls_real *x, const ls_real *y)
 /* Row i of what a denominator was found for: its inverse, and whether anything flows to it. */
 static void set_inverse(const linear *x, int64_t i, double D)
 {
-    const double least = 4 * (sizeof(ls_real) == 4 ? 1.2e-38 : 2.3e-308); /* its inverse is finite */
-    const double taken = D > x->floor ? D : x->floor;
-    x->inverse[i] = taken > least ? (ls_real)(1 / taken) : 0;
-    x->flows[i] = D > x->floor && D > least;
+    int flows;
+    x->inverse[i] = ls_linear_inverse(D, x->floor, &flows);
+    x->flows[i] = (ls_real)flows;
 }
 
 /* A query's features may all grow alike and nothing happens: da_i is at right angles to a_i, unless the floor is taken.
@@ -325,13 +325,13 @@ static void finish_keys(const linear *x, chunk k)
 
 /* ------------------------------------------------------------------------------------------------ features */
 
-/* Rows [i, i + n) of b, from x to e^(x - c). */
+/* Rows [i, i + n) of b, from x to e^(x - c). Above c are only keys that nobody sees: they must not overflow. */
 static void exponentiate(const linear *x, int64_t i, int64_t n, ls_real c)
 {
     const ls_real from = c == -INFINITY ? 0 : c; /* no key yet: every x is -inf */
     for (int64_t k = i; k < i + n && x->exponentials > 0; k++) {
         ls_real *b = x->b + k * x->r;
-        for (int64_t f = 0; f < x->exponentials; f++) b[f] = ls_exp(b[f] - from);
+        for (int64_t f = 0; f < x->exponentials; f++) b[f] = ls_exp(b[f] - from > 0 ? 0 : b[f] - from);
     }
 }
 
@@ -446,23 +446,17 @@ static void scale_running(linear *x, double factor)
     for (int64_t f = 0; f < x->exponentials; f++) z[f] *= factor;
 }
 
-/* e^(from - to), 0 where there is nothing on the one side or the other. */
-static double change_of(ls_real from, ls_real to)
-{
-    return from == -INFINITY || to == -INFINITY ? 0 : exp((double)from - (double)to);
-}
-
 /* The running state of a head, seen from c = `to` from now on. */
 static void see_from(linear *x, int64_t h, ls_real to)
 {
-    if (x->exponentials > 0 && x->seen_from[h] != to) scale_running(x, change_of(x->seen_from[h], to));
+    if (x->exponentials > 0 && x->seen_from[h] != to) scale_running(x, ls_linear_change(x->seen_from[h], to));
     x->seen_from[h] = to;
 }
 
 /* The same for the gradient of a state, which goes the other way. */
 static void see_gradient_from(linear *x, int64_t h, ls_real to)
 {
-    if (x->exponentials > 0 && x->seen_from[h] != to) scale_running(x, change_of(to, x->seen_from[h]));
+    if (x->exponentials > 0 && x->seen_from[h] != to) scale_running(x, ls_linear_change(to, x->seen_from[h]));
     x->seen_from[h] = to;
 }
 
@@ -1102,7 +1096,7 @@ const ls_phase ls_linear_causal[] = {
 };
 const ls_phase ls_linear_step_across[] = {
     PREPARE,
-    {.name = "sums", .forward = kernel_sums_of_source, .of_source = 1},
+    {.name = "source", .forward = kernel_sums_of_source, .of_source = 1},
     {.name = "apply", .crossing = LS_REDUCE, .monoid = summary, .forward = kernel_apply},
     {.name = NULL},
 };

@@ -24,10 +24,28 @@ typedef struct ls_feature_map {
      * keys() made of the same rows. */
     void (*queries_backward)(ls_pass *, int64_t h, int64_t n, const ls_real *rows, const ls_real *da, ls_real *drows);
     void (*keys_backward)(ls_pass *, int64_t h, int64_t n, const ls_real *rows, const ls_real *db, ls_real *drows);
+    const struct ls_feature_map_cuda *cuda; /* LS_IF_CUDA(&..), or NULL */
 } ls_feature_map;
 
-enum { LS_LINEAR_ROWS = 128 }; /* the most rows of such a call */
-enum { LS_LINEAR_WORK = 10 };  /* pass.work[] from here on is the mechanism's own */
+enum { LS_LINEAR_ROWS = 128, LS_LINEAR_CAUSAL_ROWS = 64 }; /* the most rows of a chunk; of a call for one head */
+enum { LS_LINEAR_SHORT = 64 };                             /* the most keys that go to all ranks as they are */
+enum { LS_LINEAR_RISE = 8 };  /* how far c may rise among rows that see their keys from one c */
+enum { LS_LINEAR_WORK = 10 }; /* pass.work[] from here on is the mechanism's own */
+
+/* The inverse of a denominator D, and whether anything flows to it. */
+LS_BOTH_SIDES ls_real ls_linear_inverse(double D, double floor, int *flows)
+{
+    const double least = 4 * (sizeof(ls_real) == 4 ? 1.2e-38 : 2.3e-308); /* its inverse is finite */
+    const double taken = D > floor ? D : floor;
+    *flows = D > floor && D > least;
+    return taken > least ? (ls_real)(1 / taken) : 0;
+}
+
+/* e^(from - to), 0 where there is nothing on the one side or the other. */
+LS_BOTH_SIDES double ls_linear_change(ls_real from, ls_real to)
+{
+    return from == -INFINITY || to == -INFINITY ? 0 : from == to ? 1 : exp((double)from - (double)to);
+}
 
 void ls_linear_plan(ls_pass *p, ls_arena *saved, ls_arena *work);
 

@@ -21,14 +21,15 @@
  *
  * saved (local-p): p (B,H,T) in double, the order (B,H,T). State of a step: CS the last w keys and values; CC the cache
  * of the source, spread over ranks, each of which gives (m, l, out) of its part of the window, summed by softsum. */
+#include "local.h"
+
 #include "gemm.h"
 #include "tile.h"
 
-enum { WINDOW, ALIGN };                             /* option[] */
-enum { MAP, VECTOR };                               /* param[]: W, u */
+extern const ls_cuda_mechanism ls_local_cuda;
+
 enum { TQ = 16, BLOCK = 64 };                       /* queries of a tile, of the tiles that all heads do together */
 enum { DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS }; /* of the sort */
-enum { COUNT, CENTRES };                            /* phases of cross attention */
 enum { CENTRE, ORDER };                             /* saved[]: doubles, int64_t */
 enum { QUERIES, DOUT, ROWS, SCORES, DSCORES, GAUSS, HIDDEN, DCENTRE, PREDICT, SORT }; /* work[] */
 
@@ -39,14 +40,9 @@ static const ls_option_info options[] = {
     {.name = NULL},
 };
 
-static int predicts(ls_pattern pattern, const double *option)
-{
-    return pattern == LS_CC || (pattern == LS_NC && option[ALIGN] > 0);
-}
-
 static int predictive(const ls_pass *p)
 {
-    return predicts(p->pattern, p->option);
+    return ls_local_predicts(p->pattern, p->option);
 }
 
 static int monotonic(const ls_pass *p)
@@ -58,7 +54,7 @@ static int params(const ls_attention_options *o, ls_param_info *list)
 {
     const int64_t H = o->num_heads, d = o->embed_dim / H;
     const double scale = 1 / sqrt((double)d);
-    if (!predicts(o->pattern, o->value)) return 0;
+    if (!ls_local_predicts(o->pattern, o->value)) return 0;
     list[MAP] = (ls_param_info){"W", 3, {H, d, d}, 0, 0, LS_INIT_NORMAL, scale};
     list[VECTOR] = (ls_param_info){"u", 2, {H, d}, 0, 0, LS_INIT_NORMAL, scale};
     return 2;
@@ -66,7 +62,7 @@ static int params(const ls_attention_options *o, ls_param_info *list)
 
 static void layer(const ls_attention_options *o, ls_layer_form *form)
 {
-    form->input[0].alike = predicts(o->pattern, o->value);
+    form->input[0].alike = ls_local_predicts(o->pattern, o->value);
 }
 
 /* Keys that a tile may cover: the windows of TQ neighbours, or all that there are. */
@@ -108,13 +104,7 @@ static int64_t *order_of(const ls_pass *p, int64_t b, int64_t h)
 
 static int64_t monotonic_centre(const ls_pass *p, int64_t i)
 {
-    return p->all_queries > 0 ? (2 * i + 1) * p->all_keys / (2 * p->all_queries) : 0;
-}
-
-/* p >= 0; where parameters are not numbers, nor is p: its window is somewhere, and the Gaussian keeps the NaN. */
-static int64_t predicted_centre(double p)
-{
-    return p > 0 ? (int64_t)rint(p) : 0;
+    return ls_local_monotonic(i, p->all_queries, p->all_keys);
 }
 
 /* Monotonic windows only grow in i, so those of [i, i + n) reach from that of the first to that of the last. */
@@ -134,11 +124,19 @@ static ls_span window(const ls_pass *p, int64_t b, int64_t h, int64_t t)
     if (ls_is_padded(p->pad_q, b * p->T + t)) return (ls_span){0, 0, 0};
     ls_span s = {0, 0, 2 * w + 1};
     if (predictive(p))
-        s.lo = predicted_centre(centres_of(p, b, h)[t]) - w;
+        s.lo = ls_local_predicted(centres_of(p, b, h)[t]) - w;
     else
         s = reach(p, p->query_span[0].lo + t, 1);
-    const int64_t lo = ls_max(0, s.lo);
-    return (ls_span){0, lo, ls_max(0, ls_min(s.lo + s.n, p->all_keys) - lo)};
+    return ls_local_clip(s.lo, s.n, p->all_keys);
+}
+
+/* The window of the query that is number s in the order of windows. The GPU left a copy of the centres in that order,
+ * those of padded queries at the end as all_keys. */
+static ls_span ordered_window(const ls_pass *p, int64_t b, int64_t h, int64_t s)
+{
+    if (p->queue == NULL) return window(p, b, h, order_of(p, b, h)[s]);
+    const int64_t w = (int64_t)p->option[WINDOW], c = ((const int64_t *)p->host)[(b * p->H + h) * p->T + s];
+    return c < p->all_keys ? ls_local_clip(c - w, 2 * w + 1, p->all_keys) : (ls_span){0, 0, 0};
 }
 
 /* Rows of the halo, one window after the other: in a list, those that no window before had are new ones. */
@@ -161,7 +159,7 @@ static int64_t wanted(const ls_pass *p, int64_t b, int64_t h, ls_span *list)
 {
     int64_t n = 0, end = -1;
     for (int64_t s = 0; s < p->T; s++) {
-        const ls_span k = window(p, b, h, order_of(p, b, h)[s]);
+        const ls_span k = ordered_window(p, b, h, s);
         if (k.n == 0) continue;
         if (k.lo > end) {
             if (list != NULL) list[n] = k;
@@ -175,7 +173,7 @@ static int64_t wanted(const ls_pass *p, int64_t b, int64_t h, ls_span *list)
 
 /* ------------------------------------------------------------------------------------------------ centres */
 
-/* Unpadded keys of each batch row, as two numbers that a float holds exactly: n = 4096 high + low. */
+/* Unpadded keys of each batch row, see ls_local_last_key. */
 static ls_monoid counts(const ls_pass *p)
 {
     return (ls_monoid){.groups = p->B, .plain = 2};
@@ -195,9 +193,7 @@ static ls_status count(ls_pass *p, int phase)
 
 static double last_key(const ls_pass *p, int64_t b)
 {
-    const ls_real *got = p->summary[CENTRES].got + 2 * b;
-    const double n = 4096 * (double)got[0] + (double)got[1];
-    return n > 1 ? n - 1 : 0;
+    return ls_local_last_key(p->summary[CENTRES].got + 2 * b);
 }
 
 /* Of one head: Wᵀ (d,d), u (d), and room for h (d) and du (d), in double. */
@@ -265,7 +261,7 @@ static void predict(const predictor *f, int64_t d, const ls_real *q)
 /* The order of queries by centre, padded ones last: a radix sort, which keeps the order of equals. */
 static int64_t sort_key(const ls_pass *p, int64_t b, const double *centre, int64_t t)
 {
-    return ls_is_padded(p->pad_q, b * p->T + t) ? p->all_keys : predicted_centre(centre[t]);
+    return ls_is_padded(p->pad_q, b * p->T + t) ? p->all_keys : ls_local_predicted(centre[t]);
 }
 
 static void sort_queries(ls_pass *p, int64_t b, int64_t h)
@@ -629,4 +625,5 @@ const ls_mechanism ls_local_mechanism = {
     .plan = plan,
     .phases = {self, self, cross, cross},
     .step = {[LS_CS] = self, [LS_CC] = cross_step},
+    .cuda = LS_IF_CUDA(&ls_local_cuda),
 };

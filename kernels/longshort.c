@@ -19,6 +19,8 @@
  * longshort_far.c makes landmarks and summaries, longshort_attend.c is the softmax over near and far. */
 #include "longshort.h"
 
+extern const ls_cuda_mechanism ls_longshort_cuda;
+
 static const ls_option_info options[] = {
     {"num_landmarks", "r", 0, 0, 4096, 1,
      "vectors per head that stand for what is far: NS for the sequence, CS for each chunk; 0: 16 in NS, 1 in CS"},
@@ -58,12 +60,6 @@ static int params(const ls_attention_options *o, ls_param_info *list)
 
 /* ------------------------------------------------------------------------------------------------ what is seen */
 
-ls_span ls_longshort_sight(const ls_pass *p, int64_t i)
-{
-    const int64_t w = (int64_t)p->option[WINDOW], e = ls_max(w / 2, 1);
-    return p->pattern == LS_CS ? (ls_span){0, i - w + 1, w} : (ls_span){0, i / w * w - e, w + 2 * e};
-}
-
 static ls_span reach_around(const ls_pass *p, int64_t lo, int64_t n)
 {
     const ls_span first = ls_longshort_sight(p, lo), last = ls_longshort_sight(p, lo + n - 1);
@@ -85,8 +81,7 @@ static double *take_doubles(ls_arena *a, int64_t n)
     return ls_arena_take(a, (size_t)n * sizeof(double));
 }
 
-/* Rows of the halo: known from the reach, since in a step there is no halo yet. */
-static int64_t halo_rows(const ls_pass *p)
+int64_t ls_longshort_halo_rows(const ls_pass *p)
 {
     if (p->T == 0) return 0;
     const int64_t lo = p->query_span[0].lo;
@@ -159,10 +154,9 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
     (void)saved;
     longshort_memory memory = {0}, *m = &memory;
-    const int64_t n = halo_rows(p), last = p->query_span[0].lo + p->T - 1;
-    const int64_t seen = p->pattern == LS_CS && p->T > 0 ? last / chunk_length(p) * vectors(p) : 0;
+    const int64_t n = ls_longshort_halo_rows(p), seen = ls_longshort_seen(p);
     m->N = p->step ? 1 : p->pattern == LS_CS ? seen : vectors(p);
-    m->D = ls_min((int64_t)p->option[WINDOW], p->all_keys);
+    m->D = ls_longshort_distances(p);
     void *place = ls_arena_take(work, sizeof memory);
     for (int i = 0; i < 2; i++) m->near[i] = ls_take(work, p->B * n * p->H * p->d);
     plan_far(p, m, work, seen);
@@ -221,5 +215,6 @@ const ls_mechanism ls_longshort_mechanism = {
     .plan = plan,
     .phases = {[LS_NS] = noncausal, [LS_CS] = causal},
     .step = {[LS_CS] = step},
+    .cuda = LS_IF_CUDA(&ls_longshort_cuda),
     .layer_only = 1,
 };

@@ -4,13 +4,9 @@
 
 #include "dense.h"
 #include "gemm.h"
+#include "longshort_form.h"
 #include "tile.h"
 
-enum { LANDMARKS, WINDOW, CHUNK }; /* option[] */
-/* param[]: the norms of the window's rows (ln_l, ln_w) and of what is far (ln_s, ln_d); the rest is CS's alone */
-enum { NEAR_WEIGHT, NEAR_BIAS, FAR_WEIGHT, FAR_BIAS, R_WIN, R_CHUNK, R_CHUNK_BIAS, R_W, R_R };
-enum { KEYS, VALUES };
-enum { NS_ATTEND = 2 }; /* the phase whose reduce brings the landmarks' sums */
 enum {
     BLOCK = 64, /* rows normalised at a time */
     TILE = 64   /* queries worked on at a time, at most */
@@ -49,31 +45,6 @@ static inline longshort_memory *memory_of(const ls_pass *p)
     return (longshort_memory *)(void *)p->work[0];
 }
 
-/* r: 0 stands for the pattern's own default. */
-static inline int64_t vectors_of(ls_pattern pattern, const double *option)
-{
-    return option[LANDMARKS] > 0 ? (int64_t)option[LANDMARKS] : pattern == LS_CS ? 1 : 16;
-}
-static inline int64_t vectors(const ls_pass *p)
-{
-    return vectors_of(p->pattern, p->option);
-}
-static inline int64_t columns(const ls_pass *p)
-{
-    return p->H * vectors(p);
-}
-static inline int64_t chunk_length(const ls_pass *p)
-{
-    return (int64_t)p->option[CHUNK];
-}
-static inline const ls_real *parameter(const ls_pass *p, int which)
-{
-    return p->params + p->param[which].offset;
-}
-static inline ls_real *parameter_gradient(const ls_pass *p, int which)
-{
-    return p->dparams + p->param[which].offset;
-}
 static inline ls_view heads_apart(ls_real *x, int64_t H, int64_t n, int64_t d)
 {
     return (ls_view){x, H * n * d, n * d, d};
@@ -99,17 +70,13 @@ void ls_longshort_norm_backward(const ls_pass *p, int weight, int64_t rows, cons
 void ls_longshort_begin_norms(const ls_pass *p);
 void ls_longshort_end_norms(const ls_pass *p);
 
-/* The keys that query i may look at nearby, also where there are none. */
-ls_span ls_longshort_sight(const ls_pass *p, int64_t i);
-
 /* longshort_far.c. NS: sums of the landmarks, landmarks of a batch row (1: there are any) and their gradients. */
 ls_monoid ls_longshort_landmark_sums(const ls_pass *p);
 ls_status ls_longshort_landmarks(ls_pass *p, int phase);
 ls_status ls_longshort_landmarks_backward(ls_pass *p, int phase);
 int ls_longshort_load_landmarks(ls_pass *p, const ls_summary *s, int64_t b);
 void ls_longshort_return_landmarks(ls_pass *p, const ls_summary *s, int64_t b);
-/* CS: summaries of chunks. An item of the collection is K (r,E), V (r,E), and 1 where there is an unpadded token. */
-int64_t ls_longshort_item(const ls_pass *p);
+/* CS: summaries of chunks. */
 int64_t ls_longshort_piece(const ls_pass *p, int64_t lo, int64_t n);
 ls_status ls_longshort_summaries(ls_pass *p, int phase);
 ls_status ls_longshort_summaries_backward(ls_pass *p, int phase);

@@ -218,11 +218,6 @@ void ls_longshort_return_landmarks(ls_pass *p, const ls_summary *s, int64_t b)
 
 /* ------------------------------------------------------------------------------------------------ CS: summaries */
 
-int64_t ls_longshort_item(const ls_pass *p)
-{
-    return 2 * vectors(p) * p->H * p->d + 1;
-}
-
 /* A chunk is of the rank that has its last token. */
 int64_t ls_longshort_piece(const ls_pass *p, int64_t lo, int64_t n)
 {
@@ -253,20 +248,12 @@ static int summarise(const ls_pass *p, int64_t b, int64_t t)
     return 1;
 }
 
-/* Chunks that end here: the first, and how many. */
-static int64_t own_chunks(const ls_pass *p, int64_t *first)
-{
-    const int64_t c = chunk_length(p), lo = p->own.span[0].lo, n = p->own.span[0].n;
-    *first = lo / c;
-    return (lo + n) / c - lo / c;
-}
-
 ls_status ls_longshort_summaries(ls_pass *p, int phase)
 {
     const longshort_memory *m = memory_of(p);
     const int64_t r = vectors(p), E = p->H * p->d, item = ls_longshort_item(p);
     int64_t first;
-    const int64_t chunks = own_chunks(p, &first);
+    const int64_t chunks = ls_longshort_chunks(p, &first);
     ls_real *to = p->gathered[phase + 1].mine;
     for (int64_t i = 0; i < chunks; i++)
         for (int64_t b = 0; b < p->B; b++, to += item) {
@@ -303,7 +290,7 @@ static void summary_backward(const ls_pass *p, int64_t b, int64_t t, const ls_re
 ls_status ls_longshort_summaries_backward(ls_pass *p, int phase)
 {
     int64_t first;
-    const int64_t chunks = own_chunks(p, &first);
+    const int64_t chunks = ls_longshort_chunks(p, &first);
     const ls_real *dmine = p->gathered[phase + 1].dmine;
     ls_zero_view(p->halo.dextra, p->B, 1, p->halo.n, p->extra_width);
     ls_longshort_begin_norms(p);

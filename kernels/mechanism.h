@@ -14,6 +14,7 @@
 #define LS_MECHANISM_H
 
 #include "arena.h"
+#include "device.h"
 #include "real.h"
 
 /* A monoid on summaries: `groups` independent elements, each [max if has_max][scaled][plain] reals.
@@ -33,11 +34,11 @@ typedef struct ls_monoid {
     int counts;              /* 1 with decay: the count at the end */
     int conjugate, reversed; /* set by the exchange: the adjoint's λ, the direction of the scan */
 } ls_monoid;
-static inline int64_t ls_monoid_stride(ls_monoid m)
+LS_BOTH_SIDES int64_t ls_monoid_stride(ls_monoid m)
 {
     return m.has_max + m.scaled + m.plain;
 }
-static inline int64_t ls_monoid_size(ls_monoid m)
+LS_BOTH_SIDES int64_t ls_monoid_size(ls_monoid m)
 {
     return m.groups * ls_monoid_stride(m) + m.counts;
 }
@@ -86,6 +87,9 @@ typedef struct ls_pass {
     double scale;
     const double *option; /* the mechanism's own, in the order of its table */
     const void *kit;      /* ls_mechanism.kit */
+    struct ls_queue
+        *queue; /* CUDA: where kernels are put; all pointers below are to device memory, but option and kit */
+    void *host; /* CUDA: ls_cuda_mechanism.host_bytes of host memory that lives as long as saved */
     const ls_real *params;
     ls_real *dparams;
     const ls_param_info *param; /* the mechanism's own parameters (without projections): name, dims, offset */
@@ -124,7 +128,7 @@ typedef struct ls_pass {
     ls_real *saved[LS_MAX_BUFFERS], *work[LS_MAX_BUFFERS]; /* the mechanism's own memory, from plan() */
 } ls_pass;
 
-static inline int ls_is_padded(const uint8_t *pad, int64_t row)
+LS_BOTH_SIDES int ls_is_padded(const uint8_t *pad, int64_t row)
 {
     return pad != NULL && pad[row];
 }
@@ -177,6 +181,21 @@ typedef struct ls_layer_form {
     const char *out_weight, *out_bias;
 } ls_layer_form;
 
+/* A mechanism on a GPU: its own memory, and its kernels for the phases that have one on the CPU, by their names. Where
+ * the same name has other work in another pattern, p->pattern tells. Everything else of a phase (what crosses, its
+ * monoid, its reach) is said once, and must not read tensors. ls_monoid.decay is then device memory. */
+typedef struct ls_cuda_kernel {
+    const char *phase; /* NULL: the end of the list */
+    ls_status (*forward)(ls_pass *, int phase);
+    ls_status (*backward)(ls_pass *, int phase);
+} ls_cuda_kernel;
+typedef struct ls_cuda_mechanism {
+    void (*plan)(ls_pass *, ls_arena *saved,
+                 ls_arena *work); /* as ls_mechanism.plan; gives pointers that no host reads */
+    const ls_cuda_kernel *kernel;
+    size_t (*host_bytes)(const ls_pass *); /* NULL: none. For lists that the host must know, see ls_phase.wanted */
+} ls_cuda_mechanism;
+
 typedef struct ls_mechanism {
     const char *name;
     const ls_option_info *option; /* ends with name NULL */
@@ -195,6 +214,7 @@ typedef struct ls_mechanism {
      * reduce after an of_source phase was done by the source; a ring visits this rank's cache; a fetch sees the last
      * keys that were fed; what was gathered grows by what each token gives, one part of it on each rank. */
     const ls_phase *step[4];
+    const ls_cuda_mechanism *cuda; /* LS_IF_CUDA(&..), or NULL: it has no kernels for a GPU */
     const void *kit;    /* what kernels that several mechanisms share need to know of this one, see linear.h */
     int balance_causal; /* CS over a ring: share the triangle evenly by a zigzag placement */
     int has_weights;    /* there are probabilities: attn_mask, dropout and need_weights make sense */

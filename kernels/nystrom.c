@@ -17,6 +17,7 @@
  * Short sequences (S <= m, or T <= m but for CC) are exact softmax attention: other phases of the same list.
  *
  * What is made of landmarks alone is in double. saved: W (B,H,m,d), doubles; or softmax's. */
+#include "nystrom.h"
 #include "gemm.h"
 #include "pinv.h"
 #include "segments.h"
@@ -24,9 +25,9 @@
 #include "softmax.h"
 #include "tile.h"
 
-enum { LANDMARKS, PINV_ITERS, CONV_KERNEL, INIT }; /* option[] */
-enum { CONV_WEIGHT };                              /* param[], with a convolution */
-enum { VALUES_OUT };                               /* saved[]: W */
+extern const ls_cuda_mechanism ls_nystrom_cuda;
+
+enum { VALUES_OUT }; /* saved[]: W */
 /* work[]; a short sequence has softmax's and ROOM. Of a chunk: */
 enum {
     ROWS_A,
@@ -79,46 +80,9 @@ static ls_status check(const ls_attention_options *o)
 
 /* ------------------------------------------------------------------------------------------------ sizes */
 
-static int64_t landmarks(const ls_pass *p)
-{
-    return (int64_t)p->option[LANDMARKS];
-}
-
-static int64_t kernel(const ls_pass *p)
-{
-    return (int64_t)p->option[CONV_KERNEL];
-}
-
-static int is_short(const ls_pass *p)
-{
-    return p->all_keys <= landmarks(p) || (p->pattern != LS_CC && p->all_queries <= landmarks(p));
-}
-
-static int is_long(const ls_pass *p)
-{
-    return !is_short(p);
-}
-
-static int has_conv(const ls_pass *p)
-{
-    return kernel(p) > 0;
-}
-
-/* Sequences that make landmarks: queries and keys, or keys alone. */
-static int sequences(const ls_pass *p)
-{
-    return p->pattern == LS_CC ? 1 : 2;
-}
-
 static ls_slots slots(const ls_pass *p)
 {
     return (ls_slots){landmarks(p), p->d, p->work[SCRATCH]};
-}
-
-/* Reals of a (b,h) that are summed first: segments of each sequence, then the values' reference. */
-static int64_t sums(const ls_pass *p)
-{
-    return (sequences(p) * landmarks(p) + 1) * p->d + 1;
 }
 
 static ls_monoid segment_sums(const ls_pass *p)
@@ -251,12 +215,6 @@ static ls_status finish_short_backward(ls_pass *p, int phase)
 
 /* ------------------------------------------------------------------------------------------------ segments */
 
-/* Where the sums of a sequence stand in those of a (b,h): queries, if any, then keys; 2: the values' reference. */
-static int64_t place(const ls_pass *p, int which)
-{
-    return (which + sequences(p) - 2) * landmarks(p) * p->d;
-}
-
 static ls_status segments(ls_pass *p, int phase)
 {
     for (int which = 2 - sequences(p); which < 2; which++) {
@@ -278,8 +236,7 @@ static ls_status segments_backward(ls_pass *p, int phase)
 
 static double tokens(const ls_pass *p, int which, int64_t c)
 {
-    const ls_segments s = {which ? p->all_keys : p->all_queries, landmarks(p)};
-    return (double)ls_segment_tokens(s, c);
+    return (double)ls_segment_tokens(segments_of(p, which), c);
 }
 
 /* mean (m,d) = q̄ (which = 0) or k̄ (1) of (b,h) g. `phase`: the one before which the sums were reduced. */
@@ -671,4 +628,5 @@ const ls_mechanism ls_nystrom_mechanism = {
     .plan = plan,
     .phases = {[LS_NS] = phases, [LS_NC] = phases, [LS_CC] = phases},
     .step = {[LS_CC] = step},
+    .cuda = LS_IF_CUDA(&ls_nystrom_cuda),
 };

@@ -17,12 +17,10 @@
  *
  * saved: scale^½ W (H,m,d). */
 #include "gemm.h"
-#include "linear.h"
+#include "performer.h"
 #include "rng.h"
 #include "tile.h"
 
-enum { NUM_FEATURES, EPS, DENOM_MIN, ORTHOGONAL };    /* option[] */
-enum { PROJECTION };                                  /* saved[] */
 enum { EXPONENTIALS = LS_LINEAR_WORK, HALVES, DRAW }; /* work[]; DRAW holds doubles */
 
 static const ls_option_info options[] = {
@@ -33,11 +31,6 @@ static const ls_option_info options[] = {
      "1: projections orthogonal in blocks of the head dimension, 0: independent"},
     {.name = NULL},
 };
-
-static int64_t num_features(const ls_pass *p)
-{
-    return (int64_t)p->option[NUM_FEATURES];
-}
 
 /* ------------------------------------------------------------------------------------------------ projection */
 
@@ -101,15 +94,14 @@ static int64_t features(const ls_pass *p)
     return num_features(p) + 1;
 }
 
+static int64_t exponentials(const ls_pass *p)
+{
+    return num_features(p);
+}
+
 static double least(const ls_pass *p)
 {
     return (double)num_features(p) * p->option[DENOM_MIN];
-}
-
-/* The stabilisers cancel. */
-static int any_will_do(const ls_pass *p)
-{
-    return p->option[EPS] == 0 && p->option[DENOM_MIN] == 0;
 }
 
 /* x (n,ld) = W rows; half (n) = |row|²/2; both of scaled rows. */
@@ -174,12 +166,13 @@ static void keys_backward(ls_pass *p, int64_t h, int64_t n, const ls_real *rows,
 
 static const ls_feature_map map = {.prepare = project,
                                    .features = features,
-                                   .exponentials = num_features,
+                                   .exponentials = exponentials,
                                    .floor = least,
                                    .queries = queries,
                                    .keys = keys,
                                    .queries_backward = queries_backward,
-                                   .keys_backward = keys_backward};
+                                   .keys_backward = keys_backward,
+                                   .cuda = LS_IF_CUDA(&ls_performer_map_cuda)};
 
 /* ------------------------------------------------------------------------------------------------ table */
 
@@ -202,6 +195,7 @@ const ls_mechanism ls_performer_mechanism = {
                [LS_NC] = ls_linear_all_keys,
                [LS_CC] = ls_linear_all_keys},
     .step = {[LS_CS] = ls_linear_step_causal, [LS_NC] = ls_linear_step_across, [LS_CC] = ls_linear_step_across},
+    .cuda = LS_IF_CUDA(&ls_performer_cuda),
     .kit = &map,
     .draws = LS_GIVEN_FEATURES,
 };

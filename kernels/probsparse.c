@@ -29,52 +29,22 @@
  *   dv = Σ_r e_r dx_r,  dl_r = e_r (dx_r·v + ds_r),  dk = scale Σ_r dl_r q_r,  dq_r = scale Σ_j dl_rj k_j
  * where the last is summed over ranks on its way back to the rank that owns the query. */
 #include "gemm.h"
+#include "probsparse.h"
 #include "rng.h"
 #include "tile.h"
 
-enum { FACTOR };                                                                /* option[] */
-enum { COUNT, TOTALS, SCORES, OFFERS, CHOICE, QUERIES, PARTIAL, PREFIX, SUMS }; /* phases */
-enum { ROWS, CHOSEN };                                                          /* saved[] */
-enum { NOTE, BIG, TOP, SUM, START, LIST, KEY_ROWS, HEAP, MARKS, SCALED, LOGITS, DLOGITS, KEYS, VALUES, PART, STATE };
+extern const ls_cuda_mechanism ls_probsparse_cuda;
+
+enum { ROWS, CHOSEN }; /* saved[] */
+enum { NOTE, TOP, SUM, START, LIST, KEY_ROWS, HEAP, MARKS, SCALED, LOGITS, DLOGITS, KEYS, VALUES, PART, STATE };
 enum { TK = 256 };                    /* keys worked on at a time */
 enum { TQ = 4096, LISTED = 1 << 18 }; /* queries whose samples are listed at a time, and about how many samples */
 enum { AHEAD = 4 };                   /* keys asked of memory before their turn */
-enum { LANES = 16 };                  /* partial sums of a dot product */
-enum { COUNTED = 6, OFFERED = 3 };    /* reals of a batch row's counts, of a candidate */
-enum { HALF = 4096 };                 /* integers travel as two reals, high * HALF + low: exact beyond 2^24 */
 
 static const ls_option_info options[] = {
     {"factor", "f", 5, 1, 1000, 1, "sampled keys per query and selected queries, times the log of their number"},
     {.name = NULL},
 };
-
-/* What all ranks know of a batch row once counts have met. */
-typedef struct rows {
-    int64_t keys, samples, top; /* unpadded keys S, U, u */
-} rows;
-
-/* min(f ⌈ln n⌉, n) */
-static int64_t count_of(const ls_pass *p, int64_t n)
-{
-    return n < 1 ? 0 : ls_min((int64_t)p->option[FACTOR] * (int64_t)ceil(log((double)n)), n);
-}
-
-/* The most that a batch row can select: u without padding. */
-static int64_t most_top(const ls_pass *p)
-{
-    return count_of(p, p->all_queries);
-}
-
-static int is_causal(const ls_pass *p)
-{
-    return p->pattern == LS_CS;
-}
-
-/* Rows of a softsum before the selected ones: that of the mean, in NS and NC. */
-static int64_t lead(const ls_pass *p)
-{
-    return is_causal(p) ? 0 : 1;
-}
 
 typedef struct candidate {
     ls_real score;
@@ -89,12 +59,11 @@ static int has_gaps(const ls_pass *p)
 
 static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
-    const int64_t R = ls_max(1, lead(p) + most_top(p)), d = p->d, U = count_of(p, p->all_keys);
+    const int64_t R = ls_max(1, lead(p) + most_top(p)), d = p->d, U = count_of(p->option[FACTOR], p->all_keys);
     const int64_t scored = p->backward ? 0 : p->B * p->H * p->T; /* only forward scores */
     p->saved[ROWS] = ls_arena_take(saved, (size_t)p->B * sizeof(rows));
     p->saved[CHOSEN] = ls_arena_take(saved, (size_t)(p->B * p->H * most_top(p)) * sizeof(int64_t));
     p->work[NOTE] = ls_take(work, 2 * p->B);
-    p->work[BIG] = ls_arena_take(work, (size_t)p->B * sizeof(double));
     p->work[TOP] = ls_take(work, scored);
     p->work[SUM] = ls_arena_take(work, (size_t)scored * sizeof(double));
     p->work[START] = ls_arena_take(work, (TQ + 1) * sizeof(int64_t));
@@ -128,17 +97,6 @@ static int64_t own_row(const ls_pass *p, int64_t position)
 {
     const int64_t t = position - p->query_span[0].lo;
     return t >= 0 && t < p->T ? t : -1;
-}
-
-static void put_integer(int64_t n, ls_real *to)
-{
-    to[0] = (ls_real)(n / HALF);
-    to[1] = (ls_real)(n % HALF);
-}
-
-static int64_t integer_at(const ls_real *from)
-{
-    return (int64_t)from[0] * HALF + (int64_t)from[1];
 }
 
 /* ------------------------------------------------------------------------------------------------ counts */
@@ -196,16 +154,6 @@ static ls_status count(ls_pass *p, int phase)
     return LS_OK;
 }
 
-/* 3·2^(e+g), see the top of the file; 0 where every product is 0. */
-static double rounder(double largest_product, int64_t samples)
-{
-    int e, g;
-    if (!(largest_product > 0)) return 0;
-    frexp(2 * largest_product, &e); /* twice: the products themselves are rounded */
-    frexp((double)samples, &g);
-    return ldexp(3, e + g);
-}
-
 /* The pieces of all ranks become totals; what came before this rank's piece lies before its keys. */
 static ls_status totals(ls_pass *p, int phase)
 {
@@ -228,11 +176,11 @@ static ls_status totals(ls_pass *p, int phase)
             k = fmax(k, (double)from[4]);
             q = fmax(q, (double)from[5]);
         }
-        const rows r = {keys, count_of(p, keys), count_of(p, queries)};
+        rows r = {keys, count_of(p->option[FACTOR], keys), count_of(p->option[FACTOR], queries), 0};
+        r.big = rounder((double)p->d * k * q, r.samples);
         *rows_of(p, b) = r;
         needed = ls_max(needed, r.samples);
         put_integer(before, p->work[NOTE] + 2 * b);
-        ((double *)(void *)p->work[BIG])[b] = rounder((double)p->d * k * q, r.samples);
     }
     if (p->given_samples != NULL && p->samples < needed)
         LS_FAIL(LS_ERR_ARGUMENT,
@@ -311,7 +259,7 @@ static void score(ls_pass *p, int64_t b, int64_t h, int64_t t, const ls_real *ke
 {
     const int64_t at = (b * p->H + h) * p->T + t, d = p->d;
     const ls_real *q = ls_row(p->q, b, h, t);
-    const double big = ((double *)(void *)p->work[BIG])[b];
+    const double big = rows_of(p, b)->big;
     ls_real top = p->work[TOP][at];
     double sum = ((double *)(void *)p->work[SUM])[at];
     for (int64_t i = 0; i < n; i++) {
@@ -816,5 +764,6 @@ const ls_mechanism ls_probsparse_mechanism = {
     .layer = layer,
     .plan = plan,
     .phases = {[LS_NS] = phases, [LS_CS] = phases, [LS_NC] = phases},
+    .cuda = LS_IF_CUDA(&ls_probsparse_cuda),
     .draws = LS_GIVEN_SAMPLES,
 };

@@ -49,6 +49,8 @@
 
 #include <complex.h>
 
+extern const ls_cuda_mechanism ls_s4d_cuda;
+
 enum { STATE_SIZE, CHANNELS, SETS };                  /* option[] */
 enum { LOG_DT, LOG_W_RE, W_IM, C_, D_ };              /* param[] */
 enum { CHUNK = 16, PIECE = 8, ROWS = PIECE * CHUNK }; /* positions, and chunks, worked on at a time */
@@ -895,5 +897,6 @@ const ls_mechanism ls_s4d_mechanism = {
     .plan = plan,
     .phases = {[LS_NS] = bidirectional, [LS_CS] = causal},
     .step = {[LS_CS] = causal},
+    .cuda = LS_IF_CUDA(&ls_s4d_cuda),
     .one_input = 1,
 };

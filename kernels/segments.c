@@ -13,14 +13,6 @@ ls_segmented ls_segmented_rows(const ls_pass *p, int64_t count, int which, int g
 
 enum { ROWS = 32 }; /* of all heads: neighbours in memory where a row is model-wide */
 
-/* Rows of segment c that are here. */
-static ls_span rows_of(const ls_segmented *s, int64_t c)
-{
-    const int64_t from = ls_max(ls_segment_start(s->segments, c), s->lo);
-    const int64_t to = ls_min(ls_segment_start(s->segments, c + 1), s->lo + s->n);
-    return (ls_span){from - s->lo, from, ls_max(0, to - from)};
-}
-
 static void add_rows(const ls_segmented *s, int64_t b, int64_t h, int64_t t, int64_t n, double *row)
 {
     for (int64_t i = t; i < t + n; i++) {
@@ -35,7 +27,7 @@ void ls_segment_sums(const ls_segmented *s, double *row, ls_real *sums, int64_t 
 {
     for (int64_t b = 0; b < s->B; b++)
         for (int64_t c = 0; c < s->segments.count; c++) {
-            const ls_span span = rows_of(s, c);
+            const ls_span span = ls_segment_rows(s, c);
             for (int64_t i = 0; i < s->H * s->d; i++) row[i] = 0;
             for (int64_t t = 0; t < span.n; t += ROWS)
                 for (int64_t h = 0; h < s->H; h++)
@@ -50,7 +42,7 @@ void ls_segment_spread(const ls_segmented *s, const ls_real *dsums, int64_t stri
 {
     for (int64_t b = 0; b < s->B; b++)
         for (int64_t c = 0; c < s->segments.count; c++) {
-            const ls_span span = rows_of(s, c);
+            const ls_span span = ls_segment_rows(s, c);
             for (int64_t i = span.row; i < span.row + span.n; i++) {
                 if (ls_is_padded(s->pad, b * s->n + i)) continue;
                 for (int64_t h = 0; h < s->H; h++) {

@@ -11,14 +11,20 @@ typedef struct ls_segments {
 } ls_segments;
 
 /* Where segment c begins, also for c = count. */
-static inline int64_t ls_segment_start(ls_segments s, int64_t c)
+LS_BOTH_SIDES int64_t ls_segment_start(ls_segments s, int64_t c)
 {
     const int64_t g = s.length / s.count, few = (g + 1) * s.count - s.length;
     return c * g + ls_max(0, c - few);
 }
-static inline int64_t ls_segment_tokens(ls_segments s, int64_t c)
+LS_BOTH_SIDES int64_t ls_segment_tokens(ls_segments s, int64_t c)
 {
     return ls_segment_start(s, c + 1) - ls_segment_start(s, c);
+}
+/* The segment of a position. */
+LS_BOTH_SIDES int64_t ls_segment_of(ls_segments s, int64_t position)
+{
+    const int64_t g = s.length / s.count, few = (g + 1) * s.count - s.length;
+    return position < few * g ? position / g : few + (position - few * g) / (g + 1);
 }
 
 /* Rows of a tensor with their positions: n rows of each (b,h), the first at global position lo. */
@@ -28,6 +34,15 @@ typedef struct ls_segmented {
     int64_t B, H, n, d, lo;
     const uint8_t *pad; /* (B,n), or NULL: padded rows count as zeros, and have no gradient */
 } ls_segmented;
+
+/* Rows of segment c that are here. */
+LS_BOTH_SIDES ls_span ls_segment_rows(const ls_segmented *s, int64_t c)
+{
+    const int64_t from = ls_max(ls_segment_start(s->segments, c), s->lo);
+    const int64_t to = ls_min(ls_segment_start(s->segments, c + 1), s->lo + s->n);
+    const ls_span span = {from - s->lo, from, ls_max(0, to - from)};
+    return span;
+}
 
 /* This rank's queries (which = 0), keys (1) or values (2), or their gradients, as `count` segments of the sequence. */
 ls_segmented ls_segmented_rows(const ls_pass *p, int64_t count, int which, int gradients);

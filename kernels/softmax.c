@@ -16,7 +16,10 @@
 #include "softmax.h"
 #include "gemm.h"
 #include "rng.h"
+#include "statistics.h"
 #include "tile.h"
+
+extern const ls_cuda_mechanism ls_softmax_cuda;
 
 enum { TQ = 128, TK = 256 };                                                           /* tile of queries, of keys */
 enum { LSE };                                                                          /* saved[] */
@@ -141,7 +144,7 @@ static void forward_tile(ls_pass *p, const tile *t)
         if (p->weights != NULL) memcpy(p->weights + (row + i) * p->all_keys + t->j0, s, (size_t)t->nk * sizeof *s);
         const ls_real here = ls_row_max(t->nk, s);
         if (here > *m) {
-            const ls_real shrink = *m == -INFINITY ? 0 : ls_exp(*m - here);
+            const ls_real shrink = ls_statistics_weight(*m, here);
             *l *= shrink;
             for (int64_t e = 0; e < p->d; e++) out[e] *= shrink;
             *m = here;
@@ -174,7 +177,7 @@ ls_status ls_softmax_finish(ls_pass *p, int phase)
                 const ls_real l = p->work[SUM][row];
                 ls_real *out = ls_row(p->out, b, h, t);
                 const int dead = l == 0 || is_padded(p->pad_q, b * p->T + t);
-                p->saved[LSE][row] = dead ? INFINITY : p->work[MAXIMUM][row] + (ls_real)log((double)l);
+                p->saved[LSE][row] = dead ? INFINITY : ls_statistics_log(p->work[MAXIMUM][row], l);
                 for (int64_t e = 0; e < p->d; e++) out[e] = dead ? 0 : out[e] / l;
                 if (p->weights == NULL) continue;
                 ls_real *w = p->weights + row * p->all_keys;
@@ -292,6 +295,7 @@ const ls_mechanism ls_softmax_mechanism = {
     .plan = ls_softmax_plan,
     .phases = {phases, phases, phases, phases},
     .step = {[LS_CS] = step, [LS_NC] = step, [LS_CC] = step},
+    .cuda = LS_IF_CUDA(&ls_softmax_cuda),
     .balance_causal = 1,
     .has_weights = 1,
 };

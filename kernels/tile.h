@@ -3,6 +3,7 @@
 #define LS_TILE_H
 
 #include "mechanism.h"
+#include "statistics.h"
 
 /* to (n,d) = scale · rows [t, t + n) of (b,h), with 0 where pad is 1, whatever stands there. */
 static inline void ls_clean_rows(ls_view v, int64_t b, int64_t h, int64_t t, int64_t n, int64_t d, const uint8_t *pad,
@@ -52,7 +53,7 @@ static inline ls_real ls_row_max(int64_t n, const ls_real *x)
 static inline ls_real ls_row_exp(int64_t n, ls_real m, ls_real *x)
 {
     ls_real s = 0;
-    const ls_real top = m == -INFINITY ? 0 : m;
+    const ls_real top = ls_statistics_top(m);
 #pragma omp simd reduction(+ : s)
     for (int64_t i = 0; i < n; i++) {
         const ls_real e = ls_exp(x[i] - top);

@@ -111,6 +111,10 @@ static ls_status create(ls_context *ctx, const ls_attention_options *options, ls
     a->mechanism = mechanism;
     a->options = *options;
     a->options.mechanism = mechanism->name;
+    if (ctx->device == LS_CUDA && mechanism->cuda == NULL) {
+        free(a);
+        LS_FAIL(LS_ERR_UNSUPPORTED, "%s: it has no CUDA kernels in this version: use the CPU device", mechanism->name);
+    }
     a->H = mechanism->one_input ? 1 : options->num_heads;
     a->d = options->embed_dim / a->H;
     list_params(a);
@@ -167,6 +171,7 @@ ls_status ls_saved_create(ls_attention *attention, ls_saved **saved)
     *saved = calloc(1, sizeof **saved);
     if (*saved == NULL) LS_FAIL(LS_ERR_MEMORY, "attention: no memory for what backward needs");
     (*saved)->attention = attention;
+    (*saved)->arena.device = attention->ctx->ops;
     return LS_OK;
 }
 
@@ -340,6 +345,7 @@ void ls_pass_begin(const ls_attention *a, int64_t B, int64_t T, int64_t S, const
                       .scale = a->options.scale > 0 ? a->options.scale : 1 / sqrt((double)a->d),
                       .option = a->options.value,
                       .kit = a->mechanism->kit,
+                      .queue = a->ctx->queue,
                       .params = params,
                       .param = a->param + a->own,
                       .dropout = a->options.dropout,
@@ -456,31 +462,21 @@ void ls_project(const ls_attention *a, int which, int64_t rows, const ls_real *x
 {
     const ls_real *bias = a->bias[which] < 0 ? NULL : params + a->param[a->bias[which]].offset;
     const int alike = which != OUT_PROJ && a->form.input[which].alike;
-    (alike ? ls_linear_alike : ls_linear)(rows, ls_projection_in(a, which), ls_projection_out(a, which), x,
-                                          params + a->param[a->weight[which]].offset, bias, y);
+    (alike ? a->ctx->dense->linear_alike : a->ctx->dense->linear)(a->ctx->queue, rows, ls_projection_in(a, which),
+                                                                  ls_projection_out(a, which), x,
+                                                                  params + a->param[a->weight[which]].offset, bias, y);
 }
 
 void ls_project_out(const ls_attention *a, int64_t rows, const ls_real *o, ls_real *active, const ls_real *params,
                     ls_real *y)
 {
-    if (a->form.gelu) ls_gelu(rows * a->form.core_width, o, active);
+    if (a->form.gelu) a->ctx->dense->gelu(a->ctx->queue, rows * a->form.core_width, o, active);
     ls_project(a, OUT_PROJ, rows, a->form.gelu ? active : o, params, y);
 }
 
 static int batch_first(const ls_attention *a)
 {
     return a->options.layout != LS_TBHD;
-}
-
-static void mean_over_heads(const ls_pass *p, const ls_real *heads, ls_real *mean)
-{
-    const int64_t n = p->T * p->all_keys;
-    for (int64_t b = 0; b < p->B; b++)
-        for (int64_t i = 0; i < n; i++) {
-            double s = 0;
-            for (int64_t h = 0; h < p->H; h++) s += (double)heads[(b * p->H + h) * n + i];
-            mean[b * n + i] = (ls_real)(s / (double)p->H);
-        }
 }
 
 /* Collective. The documents of a packed call; it agrees beforehand that all ranks mean the same call. */
@@ -535,9 +531,12 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
     LS_TRY(c.documents != NULL ? ls_packed_forward(&c, keep, &a->ctx->work) : ls_run_forward(&c));
     if (ls_is_layer(a)) {
         ls_project_out(a, rows, l.o, l.active, params, out);
-        if (p->pad_q != NULL) ls_zero_rows(p->B, p->T, a->options.embed_dim, batch_first(a), p->pad_q, out, out);
+        if (p->pad_q != NULL)
+            a->ctx->dense->zero_rows(a->ctx->queue, p->B, p->T, a->options.embed_dim, batch_first(a), p->pad_q, out,
+                                     out);
     }
-    if (l.heads != NULL && p->weights == l.heads) mean_over_heads(p, l.heads, io->weights);
+    if (l.heads != NULL && p->weights == l.heads)
+        ls_memory_of(&a->ctx->exchange)->mean_heads(p->queue, p->B, p->H, p->T * p->all_keys, l.heads, io->weights);
     if (saved != NULL) {
         saved->filled = 1;
         saved->packed = c.documents != NULL;
@@ -587,7 +586,7 @@ static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *sha
     LS_TRY(ls_arena_check(&saved->arena, name));
     LS_TRY(ls_arena_check(work, name));
     if (ls_is_layer(a) && grads->params == NULL) {
-        ls_zero(l->no_grad, a->reals);
+        ls_memory_of(&a->ctx->exchange)->zero(a->ctx->queue, l->no_grad, (size_t)a->reals * sizeof *l->no_grad);
         c->pass.dparams = l->no_grad;
     }
     return LS_OK;
@@ -599,12 +598,13 @@ static void project_backward(ls_attention *a, int which, const ls_pass *p, int64
 {
     const int64_t in = ls_projection_in(a, which);
     if (pad != NULL) { /* 0 · NaN is not 0: padded rows must not reach the product */
-        ls_zero_rows(p->B, n, in, batch_first(a), pad, x, clean);
+        a->ctx->dense->zero_rows(a->ctx->queue, p->B, n, in, batch_first(a), pad, x, clean);
         x = clean;
     }
     ls_real *dbias = a->bias[which] < 0 ? NULL : p->dparams + a->param[a->bias[which]].offset;
-    ls_linear_backward(p->B * n, in, ls_projection_out(a, which), x, p->params + a->param[a->weight[which]].offset, dy,
-                       to, to != NULL && *begun, p->dparams + a->param[a->weight[which]].offset, dbias);
+    a->ctx->dense->linear_backward(a->ctx->queue, p->B * n, in, ls_projection_out(a, which), x,
+                                   p->params + a->param[a->weight[which]].offset, dy, to, to != NULL && *begun,
+                                   p->dparams + a->param[a->weight[which]].offset, dbias);
     *begun = 1;
 }
 
@@ -622,22 +622,24 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
     const ls_status status = reserve_backward(a, shape, io, params, out, dout, saved, grads, &c, &l);
     LS_TRY(ls_agree_alike(a->ctx, status, a->mechanism->name, status == LS_OK ? sign_call(a, &c, 1, 0) : 0));
     const ls_pass *p = &c.pass;
+    const ls_dense_ops *dense = a->ctx->dense;
     const int64_t E = a->options.embed_dim;
     if (!ls_is_layer(a)) {
         LS_TRY(run_core_backward(&c, saved));
-        if (l.key_aliased) ls_add(p->B * p->S * E, l.dk, grads->query);
-        if (l.value_aliased) ls_add(p->B * p->S * E, l.dv, l.x_v == l.x_q ? grads->query : grads->key);
+        if (l.key_aliased) dense->add(a->ctx->queue, p->B * p->S * E, l.dk, grads->query);
+        if (l.value_aliased)
+            dense->add(a->ctx->queue, p->B * p->S * E, l.dv, l.x_v == l.x_q ? grads->query : grads->key);
         return LS_OK;
     }
     if (p->pad_q != NULL) {
-        ls_zero_rows(p->B, p->T, E, batch_first(a), p->pad_q, dout, l.dy);
+        dense->zero_rows(a->ctx->queue, p->B, p->T, E, batch_first(a), p->pad_q, dout, l.dy);
         dout = l.dy;
     }
     int unused = 0;
     const int64_t reals = p->B * p->T * a->form.core_width;
-    if (a->form.gelu) ls_gelu(reals, l.o, l.active);
+    if (a->form.gelu) dense->gelu(a->ctx->queue, reals, l.o, l.active);
     project_backward(a, OUT_PROJ, p, p->T, NULL, a->form.gelu ? l.active : l.o, dout, l.clean, l.do_, &unused);
-    if (a->form.gelu) ls_gelu_backward(reals, l.o, l.do_, l.do_);
+    if (a->form.gelu) dense->gelu_backward(a->ctx->queue, reals, l.o, l.do_, l.do_);
     LS_TRY(run_core_backward(&c, saved));
     /* the gradient of an input arrives in the first of query, key, value that is this input */
     ls_real *dx_q = grads->query, *dx_k = l.x_k == l.x_q ? dx_q : grads->key;

@@ -5,13 +5,14 @@
 #ifndef LS_COMM_H
 #define LS_COMM_H
 
-#include "status.h"
+#include "device.h"
 
 typedef struct ls_message {
     void *data;
     size_t bytes;
     int peer;
     int receive; /* 1: into data, 0: from data */
+    int host;    /* 1: data is host memory, 0: where the tensors are */
 } ls_message;
 
 /* What is under way; zero-initialise once, reuse, release with ops->forget. */
@@ -40,6 +41,33 @@ struct ls_comm {
 
 void ls_comm_self(ls_comm *comm);
 void ls_comm_dry(int rank, int size, ls_comm *comm); /* a rank without the others: see ls_context_options.dry_size */
-ls_status ls_comm_mpi(MPI_Comm mpi, ls_comm *comm); /* collective; duplicates mpi */
+ls_status ls_comm_mpi(MPI_Comm mpi, ls_comm *comm);  /* collective; duplicates mpi */
+/* Tensors in the memory of a device that MPI cannot see: messages pass through host memory. Takes over *comm, an MPI
+ * communicator, which goes on to serve what is in host memory. */
+ls_status ls_comm_staged(const ls_device_ops *ops, ls_queue *queue, ls_comm *comm);
+/* Collective: messages between GPUs by NCCL, in order with the work of this rank's queue; MPI, duplicated, for what is
+ * in host memory. Needs a GPU for each rank. All ranks get the same status; not there in a build without NCCL. wait
+ * does not wait: what is put into the queue afterwards does. */
+ls_status ls_comm_nccl(MPI_Comm mpi, ls_queue *queue, ls_comm *comm);
+
+#ifdef LS_NCCL_BACKEND
+#define LS_IF_NCCL(x) (x)
+#else
+#define LS_IF_NCCL(x) ls_comm_no_nccl
+#endif
+static inline ls_status ls_comm_no_nccl(MPI_Comm mpi, ls_queue *queue, ls_comm *comm)
+{
+    (void)mpi, (void)queue, (void)comm;
+    LS_FAIL(LS_ERR_UNSUPPORTED, "nccl: this build does not have it");
+}
+/* 1: this build has the NCCL transport. */
+static inline int ls_has_nccl(void)
+{
+#ifdef LS_NCCL_BACKEND
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 #endif

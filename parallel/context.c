@@ -4,17 +4,90 @@
 
 #include <stdlib.h>
 
+/* What does not depend on the other ranks: the device and memory for the driver. */
+static ls_status prepare(const ls_context_options *o, ls_context *c, ls_queue *queue)
+{
+    const int size = c->exchange.comm.size;
+    c->seed = o->seed;
+    c->device = o->device;
+    c->ops = ls_device_find(o->device);
+    c->dense = ls_dense_of(o->device);
+    c->queue = queue;
+    c->exchange.memory = o->device == LS_CUDA ? LS_IF_CUDA(&ls_cuda_memory) : &ls_cpu_memory;
+    c->exchange.queue = queue;
+    c->work.device = c->unsaved.device = c->exchange.wire.device = c->ops;
+    c->spans = calloc(4 * (size_t)size, sizeof *c->spans);
+    c->pieces = calloc(LS_MAX_PHASES * (size_t)size, sizeof *c->pieces);
+    if (c->spans == NULL || c->pieces == NULL) LS_FAIL(LS_ERR_MEMORY, "context: no memory");
+    return LS_OK;
+}
+
+static ls_status open_queue(const ls_context_options *o, ls_context *c)
+{
+    int devices = 0, number = o->device_number;
+    c->ops = ls_device_find(o->device);
+    if (o->device != LS_CUDA) return LS_OK;
+    LS_TRY(c->ops->count(&devices));
+    if (devices == 0)
+        LS_FAIL(LS_ERR_UNSUPPORTED, "context: device cuda: no GPU is visible on this machine: use the CPU device");
+    if (number < 0 || number >= devices)
+        LS_FAIL(LS_ERR_ARGUMENT, "context: there is no device %d among %d", number, devices);
+    return c->ops->open(number, &c->queue);
+}
+
+static ls_status open_rest(const ls_context_options *o, ls_context *c)
+{
+    c->alone = calloc(1, sizeof *c->alone);
+    c->documents = calloc(1, sizeof *c->documents);
+    if (c->alone == NULL || c->documents == NULL) LS_FAIL(LS_ERR_MEMORY, "context: no memory");
+    ls_comm_self(&c->alone->exchange.comm);
+    LS_TRY(open_queue(o, c));
+    LS_TRY(prepare(o, c, c->queue));
+    return prepare(o, c->alone, c->queue);
+}
+
+/* Local: what no communicator is needed to refuse. */
+static ls_status check_options(const ls_context_options *o)
+{
+    if (ls_device_find(o->device) == NULL)
+        LS_FAIL(LS_ERR_UNSUPPORTED, "context: this build has no CUDA backend: use the CPU device, or build with CUDA");
+    if (o->dry_size < 0 || (o->dry_size > 0 && (unsigned)o->dry_rank >= (unsigned)o->dry_size))
+        LS_FAIL(LS_ERR_ARGUMENT, "context: there is no rank %d of %d", o->dry_rank, o->dry_size);
+    if ((unsigned)o->transport > LS_TRANSPORT_NCCL)
+        LS_FAIL(LS_ERR_ARGUMENT, "context: there is no transport %d", (int)o->transport);
+    if (o->transport == LS_TRANSPORT_NCCL && !ls_has_nccl())
+        LS_FAIL(LS_ERR_UNSUPPORTED, "context: this build has no NCCL transport: use MPI");
+    if (o->transport == LS_TRANSPORT_NCCL && o->device != LS_CUDA)
+        LS_FAIL(LS_ERR_ARGUMENT, "context: NCCL carries tensors of GPUs: use the CUDA device, or MPI");
+    if (o->dry_size > 0 && o->device != LS_CPU)
+        LS_FAIL(LS_ERR_UNSUPPORTED, "context: a rank without the others is planned on the CPU device");
+    return LS_OK;
+}
+
+/* Collective. Between GPUs: NCCL where it was asked for, or where it is there and works; else MPI by host memory. */
+static ls_status open_transport(const ls_context_options *o, ls_context *c)
+{
+    ls_comm nccl = {0};
+    ls_status status = ls_has_nccl() ? LS_OK : LS_ERR_UNSUPPORTED;
+    if (ls_has_nccl() && o->transport != LS_TRANSPORT_MPI)
+        status = ls_agree(c, LS_IF_NCCL(ls_comm_nccl)(o->comm, c->queue, &nccl));
+    if (o->transport == LS_TRANSPORT_NCCL) LS_TRY(status);
+    if (o->transport != LS_TRANSPORT_MPI && status == LS_OK) {
+        c->exchange.comm.ops->close(&c->exchange.comm);
+        c->exchange.comm = nccl;
+        return LS_OK;
+    }
+    if (nccl.ops != NULL) nccl.ops->close(&nccl);
+    return ls_agree(c, ls_comm_staged(c->ops, c->queue, &c->exchange.comm));
+}
+
 ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
 {
     *ctx = NULL;
-    if (options->device != LS_CPU)
-        LS_FAIL(LS_ERR_UNSUPPORTED, "context: this build has no CUDA backend: use the CPU device");
-    if (options->dry_size < 0 || (options->dry_size > 0 && (unsigned)options->dry_rank >= (unsigned)options->dry_size))
-        LS_FAIL(LS_ERR_ARGUMENT, "context: there is no rank %d of %d", options->dry_rank, options->dry_size);
+    LS_TRY(check_options(options));
     ls_context *c = calloc(1, sizeof *c);
     const int alone = options->comm == MPI_COMM_NULL || options->comm == (MPI_Comm)0;
     if (c == NULL) LS_FAIL(LS_ERR_MEMORY, "context: no memory");
-    c->seed = options->seed;
     ls_status status = LS_OK;
     if (options->dry_size > 0)
         ls_comm_dry(options->dry_rank, options->dry_size, &c->exchange.comm);
@@ -26,14 +99,8 @@ ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
         free(c);
         return status;
     }
-    c->alone = calloc(1, sizeof *c->alone);
-    if (c->alone != NULL) {
-        c->alone->seed = options->seed;
-        ls_comm_self(&c->alone->exchange.comm);
-    }
-    c->documents = calloc(1, sizeof *c->documents);
-    status =
-        ls_agree(c, c->alone == NULL || c->documents == NULL ? ls_fail(LS_ERR_MEMORY, "context: no memory") : LS_OK);
+    status = ls_agree(c, open_rest(options, c));
+    if (status == LS_OK && c->queue != NULL && c->exchange.comm.size > 1) status = open_transport(options, c);
     if (status != LS_OK) {
         ls_context_free(c);
         return status;
@@ -43,17 +110,57 @@ ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
     return LS_OK;
 }
 
-void ls_context_free(ls_context *ctx)
+static void free_one(ls_context *ctx)
 {
     if (ctx == NULL) return;
-    ls_context_free(ctx->alone);
     if (ctx->documents != NULL) ls_documents_free(ctx->documents);
     free(ctx->documents);
     ls_exchange_close(&ctx->exchange);
     ls_arena_free(&ctx->work);
     ls_arena_free(&ctx->unsaved);
     ls_requests_free(&ctx->requests);
+    free(ctx->spans);
+    free(ctx->pieces);
     free(ctx);
+}
+
+void ls_context_free(ls_context *ctx)
+{
+    if (ctx == NULL) return;
+    ls_queue *queue = ctx->queue;
+    const ls_device_ops *ops = ctx->ops;
+    free_one(ctx->alone);
+    free_one(ctx);
+    if (queue != NULL) ops->close(queue);
+}
+
+ls_status ls_context_wait(ls_context *ctx)
+{
+    return ctx->ops->wait(ctx->queue);
+}
+
+ls_status ls_device_alloc(ls_context *ctx, size_t bytes, void **p)
+{
+    *p = ctx->ops->alloc(bytes > 0 ? bytes : 1);
+    if (*p == NULL)
+        LS_FAIL(LS_ERR_MEMORY, "%s: cannot reserve %.1f MiB: use more ranks or a smaller batch", ctx->ops->name,
+                (double)bytes / 1048576.0);
+    return LS_OK;
+}
+
+void ls_device_free(ls_context *ctx, void *p)
+{
+    if (p != NULL) ctx->ops->release(p);
+}
+
+ls_status ls_device_write(ls_context *ctx, void *to, const void *from, size_t bytes)
+{
+    return ctx->ops->to_device(ctx->queue, to, from, bytes);
+}
+
+ls_status ls_device_read(ls_context *ctx, void *to, const void *from, size_t bytes)
+{
+    return ctx->ops->to_host(ctx->queue, to, from, bytes);
 }
 
 int ls_context_rank(const ls_context *ctx)

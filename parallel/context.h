@@ -2,6 +2,7 @@
 #ifndef LS_CONTEXT_H
 #define LS_CONTEXT_H
 
+#include "dense.h"
 #include "exchange.h"
 #include "shard.h"
 
@@ -14,6 +15,11 @@ struct ls_context {
     ls_context *alone; /* this rank by itself, for what crosses nothing */
     uint64_t seed;
     ls_device device;
+    const ls_device_ops *ops;
+    const ls_dense_ops *dense;
+    ls_queue *queue; /* NULL on the CPU; alone has the same */
+    ls_span *spans;  /* (4 P): of the placement and of the fetch of the call that is running */
+    int64_t *pieces; /* (LS_MAX_PHASES, P): of its gathers */
 };
 
 /* Collective: ls_agree, and LS_ERR_ARGUMENT where all are well but their signatures (of whatever must be the same on

@@ -5,7 +5,7 @@
 
 /* ------------------------------------------------------------------------------------------------ messages */
 
-ls_status ls_exchange_add(ls_exchange *x, void *data, size_t bytes, int peer, int receive)
+static ls_status add(ls_exchange *x, void *data, size_t bytes, int peer, int receive, int host)
 {
     if (bytes == 0) return LS_OK;
     if (x->listed == x->list_capacity) {
@@ -15,8 +15,18 @@ ls_status ls_exchange_add(ls_exchange *x, void *data, size_t bytes, int peer, in
         x->list = grown;
         x->list_capacity = capacity;
     }
-    x->list[x->listed++] = (ls_message){data, bytes, peer, receive};
+    x->list[x->listed++] = (ls_message){data, bytes, peer, receive, host};
     return LS_OK;
+}
+
+ls_status ls_exchange_add(ls_exchange *x, void *data, size_t bytes, int peer, int receive)
+{
+    return add(x, data, bytes, peer, receive, 0);
+}
+
+ls_status ls_exchange_add_host(ls_exchange *x, void *data, size_t bytes, int peer, int receive)
+{
+    return add(x, data, bytes, peer, receive, 1);
 }
 
 ls_status ls_exchange_begin(ls_exchange *x, ls_crossing kind, ls_pending *pending)
@@ -81,7 +91,8 @@ static ls_status reduce(ls_exchange *x, ls_crossing kind, ls_monoid m, const ls_
 {
     const int rank = x->comm.rank, size = x->comm.size;
     const int64_t n = ls_monoid_size(m);
-    memmove(total, mine, (size_t)n * sizeof *total);
+    const ls_memory *memory = ls_memory_of(x);
+    memory->copy(x->queue, total, mine, (size_t)n * sizeof *total);
     if (size == 1 || n == 0) return LS_OK;
     x->traffic.predicted[kind] += ls_predict_reduce(rank, size, (uint64_t)n * sizeof *mine);
     ls_real *in, *unused;
@@ -94,16 +105,16 @@ static ls_status reduce(ls_exchange *x, ls_crossing kind, ls_monoid m, const ls_
     }
     if (paired) {
         LS_TRY(round_trip(x, kind, NULL, -1, in, rank + 1, n));
-        ls_monoid_combine(m, total, in, total);
+        memory->combine(x->queue, m, total, in, total);
     }
     const int place = paired ? rank / 2 : rank - extra; /* among the p2 that double */
     for (int bit = 1; bit < p2; bit *= 2) {
         const int other = place ^ bit, peer = other < extra ? 2 * other : other + extra;
         LS_TRY(round_trip(x, kind, total, peer, in, peer, n));
         if (other < place)
-            ls_monoid_combine(m, in, total, total);
+            memory->combine(x->queue, m, in, total, total);
         else
-            ls_monoid_combine(m, total, in, total);
+            memory->combine(x->queue, m, total, in, total);
     }
     return paired ? round_trip(x, kind, total, rank + 1, NULL, -1, n) : LS_OK;
 }
@@ -126,9 +137,9 @@ ls_status ls_reduce(ls_exchange *x, ls_monoid m, const ls_real *mine, ls_real *t
 ls_status ls_reduce_adjoint(ls_exchange *x, ls_monoid m, const ls_real *mine, const ls_real *total,
                             const ls_real *dtotal, ls_real *dmine)
 {
-    ls_monoid_vjp_begin(m, total, dtotal, dmine);
+    ls_memory_of(x)->vjp_begin(x->queue, m, total, dtotal, dmine);
     LS_TRY(reduce(x, LS_REDUCE, m, dmine, dmine));
-    ls_monoid_vjp_end(m, mine, dmine, dmine);
+    ls_memory_of(x)->vjp_end(x->queue, m, mine, dmine, dmine);
     return LS_OK;
 }
 
@@ -144,8 +155,9 @@ ls_status ls_scan(ls_exchange *x, ls_monoid m, int reverse, const ls_real *mine,
     ls_real *window, *in;
     m.reversed = reverse;
     LS_TRY(wire_take(x, n, &window, &in));
-    memcpy(window, mine, (size_t)n * sizeof *mine);
-    ls_monoid_identity(m, before);
+    const ls_memory *memory = ls_memory_of(x);
+    memory->copy(x->queue, window, mine, (size_t)n * sizeof *mine);
+    memory->identity(x->queue, m, before);
     if (n == 0) return LS_OK;
     x->traffic.predicted[kind] += ls_predict_scan(x->comm.rank, size, reverse, (uint64_t)n * sizeof *mine);
     for (int hop = 1; hop < size; hop *= 2) {
@@ -161,8 +173,8 @@ ls_status ls_scan(ls_exchange *x, ls_monoid m, int reverse, const ls_real *mine,
                           n));
         if (from < 0) continue;
         /* in rank order: what comes from earlier ranks stands on the left, in a reverse scan on the right */
-        ls_monoid_combine(m, reverse ? before : in, reverse ? in : before, before);
-        ls_monoid_combine(m, reverse ? window : in, reverse ? in : window, window);
+        memory->combine(x->queue, m, reverse ? before : in, reverse ? in : before, before);
+        memory->combine(x->queue, m, reverse ? window : in, reverse ? in : window, window);
     }
     return LS_OK;
 }
@@ -178,11 +190,14 @@ uint64_t ls_predict_scan(int rank, int size, int reverse, uint64_t bytes)
 ls_status ls_scan_adjoint(ls_exchange *x, ls_monoid m, int reverse, const ls_real *mine, const ls_real *before,
                           const ls_real *dbefore, ls_real *dmine)
 {
-    ls_monoid_vjp_begin(m, before, dbefore, dmine);
-    if (m.counts) dmine[ls_monoid_size(m) - 1] = mine[ls_monoid_size(m) - 1]; /* gradients cross the same positions */
+    const ls_memory *memory = ls_memory_of(x);
+    const int64_t last = ls_monoid_size(m) - 1;
+    memory->vjp_begin(x->queue, m, before, dbefore, dmine);
+    if (m.counts)
+        memory->copy(x->queue, dmine + last, mine + last, sizeof *mine); /* gradients cross as many positions */
     m.conjugate = !m.conjugate;
     LS_TRY(ls_scan(x, m, !reverse, dmine, dmine));
-    ls_monoid_vjp_end(m, mine, dmine, dmine);
+    memory->vjp_end(x->queue, m, mine, dmine, dmine);
     return LS_OK;
 }
 
@@ -206,7 +221,7 @@ ls_status ls_gather(ls_exchange *x, const int64_t *count, const ls_real *mine, l
         LS_TRY(ls_exchange_add(x, (void *)(uintptr_t)mine, own, to, 0));
     }
     LS_TRY(ls_exchange_begin(x, LS_GATHER, &x->pending));
-    if (own > 0) memcpy(all + sum_before(count, rank), mine, own);
+    ls_memory_of(x)->copy(x->queue, all + sum_before(count, rank), mine, own);
     return ls_exchange_end(x, &x->pending);
 }
 
@@ -227,10 +242,13 @@ ls_status ls_gather_adjoint(ls_exchange *x, const int64_t *count, const ls_real 
     }
     LS_TRY(ls_exchange_begin(x, LS_GATHER, &x->pending));
     LS_TRY(ls_exchange_end(x, &x->pending));
-    ls_zero(dmine, own);
+    const ls_memory *memory = ls_memory_of(x);
+    const ls_rows sum = {(char *)dmine, own * (int64_t)sizeof *dmine, 1, 1, 0, 0, 0};
+    memory->zero(x->queue, dmine, (size_t)own * sizeof *dmine);
     for (int p = 0; p < size; p++) {
-        const ls_real *from = p == rank ? dall + sum_before(count, rank) : in + own * p;
-        for (int64_t i = 0; i < own; i++) dmine[i] += from[i];
+        ls_rows from = sum;
+        from.p = (char *)(uintptr_t)(p == rank ? dall + sum_before(count, rank) : in + own * p);
+        memory->add_rows(x->queue, sum, from, 1);
     }
     return LS_OK;
 }

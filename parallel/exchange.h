@@ -6,10 +6,12 @@
 
 #include "arena.h"
 #include "comm.h"
-#include "monoid.h"
+#include "memory.h"
 
 typedef struct ls_exchange {
     ls_comm comm;
+    const ls_memory *memory; /* of the device where the tensors are; NULL: the CPU */
+    ls_queue *queue;
     ls_traffic traffic;
     ls_arena wire; /* message buffers; only grows */
     ls_pending pending;
@@ -19,8 +21,15 @@ typedef struct ls_exchange {
 
 void ls_exchange_close(ls_exchange *x);
 
+static inline const ls_memory *ls_memory_of(const ls_exchange *x)
+{
+    return x->memory != NULL ? x->memory : &ls_cpu_memory;
+}
+
 /* Messages under construction: add any number, then begin, work, end. Every byte that leaves goes through here. */
 ls_status ls_exchange_add(ls_exchange *x, void *data, size_t bytes, int peer, int receive);
+/* The same for what is in host memory: counts and lists. */
+ls_status ls_exchange_add_host(ls_exchange *x, void *data, size_t bytes, int peer, int receive);
 ls_status ls_exchange_begin(ls_exchange *x, ls_crossing kind, ls_pending *pending);
 ls_status ls_exchange_end(ls_exchange *x, ls_pending *pending);
 
@@ -38,17 +47,6 @@ ls_status ls_scan_adjoint(ls_exchange *x, ls_monoid m, int reverse, const ls_rea
 /* all = every rank's piece in rank order; count (P): reals of each. Adjoint: dmine = Σ_r dall_r's piece of mine. */
 ls_status ls_gather(ls_exchange *x, const int64_t *count, const ls_real *mine, ls_real *all);
 ls_status ls_gather_adjoint(ls_exchange *x, const int64_t *count, const ls_real *dall, ls_real *dmine);
-
-/* A tensor as rows by position: row t of (b,h) is at p + b*sb + h*sh + t*st, all in bytes. */
-typedef struct ls_rows {
-    char *p;
-    int64_t row_bytes, nb, nh, sb, sh, st;
-} ls_rows;
-ls_rows ls_rows_of_view(ls_view v, int64_t B, int64_t H, int64_t d);
-ls_rows ls_rows_of_pad(const uint8_t *pad, int64_t B, int64_t n);
-/* n rows of so many bytes each, to = from or (of ls_real) to += from; strides in bytes. */
-void ls_copy_rows(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t bytes, int64_t n);
-void ls_add_rows(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t bytes, int64_t n);
 
 /* Fetch: this rank's `to` rows become the global positions of its spans, one span after the other; want (2 per rank)
  * says what every rank wants, [lo, lo + n), n = 0: nothing. `from` holds this rank's shard. n tensors in one go. */
@@ -74,6 +72,8 @@ typedef struct ls_requests {
     int64_t *wanted, *given;    /* (P,2): how many intervals and rows */
     ls_arena asked, accepted;   /* memory of the above */
     ls_arena brought;           /* the caller's, for the rows: it lives as long */
+    void *host;                 /* likewise, see ls_cuda_mechanism.host_bytes */
+    size_t host_bytes;
 } ls_requests;
 /* Local: memory for lists of so many intervals in all, then, once they are filled in, what they mean on this shard. */
 ls_status ls_requests_begin(ls_requests *r, int size, int64_t groups, int64_t heads, int64_t intervals);

@@ -1,16 +1,11 @@
 #include "monoid.h"
+#include "statistics.h"
 
 void ls_monoid_identity(ls_monoid m, ls_real *x)
 {
     ls_zero(x, ls_monoid_size(m));
     if (m.has_max)
         for (int64_t g = 0; g < m.groups; g++) x[g * ls_monoid_stride(m)] = -INFINITY;
-}
-
-/* e^(m - M), where m = -inf (nothing was summed) gives 0 whatever M is */
-static ls_real weight(ls_real m, ls_real M)
-{
-    return m == -INFINITY ? 0 : ls_exp(m - M);
 }
 
 /* One side is carried over the positions of the other. */
@@ -20,14 +15,8 @@ static void combine_decay(ls_monoid m, const ls_real *left, const ls_real *right
     const ls_real *far = m.reversed ? right : left, *near = m.reversed ? left : right;
     const double n = (double)near[reals], sign = m.conjugate ? -1 : 1;
     out[reals] = left[reals] + right[reals];
-    for (int64_t g = 0; g < m.groups; g++) {
-        const double *lambda = m.decay + 2 * (g % m.decays), size = exp(lambda[0] * n);
-        const double re = size * cos(lambda[1] * n), im = sign * size * sin(lambda[1] * n);
-        const double x = (double)far[2 * g], y = (double)far[2 * g + 1];
-        const ls_real near_re = near[2 * g], near_im = near[2 * g + 1];
-        out[2 * g] = (ls_real)(re * x - im * y + (double)near_re);
-        out[2 * g + 1] = (ls_real)(re * y + im * x + (double)near_im);
-    }
+    for (int64_t g = 0; g < m.groups; g++)
+        ls_decay_combine(m.decay + 2 * (g % m.decays), n, sign, far + 2 * g, near + 2 * g, out + 2 * g);
 }
 
 void ls_monoid_combine(ls_monoid m, const ls_real *left, const ls_real *right, ls_real *out)
@@ -41,7 +30,7 @@ void ls_monoid_combine(ls_monoid m, const ls_real *left, const ls_real *right, l
         ls_real a = 1, b = 1;
         if (m.has_max) {
             const ls_real l = left[0], r = right[0], top = l > r ? l : r;
-            a = weight(l, top), b = weight(r, top);
+            a = ls_statistics_weight(l, top), b = ls_statistics_weight(r, top);
             out[0] = top;
         }
         const int64_t first = m.has_max, tail = first + m.scaled;
@@ -69,7 +58,7 @@ void ls_monoid_vjp_end(ls_monoid m, const ls_real *sent, const ls_real *arrived,
     if (!m.has_max) return;
     for (int64_t g = 0; g < m.groups; g++) {
         const ls_real from = sent[g * stride], back = dsent[g * stride];
-        const ls_real w = from == -INFINITY || back == -INFINITY ? 0 : ls_exp(from + back);
+        const ls_real w = back == -INFINITY ? 0 : ls_statistics_weight(from, -back);
         dsent[g * stride] = 0;
         for (int64_t i = 1; i <= m.scaled; i++) dsent[g * stride + i] *= w;
     }

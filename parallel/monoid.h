@@ -16,4 +16,19 @@ void ls_monoid_combine(ls_monoid m, const ls_real *left, const ls_real *right, l
 void ls_monoid_vjp_begin(ls_monoid m, const ls_real *got, const ls_real *dgot, ls_real *back);
 void ls_monoid_vjp_end(ls_monoid m, const ls_real *sent, const ls_real *arrived, ls_real *dsent);
 
+/* ------------------------------------------------------------------------------------------------ of one element,
+ * the same on the CPU and in CUDA kernels */
+
+/* out = far carried over n positions + near, complex; lambda: re, im; sign -1: the conjugate. out may be far or near.
+ */
+LS_BOTH_SIDES void ls_decay_combine(const double *lambda, double n, double sign, const ls_real *far,
+                                    const ls_real *near, ls_real *out)
+{
+    const double size = exp(lambda[0] * n), re = size * cos(lambda[1] * n), im = sign * size * sin(lambda[1] * n);
+    const double x = (double)far[0], y = (double)far[1];
+    const ls_real near_re = near[0], near_im = near[1];
+    out[0] = (ls_real)(re * x - im * y + (double)near_re);
+    out[1] = (ls_real)(re * y + im * x + (double)near_im);
+}
+
 #endif

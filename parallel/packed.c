@@ -65,8 +65,8 @@ static ls_status share_segments(ls_exchange *x, const int64_t *count, const segm
             if (own > 0) memcpy(at, mine, own);
             continue;
         }
-        LS_TRY(ls_exchange_add(x, at, (size_t)count[p] * sizeof *at, p, 1));
-        LS_TRY(ls_exchange_add(x, (void *)(uintptr_t)mine, own, p, 0));
+        LS_TRY(ls_exchange_add_host(x, at, (size_t)count[p] * sizeof *at, p, 1));
+        LS_TRY(ls_exchange_add_host(x, (void *)(uintptr_t)mine, own, p, 0));
     }
     LS_TRY(ls_exchange_begin(x, LS_GATHER, &x->pending));
     return ls_exchange_end(x, &x->pending);
@@ -250,8 +250,8 @@ static void make_call(const ls_call *whole, int64_t i, ls_call *c)
 
 /* ------------------------------------------------------------------------------------------------ all documents */
 
-/* First those of this rank alone, then those of several. Queries without a key have output and gradients 0 already, keys
- * without a query as well. */
+/* First those of this rank alone, then those of several. Queries without a key have output and gradients 0 already,
+ * keys without a query as well. */
 static int takes_part(const ls_call *whole, int64_t i, int together)
 {
     const ls_document *d = &whole->documents->list[i];
@@ -296,18 +296,18 @@ static ls_status walk(ls_call *whole, ls_arena *saved, ls_arena *work, ls_status
 ls_status ls_packed_forward(ls_call *whole, ls_arena *saved, ls_arena *work)
 {
     const ls_pass *p = &whole->pass;
-    ls_zero_view(p->out, p->B, p->H, p->T, p->out_width); /* rows of no document */
+    ls_clear_view(whole->ctx, p->out, p->B, p->H, p->T, p->out_width); /* rows of no document */
     return walk(whole, saved, work, ls_run_forward);
 }
 
 ls_status ls_packed_backward(ls_call *whole, ls_arena *saved, ls_arena *work)
 {
     const ls_pass *p = &whole->pass;
-    ls_zero_view(p->dq, p->B, p->H, p->T, p->d);
+    ls_clear_view(whole->ctx, p->dq, p->B, p->H, p->T, p->d);
     if (!whole->mechanism->one_input) {
-        ls_zero_view(p->own.dk, p->B, p->H, p->S, p->d);
-        ls_zero_view(p->own.dv, p->B, p->H, p->S, p->d);
+        ls_clear_view(whole->ctx, p->own.dk, p->B, p->H, p->S, p->d);
+        ls_clear_view(whole->ctx, p->own.dv, p->B, p->H, p->S, p->d);
     }
-    if (p->extra_width > 0) ls_zero_view(p->own.dextra, p->B, 1, p->S, p->extra_width);
+    if (p->extra_width > 0) ls_clear_view(whole->ctx, p->own.dextra, p->B, 1, p->S, p->extra_width);
     return walk(whole, saved, work, ls_run_backward);
 }

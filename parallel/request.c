@@ -10,6 +10,8 @@
  * A message of rows is, interval by interval and tensor by tensor, packed. */
 #include "context.h"
 
+#include <stdlib.h>
+
 /* ------------------------------------------------------------------------------------------------ lists */
 
 static void plan(ls_requests *r, int size, int64_t intervals)
@@ -87,6 +89,7 @@ void ls_requests_free(ls_requests *r)
     ls_arena_free(&r->asked);
     ls_arena_free(&r->accepted);
     ls_arena_free(&r->brought);
+    free(r->host);
     *r = (ls_requests){0};
 }
 
@@ -100,8 +103,8 @@ static ls_status tell_numbers(ls_exchange *x, ls_requests *r)
     for (int p = 0; p < x->comm.size; p++) {
         if (p == x->comm.rank) continue;
         x->traffic.predicted[LS_FETCH] += bytes;
-        LS_TRY(ls_exchange_add(x, r->given + 2 * p, bytes, p, 1));
-        LS_TRY(ls_exchange_add(x, r->wanted + 2 * p, bytes, p, 0));
+        LS_TRY(ls_exchange_add_host(x, r->given + 2 * p, bytes, p, 1));
+        LS_TRY(ls_exchange_add_host(x, r->wanted + 2 * p, bytes, p, 0));
     }
     LS_TRY(ls_exchange_begin(x, LS_FETCH, &x->pending));
     LS_TRY(ls_exchange_end(x, &x->pending));
@@ -148,8 +151,8 @@ static ls_status tell_intervals(ls_exchange *x, ls_requests *r)
         if (p == x->comm.rank) continue;
         const size_t out = (size_t)r->wanted[2 * p] * one, in = (size_t)r->given[2 * p] * one;
         x->traffic.predicted[LS_FETCH] += out;
-        LS_TRY(ls_exchange_add(x, r->give + r->give_at[p], in, p, 1));
-        LS_TRY(ls_exchange_add(x, r->want + r->want_at[p], out, p, 0));
+        LS_TRY(ls_exchange_add_host(x, r->give + r->give_at[p], in, p, 1));
+        LS_TRY(ls_exchange_add_host(x, r->want + r->want_at[p], out, p, 0));
     }
     LS_TRY(ls_exchange_begin(x, LS_FETCH, &x->pending));
     return ls_exchange_end(x, &x->pending);
@@ -166,58 +169,68 @@ ls_status ls_requests_exchange(ls_context *ctx, ls_requests *r, size_t row_bytes
 
 /* ------------------------------------------------------------------------------------------------ rows */
 
-/* Row `row` of group g in the owner's tensor (nb,nh,n); the wanter's rows are all groups' in one. */
-static char *owned(const ls_requests *r, const ls_rows *t, int64_t g, int64_t row)
+/* Rows from row `row` of group g in the owner's tensor (nb,nh,n), and from row `row` of the wanter's, where all groups'
+ * are in one. */
+static ls_rows owned(const ls_requests *r, const ls_rows *t, int64_t g, int64_t row)
 {
-    return t->p + g / r->heads * t->sb + g % r->heads * t->sh + row * t->st;
+    ls_rows x = ls_rows_from(*t, row);
+    x.p += g / r->heads * t->sb + g % r->heads * t->sh;
+    x.nb = x.nh = 1;
+    return x;
+}
+static ls_rows brought(const ls_rows *t, int64_t row)
+{
+    ls_rows x = ls_rows_from(*t, row);
+    x.nb = x.nh = 1;
+    return x;
 }
 
 /* Packs the rows that leave for rank p: those it wants, or the gradients of those that it owns. */
-static void pack(const ls_shard *shard, const ls_requests *r, int p, const ls_rows *t, int tensors, int adjoint,
-                 char *wire)
+static void pack(const ls_exchange *x, const ls_shard *shard, const ls_requests *r, int p, const ls_rows *t,
+                 int tensors, int adjoint, char *wire)
 {
     const int64_t *at = adjoint ? r->want_at : r->give_at;
     for (int64_t i = at[p]; i < at[p + 1]; i++) {
         const ls_interval k = adjoint ? r->want[i] : r->give[i];
         for (int j = 0; j < tensors; j++) {
-            const int64_t bytes = t[j].row_bytes;
-            const char *row = adjoint ? t[j].p + r->row[i] * t[j].st : owned(r, &t[j], k.group, k.lo - shard->lo);
-            ls_copy_rows(wire, bytes, row, t[j].st, bytes, k.n);
-            wire += k.n * bytes;
+            const ls_rows rows = adjoint ? brought(&t[j], r->row[i]) : owned(r, &t[j], k.group, k.lo - shard->lo);
+            ls_memory_of(x)->copy_rows(x->queue, ls_rows_packed(&rows, k.n, wire), rows, k.n);
+            wire += k.n * rows.row_bytes;
         }
     }
 }
 
 /* The rows that came from rank p: put where they were wanted, or added where they are owned. */
-static void unpack(const ls_shard *shard, const ls_requests *r, int p, const ls_rows *t, int tensors, int adjoint,
-                   const char *wire)
+static void unpack(const ls_exchange *x, const ls_shard *shard, const ls_requests *r, int p, const ls_rows *t,
+                   int tensors, int adjoint, char *wire)
 {
     const int64_t *at = adjoint ? r->give_at : r->want_at;
     for (int64_t i = at[p]; i < at[p + 1]; i++) {
         const ls_interval k = adjoint ? r->give[i] : r->want[i];
         for (int j = 0; j < tensors; j++) {
-            const int64_t bytes = t[j].row_bytes;
+            const ls_rows rows = adjoint ? owned(r, &t[j], k.group, k.lo - shard->lo) : brought(&t[j], r->row[i]);
+            const ls_rows packed = ls_rows_packed(&rows, k.n, wire);
             if (adjoint)
-                ls_add_rows(owned(r, &t[j], k.group, k.lo - shard->lo), t[j].st, wire, bytes, bytes, k.n);
+                ls_memory_of(x)->add_rows(x->queue, rows, packed, k.n);
             else
-                ls_copy_rows(t[j].p + r->row[i] * t[j].st, t[j].st, wire, bytes, bytes, k.n);
-            wire += k.n * bytes;
+                ls_memory_of(x)->copy_rows(x->queue, rows, packed, k.n);
+            wire += k.n * rows.row_bytes;
         }
     }
 }
 
 /* What this rank wants of itself. */
-static void move_own(const ls_shard *shard, const ls_requests *r, const ls_rows *from, const ls_rows *to, int tensors,
-                     int adjoint)
+static void move_own(const ls_exchange *x, const ls_shard *shard, const ls_requests *r, const ls_rows *from,
+                     const ls_rows *to, int tensors, int adjoint)
 {
     for (int64_t i = r->want_at[shard->rank]; i < r->want_at[shard->rank + 1]; i++) {
         const ls_interval k = r->want[i];
         for (int j = 0; j < tensors; j++) {
-            char *mine = owned(r, &from[j], k.group, k.lo - shard->lo), *there = to[j].p + r->row[i] * to[j].st;
+            const ls_rows mine = owned(r, &from[j], k.group, k.lo - shard->lo), there = brought(&to[j], r->row[i]);
             if (adjoint)
-                ls_add_rows(mine, from[j].st, there, to[j].st, to[j].row_bytes, k.n);
+                ls_memory_of(x)->add_rows(x->queue, mine, there, k.n);
             else
-                ls_copy_rows(there, to[j].st, mine, from[j].st, to[j].row_bytes, k.n);
+                ls_memory_of(x)->copy_rows(x->queue, there, mine, k.n);
         }
     }
 }
@@ -232,25 +245,25 @@ static ls_status travel(ls_exchange *x, const ls_shard *shard, const ls_requests
     char *out, *in;
     for (int j = 0; j < tensors; j++) bytes += (size_t)to[j].row_bytes;
     LS_TRY(take_wire(x, r, bytes, adjoint, &out, &in));
-    const char *arrived = in;
+    char *arrived = in;
     for (int p = 0; p < size; p++) {
         if (p == rank) continue;
         const size_t n_out = (size_t)leaving[2 * p + 1] * bytes, n_in = (size_t)coming[2 * p + 1] * bytes;
-        pack(shard, r, p, adjoint ? to : from, tensors, adjoint, out);
+        pack(x, shard, r, p, adjoint ? to : from, tensors, adjoint, out);
         x->traffic.predicted[LS_FETCH] += n_out;
         LS_TRY(ls_exchange_add(x, in, n_in, p, 1));
         LS_TRY(ls_exchange_add(x, out, n_out, p, 0));
         out += n_out, in += n_in;
     }
     LS_TRY(ls_exchange_begin(x, LS_FETCH, &x->pending));
-    if (!adjoint) move_own(shard, r, from, to, tensors, 0); /* while the others' travel */
+    if (!adjoint) move_own(x, shard, r, from, to, tensors, 0); /* while the others' travel */
     LS_TRY(ls_exchange_end(x, &x->pending));
     for (int p = 0; p < size; p++) { /* in rank order */
         if (p == rank) {
-            if (adjoint) move_own(shard, r, from, to, tensors, 1);
+            if (adjoint) move_own(x, shard, r, from, to, tensors, 1);
             continue;
         }
-        unpack(shard, r, p, adjoint ? from : to, tensors, adjoint, arrived);
+        unpack(x, shard, r, p, adjoint ? from : to, tensors, adjoint, arrived);
         arrived += (size_t)coming[2 * p + 1] * bytes;
     }
     return LS_OK;

@@ -1,5 +1,7 @@
 #include "run.h"
-#include "tile.h"
+
+#include <stdlib.h>
+#include <string.h>
 
 /* ------------------------------------------------------------------------------------------------ who holds what */
 
@@ -78,8 +80,8 @@ static void plan_placement(ls_call *c, ls_arena *saved, ls_arena *work)
     const int size = c->keys->size, rank = c->keys->rank;
     z->on = c->mechanism->balance_causal && p->pattern == LS_CS && size > 1 && !c->in_place;
     if (!z->on) return;
-    z->want = ls_arena_take(work, (size_t)(2 * size) * sizeof *z->want);
-    for (int r = 0; z->want != NULL && r < 2 * size; r++) z->want[r] = zigzag(c->keys->length, size, r / 2, r % 2);
+    z->want = c->ctx->spans;
+    for (int r = 0; r < 2 * size; r++) z->want[r] = zigzag(c->keys->length, size, r / 2, r % 2);
     const int64_t n = zigzag(c->keys->length, size, rank, 0).n + zigzag(c->keys->length, size, rank, 1).n;
     const int64_t reals = p->B * p->H * n * p->d;
     ls_view *keep[] = {&z->q, &z->k, &z->v, &z->out}, *pass[] = {&z->dq, &z->dk, &z->dv, &z->dout};
@@ -140,9 +142,9 @@ static void plan_fetch(ls_call *c, const ls_phase *phase, ls_arena *saved, ls_ar
     const int64_t n = mine.n, W = p->extra_width, reals = p->B * p->H * n * p->d, back = p->backward;
     const int64_t k = phase->fetches & LS_KEYS ? reals : 0, v = phase->fetches & LS_VALUES ? reals : 0;
     const int64_t e = phase->fetches & LS_EXTRA ? p->B * n * W : 0;
-    c->reach.want = ls_arena_take(work, (size_t)(2 * size) * sizeof *c->reach.want);
+    c->reach.want = c->ctx->spans + 2 * size;
     c->reach.n = n;
-    for (int r = 0; c->reach.want != NULL && r < size; r++) {
+    for (int r = 0; r < size; r++) {
         c->reach.want[2 * r] = reach_of(c, phase, r);
         c->reach.want[2 * r + 1] = (ls_span){0, 0, 0};
     }
@@ -162,6 +164,7 @@ static void plan_brought(const ls_pass *p, ls_requests *r, ls_block *halo)
 {
     const int64_t n = r->rows;
     *halo = (ls_block){.n = n, .first = r->first};
+    if (p->queue != NULL) halo->first = ls_arena_take(&r->brought, (size_t)(r->groups + 1) * sizeof *halo->first);
     halo->k = (ls_view){ls_take(&r->brought, n * p->d), 0, 0, p->d};
     halo->v = (ls_view){ls_take(&r->brought, n * p->d), 0, 0, p->d};
     halo->pad = p->own.pad == NULL ? NULL : ls_arena_take(&r->brought, (size_t)n);
@@ -184,11 +187,11 @@ static void plan_gather(ls_call *c, int i, const ls_phase *phase, ls_arena *save
     ls_pass *p = &c->pass;
     ls_collection *g = &p->gathered[i];
     const int size = c->keys->size;
-    c->piece[i] = ls_arena_take(work, (size_t)size * sizeof *c->piece[i]);
+    c->piece[i] = c->ctx->pieces + i * size;
     *g = (ls_collection){.every = 1};
     for (int r = 0; r < size; r++) {
         const int64_t lo = c->keys->bounds[r], n = phase->piece(p, lo, c->keys->bounds[r + 1] - lo);
-        if (c->piece[i] != NULL) c->piece[i][r] = n;
+        c->piece[i][r] = n;
         if (r < c->keys->rank) g->before += n;
         if (r == c->keys->rank) g->count = n;
         g->total += n;
@@ -222,29 +225,56 @@ void ls_run_plan(ls_call *c, ls_arena *saved, ls_arena *work)
         s->dsent = ls_take(work, back * n);
         s->dgot = ls_take(work, back * n);
     }
-    if (c->mechanism->plan == NULL) return;
-    if (work->measuring &&
-        c->placement.on) { /* sizes depend on the placed rows; want is not there yet: any NULL will do */
-        ls_pass p = *user;
-        p.T = p.S = zigzag(c->keys->length, c->keys->size, c->keys->rank, 0).n +
-                    zigzag(c->keys->length, c->keys->size, c->keys->rank, 1).n;
-        c->mechanism->plan(&p, saved, work);
-        return;
-    }
     ls_pass p = placed(c);
-    c->mechanism->plan(&p, saved, work);
+    ls_plan_mechanism(c->mechanism, &p, saved, work);
     memcpy(user->saved, p.saved, sizeof p.saved);
     memcpy(user->work, p.work, sizeof p.work);
+    if (user->queue == NULL || c->mechanism->cuda->host_bytes == NULL || c->requests == NULL) return;
+    if (!user->backward) {
+        const size_t bytes = c->mechanism->cuda->host_bytes(&p);
+        if (work->measuring && bytes > c->requests->host_bytes) {
+            free(c->requests->host);
+            c->requests->host = malloc(bytes);
+            c->requests->host_bytes = c->requests->host == NULL ? 0 : bytes;
+        }
+        if (bytes > c->requests->host_bytes) work->overrun = 1;
+    }
+    user->host = c->requests->host;
+}
+
+/* ------------------------------------------------------------------------------------------------ kernels */
+
+void ls_plan_mechanism(const ls_mechanism *m, ls_pass *p, ls_arena *saved, ls_arena *work)
+{
+    void (*plan)(ls_pass *, ls_arena *, ls_arena *) = p->queue == NULL ? m->plan : m->cuda->plan;
+    if (plan != NULL) plan(p, saved, work);
+}
+
+ls_status ls_run_kernel(const ls_mechanism *m, ls_pass *p, const ls_phase *phases, int i, int backward)
+{
+    const ls_phase *phase = &phases[i];
+    ls_status (*kernel)(ls_pass *, int) = backward ? phase->backward : phase->forward;
+    if (kernel == NULL || p->queue == NULL) return kernel == NULL ? LS_OK : kernel(p, i);
+    for (const ls_cuda_kernel *k = m->cuda->kernel; k->phase != NULL; k++)
+        if (strcmp(k->phase, phase->name) == 0 && (backward ? k->backward : k->forward) != NULL)
+            return (backward ? k->backward : k->forward)(p, i);
+    LS_FAIL(LS_ERR_INTERNAL, "%s: phase '%s' has no CUDA kernel: please report this", m->name, phase->name);
 }
 
 /* ------------------------------------------------------------------------------------------------ ring */
 
-ls_view ls_clean_block(ls_view from, int64_t B, int64_t H, int64_t n, int64_t d, const uint8_t *pad, ls_real *to)
+void ls_clear_view(ls_context *ctx, ls_view v, int64_t B, int64_t H, int64_t n, int64_t d)
 {
-    const ls_view v = contiguous(to, H, n, d);
-    for (int64_t b = 0; b < B; b++)
-        for (int64_t h = 0; h < H; h++) ls_clean_rows(from, b, h, 0, n, d, pad, n, 1, ls_row(v, b, h, 0));
-    return v;
+    ls_memory_of(&ctx->exchange)->clear_rows(ctx->queue, ls_rows_of_view(v, B, H, d), n, NULL);
+}
+
+void ls_clean_block(ls_context *ctx, ls_view from, int64_t B, int64_t H, int64_t n, int64_t d, const uint8_t *pad,
+                    ls_real *to)
+{
+    const ls_memory *memory = ls_memory_of(&ctx->exchange);
+    const ls_rows rows = ls_rows_of_view(contiguous(to, H, n, d), B, H, d);
+    memory->copy_rows(ctx->queue, rows, ls_rows_of_view(from, B, H, d), n);
+    if (pad != NULL) memory->clear_rows(ctx->queue, rows, n, pad);
 }
 
 /* The block of `rank` as it lies in a buffer. */
@@ -267,10 +297,13 @@ static void start_ring(const ls_call *c, ls_pass *p, const ls_phase *ring)
     if (c->keys->size == 1 && p->own.pad == NULL) return;
     see_block(c, p, ring, c->keys->rank, c->ring.block[0], &p->visit);
     if (p->own.n == 0) return;
-    ls_clean_block(p->own.k, p->B, p->H, p->own.n, p->d, p->own.pad, p->visit.k.p);
-    if (!ring->keys_only) ls_clean_block(p->own.v, p->B, p->H, p->own.n, p->d, p->own.pad, p->visit.v.p);
-    if (ring->notes != NULL) memcpy(p->visit.note, p->own.note, (size_t)ring->notes(p) * sizeof *p->own.note);
-    if (p->own.pad != NULL) memcpy((void *)(uintptr_t)p->visit.pad, p->own.pad, (size_t)(p->B * p->own.n));
+    const ls_memory *memory = ls_memory_of(&c->ctx->exchange);
+    ls_clean_block(c->ctx, p->own.k, p->B, p->H, p->own.n, p->d, p->own.pad, p->visit.k.p);
+    if (!ring->keys_only) ls_clean_block(c->ctx, p->own.v, p->B, p->H, p->own.n, p->d, p->own.pad, p->visit.v.p);
+    if (ring->notes != NULL)
+        memory->copy(c->ctx->queue, p->visit.note, p->own.note, (size_t)ring->notes(p) * sizeof *p->own.note);
+    if (p->own.pad != NULL)
+        memory->copy(c->ctx->queue, (void *)(uintptr_t)p->visit.pad, p->own.pad, (size_t)(p->B * p->own.n));
 }
 
 /* Sends the visiting block on and asks for the one before it. `left`: steps after this one. */
@@ -298,7 +331,7 @@ static ls_status ring_forward(ls_call *c, ls_pass *p, const ls_phase *phase, int
         const int owner = (rank + size - step) % size, more = step + 1 < size;
         if (step > 0) see_block(c, p, phase, owner, here, &p->visit);
         if (more) LS_TRY(pass_block(c, p, phase, owner, here, next, &x->pending));
-        const ls_status status = phase->forward(p, i); /* while the next block travels */
+        const ls_status status = ls_run_kernel(c->mechanism, p, phase - i, i, 0); /* while the next block travels */
         if (more) LS_TRY(ls_exchange_end(x, &x->pending));
         LS_TRY(status);
         char *swap = here;
@@ -315,14 +348,15 @@ static ls_status ring_backward(ls_call *c, ls_pass *p, const ls_phase *phase, in
     const int64_t per_row = 2 * p->B * p->H * p->d;
     char *here = c->ring.block[0], *next = c->ring.block[1];
     ls_real *making = c->ring.gradient[0], *arriving = c->ring.gradient[1], *leaving = c->ring.gradient[2];
+    const ls_memory *memory = ls_memory_of(x);
     ls_pending sums = {0};
     ls_status status = LS_OK;
     start_ring(c, p, phase);
     if (size == 1) {
         p->visit.dk = p->own.dk, p->visit.dv = p->own.dv;
-        ls_zero_view(p->own.dk, p->B, p->H, p->own.n, p->d);
-        ls_zero_view(p->own.dv, p->B, p->H, p->own.n, p->d);
-        return phase->backward(p, i);
+        ls_clear_view(c->ctx, p->own.dk, p->B, p->H, p->own.n, p->d);
+        ls_clear_view(c->ctx, p->own.dv, p->B, p->H, p->own.n, p->d);
+        return ls_run_kernel(c->mechanism, p, phase - i, i, 1);
     }
     for (int step = 0; step < size; step++) {
         const int owner = (rank + size - step) % size, more = step + 1 < size;
@@ -331,11 +365,14 @@ static ls_status ring_backward(ls_call *c, ls_pass *p, const ls_phase *phase, in
         const int64_t n = p->visit.n, reals = per_row * n;
         p->visit.dk = contiguous(making, p->H, n, p->d);
         p->visit.dv = contiguous(making + reals / 2, p->H, n, p->d);
-        ls_zero(making, reals);
-        LS_TRY_GOTO(phase->backward(p, i));
+        memory->zero(c->ctx->queue, making, (size_t)reals * sizeof *making);
+        LS_TRY_GOTO(ls_run_kernel(c->mechanism, p, phase - i, i, 1));
         if (step > 0) { /* the sum so far, from the rank that had this block before */
             LS_TRY_GOTO(ls_exchange_end(x, &sums));
-            for (int64_t e = 0; e < reals; e++) making[e] += arriving[e];
+            const ls_rows sum = {(char *)making, reals * (int64_t)sizeof *making, 1, 1, 0, 0, 0};
+            ls_rows other = sum;
+            other.p = (char *)arriving;
+            memory->add_rows(c->ctx->queue, sum, other, 1);
         }
         if (more) LS_TRY_GOTO(ls_exchange_end(x, &x->pending));
         ls_block coming; /* the gradient that the left rank has just made: of the block that comes here next */
@@ -350,13 +387,13 @@ static ls_status ring_backward(ls_call *c, ls_pass *p, const ls_phase *phase, in
         here = next, next = swap_block;
     }
     LS_TRY_GOTO(ls_exchange_end(x, &sums)); /* home again: this rank's own block has been everywhere */
-    for (int64_t b = 0; b < p->B; b++)
-        for (int64_t h = 0; h < p->H; h++)
-            for (int64_t t = 0; t < p->own.n; t++) {
-                const ls_real *from = arriving + ((b * p->H + h) * p->own.n + t) * p->d;
-                memcpy(ls_row(p->own.dk, b, h, t), from, (size_t)p->d * sizeof *from);
-                memcpy(ls_row(p->own.dv, b, h, t), from + per_row / 2 * p->own.n, (size_t)p->d * sizeof *from);
-            }
+    const ls_real *const home[] = {arriving, arriving + per_row / 2 * p->own.n};
+    const ls_view to[] = {p->own.dk, p->own.dv};
+    for (int t = 0; t < 2; t++)
+        memory->copy_rows(
+            c->ctx->queue, ls_rows_of_view(to[t], p->B, p->H, p->d),
+            ls_rows_of_view(contiguous((ls_real *)(uintptr_t)home[t], p->H, p->own.n, p->d), p->B, p->H, p->d),
+            p->own.n);
 done:
     x->comm.ops->forget(&sums);
     return status;
@@ -391,7 +428,7 @@ static ls_status put_back(ls_call *c, int tensors, const ls_view *home, const ls
     const ls_pass *p = &c->pass;
     ls_rows a[4], b[4];
     for (int i = 0; i < tensors; i++) {
-        ls_zero_view(home[i], p->B, p->H, p->T, p->d); /* each row comes back once: adding to 0 is moving */
+        ls_clear_view(c->ctx, home[i], p->B, p->H, p->T, p->d); /* each row comes back once: adding to 0 is moving */
         a[i] = ls_rows_of_view(home[i], p->B, p->H, p->d);
         b[i] = ls_rows_of_view(away[i], p->B, p->H, p->d);
     }
@@ -424,16 +461,16 @@ static int fetched(const ls_pass *p, const ls_phase *phase, int gradients, ls_ro
     return n;
 }
 
-void ls_clean_halo(const ls_pass *p, const ls_phase *phase)
+void ls_clean_halo(ls_context *ctx, const ls_pass *p, const ls_phase *phase)
 {
+    const ls_memory *memory = ls_memory_of(&ctx->exchange);
     const ls_block *x = &p->halo;
-    for (int64_t b = 0; x->pad != NULL && b < p->B; b++)
-        for (int64_t t = 0; t < x->n; t++) {
-            if (!x->pad[b * x->n + t]) continue;
-            for (int64_t h = 0; phase->fetches & LS_KEYS && h < p->H; h++) ls_zero(ls_row(x->k, b, h, t), p->d);
-            for (int64_t h = 0; phase->fetches & LS_VALUES && h < p->H; h++) ls_zero(ls_row(x->v, b, h, t), p->d);
-            if (phase->fetches & LS_EXTRA) ls_zero(ls_row(x->extra, b, 0, t), p->extra_width);
-        }
+    if (x->pad == NULL) return;
+    if (phase->fetches & LS_KEYS) memory->clear_rows(ctx->queue, ls_rows_of_view(x->k, p->B, p->H, p->d), x->n, x->pad);
+    if (phase->fetches & LS_VALUES)
+        memory->clear_rows(ctx->queue, ls_rows_of_view(x->v, p->B, p->H, p->d), x->n, x->pad);
+    if (phase->fetches & LS_EXTRA)
+        memory->clear_rows(ctx->queue, ls_rows_of_view(x->extra, p->B, 1, p->extra_width), x->n, x->pad);
 }
 
 static ls_status fetch(ls_call *c, const ls_pass *p, const ls_phase *phase)
@@ -441,7 +478,7 @@ static ls_status fetch(ls_call *c, const ls_pass *p, const ls_phase *phase)
     ls_rows own[4], halo[4];
     const int n = fetched(p, phase, 0, own, halo);
     LS_TRY(ls_fetch(&c->ctx->exchange, c->keys, c->reach.want, own, halo, n));
-    ls_clean_halo(p, phase);
+    ls_clean_halo(c->ctx, p, phase);
     return LS_OK;
 }
 
@@ -449,9 +486,9 @@ static ls_status fetch_adjoint(ls_call *c, const ls_pass *p, const ls_phase *pha
 {
     ls_rows own[4], halo[4];
     const int n = fetched(p, phase, 1, own, halo), overwrite = !phase->adds;
-    if (overwrite && phase->fetches & LS_KEYS) ls_zero_view(p->own.dk, p->B, p->H, p->S, p->d);
-    if (overwrite && phase->fetches & LS_VALUES) ls_zero_view(p->own.dv, p->B, p->H, p->S, p->d);
-    if (overwrite && phase->fetches & LS_EXTRA) ls_zero_view(p->own.dextra, p->B, 1, p->S, p->extra_width);
+    if (overwrite && phase->fetches & LS_KEYS) ls_clear_view(c->ctx, p->own.dk, p->B, p->H, p->S, p->d);
+    if (overwrite && phase->fetches & LS_VALUES) ls_clear_view(c->ctx, p->own.dv, p->B, p->H, p->S, p->d);
+    if (overwrite && phase->fetches & LS_EXTRA) ls_clear_view(c->ctx, p->own.dextra, p->B, 1, p->S, p->extra_width);
     return ls_fetch_adjoint(&c->ctx->exchange, c->keys, c->reach.want, own, halo, n);
 }
 
@@ -481,11 +518,14 @@ static ls_status ask(ls_call *c, ls_pass *p, const ls_phase *phase)
     for (int64_t g = 0; g < p->B * p->H; g++)
         r->list_at[g + 1] = r->list_at[g] + phase->wanted(p, g / p->H, g % p->H, r->list + r->list_at[g]);
     ls_requests_cut(c->keys, r);
+    r->brought.device = c->ctx->ops;
     ls_arena_measure(&r->brought);
     plan_brought(p, r, &p->halo);
     LS_TRY(ls_arena_reserve(&r->brought, c->mechanism->name));
     plan_brought(p, r, &p->halo);
-    return LS_OK;
+    if (p->queue == NULL) return LS_OK;
+    return c->ctx->ops->to_device(p->queue, (void *)(uintptr_t)p->halo.first, r->first,
+                                  (size_t)(r->groups + 1) * sizeof *r->first);
 }
 
 static ls_status fetch_lists(ls_call *c, ls_pass *p, const ls_phase *phase)
@@ -495,11 +535,9 @@ static ls_status fetch_lists(ls_call *c, ls_pass *p, const ls_phase *phase)
     LS_TRY(ls_requests_exchange(c->ctx, c->requests, row, ask(c, p, phase)));
     const int n = listed(p, 0, own, brought);
     LS_TRY(ls_request(&c->ctx->exchange, c->keys, c->requests, own, brought, n));
-    for (int64_t t = 0; p->halo.pad != NULL && t < p->halo.n; t++)
-        if (p->halo.pad[t]) {
-            ls_zero(ls_row(p->halo.k, 0, 0, t), p->d);
-            ls_zero(ls_row(p->halo.v, 0, 0, t), p->d);
-        }
+    for (int i = 0; p->halo.pad != NULL && i < 2; i++)
+        ls_memory_of(&c->ctx->exchange)
+            ->clear_rows(c->ctx->queue, ls_rows_of_view(i ? p->halo.v : p->halo.k, 1, 1, p->d), p->halo.n, p->halo.pad);
     return LS_OK;
 }
 
@@ -507,8 +545,8 @@ static ls_status fetch_lists_adjoint(ls_call *c, const ls_pass *p, const ls_phas
 {
     ls_rows own[3], brought[3];
     const int n = listed(p, 1, own, brought);
-    if (!phase->adds) ls_zero_view(p->own.dk, p->B, p->H, p->S, p->d);
-    if (!phase->adds) ls_zero_view(p->own.dv, p->B, p->H, p->S, p->d);
+    if (!phase->adds) ls_clear_view(c->ctx, p->own.dk, p->B, p->H, p->S, p->d);
+    if (!phase->adds) ls_clear_view(c->ctx, p->own.dv, p->B, p->H, p->S, p->d);
     return ls_request_adjoint(&c->ctx->exchange, c->keys, c->requests, own, brought, n);
 }
 
@@ -562,14 +600,14 @@ ls_status ls_run_forward(ls_call *c)
         const ls_phase *phase = &phases[i];
         if (!ls_is_needed(&p, phase)) continue;
         if (is_needless(c, phase)) {
-            ls_monoid_identity(p.summary[i + 1].monoid, p.summary[i + 1].sent);
+            ls_memory_of(&c->ctx->exchange)->identity(p.queue, p.summary[i + 1].monoid, p.summary[i + 1].sent);
             continue;
         }
         LS_TRY(cross(c, &p, phase, i));
         if (phase->crossing == LS_RING)
             LS_TRY(ring_forward(c, &p, phase, i));
-        else if (phase->forward != NULL)
-            LS_TRY(phase->forward(&p, i));
+        else
+            LS_TRY(ls_run_kernel(c->mechanism, &p, phases, i, 0));
     }
     return z->on ? put_back(c, 1, &c->pass.out, &z->out) : LS_OK;
 }
@@ -587,8 +625,8 @@ ls_status ls_run_backward(ls_call *c)
         if (!ls_is_needed(&p, phase) || phase->constant || is_needless(c, phase)) continue;
         if (phase->crossing == LS_RING)
             LS_TRY(ring_backward(c, &p, phase, i));
-        else if (phase->backward != NULL)
-            LS_TRY(phase->backward(&p, i));
+        else
+            LS_TRY(ls_run_kernel(c->mechanism, &p, phases, i, 1));
         LS_TRY(cross_adjoint(c, &p, phase, i));
     }
     if (!z->on) return LS_OK;

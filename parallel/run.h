@@ -14,14 +14,14 @@ typedef struct ls_ring_buffers {
  * of 2P, so all have the same. Inputs are fetched into it, the output goes back by the adjoint of the fetch. */
 typedef struct ls_placement {
     int on;
-    ls_span *want; /* (2 P) */
+    ls_span *want; /* (2 P), the context's */
     ls_view q, k, v, out, dq, dk, dv, dout;
     uint8_t *pad_q, *pad_k;
 } ls_placement;
 
 /* What a fetch needs beside the halo itself. */
 typedef struct ls_reach {
-    ls_span *want; /* (2 P): of every rank, see ls_fetch */
+    ls_span *want; /* (2 P), the context's: of every rank, see ls_fetch */
     int64_t n;     /* keys of this rank's halo */
 } ls_reach;
 
@@ -35,9 +35,9 @@ typedef struct ls_call {
     ls_placement placement;
     ls_ring_buffers ring;
     ls_reach reach;
-    ls_requests *requests; /* a fetch of lists: as they were in forward, kept until backward */
+    ls_requests *requests;          /* a fetch of lists: as they were in forward, kept until backward */
     struct ls_documents *documents; /* of packed sequences, see packed.h; NULL: not packed */
-    int64_t *piece[LS_MAX_PHASES]; /* (P): what every rank gives to a gather */
+    int64_t *piece[LS_MAX_PHASES];  /* (P): what every rank gives to a gather */
 } ls_call;
 
 /* Takes the memory of a call; the same order every time, so a saved arena can be replayed. Sets pass.backward's. */
@@ -46,11 +46,17 @@ void ls_run_plan(ls_call *call, ls_arena *saved, ls_arena *work);
 ls_status ls_run_forward(ls_call *call);
 ls_status ls_run_backward(ls_call *call);
 
-/* Copies a block with zeros at padded rows to contiguous memory, (B,H,n,d) each; returns the view of what was written.
- */
-ls_view ls_clean_block(ls_view from, int64_t B, int64_t H, int64_t n, int64_t d, const uint8_t *pad, ls_real *to);
+/* The kernel of a phase, if it has one, on the device of the pass. */
+ls_status ls_run_kernel(const ls_mechanism *m, ls_pass *p, const ls_phase *phases, int i, int backward);
+/* The mechanism's own memory on that device. */
+void ls_plan_mechanism(const ls_mechanism *m, ls_pass *p, ls_arena *saved, ls_arena *work);
 
+/* Copies a block with zeros at padded rows to contiguous memory, (B,H,n,d). */
+void ls_clean_block(ls_context *ctx, ls_view from, int64_t B, int64_t H, int64_t n, int64_t d, const uint8_t *pad,
+                    ls_real *to);
+/* Zeros in all of a view (B,H,n,d). */
+void ls_clear_view(ls_context *ctx, ls_view v, int64_t B, int64_t H, int64_t n, int64_t d);
 /* Zeros at the padded rows of the halo. */
-void ls_clean_halo(const ls_pass *p, const ls_phase *phase);
+void ls_clean_halo(ls_context *ctx, const ls_pass *p, const ls_phase *phase);
 
 #endif

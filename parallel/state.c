@@ -128,6 +128,7 @@ static ls_status create(ls_attention *a, int64_t batch, int64_t max_length, ls_s
     s->batch = batch;
     s->max_length = max_length;
     const int cached = !is_cross(a) && rings(NULL, phases_of(a));
+    s->arena.device = s->source.device = a->ctx->ops;
     s->rows = cached ? (max_length + comm->size - 1) / comm->size : 0;
     ls_arena_measure(&s->arena);
     plan_state(s, &s->arena);
@@ -135,7 +136,8 @@ static ls_status create(ls_attention *a, int64_t batch, int64_t max_length, ls_s
     plan_state(s, &s->arena);
     LS_TRY(ls_arena_check(&s->arena, name));
     for (int i = 0; i < LS_MAX_PHASES; i++)
-        if (s->summary[i] != NULL) ls_monoid_identity(s->monoid[i], s->summary[i]);
+        if (s->summary[i] != NULL)
+            ls_memory_of(&a->ctx->exchange)->identity(a->ctx->queue, s->monoid[i], s->summary[i]);
     return LS_OK;
 }
 
@@ -199,7 +201,7 @@ static void plan_call(const ls_attention *a, ls_pass *p, buffers *m, ls_arena *a
         s->sent = ls_take(arena, ls_monoid_size(s->monoid));
         s->got = ls_take(arena, ls_monoid_size(s->monoid));
     }
-    if (a->mechanism->plan != NULL) a->mechanism->plan(p, arena, arena);
+    ls_plan_mechanism(a->mechanism, p, arena, arena);
 }
 
 static ls_status reserve_call(const ls_attention *a, ls_pass *p, buffers *m)
@@ -265,13 +267,14 @@ ls_status ls_state_source(ls_attention *a, ls_state *s, const ls_attention_shape
             LS_TRY(ls_reduce(&a->ctx->exchange, s->monoid[i], p.summary[i].sent, s->summary[i]));
             p.summary[i].got = s->summary[i];
         }
-        if (phases[i].of_source) LS_TRY(phases[i].forward(&p, i));
+        if (phases[i].of_source) LS_TRY(ls_run_kernel(a->mechanism, &p, phases, i, 0));
     }
     if (rings(&p, phases)) {
-        ls_clean_block(p.own.k, p.B, p.H, p.S, p.d, p.own.pad, s->k);
-        ls_clean_block(p.own.v, p.B, p.H, p.S, p.d, p.own.pad, s->v);
-        if (p.B * p.S > 0) memset(s->pad, 0, (size_t)(p.B * p.S));
-        if (p.own.pad != NULL && p.S > 0) memcpy(s->pad, p.own.pad, (size_t)(p.B * p.S));
+        const ls_memory *memory = ls_memory_of(&a->ctx->exchange);
+        ls_clean_block(a->ctx, p.own.k, p.B, p.H, p.S, p.d, p.own.pad, s->k);
+        ls_clean_block(a->ctx, p.own.v, p.B, p.H, p.S, p.d, p.own.pad, s->v);
+        memory->zero(p.queue, s->pad, (size_t)(p.B * p.S));
+        if (p.own.pad != NULL) memory->copy(p.queue, s->pad, p.own.pad, (size_t)(p.B * p.S));
     }
     s->sourced = 1;
     return LS_OK;
@@ -322,24 +325,36 @@ static ls_view cache_view(const ls_state *s, ls_real *p, int64_t H, int64_t d)
     return (ls_view){p, H * s->rows * d, s->rows * d, d};
 }
 
+/* The token's row becomes row `at` of a view, 0 where it is padded. */
+static void put_token(const ls_state *s, ls_view to, int64_t at, ls_view token, int64_t H, int64_t d,
+                      const uint8_t *pad)
+{
+    const ls_memory *memory = ls_memory_of(&s->attention->ctx->exchange);
+    ls_queue *queue = s->attention->ctx->queue;
+    const ls_rows rows = ls_rows_from(ls_rows_of_view(to, s->batch, H, d), at);
+    memory->copy_rows(queue, rows, ls_rows_of_view(token, s->batch, H, d), 1);
+    if (pad != NULL) memory->clear_rows(queue, rows, 1, pad);
+}
+
+/* Its mask goes to pads that lie `stride` apart from one batch row to the next. */
+static void put_pad(const ls_state *s, uint8_t *to, int64_t stride, const uint8_t *pad)
+{
+    const ls_memory *memory = ls_memory_of(&s->attention->ctx->exchange);
+    ls_rows rows = ls_rows_of_pad(to, s->batch, stride);
+    if (pad != NULL)
+        memory->copy_rows(s->attention->ctx->queue, rows, ls_rows_of_pad(pad, s->batch, 1), 1);
+    else
+        memory->clear_rows(s->attention->ctx->queue, rows, 1, NULL);
+}
+
 /* The token's key and value go to the cache of the rank whose turn it is. */
 static void cache_token(ls_state *s, const ls_pass *p)
 {
     const ls_comm *comm = &s->attention->ctx->exchange.comm;
     if (s->tokens % comm->size != comm->rank) return;
-    const ls_view k = cache_view(s, s->k, p->H, p->d), v = cache_view(s, s->v, p->H, p->d);
-    for (int64_t b = 0; b < p->B; b++) {
-        const int padded = p->own.pad != NULL && p->own.pad[b];
-        s->pad[b * s->rows + s->used] = (uint8_t)padded;
-        for (int64_t h = 0; h < p->H; h++) {
-            ls_real *to_k = ls_row(k, b, h, s->used), *to_v = ls_row(v, b, h, s->used);
-            ls_zero(to_k, p->d);
-            ls_zero(to_v, p->d);
-            if (padded) continue;
-            memcpy(to_k, ls_row(p->own.k, b, h, 0), (size_t)p->d * sizeof *to_k);
-            memcpy(to_v, ls_row(p->own.v, b, h, 0), (size_t)p->d * sizeof *to_v);
-        }
-    }
+    put_token(s, cache_view(s, s->k, p->H, p->d), s->used, p->own.k, p->H, p->d, p->own.pad);
+    put_token(s, cache_view(s, s->v, p->H, p->d), s->used, p->own.v, p->H, p->d, p->own.pad);
+    put_pad(s, s->pad + s->used, s->rows, p->own.pad);
     s->used++;
 }
 
@@ -367,13 +382,20 @@ static void make_room(const ls_state *s, window *w)
 {
     const int64_t E = s->attention->options.embed_dim, keep = w->reach - 1, drop = w->held - keep;
     const int64_t X = ls_has_projection(s->attention, EXTRA_PROJ) ? s->attention->form.input[EXTRA_PROJ].width : 0;
-    for (int64_t b = 0; b < s->batch; b++) {
-        const int64_t row = b * w->capacity;
-        const size_t rows = (size_t)keep, real = sizeof(ls_real);
-        if (w->fetches & LS_KEYS) memmove(w->k + row * E, w->k + (row + drop) * E, rows * (size_t)E * real);
-        if (w->fetches & LS_VALUES) memmove(w->v + row * E, w->v + (row + drop) * E, rows * (size_t)E * real);
-        if (w->fetches & LS_EXTRA) memmove(w->extra + row * X, w->extra + (row + drop) * X, rows * (size_t)X * real);
-        memmove(w->pad + row, w->pad + row + drop, rows);
+    const struct {
+        void *p;
+        int64_t bytes; /* of a row */
+    } all[] = {{w->fetches & LS_KEYS ? w->k : NULL, E * (int64_t)sizeof *w->k},
+               {w->fetches & LS_VALUES ? w->v : NULL, E * (int64_t)sizeof *w->v},
+               {w->fetches & LS_EXTRA ? w->extra : NULL, X * (int64_t)sizeof *w->extra},
+               {w->pad, 1}};
+    for (int i = 0; i < 4; i++) {
+        if (all[i].p == NULL) continue;
+        const int64_t bytes = all[i].bytes;
+        const ls_rows rows = {all[i].p, bytes, s->batch, 1, w->capacity * bytes, 0, bytes};
+        /* the window has room for twice what is kept: from and to do not overlap */
+        ls_memory_of(&s->attention->ctx->exchange)
+            ->copy_rows(s->attention->ctx->queue, rows, ls_rows_from(rows, drop), keep);
     }
     w->held = keep;
     w->first += drop;
@@ -385,18 +407,10 @@ static void fetch_recent(ls_state *s, ls_pass *p, const ls_phase *phase)
     window *w = &s->recent;
     const int64_t E = s->attention->options.embed_dim, X = p->extra_width;
     if (w->held == w->capacity) make_room(s, w);
-    const ls_view k = window_view(w, w->k, w->held, E, p->d), v = window_view(w, w->v, w->held, E, p->d);
-    const ls_view extra = window_view(w, w->extra, w->held, X, 0);
-    for (int64_t b = 0; b < p->B; b++) {
-        w->pad[b * w->capacity + w->held] = (uint8_t)ls_is_padded(p->own.pad, b);
-        for (int64_t h = 0; h < p->H; h++) {
-            if (w->fetches & LS_KEYS) memcpy(ls_row(k, b, h, 0), ls_row(p->own.k, b, h, 0), (size_t)p->d * sizeof *k.p);
-            if (w->fetches & LS_VALUES)
-                memcpy(ls_row(v, b, h, 0), ls_row(p->own.v, b, h, 0), (size_t)p->d * sizeof *v.p);
-        }
-        if (w->fetches & LS_EXTRA)
-            memcpy(ls_row(extra, b, 0, 0), ls_row(p->own.extra, b, 0, 0), (size_t)X * sizeof *extra.p);
-    }
+    if (w->fetches & LS_KEYS) put_token(s, window_view(w, w->k, 0, E, p->d), w->held, p->own.k, p->H, p->d, NULL);
+    if (w->fetches & LS_VALUES) put_token(s, window_view(w, w->v, 0, E, p->d), w->held, p->own.v, p->H, p->d, NULL);
+    if (w->fetches & LS_EXTRA) put_token(s, window_view(w, w->extra, 0, X, 0), w->held, p->own.extra, 1, X, NULL);
+    put_pad(s, w->pad + w->held, w->capacity, p->own.pad);
     w->held++;
     const int64_t lo = ls_max(0, phase->reach(p, s->tokens, 1).lo), at = lo - w->first, n = s->tokens + 1 - lo;
     p->halo = (ls_block){.k = window_view(w, w->k, at, E, p->d),
@@ -407,9 +421,10 @@ static void fetch_recent(ls_state *s, ls_pass *p, const ls_phase *phase)
                          .span = {{0, lo, n}}};
     /* the mask of a block is (B,n): one of its own, at the end of the pads */
     uint8_t *pad = w->pad + p->B * w->capacity;
-    for (int64_t b = 0; b < p->B && n > 0; b++) memcpy(pad + b * n, w->pad + b * w->capacity + at, (size_t)n);
+    const ls_memory *memory = ls_memory_of(&s->attention->ctx->exchange);
+    memory->copy_rows(p->queue, ls_rows_of_pad(pad, p->B, n), ls_rows_of_pad(w->pad + at, p->B, w->capacity), n);
     p->halo.pad = pad;
-    ls_clean_halo(p, phase);
+    ls_clean_halo(s->attention->ctx, p, phase);
 }
 
 /* ------------------------------------------------------------------------------------------------ list */
@@ -421,7 +436,8 @@ static void list_items(ls_state *s, int i, ls_collection *g)
     const int64_t reals = s->batch * s->item[i];
     for (int64_t at = 0; at < g->count; at += reals) {
         if (s->given[i]++ % comm->size != comm->rank) continue;
-        memcpy(s->list[i] + s->listed[i], g->mine + at, (size_t)reals * sizeof *g->mine);
+        ls_memory_of(&s->attention->ctx->exchange)
+            ->copy(s->attention->ctx->queue, s->list[i] + s->listed[i], g->mine + at, (size_t)reals * sizeof *g->mine);
         s->listed[i] += reals;
     }
     g->first = comm->rank;
@@ -470,16 +486,16 @@ ls_status ls_attention_step(ls_attention *a, ls_state *s, const ls_attention_io 
             continue;
         }
         LS_TRY(cross_step(a, s, &p, phases, i));
-        if (phases[i].forward != NULL) LS_TRY(phases[i].forward(&p, i));
+        LS_TRY(ls_run_kernel(a->mechanism, &p, phases, i, 0));
     }
     for (int i = 0; phases[i].name != NULL; i++)
         if (phases[i].crossing == LS_SCAN && ls_is_needed(&p, &phases[i]))
-            ls_monoid_combine(p.summary[i].monoid, s->summary[i], p.summary[i].sent, s->summary[i]);
+            ls_memory_of(&a->ctx->exchange)
+                ->combine(p.queue, p.summary[i].monoid, s->summary[i], p.summary[i].sent, s->summary[i]);
     s->tokens++;
     if (ls_is_layer(a)) {
         ls_project_out(a, p.B, m.o, m.active, params, out);
-        for (int64_t b = 0; p.pad_q != NULL && b < p.B; b++)
-            if (p.pad_q[b]) ls_zero(out + b * a->options.embed_dim, a->options.embed_dim);
+        if (p.pad_q != NULL) a->ctx->dense->zero_rows(p.queue, p.B, 1, a->options.embed_dim, 1, p.pad_q, out, out);
     }
     return LS_OK;
 }
@@ -487,11 +503,14 @@ ls_status ls_attention_step(ls_attention *a, ls_state *s, const ls_attention_io 
 /* ------------------------------------------------------------------------------------------------ reorder */
 
 /* x (batch, bytes) in the order index, through a copy. */
-static void reorder(char *x, const int64_t *index, int64_t batch, size_t bytes, char *copy)
+static void reorder(const ls_state *s, void *x, const int64_t *index, size_t bytes, char *copy)
 {
+    const ls_memory *memory = ls_memory_of(&s->attention->ctx->exchange);
+    ls_queue *queue = s->attention->ctx->queue;
     if (bytes == 0) return;
-    memcpy(copy, x, (size_t)batch * bytes);
-    for (int64_t b = 0; b < batch; b++) memcpy(x + (size_t)b * bytes, copy + (size_t)index[b] * bytes, bytes);
+    memory->copy(queue, copy, x, (size_t)s->batch * bytes);
+    for (int64_t b = 0; b < s->batch; b++)
+        memory->copy(queue, (char *)x + (size_t)b * bytes, copy + (size_t)index[b] * bytes, bytes);
 }
 
 /* Groups of a monoid run over (B,H,..): a batch row is one run of them, whatever is counted stands after all. */
@@ -520,24 +539,25 @@ ls_status ls_state_reorder(ls_state *s, const int64_t *index)
         if (bytes > most) most = bytes;
         if ((size_t)s->item[i] * real > most) most = (size_t)s->item[i] * real;
     }
-    char *copy = malloc(batch * most + 1);
+    char *copy = s->attention->ctx->ops->alloc(batch * most + 1);
     if (copy == NULL) LS_FAIL(LS_ERR_MEMORY, "%s: no memory to reorder a state", name);
     for (int i = 0; i < LS_MAX_PHASES; i++) {
-        if (s->summary[i] != NULL) reorder((char *)s->summary[i], index, s->batch, summary_bytes(s, i), copy);
+        if (s->summary[i] != NULL) reorder(s, s->summary[i], index, summary_bytes(s, i), copy);
         for (int64_t at = 0; at < s->listed[i]; at += s->batch * s->item[i])
-            reorder((char *)(s->list[i] + at), index, s->batch, (size_t)s->item[i] * real, copy);
+            reorder(s, s->list[i] + at, index, (size_t)s->item[i] * real, copy);
     }
     if (s->rows > 0) {
-        reorder((char *)s->k, index, s->batch, cache, copy);
-        reorder((char *)s->v, index, s->batch, cache, copy);
-        reorder((char *)s->pad, index, s->batch, (size_t)s->rows, copy);
+        reorder(s, s->k, index, cache, copy);
+        reorder(s, s->v, index, cache, copy);
+        reorder(s, s->pad, index, (size_t)s->rows, copy);
     }
     if (rows > 0) {
-        if (w->fetches & LS_KEYS) reorder((char *)w->k, index, s->batch, rows * E * real, copy);
-        if (w->fetches & LS_VALUES) reorder((char *)w->v, index, s->batch, rows * E * real, copy);
-        if (w->fetches & LS_EXTRA) reorder((char *)w->extra, index, s->batch, rows * extra * real, copy);
-        reorder((char *)w->pad, index, s->batch, rows, copy);
+        if (w->fetches & LS_KEYS) reorder(s, w->k, index, rows * E * real, copy);
+        if (w->fetches & LS_VALUES) reorder(s, w->v, index, rows * E * real, copy);
+        if (w->fetches & LS_EXTRA) reorder(s, w->extra, index, rows * extra * real, copy);
+        reorder(s, w->pad, index, rows, copy);
     }
-    free(copy);
-    return LS_OK;
+    const ls_status status = ls_context_wait(s->attention->ctx); /* the copy is in use until then */
+    s->attention->ctx->ops->release(copy);
+    return status;
 }

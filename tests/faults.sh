@@ -68,7 +68,9 @@ refuse "option of another mechanism" 2 "num_slots" -- train good.yaml --set mode
 refuse "dropout where there are no probabilities" 2 "abc" -- train good.yaml --set model.encoder.mechanism=abc \
   --set model.encoder.dropout=0.1
 refuse "ranks that do not divide" 2 "parallel.sequence" -- train good.yaml --set parallel.sequence=2
-refuse "no CUDA backend" 2 "cuda" -- train good.yaml --set device=cuda
+if ! "$longspan" info | grep -q 'cuda 0:'; then # a build without CUDA, or a machine without a GPU
+  refuse "no GPU" 2 "cuda" -- train good.yaml --set device=cuda
+fi
 refuse "no NCCL" 2 "nccl" -- train good.yaml --set parallel.transport=nccl
 refuse "batch not divisible" 2 "accumulation" -- train good.yaml --set train.accumulation=3
 

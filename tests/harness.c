@@ -1,5 +1,7 @@
 #include "harness.h"
 
+#include "device.h"
+
 #include <math.h>
 #include <mpi.h>
 #include <signal.h>
@@ -527,8 +529,15 @@ void world_open(int *argc, char ***argv)
     here.comm = MPI_COMM_WORLD;
     MPI_Comm_rank(here.comm, &here.rank);
     MPI_Comm_size(here.comm, &here.size);
-    const ls_context_options all = {.comm = here.comm, .device = LS_CPU, .seed = 2024};
-    const ls_context_options one = {.comm = MPI_COMM_SELF, .device = LS_CPU, .seed = 2024};
+    const ls_device_ops *ops = ls_device_find(test_device());
+    int devices = 0;
+    if (ops == NULL || (ops->count(&devices) == LS_OK && devices == 0)) {
+        if (here.rank == 0) printf("skipped: there is no GPU here, or this build cannot use it\n");
+        MPI_Finalize();
+        exit(77);
+    }
+    const ls_context_options all = {.comm = here.comm, .device = test_device(), .seed = 2024};
+    const ls_context_options one = {.comm = MPI_COMM_SELF, .device = test_device(), .seed = 2024};
     if (ls_context_create(&all, &here.all) != LS_OK || ls_context_create(&one, &here.one) != LS_OK) {
         printf("rank %d: no context: %s\n", here.rank, ls_last_error());
         MPI_Abort(here.comm, 1);

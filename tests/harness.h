@@ -7,6 +7,7 @@
 #ifndef HARNESS_H
 #define HARNESS_H
 
+#include "device_shim.h"
 #include "longspan.h"
 
 #include <stddef.h>

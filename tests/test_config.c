@@ -1,4 +1,5 @@
 /* The configuration: what it accepts, what it refuses and in which words, and that it survives being written. */
+#include "comm.h"
 #include "config.h"
 
 #include <setjmp.h>
@@ -102,9 +103,7 @@ static const struct {
      LS_ERR_ARGUMENT},
     {"train:\n  learning_rate: 1e-4\n  min_learning_rate: 1e-3\n", "min_learning_rate: 0.001 is above",
      LS_ERR_ARGUMENT},
-    {"device: cuda\n", "device: cuda: this build has no CUDA backend", LS_ERR_UNSUPPORTED},
     {"device: tpu\n", "a.yaml:1: device: 'tpu' is not cpu or cuda", LS_ERR_ARGUMENT},
-    {"parallel: {transport: nccl}\n", "parallel.transport: nccl: this build has no NCCL transport", LS_ERR_UNSUPPORTED},
 };
 
 static void refuses(void **state)
@@ -117,6 +116,27 @@ static void refuses(void **state)
             fail_msg("%s\n  gave %s: %s", bad[i].text, ls_status_name(status), status ? ls_last_error() : "");
         }
         assert_contains(ls_last_error(), bad[i].message, bad[i].text);
+    }
+}
+
+/* A build refuses the backends that it was made without, and takes those that it has. */
+static void refuses_what_is_not_built(void **state)
+{
+    (void)state;
+    config c;
+    if (ls_device_find(LS_CUDA) == NULL) {
+        assert_int_equal(parse("device: cuda\n", &c), LS_ERR_UNSUPPORTED);
+        assert_contains(ls_last_error(), "device: cuda: this build has no CUDA backend", "");
+    } else {
+        assert_int_equal(parse("device: cuda\n", &c), LS_OK);
+    }
+    if (!ls_has_nccl()) {
+        assert_int_equal(parse("parallel: {transport: nccl}\n", &c), LS_ERR_UNSUPPORTED);
+        assert_contains(ls_last_error(), "parallel.transport: nccl: this build has no NCCL transport", "");
+    } else {
+        assert_int_equal(parse("parallel: {transport: nccl}\n", &c), LS_ERR_ARGUMENT);
+        assert_contains(ls_last_error(), "parallel.transport: nccl carries tensors of GPUs", "");
+        assert_int_equal(parse("device: cuda\nparallel: {transport: nccl}\n", &c), LS_OK);
     }
 }
 
@@ -319,7 +339,8 @@ static void every_key_can_be_set(void **state)
         snprintf(assignment, sizeof assignment, "%s=%s", key->path, value);
         const ls_status status = set("", assignment, &c);
         if (strcmp(key->path, "device") == 0) {
-            assert_int_equal(status, LS_ERR_UNSUPPORTED); /* understood, but not in this build */
+            /* understood, but perhaps not in this build */
+            assert_int_equal(status, ls_device_find(LS_CUDA) == NULL ? LS_ERR_UNSUPPORTED : LS_OK);
         } else if (status != LS_OK) {
             fail_msg("%s", ls_last_error());
         }
@@ -418,6 +439,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(refuses),
+        cmocka_unit_test(refuses_what_is_not_built),
         cmocka_unit_test(refuses_set),
         cmocka_unit_test(refuses_patterns),
         cmocka_unit_test(refuses_files),

@@ -5,6 +5,7 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 #include <cmocka.h>
@@ -21,21 +22,59 @@ static const double forward_tolerance = 1e-5, backward_tolerance = 1e-5, cdf_tol
 
 /* ------------------------------------------------------------------------------------------------ tools */
 
-static void *owned[256];
+static struct {
+    char *host, *device; /* device: while an operation runs on it */
+    size_t size;
+} owned[256];
 static int owned_count;
 
 static void *fresh(int64_t n, size_t size)
 {
     assert_true(owned_count < 256);
-    return owned[owned_count++] = malloc((size_t)n * size);
+    owned[owned_count].size = (size_t)n * size;
+    return owned[owned_count++].host = malloc((size_t)n * size);
 }
 
 static int free_all(void **state)
 {
     (void)state;
-    while (owned_count > 0) free(owned[--owned_count]);
+    while (owned_count > 0) free(owned[--owned_count].host);
     return 0;
 }
+
+/* What is tested: on the CPU, or with LONGSPAN_TEST_DEVICE=cuda on a GPU. */
+static const ls_dense_ops *dense;
+static const ls_device_ops *device;
+static ls_queue *queue;
+
+/* Where the operation that is about to run finds what lies at p, in memory from fresh(). */
+static void *on(const void *p)
+{
+    const char *at = p;
+    for (int i = 0; i < owned_count && queue != NULL; i++) {
+        if (at != owned[i].host && !(at > owned[i].host && at < owned[i].host + owned[i].size)) continue;
+        if (owned[i].device == NULL) {
+            assert_non_null(owned[i].device = device->alloc(owned[i].size));
+            assert_int_equal(device->to_device(queue, owned[i].device, owned[i].host, owned[i].size), LS_OK);
+        }
+        return owned[i].device + (at - owned[i].host);
+    }
+    assert_null(queue);
+    return (void *)p;
+}
+
+static void back(void)
+{
+    for (int i = 0; i < owned_count; i++) {
+        if (owned[i].device == NULL) continue;
+        assert_int_equal(device->to_host(queue, owned[i].host, owned[i].device, owned[i].size), LS_OK);
+        device->release(owned[i].device);
+        owned[i].device = NULL;
+    }
+    assert_int_equal(device->wait(queue), LS_OK);
+}
+
+#define RUN(what, ...) (dense->what(queue, __VA_ARGS__), back())
 
 static ls_real *fill(int64_t n, double value)
 {
@@ -64,6 +103,13 @@ static double *widen(int64_t n, const ls_real *x)
     double *y = fresh(n, sizeof *y);
     for (int64_t i = 0; i < n; i++) y[i] = (double)x[i];
     return y;
+}
+
+static int32_t *tokens(int64_t n, const int32_t *from)
+{
+    int32_t *x = fresh(n, sizeof *x);
+    memcpy(x, from, (size_t)n * sizeof *x);
+    return x;
 }
 
 static double *wide(int64_t n)
@@ -139,7 +185,7 @@ static double linear_objective(const problem *p)
     return sum;
 }
 
-static const int64_t linear_sizes[][3] = {{1, 1, 1}, {3, 5, 2}, {40, 7, 9}, {2, 3, 300}, {5, 270, 4}};
+static const int64_t linear_sizes[][3] = {{1, 1, 1}, {3, 5, 2}, {40, 7, 9}, {2, 3, 300}, {5, 270, 4}, {1500, 4, 12}};
 
 static void test_linear(void **state)
 {
@@ -152,12 +198,12 @@ static void test_linear(void **state)
         ls_real *y = fill(rows * out, NAN); /* overwritten, whatever stood there */
         double *expected = wide(rows * out);
         naive_linear(&p, expected);
-        ls_linear(rows, in, out, x, w, b, y);
+        RUN(linear, rows, in, out, on(x), on(w), on(b), on(y));
         assert_close(rows * out, y, expected, forward_tolerance);
         p.b = NULL;
         y = fill(rows * out, NAN);
         naive_linear(&p, expected);
-        ls_linear(rows, in, out, x, w, NULL, y);
+        RUN(linear, rows, in, out, on(x), on(w), NULL, on(y));
         assert_close(rows * out, y, expected, forward_tolerance);
     }
 }
@@ -174,12 +220,12 @@ static void test_linear_alike(void **state)
         ls_real *y = fill(rows * out, NAN);
         double *expected = wide(rows * out);
         naive_linear(&p, expected);
-        ls_linear_alike(rows, in, out, x, w, b, y);
+        RUN(linear_alike, rows, in, out, on(x), on(w), on(b), on(y));
         assert_close(rows * out, y, expected, forward_tolerance);
         for (int64_t n = 1; n < 7; n++)
-            for (int64_t r = 0; r + n <= rows; r += 3) {
+            for (int64_t r = 0; r + n <= rows; r += 3 + rows / 20) {
                 ls_real *piece = fill(n * out, NAN);
-                ls_linear_alike(n, in, out, x + r * in, w, b, piece);
+                RUN(linear_alike, n, in, out, on(x + r * in), on(w), on(b), on(piece));
                 assert_memory_equal(piece, y + r * out, (size_t)(n * out) * sizeof *piece);
             }
     }
@@ -195,17 +241,17 @@ static void test_linear_backward(void **state)
         p.x = widen(rows * in, x), p.w = widen(out * in, w), p.b = widen(out, b), p.dy = widen(rows * out, dy);
         const ls_real *dx0 = noise(rows * in), *dw0 = noise(out * in), *db0 = noise(out);
         ls_real *dx = fill(rows * in, NAN), *dw = copy(out * in, dw0), *db = copy(out, db0);
-        ls_linear_backward(rows, in, out, x, w, dy, dx, 0, dw, db);
+        RUN(linear_backward, rows, in, out, on(x), on(w), on(dy), on(dx), 0, on(dw), on(db));
         check_gradient(linear_objective, &p, rows * in, p.x, NULL, 1, dx);
         check_gradient(linear_objective, &p, out * in, p.w, dw0, 1, dw);
         check_gradient(linear_objective, &p, out, p.b, db0, 1, db);
         dx = copy(rows * in, dx0);
         ls_real *dw_again = copy(out * in, dw0);
-        ls_linear_backward(rows, in, out, x, w, dy, dx, 1, dw_again, NULL);
+        RUN(linear_backward, rows, in, out, on(x), on(w), on(dy), on(dx), 1, on(dw_again), NULL);
         check_gradient(linear_objective, &p, rows * in, p.x, dx0, 1, dx);
         assert_same(out * in, dw_again, dw);
         dw_again = copy(out * in, dw0);
-        ls_linear_backward(rows, in, out, x, w, dy, NULL, 0, dw_again, NULL);
+        RUN(linear_backward, rows, in, out, on(x), on(w), on(dy), NULL, 0, on(dw_again), NULL);
         assert_same(out * in, dw_again, dw);
     }
 }
@@ -236,7 +282,7 @@ static double layer_norm_objective(const problem *p)
     return sum;
 }
 
-static const int64_t norm_sizes[][2] = {{1, 3}, {3, 5}, {32, 16}, {33, 64}, {70, 24}, {35, 300}, {2, 513}};
+static const int64_t norm_sizes[][2] = {{1, 3}, {3, 5}, {32, 16}, {33, 64}, {70, 24}, {35, 300}, {2, 513}, {2100, 12}};
 
 static void test_layer_norm(void **state)
 {
@@ -251,7 +297,7 @@ static void test_layer_norm(void **state)
         ls_real *y = fill(rows * E, NAN), *mean = fill(rows, NAN), *rstd = fill(rows, NAN);
         double *expected = wide(rows * E), *expected_mean = wide(rows), *expected_rstd = wide(rows);
         naive_layer_norm(&p, expected, expected_mean, expected_rstd);
-        ls_layer_norm(rows, E, x, w, b, y, mean, rstd);
+        RUN(layer_norm, rows, E, on(x), on(w), on(b), on(y), on(mean), on(rstd));
         assert_close(rows * E, y, expected, forward_tolerance);
         assert_close(rows, mean, expected_mean, forward_tolerance);
         assert_close(rows, rstd, expected_rstd, forward_tolerance);
@@ -264,19 +310,19 @@ static void test_layer_norm_special_rows(void **state)
     (void)state;
     enum { E = 48 };
     const ls_real *w = noise(E), *b = noise(E);
-    ls_real *x = fill(2 * E, 12345.678), *y = fill(2 * E, NAN), mean[2], rstd[2];
+    ls_real *x = fill(2 * E, 12345.678), *y = fill(2 * E, NAN), *mean = fill(2, NAN), *rstd = fill(2, NAN);
     for (int64_t j = 1; j < E; j++) x[E + j] = (ls_real)(0.25 * (double)(j % 3));
-    ls_layer_norm(1, E, x, w, b, y, mean, rstd);
+    RUN(layer_norm, 1, E, on(x), on(w), on(b), on(y), on(mean), on(rstd));
     assert_same(E, y, b);
     assert_same(1, mean, x);
     problem p = {.rows = 1, .in = E, .x = widen(E, x + E), .w = widen(E, w), .b = widen(E, b)};
     double *expected = wide(E), expected_mean, expected_rstd;
     naive_layer_norm(&p, expected, &expected_mean, &expected_rstd);
-    ls_layer_norm(2, E, x, w, b, y, mean, rstd);
+    RUN(layer_norm, 2, E, on(x), on(w), on(b), on(y), on(mean), on(rstd));
     assert_close(E, y + E, expected, forward_tolerance);
     assert_close(1, rstd + 1, &expected_rstd, forward_tolerance);
     x[3] = (ls_real)NAN; /* is seen, in its own row only */
-    ls_layer_norm(2, E, x, w, b, y, mean, rstd);
+    RUN(layer_norm, 2, E, on(x), on(w), on(b), on(y), on(mean), on(rstd));
     assert_true(isnan(y[0]));
     assert_close(E, y + E, expected, forward_tolerance);
 }
@@ -291,19 +337,21 @@ static void test_layer_norm_backward(void **state)
         p.x = widen(rows * E, x), p.w = widen(E, w), p.b = widen(E, b), p.dy = widen(rows * E, dy);
         const ls_real *dx0 = noise(rows * E), *dw0 = noise(E), *db0 = noise(E);
         ls_real *y = fill(rows * E, 0), *mean = fill(rows, 0), *rstd = fill(rows, 0);
-        ls_layer_norm(rows, E, x, w, b, y, mean, rstd);
+        RUN(layer_norm, rows, E, on(x), on(w), on(b), on(y), on(mean), on(rstd));
         ls_real *dx = fill(rows * E, NAN), *dw = copy(E, dw0), *db = copy(E, db0);
-        ls_layer_norm_backward(rows, E, x, w, mean, rstd, dy, dx, 0, dw, db);
+        RUN(layer_norm_backward, rows, E, on(x), on(w), on(mean), on(rstd), on(dy), on(dx), 0, on(dw), on(db));
         check_gradient(layer_norm_objective, &p, rows * E, p.x, NULL, 1, dx);
         check_gradient(layer_norm_objective, &p, E, p.w, dw0, 1, dw);
         check_gradient(layer_norm_objective, &p, E, p.b, db0, 1, db);
         ls_real *sum = copy(rows * E, dx0), *dw_again = copy(E, dw0), *db_again = copy(E, db0);
-        ls_layer_norm_backward(rows, E, x, w, mean, rstd, dy, sum, 1, dw_again, db_again);
+        RUN(layer_norm_backward, rows, E, on(x), on(w), on(mean), on(rstd), on(dy), on(sum), 1, on(dw_again),
+            on(db_again));
         check_gradient(layer_norm_objective, &p, rows * E, p.x, dx0, 1, sum);
         assert_same(E, dw_again, dw);
         ls_real *both = copy(rows * E, dy);
         dw_again = copy(E, dw0), db_again = copy(E, db0);
-        ls_layer_norm_backward(rows, E, x, w, mean, rstd, both, both, 0, dw_again, db_again);
+        RUN(layer_norm_backward, rows, E, on(x), on(w), on(mean), on(rstd), on(both), on(both), 0, on(dw_again),
+            on(db_again));
         assert_same(rows * E, both, dx);
         assert_same(E, dw_again, dw);
         assert_same(E, db_again, db);
@@ -350,13 +398,13 @@ static void test_gelu(void **state)
         double *expected = wide(n);
         for (int64_t i = 0; i < n; i++) expected[i] = p.x[i] * (1 + erf(p.x[i] / sqrt(2))) / 2;
         ls_real *y = fill(n, NAN), *dx = fill(n, NAN), *in_place = copy(n, x), *d_in_place = copy(n, dy);
-        ls_gelu(n, x, y);
+        RUN(gelu, n, on(x), on(y));
         assert_close(n, y, expected, forward_tolerance);
-        ls_gelu(n, in_place, in_place);
+        RUN(gelu, n, on(in_place), on(in_place));
         assert_same(n, in_place, y);
-        ls_gelu_backward(n, x, dy, dx);
+        RUN(gelu_backward, n, on(x), on(dy), on(dx));
         check_gradient(gelu_objective, &p, n, p.x, NULL, 1, dx);
-        ls_gelu_backward(n, x, d_in_place, d_in_place);
+        RUN(gelu_backward, n, on(x), on(d_in_place), on(d_in_place));
         assert_same(n, d_in_place, dx);
     }
 }
@@ -368,19 +416,19 @@ static void test_relu(void **state)
     ls_real *x = noise(N), *y = fill(N, NAN), *dx = fill(N, NAN);
     const ls_real *dy = noise(N);
     x[5] = 0;
-    ls_relu(N, x, y);
-    ls_relu_backward(N, x, dy, dx);
+    RUN(relu, N, on(x), on(y));
+    RUN(relu_backward, N, on(x), on(dy), on(dx));
     for (int i = 0; i < N; i++) {
         assert_true(y[i] == (x[i] > 0 ? x[i] : 0));
         assert_true(dx[i] == (x[i] > 0 ? dy[i] : 0));
     }
     ls_real *in_place = copy(N, x), *d_in_place = copy(N, dy);
-    ls_relu(N, in_place, in_place);
+    RUN(relu, N, on(in_place), on(in_place));
     assert_same(N, in_place, y);
-    ls_relu_backward(N, x, d_in_place, d_in_place);
+    RUN(relu_backward, N, on(x), on(d_in_place), on(d_in_place));
     assert_same(N, d_in_place, dx);
     x[70] = x[3] = (ls_real)NAN;
-    ls_relu(N, x, y);
+    RUN(relu, N, on(x), on(y));
     assert_true(isnan(y[70]) && isnan(y[3]) && !isnan(y[4]));
 }
 
@@ -390,11 +438,12 @@ static void test_embedding(void **state)
 {
     (void)state;
     enum { V = 5, ROWS = 7, E = 19 };
-    const int32_t token[ROWS] = {3, -1, 0, 3, 4, -1, 3}; /* 3 occurs three times: its gradients add up */
+    const int32_t *token =
+        tokens(ROWS, (const int32_t[]){3, -1, 0, 3, 4, -1, 3}); /* 3 occurs three times: its gradients add up */
     const double scale = 4.5;
     const ls_real *table = noise((int64_t)V * E);
     ls_real *y = fill((int64_t)ROWS * E, NAN), *dy = noise((int64_t)ROWS * E);
-    ls_embedding(ROWS, E, token, table, scale, y);
+    RUN(embedding, ROWS, E, on(token), on(table), scale, on(y));
     double *expected = widen((int64_t)ROWS * E, y);
     for (int r = 0; r < ROWS; r++)
         for (int j = 0; j < E; j++) expected[r * E + j] = token[r] < 0 ? 0 : scale * (double)table[token[r] * E + j];
@@ -406,8 +455,28 @@ static void test_embedding(void **state)
     for (int j = 0; j < E; j++) dy[E + j] = (ls_real)NAN;
     for (int r = 0; r < ROWS; r++)
         for (int j = 0; j < E && token[r] >= 0; j++) expected[token[r] * E + j] += scale * (double)dy[r * E + j];
-    ls_embedding_backward(ROWS, E, token, scale, dy, dtable);
+    RUN(embedding_backward, ROWS, V, E, on(token), scale, on(dy), on(dtable));
     assert_close((int64_t)V * E, dtable, expected, forward_tolerance);
+}
+
+/* More rows than are looked at in one go, most of them of one token. */
+static void test_embedding_of_many(void **state)
+{
+    (void)state;
+    enum { V = 4, ROWS = 9001 };
+    int32_t token[ROWS];
+    for (int r = 0; r < ROWS; r++) token[r] = r % 11 == 0 ? r % 3 - 1 : 3;
+    const int32_t *kept = tokens(ROWS, token);
+    for (int64_t E = 36; E < 38; E++) {
+        const ls_real *dy = noise(ROWS * E), *before = noise(V * E);
+        ls_real *dtable = copy(V * E, before);
+        double *expected = widen(V * E, before);
+        for (int64_t r = 0; r < ROWS; r++)
+            for (int64_t j = 0; j < E && token[r] >= 0; j++) expected[token[r] * E + j] += 0.5 * (double)dy[r * E + j];
+        RUN(embedding_backward, ROWS, V, E, on(kept), 0.5, on(dy), on(dtable));
+        assert_close(V * E, dtable, expected, forward_tolerance);
+        assert_same(E, dtable + 2 * E, before + 2 * E); /* of no row */
+    }
 }
 
 /* ------------------------------------------------------------------------------------------------ positions */
@@ -421,7 +490,7 @@ static void test_positions(void **state)
         for (size_t m = 0; m < sizeof widths / sizeof *widths; m++) {
             const int64_t E = widths[m], half = E / 2, lo = starts[k];
             ls_real *x = fill(B * T * E, 2);
-            ls_add_positions(B, T, E, lo, x);
+            RUN(add_positions, B, T, E, lo, on(x));
             double worst = 0;
             for (int64_t i = 0; i < B * T * E; i++) {
                 const int64_t j = i % E, t = i / E % T;
@@ -440,11 +509,11 @@ static void test_positions_in_pieces(void **state)
     (void)state;
     const int64_t cut[] = {0, 1, 2, 60, 60, 66, 130, 300}, T = 300, E = 301, lo = 123456;
     ls_real *whole = fill(T * E, 0);
-    ls_add_positions(1, T, E, lo, whole);
+    RUN(add_positions, 1, T, E, lo, on(whole));
     for (size_t k = 0; k + 1 < sizeof cut / sizeof *cut; k++) {
         const int64_t n = cut[k + 1] - cut[k];
         ls_real *piece = fill(2 * n * E, 0);
-        ls_add_positions(2, n, E, lo + cut[k], piece);
+        RUN(add_positions, 2, n, E, lo + cut[k], on(piece));
         assert_same(n * E, piece, whole + cut[k] * E);
         assert_same(n * E, piece + n * E, whole + cut[k] * E);
     }
@@ -466,7 +535,7 @@ static void test_dropout_mask(void **state)
         const int64_t E = dropout_widths[k];
         const ls_real *x = noise(B * T * E);
         ls_real *y = copy(B * T * E, x);
-        ls_dropout(B, T, E, rate, seed, stream, sample, lo, y);
+        RUN(dropout, B, T, E, rate, seed, stream, sample, lo, on(y));
         double *expected = wide(B * T * E);
         for (int64_t i = 0; i < B * T * E; i++) {
             const int64_t e = i % E, t = i / E % T, b = i / E / T;
@@ -490,18 +559,18 @@ static void test_dropout_in_pieces(void **state)
     for (size_t k = 0; k < sizeof dropout_widths / sizeof *dropout_widths; k++) {
         const int64_t E = dropout_widths[k], lo = 77;
         ls_real *whole = fill(B * T * E, 1), *gradient = fill(B * T * E, -3);
-        ls_dropout(B, T, E, 0.25, 5, 6, 7, lo, whole);
-        ls_dropout(B, T, E, 0.25, 5, 6, 7, lo, gradient); /* the backward pass: the same mask */
+        RUN(dropout, B, T, E, 0.25, 5, 6, 7, lo, on(whole));
+        RUN(dropout, B, T, E, 0.25, 5, 6, 7, lo, on(gradient)); /* the backward pass: the same mask */
         for (int64_t i = 0; i < B * T * E; i++) assert_true(gradient[i] == -3 * whole[i]);
         for (size_t c = 0; c + 1 < sizeof cut / sizeof *cut; c++)
             for (int64_t b = 0; b < B; b++) {
                 const int64_t n = cut[c + 1] - cut[c];
                 ls_real *piece = fill(n * E, 1);
-                ls_dropout(1, n, E, 0.25, 5, 6, 7 + (uint64_t)b, lo + cut[c], piece);
+                RUN(dropout, 1, n, E, 0.25, 5, 6, 7 + (uint64_t)b, lo + cut[c], on(piece));
                 assert_same(n * E, piece, whole + (b * T + cut[c]) * E);
             }
         ls_real *bad = fill(B * T * E, NAN); /* dropped is 0, whatever stood there */
-        ls_dropout(B, T, E, 0.25, 5, 6, 7, lo, bad);
+        RUN(dropout, B, T, E, 0.25, 5, 6, 7, lo, on(bad));
         for (int64_t i = 0; i < B * T * E; i++)
             assert_true(isnan(bad[i]) ? whole[i] != 0 : whole[i] == 0 && bad[i] == 0);
     }
@@ -521,24 +590,24 @@ static void test_dropout_rate(void **state)
     const double rates[] = {0.1, 0.5, 0.9, 0.001};
     for (size_t k = 0; k < sizeof rates / sizeof *rates; k++) {
         ls_real *x = fill(n, 1);
-        ls_dropout(B, T, E, rates[k], 1, 2, 3, 0, x);
+        RUN(dropout, B, T, E, rates[k], 1, 2, 3, 0, on(x));
         const double sigma = sqrt(rates[k] * (1 - rates[k]) * (double)n);
         assert_true(fabs((double)kept(n, x) - (1 - rates[k]) * (double)n) <= 5 * sigma);
         const double keep = 1 - round(rates[k] * 65536) / 65536;
         for (int64_t i = 0; i < n; i++) assert_true(x[i] == 0 || fabs((double)x[i] * keep - 1) < 1e-6);
     }
     ls_real *x = noise(n), *same = copy(n, x);
-    ls_dropout(B, T, E, 0, 1, 2, 3, 0, x);
+    RUN(dropout, B, T, E, 0, 1, 2, 3, 0, on(x));
     assert_same(n, x, same);
-    ls_dropout(B, T, E, 1, 1, 2, 3, 0, x);
+    RUN(dropout, B, T, E, 1, 1, 2, 3, 0, on(x));
     assert_int_equal(kept(n, x), 0);
 
     /* another seed, stream or sample: another mask, which agrees where two independent ones would */
     ls_real *base = fill(n, 1);
-    ls_dropout(B, T, E, 0.5, 1, 2, 3, 0, base);
+    RUN(dropout, B, T, E, 0.5, 1, 2, 3, 0, on(base));
     for (int k = 0; k < 3; k++) {
         ls_real *other = fill(n, 1);
-        ls_dropout(B, T, E, 0.5, 1 + (k == 0), 2 + (k == 1), 3 + 4 * (k == 2), 0, other);
+        RUN(dropout, B, T, E, 0.5, 1 + (k == 0), 2 + (k == 1), 3 + 4 * (k == 2), 0, on(other));
         int64_t agree = 0;
         for (int64_t i = 0; i < n; i++) agree += base[i] == other[i];
         assert_true(fabs((double)agree - 0.5 * (double)n) <= 5 * sqrt(0.25 * (double)n));
@@ -565,6 +634,17 @@ static double cross_entropy(const problem *p, double *nll)
     return loss;
 }
 
+static double loss_of(int64_t rows, int64_t V, const ls_real *logits, const int32_t *target, double smoothing,
+                      double grad_scale, ls_real *d, double *nll)
+{
+    double *sums = wide(LS_LOSS_SUMS);
+    sums[0] = 3, sums[1] = 4; /* is added to */
+    RUN(cross_entropy, rows, V, logits ? on(logits) : NULL, target ? on(target) : NULL, smoothing, grad_scale,
+        d ? on(d) : NULL, on(sums));
+    if (nll) *nll = sums[1] - 4;
+    return sums[0] - 3;
+}
+
 static double cross_entropy_objective(const problem *p)
 {
     double nll = 0;
@@ -578,7 +658,7 @@ static void test_cross_entropy(void **state)
     const double smoothings[] = {0, 0.1, 1};
     for (size_t k = 0; k < 3 * (sizeof sizes / sizeof *sizes); k++) {
         const int64_t V = sizes[k / 3];
-        const int32_t target[] = {1, -1, 0, (int32_t)V - 1, (int32_t)V / 2, -7};
+        const int32_t *target = tokens(rows, (const int32_t[]){1, -1, 0, (int32_t)V - 1, (int32_t)V / 2, -7});
         ls_real *logits = noise(rows * V);
         for (int64_t v = 0; v < V; v++) logits[3 * V + v] = 10 * logits[3 * V + v] - 500;
         problem p = {.rows = rows, .in = V, .x = widen(rows * V, logits), .smoothing = smoothings[k % 3]};
@@ -587,10 +667,10 @@ static void test_cross_entropy(void **state)
         const double naive = cross_entropy(&p, &naive_nll), tolerance = forward_tolerance * naive;
         for (int64_t v = 0; v < V; v++) logits[V + v] = logits[5 * V + v] = (ls_real)NAN; /* ignored rows */
 
-        double loss = ls_cross_entropy(rows, V, logits, target, p.smoothing, 1, NULL, &nll);
+        double loss = loss_of(rows, V, logits, target, p.smoothing, 1, NULL, &nll);
         assert_true(fabs(loss - naive) <= tolerance && fabs(nll - naive_nll) <= forward_tolerance * naive_nll);
         ls_real *d = fill(rows * V, NAN);
-        assert_true(ls_cross_entropy(rows, V, logits, target, p.smoothing, 0.125, d, NULL) == loss);
+        assert_true(loss_of(rows, V, logits, target, p.smoothing, 0.125, d, NULL) == loss);
         for (int64_t v = 0; v < V; v++) assert_true(d[V + v] == 0 && d[5 * V + v] == 0);
         check_gradient(cross_entropy_objective, &p, rows * V, p.x, NULL, 0.125, d);
         for (int64_t r = 0; r < rows; r++) { /* also where check_gradient did not look: each row's gradients sum to 0 */
@@ -599,10 +679,28 @@ static void test_cross_entropy(void **state)
             assert_true(fabs(sum) < 1e-6);
         }
         ls_real *in_place = copy(rows * V, logits);
-        loss = ls_cross_entropy(rows, V, in_place, target, p.smoothing, 0.125, in_place, &nll);
+        loss = loss_of(rows, V, in_place, target, p.smoothing, 0.125, in_place, &nll);
         assert_true(fabs(loss - naive) <= tolerance);
         assert_same(rows * V, in_place, d);
     }
+}
+
+static void test_cross_entropy_of_many(void **state)
+{
+    (void)state;
+    enum { ROWS = 5003, V = 7 };
+    int32_t target[ROWS];
+    for (int r = 0; r < ROWS; r++) target[r] = r % 5 == 0 ? -1 : r % V;
+    const int32_t *kept = tokens(ROWS, target);
+    ls_real *logits = noise(ROWS * V), *d = fill(ROWS * V, NAN);
+    const problem p = {.rows = ROWS, .in = V, .x = widen(ROWS * V, logits), .smoothing = 0.1, .target = target};
+    double nll, naive_nll = 0;
+    const double naive = cross_entropy(&p, &naive_nll), loss = loss_of(ROWS, V, logits, kept, 0.1, 1, d, &nll);
+    assert_true(fabs(loss - naive) <= forward_tolerance * naive);
+    assert_true(fabs(nll - naive_nll) <= forward_tolerance * naive_nll);
+    check_gradient(cross_entropy_objective, &p, ROWS * V, p.x, NULL, 1, d);
+    assert_true(loss_of(ROWS, V, logits, kept, 0.1, 1, logits, &nll) == loss); /* the same bits every time */
+    assert_same(ROWS * V, logits, d);
 }
 
 /* Logits that overflow exp; a class that is masked by -inf; a NaN that must not be swallowed. */
@@ -610,16 +708,16 @@ static void test_cross_entropy_extremes(void **state)
 {
     (void)state;
     enum { V = 40 };
-    const int32_t target = 2;
+    const int32_t *target = tokens(1, (const int32_t[]){2});
     ls_real *logits = fill(V, -30000), *d = fill(V, NAN);
     logits[2] = 30000, logits[7] = 30000, logits[9] = (ls_real)-INFINITY;
-    const double loss = ls_cross_entropy(1, V, logits, &target, 0, 1, d, NULL);
+    const double loss = loss_of(1, V, logits, target, 0, 1, d, NULL);
     assert_true(fabs(loss - log(2)) < 1e-6);
     for (int v = 0; v < V; v++) assert_true(fabs((double)d[v] - (v == 2 ? -0.5 : v == 7 ? 0.5 : 0)) < 1e-6);
     for (int v = 0; v < V; v += V - 1) { /* within the lanes of the maximum, and in the rest after them */
         const ls_real keep = logits[v];
         logits[v] = (ls_real)NAN;
-        assert_true(isnan(ls_cross_entropy(1, V, logits, &target, 0, 1, d, NULL)));
+        assert_true(isnan(loss_of(1, V, logits, target, 0, 1, d, NULL)));
         logits[v] = keep;
     }
 }
@@ -630,21 +728,22 @@ static void test_zero_rows(void **state)
 {
     (void)state;
     const int64_t B = 3, T = 4, E = 9, n = B * T * E;
-    const uint8_t pad[] = {0, 1, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1};
+    uint8_t *pad = fresh(B * T, 1);
+    memcpy(pad, (const uint8_t[]){0, 1, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1}, (size_t)(B * T));
     for (int batch_first = 0; batch_first < 2; batch_first++) {
         ls_real *x = noise(n), *y = fill(n, NAN);
         for (int64_t b = 0; b < B; b++)
             for (int64_t t = 0; t < T; t++)
                 for (int64_t e = 0; e < E && pad[b * T + t]; e++)
                     x[(batch_first ? b * T + t : t * B + b) * E + e] = (ls_real)NAN;
-        ls_zero_rows(B, T, E, batch_first, pad, x, y);
+        RUN(zero_rows, B, T, E, batch_first, on(pad), on(x), on(y));
         for (int64_t i = 0; i < n; i++) assert_true(isnan(x[i]) ? y[i] == 0 : y[i] == x[i]);
         ls_real *all = fill(n, 1);
-        ls_zero_rows(B, T, E, batch_first, NULL, x, all);
+        RUN(zero_rows, B, T, E, batch_first, NULL, on(x), on(all));
         assert_same(n, all, x);
-        ls_zero_rows(B, T, E, batch_first, NULL, all, all);
+        RUN(zero_rows, B, T, E, batch_first, NULL, on(all), on(all));
         assert_same(n, all, x);
-        ls_zero_rows(B, T, E, batch_first, pad, x, x);
+        RUN(zero_rows, B, T, E, batch_first, on(pad), on(x), on(x));
         assert_same(n, x, y);
     }
 }
@@ -655,8 +754,30 @@ static void test_add(void **state)
     const int64_t n = 1003;
     const ls_real *x = noise(n), *y0 = noise(n);
     ls_real *y = copy(n, y0);
-    ls_add(n, x, y);
+    RUN(add, n, on(x), on(y));
     for (int64_t i = 0; i < n; i++) assert_true(y[i] == (ls_real)(y0[i] + x[i]));
+}
+
+static void test_elements(void **state)
+{
+    (void)state;
+    for (int64_t n = 1000; n < 1004; n++) {
+        const ls_real *a = noise(n), *b = noise(n);
+        ls_real *y = fill(n, NAN), *x = copy(n, a);
+        RUN(sum, n, on(a), on(b), on(y));
+        for (int64_t i = 0; i < n; i++) assert_true(y[i] == (ls_real)(a[i] + b[i]));
+        RUN(sum, n, on(x), on(b), on(x));
+        assert_same(n, x, y);
+        RUN(copy, n, on(a), on(x));
+        assert_same(n, x, a);
+        RUN(scale, n, 0.3, on(x));
+        for (int64_t i = 0; i < n; i++) assert_true(x[i] == (ls_real)(a[i] * (ls_real)0.3));
+        RUN(zero, (size_t)(n - 1) * sizeof *x, on(x + 1));
+        for (int64_t i = 1; i < n; i++) assert_true(x[i] == 0);
+        assert_true(x[0] != 0);
+        RUN(zero, (size_t)n * sizeof *x, on(x));
+        for (int64_t i = 0; i < n; i++) assert_true(x[i] == 0);
+    }
 }
 
 /* A rank may own nothing: then there need not even be memory. */
@@ -667,28 +788,40 @@ static void test_no_rows(void **state)
     ls_real *dw = noise((int64_t)E * E), *db = noise(E);
     const ls_real *w = copy((int64_t)E * E, dw), *b = copy(E, db);
     double nll = 1;
-    ls_linear(0, E, E, NULL, w, b, NULL);
-    ls_linear_backward(0, E, E, NULL, w, NULL, NULL, 0, dw, db);
-    ls_layer_norm(0, E, NULL, w, b, NULL, NULL, NULL);
-    ls_layer_norm_backward(0, E, NULL, w, NULL, NULL, NULL, NULL, 0, dw, db);
-    ls_gelu(0, NULL, NULL);
-    ls_gelu_backward(0, NULL, NULL, NULL);
-    ls_relu(0, NULL, NULL);
-    ls_relu_backward(0, NULL, NULL, NULL);
-    ls_embedding(0, E, NULL, w, 1, NULL);
-    ls_embedding_backward(0, E, NULL, 1, NULL, dw);
-    ls_add_positions(2, 0, E, 70, NULL);
-    ls_dropout(2, 0, E, 0.5, 1, 2, 3, 70, NULL);
-    ls_zero_rows(2, 0, E, 1, NULL, NULL, NULL);
-    ls_zero_rows(2, 0, E, 0, NULL, NULL, NULL);
-    ls_add(0, NULL, NULL);
-    assert_true(ls_cross_entropy(0, E, NULL, NULL, 0.1, 1, NULL, &nll) == 0 && nll == 0);
+    RUN(linear, 0, E, E, NULL, on(w), on(b), NULL);
+    RUN(linear_backward, 0, E, E, NULL, on(w), NULL, NULL, 0, on(dw), on(db));
+    RUN(layer_norm, 0, E, NULL, on(w), on(b), NULL, NULL, NULL);
+    RUN(layer_norm_backward, 0, E, NULL, on(w), NULL, NULL, NULL, NULL, 0, on(dw), on(db));
+    RUN(gelu, 0, NULL, NULL);
+    RUN(gelu_backward, 0, NULL, NULL, NULL);
+    RUN(relu, 0, NULL, NULL);
+    RUN(relu_backward, 0, NULL, NULL, NULL);
+    RUN(embedding, 0, E, NULL, on(w), 1, NULL);
+    RUN(embedding_backward, 0, E, E, NULL, 1, NULL, on(dw));
+    RUN(add_positions, 2, 0, E, 70, NULL);
+    RUN(dropout, 2, 0, E, 0.5, 1, 2, 3, 70, NULL);
+    RUN(zero_rows, 2, 0, E, 1, NULL, NULL, NULL);
+    RUN(zero_rows, 2, 0, E, 0, NULL, NULL, NULL);
+    RUN(add, 0, NULL, NULL);
+    RUN(sum, 0, NULL, NULL, NULL);
+    RUN(copy, 0, NULL, NULL);
+    RUN(scale, 0, 2, NULL);
+    RUN(zero, 0, NULL);
+    assert_true(loss_of(0, E, NULL, NULL, 0.1, 1, NULL, &nll) == 0 && nll == 0);
     assert_same((int64_t)E * E, dw, w);
     assert_same(E, db, b);
 }
 
 int main(void)
 {
+    const char *name = getenv("LONGSPAN_TEST_DEVICE");
+    const ls_device where = name != NULL && strcmp(name, "cuda") == 0 ? LS_CUDA : LS_CPU;
+    dense = ls_dense_of(where);
+    device = ls_device_find(where);
+    if (device == NULL || device->open(0, &queue) != LS_OK) {
+        fprintf(stderr, "test_dense: no device: %s\n", device != NULL ? ls_last_error() : "not in this build");
+        return 1;
+    }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_teardown(test_linear, free_all),
         cmocka_unit_test_teardown(test_linear_alike, free_all),
@@ -700,16 +833,21 @@ int main(void)
         cmocka_unit_test_teardown(test_gelu, free_all),
         cmocka_unit_test_teardown(test_relu, free_all),
         cmocka_unit_test_teardown(test_embedding, free_all),
+        cmocka_unit_test_teardown(test_embedding_of_many, free_all),
         cmocka_unit_test_teardown(test_positions, free_all),
         cmocka_unit_test_teardown(test_positions_in_pieces, free_all),
         cmocka_unit_test_teardown(test_dropout_mask, free_all),
         cmocka_unit_test_teardown(test_dropout_in_pieces, free_all),
         cmocka_unit_test_teardown(test_dropout_rate, free_all),
         cmocka_unit_test_teardown(test_cross_entropy, free_all),
+        cmocka_unit_test_teardown(test_cross_entropy_of_many, free_all),
         cmocka_unit_test_teardown(test_cross_entropy_extremes, free_all),
         cmocka_unit_test_teardown(test_zero_rows, free_all),
         cmocka_unit_test_teardown(test_add, free_all),
+        cmocka_unit_test_teardown(test_elements, free_all),
         cmocka_unit_test_teardown(test_no_rows, free_all),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    const int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    device->close(queue);
+    return failed;
 }

@@ -444,8 +444,10 @@ static void compare(const char *name, const tensor *want, int64_t count, const l
 
 static void compare_case(hid_t group, const problem *p, const answer *a)
 {
-    const double for_out = fmax(TOLERANCE, FLOAT_ERRORS * attribute_or_zero(group, "f32_err_out"));
-    const double for_grad = fmax(TOLERANCE, FLOAT_ERRORS * attribute_or_zero(group, "f32_err_grad"));
+    /* other hardware rounds other sums: a GPU may be as far again */
+    const double room = getenv("LONGSPAN_TEST_GPU") != NULL ? 2 : 1;
+    const double for_out = room * fmax(TOLERANCE, FLOAT_ERRORS * attribute_or_zero(group, "f32_err_out"));
+    const double for_grad = room * fmax(TOLERANCE, FLOAT_ERRORS * attribute_or_zero(group, "f32_err_grad"));
     tensor t = read_tensor(group, "outputs", "out");
     if (t.x == NULL)
         complain("the file has no outputs/out");

@@ -363,7 +363,7 @@ static void test_padding(void **state)
 static ls_real *logits_of(ls_context *ctx, model *m, const ls_real *params, plan_of_batch o)
 {
     batch b = make_batch(ctx, o);
-    const pass p = {.b = &b, .params = params, .keep = KEEP_NOTHING};
+    pass p = {.b = &b, .params = params, .keep = KEEP_NOTHING};
     assert_ok(pass_begin(m, &p, 1));
     assert_ok(encoder_forward(m, &p));
     assert_ok(decoder_forward(m, &p));

@@ -1,9 +1,11 @@
-/* Learning rates at known points, the norm, and AdamW against the textbook in double. */
+/* Learning rates at known points, the norm, and AdamW against the textbook in double: on the CPU, or with
+ * LONGSPAN_TEST_DEVICE=cuda on a GPU. */
 #include "optim.h"
 
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -94,6 +96,37 @@ static double noise(uint32_t *x)
     return (double)*x / 2147483648.0 - 1;
 }
 
+static const ls_adam_ops *ops;
+static const ls_device_ops *device;
+static ls_queue *queue;
+
+/* Memory of the device with what lies at p; back: what is there now, and the memory is gone. */
+static void *on(const void *p, size_t bytes)
+{
+    void *there = device->alloc(bytes);
+    assert_non_null(there);
+    assert_int_equal(device->to_device(queue, there, p, bytes), LS_OK);
+    return there;
+}
+
+static void back(void *p, void *there, size_t bytes)
+{
+    assert_int_equal(device->to_host(queue, p, there, bytes), LS_OK);
+    assert_int_equal(device->wait(queue), LS_OK);
+    device->release(there);
+}
+
+static double norm_of(const ls_real *g, int64_t n)
+{
+    double squares[LS_SQUARES];
+    void *there = on(g, (size_t)n * sizeof *g), *sum = on(squares, sizeof squares);
+    ops->squares(queue, n, there, sum);
+    back(squares, sum, sizeof squares);
+    device->release(there);
+    if (queue == NULL) assert_memory_equal(&(double){gradient_norm(g, n)}, &(double){sqrt(squares[0])}, sizeof(double));
+    return sqrt(squares[0]);
+}
+
 static void norm(void **state)
 {
     (void)state;
@@ -107,14 +140,14 @@ static void norm(void **state)
             sum += (long double)g[i] * (long double)g[i];
         }
         const double wanted = (double)sqrtl(sum);
-        assert_true(fabs(gradient_norm(g, n) - wanted) <= 1e-14 * wanted);
+        assert_true(fabs(norm_of(g, n) - wanted) <= 1e-14 * wanted);
     }
     g[17] = (ls_real)INFINITY;
-    assert_true(isinf(gradient_norm(g, 100)));
+    assert_true(isinf(norm_of(g, 100)));
     g[17] = (ls_real)NAN;
-    assert_true(isnan(gradient_norm(g, 100)));
+    assert_true(isnan(norm_of(g, 100)));
     for (int i = 0; i < 4; i++) g[i] = (ls_real)1e30; /* the squares are beyond float */
-    assert_true(fabs(gradient_norm(g, 4) - 2e30) < 1e24);
+    assert_true(fabs(norm_of(g, 4) - 2e30) < 1e24);
 }
 
 /* ------------------------------------------------------------------------------------------------ AdamW */
@@ -164,6 +197,23 @@ static void release(world *w)
     free(w->r2);
 }
 
+/* One step, in which the clipping of w->g makes the factor `clip` of it (1: there is none). */
+static void update(world *w, int64_t step, double rate, double clip)
+{
+    double squares[LS_SQUARES];
+    const size_t bytes = (size_t)w->n * sizeof *w->p;
+    w->c.train.clip_norm = clip < 1 ? clip * norm_of(w->g, w->n) : 0;
+    void *g = on(w->g, bytes), *p = on(w->p, bytes), *m1 = on(w->m1, bytes), *m2 = on(w->m2, bytes);
+    void *sum = on(squares, sizeof squares);
+    ops->squares(queue, w->n, g, sum);
+    adamw_step(ops, queue, &w->c, w->m, step, rate, sum, g, p, m1, m2);
+    back(w->g, g, bytes);
+    back(w->p, p, bytes);
+    back(w->m1, m1, bytes);
+    back(w->m2, m2, bytes);
+    back(squares, sum, sizeof squares);
+}
+
 /* Algorithm 2 of the paper, element by element, with the decay scaled by the learning rate. */
 static void reference(world *w, int64_t step, double rate, double clip)
 {
@@ -190,7 +240,7 @@ static void adamw(void **state)
     for (int64_t step = 1; step <= 50; step++) {
         const double rate = 1e-2 / (double)step, clip = step % 3 == 0 ? 0.25 : 1;
         for (int64_t i = 0; i < w.n; i++) w.g[i] = (ls_real)(noise(&seed) * pow(10, 3 * noise(&seed)));
-        adamw_update(&w.c, w.m, step, rate, clip, w.p, w.g, w.m1, w.m2);
+        update(&w, step, rate, clip);
         reference(&w, step, rate, clip);
     }
     for (int64_t i = 0; i < w.n; i++) {
@@ -210,7 +260,7 @@ static void first_step_is_the_sign(void **state)
     world w = make(0);
     uint32_t seed = 9;
     for (int64_t i = 0; i < w.n; i++) w.g[i] = (ls_real)noise(&seed);
-    adamw_update(&w.c, w.m, 1, 1e-3, 1, w.p, w.g, w.m1, w.m2);
+    update(&w, 1, 1e-3, 1);
     for (int64_t i = 0; i < w.n; i++) {
         const double wanted = w.rp[i] - (w.g[i] > 0 ? 1e-3 : -1e-3);
         assert_true(fabs((double)w.p[i] - wanted) < 1e-6 || fabs((double)w.g[i]) < 1e-4);
@@ -224,7 +274,7 @@ static void decay_spares_vectors(void **state)
     world w = make(0.5);
     int matrices = 0, vectors = 0;
     memset(w.g, 0, (size_t)w.n * sizeof *w.g);
-    adamw_update(&w.c, w.m, 1, 0.1, 1, w.p, w.g, w.m1, w.m2);
+    update(&w, 1, 0.1, 1);
     for (int k = 0; k < model_num_tensors(w.m); k++) {
         const model_tensor *t = model_tensor_at(w.m, k);
         const double factor = t->decay ? 1 - 0.1 * 0.5 : 1;
@@ -247,9 +297,51 @@ static void same_bits_every_time(void **state)
     uint32_t seed = 11;
     for (int64_t step = 1; step <= 5; step++) {
         for (int64_t i = 0; i < a.n; i++) b.g[i] = a.g[i] = (ls_real)noise(&seed);
-        assert_true(gradient_norm(a.g, a.n) == gradient_norm(b.g, b.n));
-        adamw_update(&a.c, a.m, step, 1e-3, 0.5, a.p, a.g, a.m1, a.m2);
-        adamw_update(&b.c, b.m, step, 1e-3, 0.5, b.p, b.g, b.m1, b.m2);
+        assert_true(norm_of(a.g, a.n) == norm_of(b.g, b.n));
+        update(&a, step, 1e-3, 0.5);
+        update(&b, step, 1e-3, 0.5);
+    }
+    assert_memory_equal(a.p, b.p, (size_t)a.n * sizeof *a.p);
+    release(&a);
+    release(&b);
+}
+
+/* Not a number anywhere, or a norm beyond all: the step is as if it had not been. */
+static void nothing_of_what_is_not_finite(void **state)
+{
+    (void)state;
+    for (int k = 0; k < 2; k++) {
+        world w = make(0.1), old = make(0.1);
+        for (int64_t i = 0; i < w.n; i++) w.g[i] = 1;
+        w.g[w.n / 2] = (ls_real)(k ? NAN : -INFINITY);
+        update(&w, 1, 1e-3, 1);
+        assert_memory_equal(w.p, old.p, (size_t)w.n * sizeof *w.p);
+        assert_memory_equal(w.m1, old.m1, (size_t)w.n * sizeof *w.p);
+        assert_memory_equal(w.m2, old.m2, (size_t)w.n * sizeof *w.p);
+        w.g[w.n / 2] = 1;
+        update(&w, 1, 1e-3, 1);
+        assert_memory_not_equal(w.p, old.p, (size_t)w.n * sizeof *w.p);
+        release(&w);
+        release(&old);
+    }
+}
+
+/* The names that a step on the CPU goes by are the same arithmetic. */
+static void piece_by_piece(void **state)
+{
+    (void)state;
+    if (queue != NULL) skip();
+    world a = make(0.1), b = make(0.1);
+    uint32_t seed = 13;
+    for (int64_t step = 1; step <= 6; step++) {
+        for (int64_t i = 0; i < a.n; i++) b.g[i] = a.g[i] = (ls_real)noise(&seed);
+        const double norm = gradient_norm(a.g, a.n);
+        a.c.train.clip_norm = step % 2 == 0 ? 0.3 * norm : 2 * norm;
+        const double clip = norm > a.c.train.clip_norm ? a.c.train.clip_norm / norm : 1;
+        double squares[LS_SQUARES];
+        ops->squares(NULL, a.n, a.g, squares);
+        adamw_step(ops, NULL, &a.c, a.m, step, 1e-3, squares, a.g, a.p, a.m1, a.m2);
+        adamw_update(&b.c, b.m, step, 1e-3, clip, b.p, b.g, b.m1, b.m2);
     }
     assert_memory_equal(a.p, b.p, (size_t)a.n * sizeof *a.p);
     release(&a);
@@ -258,6 +350,14 @@ static void same_bits_every_time(void **state)
 
 int main(void)
 {
+    const char *name = getenv("LONGSPAN_TEST_DEVICE");
+    const ls_device where = name != NULL && strcmp(name, "cuda") == 0 ? LS_CUDA : LS_CPU;
+    ops = ls_adam_of(where);
+    device = ls_device_find(where);
+    if (device == NULL || device->open(0, &queue) != LS_OK) {
+        fprintf(stderr, "test_optim: no device: %s\n", device != NULL ? ls_last_error() : "not in this build");
+        return 1;
+    }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(lengths),
         cmocka_unit_test(cosine),
@@ -268,6 +368,10 @@ int main(void)
         cmocka_unit_test(first_step_is_the_sign),
         cmocka_unit_test(decay_spares_vectors),
         cmocka_unit_test(same_bits_every_time),
+        cmocka_unit_test(nothing_of_what_is_not_finite),
+        cmocka_unit_test(piece_by_piece),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    const int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    device->close(queue);
+    return failed;
 }

@@ -6,19 +6,71 @@ add_library(longspan_double STATIC EXCLUDE_FROM_ALL ${sources})
 longspan_library(longspan_double)
 target_compile_definitions(longspan_double PUBLIC LS_REAL_DOUBLE)
 
+# ---- the CUDA kernels on the CPU: the same .cu files as C++, before whose headers the emulator's stand. CMake knows one
+# language of a file, so each gets a file of one line; -O2, since there is much to compile and little that vectors.
+enable_language(CXX)
+set(emulated_sources ${cuda_sources})
+list(FILTER emulated_sources EXCLUDE REGEX "_tensor[.]cu$") # tensor cores are not emulated
+set(emulated_wrappers)
+foreach(source ${emulated_sources})
+  file(RELATIVE_PATH wrapper ${PROJECT_SOURCE_DIR} ${source})
+  set(wrapper ${PROJECT_BINARY_DIR}/emulated/${wrapper}.cpp)
+  file(CONFIGURE OUTPUT ${wrapper} CONTENT "#include \"${source}\"\n")
+  list(APPEND emulated_wrappers ${wrapper})
+endforeach()
+# slabs so small that sequences of the tests are several
+set_source_files_properties(${PROJECT_BINARY_DIR}/emulated/kernels/linear.cu.cpp PROPERTIES
+  COMPILE_DEFINITIONS LS_LINEAR_SLAB=512)
+function(longspan_emulated name)
+  add_library(${name} STATIC EXCLUDE_FROM_ALL ${sources} ${emulated_wrappers}
+    ${PROJECT_SOURCE_DIR}/tests/emulator/emulator.cpp ${PROJECT_SOURCE_DIR}/tests/emulator/softmax_tensor.cpp)
+  longspan_library(${name})
+  set_target_properties(${name} PROPERTIES CXX_STANDARD 20 CXX_STANDARD_REQUIRED ON CXX_EXTENSIONS OFF)
+  target_compile_definitions(${name} PUBLIC LS_CUDA_BACKEND)
+  target_include_directories(${name} BEFORE PUBLIC ${PROJECT_SOURCE_DIR}/tests/emulator)
+  target_compile_options(${name} PRIVATE
+    "$<$<COMPILE_LANGUAGE:CXX>:-O2;-Wno-unknown-pragmas;-Wno-deprecated-enum-enum-conversion>")
+endfunction()
+longspan_emulated(longspan_emulated)
+longspan_emulated(longspan_emulated_double)
+target_compile_definitions(longspan_emulated_double PUBLIC LS_REAL_DOUBLE)
+add_library(trainer_emulated STATIC EXCLUDE_FROM_ALL ${trainer_sources})
+trainer_library(trainer_emulated longspan_emulated)
+
 set(mpirun ${MPIEXEC_EXECUTABLE} --oversubscribe --allow-run-as-root --bind-to none)
 set(test_environment OMPI_MCA_mpi_yield_when_idle=1;OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMP_NUM_THREADS=1;OPENBLAS_NUM_THREADS=1)
 
-# longspan_test(NAME [DOUBLE] [HDF5] [RANKS 1 2 ...] [ARGS ...]): programs test_NAME and, with DOUBLE, test_NAME_double,
-# each run once for every rank count.
+# longspan_test(NAME [DOUBLE] [HDF5] [RANKS 1 2 ...] [ARGS ...] [EMULATED 1 2 ...] [EMULATED_DOUBLE 1 2 ...]): programs
+# test_NAME and, with DOUBLE, test_NAME_double, each run once for every rank count. EMULATED: test_NAME_emulated, and
+# EMULATED_DOUBLE: test_NAME_emulated_double, the same test on the emulated GPU, for these rank counts.
 function(longspan_test name)
-  cmake_parse_arguments(T "DOUBLE;HDF5;TRAINER" "" "RANKS;ARGS;SOURCES" ${ARGN})
+  cmake_parse_arguments(T "DOUBLE;HDF5;TRAINER" "" "RANKS;ARGS;SOURCES;EMULATED;EMULATED_DOUBLE" ${ARGN})
   set(variants ${name})
   if(T_DOUBLE)
     list(APPEND variants ${name}_double)
   endif()
+  if(T_EMULATED)
+    list(APPEND variants ${name}_emulated)
+  endif()
+  if(T_EMULATED_DOUBLE)
+    list(APPEND variants ${name}_emulated_double)
+  endif()
   foreach(variant ${variants})
-    if(variant MATCHES "_double$")
+    set(variant_ranks ${T_RANKS})
+    set(environment ${test_environment})
+    if(variant MATCHES "_emulated(_double)?$")
+      string(REGEX MATCH "emulated(_double)?$" library ${variant})
+      string(TOUPPER ${library} ranks)
+      set(variant_ranks ${T_${ranks}})
+      if(T_TRAINER)
+        set(library trainer_${library})
+      else()
+        set(library longspan_${library})
+      endif()
+      # single copies read another process past its protection of device memory
+      list(APPEND environment LONGSPAN_TEST_DEVICE=cuda LONGSPAN_TEST_EVERY=9
+        OMPI_MCA_btl_vader_single_copy_mechanism=none)
+    elseif(variant MATCHES "_double$")
       set(library longspan_double)
     elseif(T_TRAINER)
       set(library trainer)
@@ -33,29 +85,59 @@ function(longspan_test name)
       target_include_directories(test_${variant} SYSTEM PRIVATE ${HDF5_C_INCLUDE_DIRS})
       target_link_libraries(test_${variant} PRIVATE ${HDF5_C_LIBRARIES})
     endif()
-    if(NOT T_RANKS)
+    if(NOT variant_ranks)
       add_test(NAME ${variant} COMMAND test_${variant} ${T_ARGS})
-      set_tests_properties(${variant} PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 1500)
+      set_tests_properties(${variant} PROPERTIES ENVIRONMENT "${environment}" TIMEOUT 1500)
     endif()
-    foreach(ranks ${T_RANKS})
+    foreach(ranks ${variant_ranks})
       add_test(NAME ${variant}_${ranks} COMMAND ${mpirun} -n ${ranks} $<TARGET_FILE:test_${variant}> ${T_ARGS})
-      set_tests_properties(${variant}_${ranks} PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 1500
+      set_tests_properties(${variant}_${ranks} PROPERTIES ENVIRONMENT "${environment}" TIMEOUT 1500
         PROCESSORS ${ranks})
     endforeach()
   endforeach()
 endfunction()
 
-set(harness ${PROJECT_SOURCE_DIR}/tests/harness.c)
+set(harness ${PROJECT_SOURCE_DIR}/tests/harness.c ${PROJECT_SOURCE_DIR}/tests/device_shim.c)
 set(golden ${PROJECT_SOURCE_DIR}/tests/golden)
-longspan_test(dense DOUBLE)
+longspan_test(dense DOUBLE EMULATED 1 EMULATED_DOUBLE 1)
 longspan_test(exchange DOUBLE RANKS 1 2 3 4 5 7)
-longspan_test(golden DOUBLE HDF5 SOURCES ${harness} RANKS 1 2 3 5 ARGS ${golden})
-longspan_test(gradients DOUBLE SOURCES ${harness} RANKS 1 2)
-longspan_test(probsparse DOUBLE SOURCES ${harness} RANKS 1 3)
-longspan_test(laws DOUBLE SOURCES ${harness} RANKS 1 2 3 4 5 7)
+longspan_test(golden DOUBLE HDF5 SOURCES ${harness} RANKS 1 2 3 5 ARGS ${golden}
+  EMULATED 1 3 EMULATED_DOUBLE 1 3)
+longspan_test(gradients DOUBLE SOURCES ${harness} RANKS 1 2 EMULATED_DOUBLE 1)
+longspan_test(probsparse DOUBLE SOURCES ${harness} RANKS 1 3 EMULATED 1 3 EMULATED_DOUBLE 1 3)
+longspan_test(laws DOUBLE SOURCES ${harness} RANKS 1 2 3 4 5 7 EMULATED 1 2 3)
+
+# ---- the same programs on a GPU, where this build has CUDA and there is one: otherwise they are skipped. Several ranks
+# share it by way of host memory.
+if(LONGSPAN_HAS_CUDA)
+  foreach(name golden laws)
+    foreach(ranks 1 2 4)
+      set(test ${name}_gpu_${ranks})
+      set(arguments)
+      if(name STREQUAL golden)
+        set(arguments ${golden})
+      endif()
+      add_test(NAME ${test} COMMAND ${mpirun} -n ${ranks} $<TARGET_FILE:test_${name}> ${arguments})
+      set_tests_properties(${test} PROPERTIES ENVIRONMENT
+        "${test_environment};LONGSPAN_TEST_DEVICE=cuda;LONGSPAN_TEST_GPU=1" TIMEOUT 1500
+        PROCESSORS ${ranks} LABELS gpu SKIP_RETURN_CODE 77)
+    endforeach()
+  endforeach()
+endif()
+
+foreach(variant emulator emulator_double)
+  string(REPLACE emulator longspan_emulated library ${variant})
+  add_executable(test_${variant} ${PROJECT_SOURCE_DIR}/tests/test_emulator.cpp)
+  set_target_properties(test_${variant} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests CXX_STANDARD 20
+    CXX_STANDARD_REQUIRED ON CXX_EXTENSIONS OFF)
+  target_include_directories(test_${variant} SYSTEM PRIVATE ${RANDOM123_INCLUDE})
+  target_link_libraries(test_${variant} PRIVATE ${library} PkgConfig::CMOCKA longspan_flags)
+  add_test(NAME ${variant} COMMAND test_${variant})
+  set_tests_properties(${variant} PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 1500)
+endforeach()
 
 longspan_test(config TRAINER)
-longspan_test(optim TRAINER)
+longspan_test(optim TRAINER EMULATED 1)
 longspan_test(pack TRAINER)
 longspan_test(checkpoint TRAINER)
 longspan_test(data TRAINER RANKS 1 2 3)
@@ -64,6 +146,13 @@ longspan_test(model TRAINER RANKS 1 2 3 5)
 # ---- the program and the installed package, as their users meet them
 add_test(NAME train_equality COMMAND ${PROJECT_SOURCE_DIR}/tests/train_equality.sh $<TARGET_FILE:longspan_program>
   ${PROJECT_BINARY_DIR}/tests/train_equality)
+# the whole trainer on the emulated GPU: the program a second time
+add_executable(longspan_program_emulated ${PROJECT_SOURCE_DIR}/trainer/main.c)
+set_target_properties(longspan_program_emulated PROPERTIES OUTPUT_NAME longspan_emulated
+  RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests)
+target_link_libraries(longspan_program_emulated PRIVATE trainer_emulated longspan_flags)
+add_test(NAME train_device COMMAND ${PROJECT_SOURCE_DIR}/tests/train_device.sh $<TARGET_FILE:longspan_program>
+  $<TARGET_FILE:longspan_program_emulated> ${PROJECT_BINARY_DIR}/tests/train_device)
 add_test(NAME faults COMMAND ${PROJECT_SOURCE_DIR}/tests/faults.sh $<TARGET_FILE:longspan_program>
   ${PROJECT_BINARY_DIR}/tests/faults)
 add_test(NAME readme COMMAND ${PROJECT_SOURCE_DIR}/tests/readme.py $<TARGET_FILE:longspan_program>
@@ -72,4 +161,4 @@ add_test(NAME install COMMAND ${PROJECT_SOURCE_DIR}/tests/install.sh ${PROJECT_B
 if(LONGSPAN_SANITIZE) # what links a sanitized library must be built so itself
   list(APPEND test_environment "CFLAGS=-fsanitize=${LONGSPAN_SANITIZE}")
 endif()
-set_tests_properties(train_equality faults install readme PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 1500)
+set_tests_properties(train_equality train_device faults install readme PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 1500)

@@ -63,7 +63,30 @@ static ls_status mpi(int code, const char *what)
     LS_FAIL(LS_ERR_COMM, "mpi: %s failed: %s", what, text);
 }
 
-ls_status ranks_split(ranks *r, int64_t sequence, uint64_t seed)
+static ls_transport transport_of(const config *c)
+{
+    const char *name = c->parallel.transport;
+    return strcmp(name, "mpi") == 0    ? LS_TRANSPORT_MPI
+           : strcmp(name, "nccl") == 0 ? LS_TRANSPORT_NCCL
+                                       : LS_TRANSPORT_AUTO;
+}
+
+/* A rank's number on its machine says which GPU is its own; where there are fewer, ranks share. */
+static ls_status choose_device(const ranks *r, ls_device device, int *number)
+{
+    int devices = 1, place = 0;
+    MPI_Comm here;
+    LS_TRY(agree(r, mpi(MPI_Comm_split_type(r->comm, MPI_COMM_TYPE_SHARED, r->rank, MPI_INFO_NULL, &here),
+                        "finding the ranks of this machine")));
+    MPI_Comm_rank(here, &place);
+    MPI_Comm_free(&here);
+    const ls_device_ops *ops = ls_device_find(device);
+    if (ops != NULL) LS_TRY(agree(r, ops->count(&devices)));
+    *number = devices > 0 ? place % devices : 0;
+    return LS_OK;
+}
+
+ls_status ranks_split(ranks *r, const config *c, int64_t sequence)
 {
     if (sequence == 0) sequence = r->size;
     if (r->size % sequence != 0) {
@@ -71,16 +94,43 @@ ls_status ranks_split(ranks *r, int64_t sequence, uint64_t seed)
                 "parallel.sequence: %lld ranks for each sequence cannot be had from %d: choose a divisor of it, or 0",
                 (long long)sequence, r->size);
     }
-    ls_context_free(r->sequence);
-    r->sequence = NULL;
+    ranks_close(r);
     r->group = (int)(r->rank / sequence); /* neighbours share a sequence: they are likely to be near */
     r->groups = (int)(r->size / sequence);
+    ls_context_options o = {.device = strcmp(c->device, "cuda") == 0 ? LS_CUDA : LS_CPU,
+                            .transport = transport_of(c),
+                            .seed = c->train.seed};
+    LS_TRY(choose_device(r, o.device, &o.device_number));
     MPI_Comm comm;
     LS_TRY(agree(r, mpi(MPI_Comm_split(r->comm, r->group, r->rank, &comm), "splitting the ranks")));
-    const ls_context_options options = {.comm = comm, .device = LS_CPU, .seed = seed};
-    const ls_status status = ls_context_create(&options, &r->sequence);
+    o.comm = comm;
+    ls_status status = ls_context_create(&o, &r->sequence);
     MPI_Comm_free(&comm);
-    return agree(r, status);
+    LS_TRY(agree(r, status));
+    if (o.device == LS_CPU) return LS_OK;
+    o.comm = r->comm;
+    return ls_context_create(&o, &r->gradients);
+}
+
+void ranks_close(ranks *r)
+{
+    if (r->gradients != r->world) ls_context_free(r->gradients);
+    r->gradients = r->world;
+    ls_context_free(r->sequence);
+    r->sequence = NULL;
+}
+
+ls_real *device_reals(const ranks *r, int64_t n)
+{
+    void *p = NULL;
+    const size_t bytes = (size_t)n * sizeof(ls_real);
+    if (ls_device_alloc(r->sequence, bytes, &p) == LS_OK) r->sequence->dense->zero(r->sequence->queue, bytes, p);
+    return p;
+}
+
+void device_free(const ranks *r, ls_real *x)
+{
+    if (x != NULL) ls_device_free(r->sequence, x);
 }
 
 /* ------------------------------------------------------------------------------------------------ bytes */
@@ -185,24 +235,78 @@ ls_status write_file(const char *directory, const char *name, const char *bytes,
 
 /* ------------------------------------------------------------------------------------------------ checkpoints */
 
+enum { ARRAYS = 3 };
+
+/* The arrays of a state in host memory: on the CPU its own, else room for copies of those that it has. */
+static ls_status host_arrays(const ranks *r, const model *m, const training_state *s, training_state *host)
+{
+    *host = *s;
+    if (r->sequence->device == LS_CPU) return LS_OK;
+    ls_real **const to[ARRAYS] = {&host->params, &host->adam_m, &host->adam_v};
+    int failed = 0;
+    for (int i = 0; i < ARRAYS; i++)
+        if (*to[i] != NULL) failed |= (*to[i] = malloc((size_t)model_count(m) * sizeof(ls_real))) == NULL;
+    if (failed)
+        LS_FAIL(LS_ERR_MEMORY, "no memory for %lld parameters beside those of the device", (long long)model_count(m));
+    return LS_OK;
+}
+
+static void free_host_arrays(const ranks *r, training_state *host)
+{
+    if (r->sequence->device == LS_CPU) return;
+    free(host->params);
+    free(host->adam_m);
+    free(host->adam_v);
+}
+
+ls_status save_state(const ranks *r, const config *c, int best, const model *m, const char *config_text,
+                     const training_state *s)
+{
+    const size_t bytes = (size_t)model_count(m) * sizeof(ls_real);
+    training_state host;
+    ls_status status = host_arrays(r, m, s, &host);
+    const ls_real *const from[ARRAYS] = {s->params, s->adam_m, s->adam_v};
+    ls_real *const to[ARRAYS] = {host.params, host.adam_m, host.adam_v};
+    for (int i = 0; i < ARRAYS && status == LS_OK; i++)
+        if (from[i] != to[i]) status = ls_device_read(r->sequence, to[i], from[i], bytes);
+    if (status == LS_OK) status = checkpoint_save(c->run.directory, best, c->train.keep, m, config_text, &host);
+    free_host_arrays(r, &host);
+    return status;
+}
+
 ls_status load_everywhere(const ranks *r, const char *path, const model *m, training_state *s)
 {
-    ls_status status = LS_OK;
-    if (r->rank == 0) status = checkpoint_load(path, m, s);
-    LS_TRY(agree(r, status));
+    training_state host;
+    ls_status status = host_arrays(r, m, s, &host);
+    if (status == LS_OK && r->rank == 0) status = checkpoint_load(path, m, &host);
     const size_t bytes = (size_t)model_count(m) * sizeof(ls_real);
-    ls_real *const tensors[] = {s->params, s->adam_m, s->adam_v};
-    training_state received = *s;
-    LS_TRY(broadcast_bytes(r, &received, sizeof received));
+    ls_real *const tensors[ARRAYS] = {host.params, host.adam_m, host.adam_v};
+    ls_real *const to[ARRAYS] = {s->params, s->adam_m, s->adam_v};
+    training_state received = host;
+    LS_TRY_GOTO(agree(r, status));
+    LS_TRY_GOTO(broadcast_bytes(r, &received, sizeof received));
     s->step = received.step;
     s->samples = received.samples;
     s->seed = received.seed;
     s->data_digest = received.data_digest;
     s->best_nll = received.best_nll;
-    for (int i = 0; i < 3; i++) {
-        if (tensors[i] != NULL) LS_TRY(broadcast_bytes(r, tensors[i], bytes));
+    for (int i = 0; i < ARRAYS; i++) {
+        if (tensors[i] == NULL) continue;
+        LS_TRY_GOTO(broadcast_bytes(r, tensors[i], bytes));
+        if (tensors[i] != to[i]) status = ls_device_write(r->sequence, to[i], tensors[i], bytes);
+        if (status != LS_OK) break;
     }
-    return LS_OK;
+    status = agree(r, status);
+done:
+    free_host_arrays(r, &host);
+    return status;
+}
+
+static int has_gpu(void)
+{
+    const ls_device_ops *ops = ls_device_find(LS_CUDA);
+    int devices = 0;
+    return ops != NULL && ops->count(&devices) == LS_OK && devices > 0;
 }
 
 ls_status checkpoint_config_everywhere(const ranks *r, const char *path, const char *const *set, int nset, config *c)
@@ -215,7 +319,17 @@ ls_status checkpoint_config_everywhere(const ranks *r, const char *path, const c
         if (status == LS_OK) size = strlen(text);
     }
     status = share(r, status, &text, &size);
-    if (status == LS_OK) status = agree(r, config_parse(path, text, size, set, nset, c));
+    const char **all = malloc(((size_t)nset + 2) * sizeof *all);
+    if (status == LS_OK && all == NULL) status = ls_fail(LS_ERR_MEMORY, "%s: no memory", path);
+    if (status == LS_OK) {
+        /* where a model was trained is not where it has to be used */
+        const int here = has_gpu() ? 0 : 2;
+        if (here > 0) all[0] = "device=cpu", all[1] = "parallel.transport=auto";
+        for (int i = 0; i < nset; i++) all[here + i] = set[i];
+        status = config_parse(path, text, size, all, here + nset, c);
+    }
+    if (text != NULL) status = agree(r, status);
+    free(all);
     free(text);
     return status;
 }

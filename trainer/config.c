@@ -3,6 +3,9 @@
 #include "config.h"
 #include "config_yaml.h"
 
+#include "comm.h"
+#include "mechanism.h"
+
 #include <ctype.h>
 #include <errno.h>
 #include <math.h>
@@ -471,6 +474,22 @@ static ls_status check_attention(const char *place, const config *c, const confi
     LS_FAIL(status, "%s.mechanism: %s", place, ls_last_error());
 }
 
+static ls_status check_device(const config *c)
+{
+    const int cuda = strcmp(c->device, "cuda") == 0;
+    const config_attention *const used[] = {&c->model.encoder, &c->model.decoder, &c->model.cross};
+    if (cuda && ls_device_find(LS_CUDA) == NULL)
+        LS_FAIL(LS_ERR_UNSUPPORTED, "device: cuda: this build has no CUDA backend");
+    for (int i = 0; cuda && i < 3; i++)
+        if (ls_mechanism_find(used[i]->mechanism)->cuda == NULL)
+            LS_FAIL(LS_ERR_UNSUPPORTED, "%s: %s has no CUDA kernels in this version: use device: cpu", places[i],
+                    used[i]->mechanism);
+    if (strcmp(c->parallel.transport, "nccl") != 0) return LS_OK;
+    if (!ls_has_nccl()) LS_FAIL(LS_ERR_UNSUPPORTED, "parallel.transport: nccl: this build has no NCCL transport");
+    if (!cuda) LS_FAIL(LS_ERR_ARGUMENT, "parallel.transport: nccl carries tensors of GPUs: it needs device: cuda");
+    return LS_OK;
+}
+
 ls_status config_check(const config *c)
 {
     for (int i = 0; config_key_at(i) != NULL; i++) {
@@ -505,9 +524,5 @@ ls_status config_check(const config *c)
     LS_TRY(check_attention(places[0], c, &c->model.encoder, LS_NS));
     LS_TRY(check_attention(places[1], c, &c->model.decoder, LS_CS));
     LS_TRY(check_attention(places[2], c, &c->model.cross, LS_CC));
-    if (strcmp(c->device, "cpu") != 0) LS_FAIL(LS_ERR_UNSUPPORTED, "device: cuda: this build has no CUDA backend");
-    if (strcmp(c->parallel.transport, "nccl") == 0) {
-        LS_FAIL(LS_ERR_UNSUPPORTED, "parallel.transport: nccl: this build has no NCCL transport");
-    }
-    return LS_OK;
+    return check_device(c);
 }

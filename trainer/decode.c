@@ -2,8 +2,6 @@
  * was summarised when decoding began. The new rows are few, and every rank computes all of them. */
 #include "model_internal.h"
 
-#include "dense.h"
-
 #include <math.h>
 #include <stdlib.h>
 
@@ -14,6 +12,7 @@ struct decoder {
     ls_arena arena;
     workspace w; /* its own: the model may be used between steps */
     ls_real *x;  /* (B,E) */
+    int32_t *token;
 };
 
 static void plan_step(decoder *d)
@@ -25,6 +24,8 @@ static void plan_step(decoder *d)
     d->w.branch = ls_take(&d->arena, rows * E);
     d->w.mean = ls_take(&d->arena, rows);
     d->w.rstd = ls_take(&d->arena, rows);
+    d->w.logits = ls_take(&d->arena, rows * d->m->V);
+    d->token = ls_arena_take(&d->arena, (size_t)rows * sizeof *d->token);
     d->w.hidden = ls_take(&d->arena, ls_min(HIDDEN_ROWS, rows) * d->m->F);
 }
 
@@ -32,6 +33,7 @@ static ls_status allocate(decoder *d)
 {
     d->state = calloc((size_t)d->m->decoder.blocks, sizeof(ls_state *));
     if (d->state == NULL) LS_FAIL(LS_ERR_MEMORY, "decoder: no memory for the list of %d states", d->m->decoder.blocks);
+    d->arena.device = d->m->sequence->ops;
     ls_arena_measure(&d->arena);
     plan_step(d);
     LS_TRY(ls_arena_reserve(&d->arena, "decoder"));
@@ -42,13 +44,12 @@ static ls_status allocate(decoder *d)
 /* Collective: the encoder's output becomes a summary in each cross attention's state. */
 static ls_status take_source(decoder *d, const batch *b, const ls_real *params)
 {
-    static const uint8_t none[1] = {0}; /* a rank without rows passes a mask where others do */
     model *m = d->m;
-    const pass p = {.b = b, .params = params, .keep = KEEP_NOTHING};
+    pass p = {.b = b, .params = params, .keep = KEEP_NOTHING};
     LS_TRY(pass_begin(m, &p, 0));
     LS_TRY(encoder_forward(m, &p));
     const ls_attention_shape shape = {.batch = b->B, .queries = NULL, .keys = &b->source};
-    const ls_attention_io io = {.key = m->w.memory, .key_padding_mask = b->source_pad != NULL ? b->source_pad : none};
+    const ls_attention_io io = {.key = m->w.memory, .key_padding_mask = p.source_pad};
     for (int k = 0; k < m->decoder.blocks; k++) {
         const block *bl = &m->decoder.block[k];
         if (bl->kind == BLOCK_FFN) continue;
@@ -111,20 +112,23 @@ ls_status decoder_step(decoder *d, const int32_t *token, const ls_real *params, 
     const workspace *w = &d->w;
     const int64_t B = d->B, E = m->E;
     LS_TRY(check_step(d, token));
-    ls_embedding(B, E, token, params + s->embedding, sqrt((double)E), d->x);
-    ls_add_positions(B, 1, E, d->position, d->x);
+    LS_TRY(ls_device_write(m->sequence, d->token, token, (size_t)B * sizeof *token));
+    m->dense->embedding(m->queue, B, E, d->token, params + s->embedding, sqrt((double)E), d->x);
+    m->dense->add_positions(m->queue, B, 1, E, d->position, d->x);
     for (int k = 0; k < s->blocks; k++) {
         const block *bl = &s->block[k];
-        ls_layer_norm(B, E, d->x, params + bl->norm.weight, params + bl->norm.bias, w->normed, w->mean, w->rstd);
+        m->dense->layer_norm(m->queue, B, E, d->x, params + bl->norm.weight, params + bl->norm.bias, w->normed, w->mean,
+                             w->rstd);
         if (bl->kind == BLOCK_FFN) {
             ffn_forward(m, w, &bl->ffn, params, B);
         } else {
             const ls_attention_io io = {.query = w->normed};
             LS_TRY(ls_attention_step(bl->attention, d->state[k], &io, params + bl->params, w->branch));
         }
-        ls_add(B * E, w->branch, d->x);
+        m->dense->add(m->queue, B * E, w->branch, d->x);
     }
-    output_logits(m, w, params, B, d->x, w->normed, logits);
+    output_logits(m, w, params, B, d->x, w->normed, w->logits);
     d->position++;
-    return LS_OK;
+    LS_TRY(ls_device_read(m->sequence, logits, w->logits, (size_t)(B * m->V) * sizeof *logits));
+    return ls_context_wait(m->sequence);
 }

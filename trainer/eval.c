@@ -213,7 +213,7 @@ static ls_status evaluate(const eval_options *o, ranks *r, dataset **data, model
     config c;
     LS_TRY(checkpoint_config_everywhere(r, o->checkpoint, o->set.item, o->set.count, &c));
     const char *path = o->data != NULL ? o->data : c.data.path;
-    LS_TRY(ranks_split(r, c.parallel.sequence, c.train.seed));
+    LS_TRY(ranks_split(r, &c, c.parallel.sequence));
     LS_TRY(dataset_open(r->world, path, c.data.verify, data));
     const int64_t documents = dataset_documents(*data, o->choice.split);
     if (documents == 0) LS_FAIL(LS_ERR_ARGUMENT, "%s: has no split %s", path, o->choice.split);
@@ -222,7 +222,7 @@ static ls_status evaluate(const eval_options *o, ranks *r, dataset **data, model
     }
     LS_TRY(agree(r, model_create(r->sequence, &c, m)));
     ls_status status = LS_OK;
-    if ((*params = malloc((size_t)model_count(*m) * sizeof **params)) == NULL) {
+    if ((*params = device_reals(r, model_count(*m))) == NULL) {
         status = ls_fail(LS_ERR_MEMORY, "no memory for %lld parameters", (long long)model_count(*m));
     }
     LS_TRY(agree(r, status));
@@ -264,7 +264,7 @@ int command_eval(int argc, char **argv, ranks *r)
     const int code = report_error(r, status);
     model_free(m);
     dataset_close(data);
-    free(params);
+    device_free(r, params);
     free(o.set.item);
     return code;
 }

@@ -180,10 +180,10 @@ static ls_status prepare(const generate_options *o, ranks *r, generation *g)
     if (g->source_size == 0)
         LS_FAIL(LS_ERR_ARGUMENT, "generate: the input %s is empty: give at least one byte",
                 strcmp(o->input, "-") == 0 ? "on standard input" : o->input);
-    LS_TRY(ranks_split(r, 0, g->c.train.seed));
+    LS_TRY(ranks_split(r, &g->c, 0));
     LS_TRY(agree(r, model_create(r->sequence, &g->c, &g->m)));
     const size_t count = (size_t)model_count(g->m);
-    g->params = malloc(count * sizeof *g->params);
+    g->params = device_reals(r, (int64_t)count);
     ls_status status =
         g->params == NULL ? ls_fail(LS_ERR_MEMORY, "generate: no memory for %zu parameters", count) : LS_OK;
     if (status == LS_OK) status = make_batch(r, g);
@@ -246,7 +246,7 @@ int command_generate(int argc, char **argv, ranks *r)
     decoder_free(g.d);
     model_free(g.m);
     batch_free(&g.b);
-    free(g.params);
+    device_free(r, g.params);
     free(g.source);
     return status == LS_OK ? EXIT_OK : report_error(r, status);
 }

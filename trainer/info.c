@@ -19,9 +19,32 @@ static const char usage[] =
 enum { PATTERNS = 4 };
 static const char *const short_name[PATTERNS] = {"NS", "CS", "NC", "CC"};
 static const char *const number_type = sizeof(ls_real) == sizeof(float) ? "float32" : "float64";
-/* A CUDA or NCCL build adds its own here. */
-static const char *const devices[] = {"cpu", NULL};
-static const char *const transports[] = {"self", "mpi", NULL};
+/* What this build was made with; whether a GPU is there is another question, see print_devices. */
+static const char *const *device_names(void)
+{
+    static const char *const cpu[] = {"cpu", NULL}, *const both[] = {"cpu", "cuda", NULL};
+    return ls_device_find(LS_CUDA) == NULL ? cpu : both;
+}
+
+static const char *const *transport_names(void)
+{
+    static const char *const mpi[] = {"self", "mpi", NULL}, *const both[] = {"self", "mpi", "nccl", NULL};
+    return ls_has_nccl() ? both : mpi;
+}
+
+/* The GPUs of this machine, one to a line. */
+static void print_devices(void)
+{
+    const ls_device_ops *ops = ls_device_find(LS_CUDA);
+    int count = 0;
+    if (ops == NULL) return;
+    if (ops->count(&count) != LS_OK || count == 0) printf("%-12sno GPU is visible\n", "");
+    for (int i = 0; i < count; i++) {
+        char text[300];
+        ops->describe(i, text, sizeof text);
+        printf("%-12scuda %d: %s\n", "", i, text);
+    }
+}
 
 static void mpi_library(char name[MPI_MAX_LIBRARY_VERSION_STRING])
 {
@@ -97,8 +120,9 @@ static void print_text(ls_context *ctx)
     mpi_library(library);
     MPI_Get_version(&version, &subversion);
     printf("%-12s%s\n%-12s%s\n", "version", LS_VERSION_STRING, "numbers", number_type);
-    print_list("devices", devices);
-    print_list("transports", transports);
+    print_list("devices", device_names());
+    print_devices();
+    print_list("transports", transport_names());
     printf("%-12s%s (MPI %d.%d)\n\n", "MPI", library, version, subversion);
     printf("Mechanisms. Patterns: NS, CS noncausal and causal self attention, NC, CC noncausal and causal cross "
            "attention;\n"
@@ -241,8 +265,8 @@ static ls_status print_json(void)
         json_array_append_new(keys, object);
     }
     json_t *all = json_pack("{s:s, s:s, s:o, s:o, s:s, s:o, s:o}", "version", LS_VERSION_STRING, "numbers", number_type,
-                            "devices", json_list(devices), "transports", json_list(transports), "mpi", library,
-                            "mechanisms", mechanisms, "config", keys);
+                            "devices", json_list(device_names()), "transports", json_list(transport_names()), "mpi",
+                            library, "mechanisms", mechanisms, "config", keys);
     const int failed = all == NULL || json_dumpf(all, stdout, JSON_INDENT(2)) != 0;
     json_decref(all);
     if (failed) LS_FAIL(LS_ERR_IO, "info: the JSON cannot be written");

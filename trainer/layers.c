@@ -5,8 +5,6 @@
  * where normed is computed again from x. Only attentions keep more than x. */
 #include "model_internal.h"
 
-#include "dense.h"
-
 #include <math.h>
 
 /* ------------------------------------------------------------------------------------------------ memory */
@@ -37,6 +35,12 @@ static void plan(model *m, const pass *p, int64_t source, int64_t target)
     workspace *w = &m->w;
     const int64_t rows = ls_max(source, target), E = m->E, gradient = p->keep != KEEP_NOTHING;
     *w = (workspace){0};
+    w->sums = ls_arena_take(a, LS_LOSS_SUMS * sizeof *w->sums);
+    const int64_t on_device = m->queue != NULL;
+    w->token[0] = ls_arena_take(a, (size_t)(on_device * source) * sizeof **w->token);
+    for (int i = 1; i < 3; i++) w->token[i] = ls_arena_take(a, (size_t)(on_device * target) * sizeof **w->token);
+    w->pad[0] = ls_arena_take(a, (size_t)(on_device * source));
+    w->pad[1] = ls_arena_take(a, (size_t)(on_device * target));
     /* The narrow ones first, so that a rank without rows has pointers that are not NULL. */
     w->hidden = ls_take(a, HIDDEN_ROWS * m->F);
     w->active = ls_take(a, HIDDEN_ROWS * m->F);
@@ -71,7 +75,33 @@ static ls_status check_side(const model *m, const char *name, const ls_shard *s,
     return LS_OK;
 }
 
-static ls_status begin(model *m, const pass *p, int with_target)
+/* Tokens and masks as the kernels see them: the batch's own, or copies on the device. */
+static ls_status bring(const model *m, pass *p, int with_target)
+{
+    static const uint8_t none[1] = {0};
+    const batch *b = p->b;
+    const workspace *w = &m->w;
+    const size_t source = (size_t)rows_of(b, &b->source), target = with_target ? (size_t)rows_of(b, &b->target) : 0;
+    p->source_token = b->source_token, p->input_token = b->input_token, p->label = b->label;
+    p->source_pad = b->source_pad != NULL ? b->source_pad : none;
+    p->target_pad = b->target_pad != NULL ? b->target_pad : none;
+    if (m->queue == NULL) return LS_OK;
+    ls_context *c = m->sequence;
+    if (source > 0) {
+        LS_TRY(ls_device_write(c, w->token[0], b->source_token, source * sizeof *b->source_token));
+        LS_TRY(ls_device_write(c, w->pad[0], b->source_pad, source));
+    }
+    if (target > 0) {
+        LS_TRY(ls_device_write(c, w->token[1], b->input_token, target * sizeof *b->input_token));
+        LS_TRY(ls_device_write(c, w->token[2], b->label, target * sizeof *b->label));
+        LS_TRY(ls_device_write(c, w->pad[1], b->target_pad, target));
+    }
+    p->source_token = w->token[0], p->input_token = w->token[1], p->label = w->token[2];
+    p->source_pad = w->pad[0], p->target_pad = w->pad[1];
+    return LS_OK;
+}
+
+static ls_status begin(model *m, pass *p, int with_target)
 {
     const batch *b = p->b;
     if (b->B < 1) LS_FAIL(LS_ERR_ARGUMENT, "model: a batch of %lld sequences: give at least one", (long long)b->B);
@@ -85,10 +115,11 @@ static ls_status begin(model *m, const pass *p, int with_target)
     plan(m, p, source, target);
     LS_TRY(ls_arena_reserve(&m->arena, "model activations"));
     plan(m, p, source, target);
-    return ls_arena_check(&m->arena, "model activations");
+    LS_TRY(ls_arena_check(&m->arena, "model activations"));
+    return bring(m, p, with_target);
 }
 
-ls_status pass_begin(model *m, const pass *p, int with_target)
+ls_status pass_begin(model *m, pass *p, int with_target)
 {
     return ls_agree(m->sequence, begin(m, p, with_target));
 }
@@ -98,15 +129,15 @@ ls_status pass_begin(model *m, const pass *p, int with_target)
 static void norm_forward(const model *m, const workspace *w, norm_params n, const ls_real *params, int64_t rows,
                          const ls_real *x, ls_real *y)
 {
-    ls_layer_norm(rows, m->E, x, params + n.weight, params + n.bias, y, w->mean, w->rstd);
+    m->dense->layer_norm(m->queue, rows, m->E, x, params + n.weight, params + n.bias, y, w->mean, w->rstd);
 }
 
 /* From mean and rstd that norm_forward left in w for the same rows. */
 static void norm_backward(const model *m, const pass *p, norm_params n, int64_t rows, const ls_real *x,
                           const ls_real *dy, ls_real *dx, int accumulate)
 {
-    ls_layer_norm_backward(rows, m->E, x, p->params + n.weight, m->w.mean, m->w.rstd, dy, dx, accumulate,
-                           p->dparams + n.weight, p->dparams + n.bias);
+    m->dense->layer_norm_backward(m->queue, rows, m->E, x, p->params + n.weight, m->w.mean, m->w.rstd, dy, dx,
+                                  accumulate, p->dparams + n.weight, p->dparams + n.bias);
 }
 
 void ffn_forward(const model *m, const workspace *w, const ffn_params *f, const ls_real *params, int64_t rows)
@@ -114,12 +145,12 @@ void ffn_forward(const model *m, const workspace *w, const ffn_params *f, const 
     const int64_t E = m->E, F = m->F;
     for (int64_t row = 0; row < rows; row += HIDDEN_ROWS) {
         const int64_t n = ls_min(HIDDEN_ROWS, rows - row);
-        ls_linear(n, E, F, w->normed + row * E, params + f->weight0, params + f->bias0, w->hidden);
+        m->dense->linear(m->queue, n, E, F, w->normed + row * E, params + f->weight0, params + f->bias0, w->hidden);
         if (m->c.model.activation == ACTIVATION_RELU)
-            ls_relu(n * F, w->hidden, w->hidden);
+            m->dense->relu(m->queue, n * F, w->hidden, w->hidden);
         else
-            ls_gelu(n * F, w->hidden, w->hidden);
-        ls_linear(n, F, E, w->hidden, params + f->weight1, params + f->bias1, w->branch + row * E);
+            m->dense->gelu(m->queue, n * F, w->hidden, w->hidden);
+        m->dense->linear(m->queue, n, F, E, w->hidden, params + f->weight1, params + f->bias1, w->branch + row * E);
     }
 }
 
@@ -132,18 +163,17 @@ static void ffn_backward(const model *m, const pass *p, const ffn_params *f, int
     for (int64_t row = 0; row < rows; row += HIDDEN_ROWS) {
         const int64_t n = ls_min(HIDDEN_ROWS, rows - row), relu = m->c.model.activation == ACTIVATION_RELU;
         const ls_real *normed = w->normed + row * E;
-        ls_linear(n, E, F, normed, params + f->weight0, params + f->bias0, w->hidden);
-        (relu ? ls_relu : ls_gelu)(n * F, w->hidden, w->active);
-        ls_linear_backward(n, F, E, w->active, params + f->weight1, w->branch + row * E, w->dhidden, 0,
-                           p->dparams + f->weight1, p->dparams + f->bias1);
-        (relu ? ls_relu_backward : ls_gelu_backward)(n * F, w->hidden, w->dhidden, w->dhidden);
-        ls_linear_backward(n, E, F, normed, params + f->weight0, w->dhidden, w->dnormed + row * E, 0,
-                           p->dparams + f->weight0, p->dparams + f->bias0);
+        m->dense->linear(m->queue, n, E, F, normed, params + f->weight0, params + f->bias0, w->hidden);
+        (relu ? m->dense->relu : m->dense->gelu)(m->queue, n * F, w->hidden, w->active);
+        m->dense->linear_backward(m->queue, n, F, E, w->active, params + f->weight1, w->branch + row * E, w->dhidden, 0,
+                                  p->dparams + f->weight1, p->dparams + f->bias1);
+        (relu ? m->dense->relu_backward : m->dense->gelu_backward)(m->queue, n * F, w->hidden, w->dhidden, w->dhidden);
+        m->dense->linear_backward(m->queue, n, E, F, normed, params + f->weight0, w->dhidden, w->dnormed + row * E, 0,
+                                  p->dparams + f->weight0, p->dparams + f->bias0);
     }
 }
 
-/* One side of the batch, as the blocks of its stack see it. A rank without rows may hold no mask, but must pass one
- * where others do. */
+/* One side of the batch, as the blocks of its stack see it. */
 typedef struct side {
     const ls_shard *shard;
     const uint8_t *pad;
@@ -151,24 +181,18 @@ typedef struct side {
     int64_t rows;
 } side;
 
-static const uint8_t *mask_of(const uint8_t *pad)
-{
-    static const uint8_t none[1] = {0};
-    return pad != NULL ? pad : none;
-}
-
 static side side_of(const model *m, const pass *p, const stack *s)
 {
     const batch *b = p->b;
-    if (s == &m->encoder) return (side){&b->source, mask_of(b->source_pad), b->source_token, rows_of(b, &b->source)};
-    return (side){&b->target, mask_of(b->target_pad), b->input_token, rows_of(b, &b->target)};
+    if (s == &m->encoder) return (side){&b->source, p->source_pad, p->source_token, rows_of(b, &b->source)};
+    return (side){&b->target, p->target_pad, p->input_token, rows_of(b, &b->target)};
 }
 
 static void dropout(const model *m, const pass *p, const side *at, uint32_t stream, ls_real *x)
 {
     if (p->training)
-        ls_dropout(p->b->B, at->shard->n, m->E, m->c.model.dropout, m->c.train.seed, stream, p->b->sample,
-                   at->shard->lo, x);
+        m->dense->dropout(m->queue, p->b->B, at->shard->n, m->E, m->c.model.dropout, m->c.train.seed, stream,
+                          p->b->sample, at->shard->lo, x);
 }
 
 static ls_attention_io attention_io(const model *m, const pass *p, const side *at, const block *bl)
@@ -177,7 +201,7 @@ static ls_attention_io attention_io(const model *m, const pass *p, const side *a
     return (ls_attention_io){.query = m->w.normed,
                              .key = cross ? m->w.memory : NULL,
                              .query_padding_mask = at->pad,
-                             .key_padding_mask = cross ? mask_of(p->b->source_pad) : NULL,
+                             .key_padding_mask = cross ? p->source_pad : NULL,
                              .training = p->training,
                              .sample = p->b->sample,
                              .draw = p->b->draw};
@@ -190,13 +214,6 @@ static ls_attention_shape attention_shape(const pass *p, const side *at, const b
 }
 
 /* ------------------------------------------------------------------------------------------------ stacks */
-
-/* y = x + branch, y may be x. */
-static void add_branch(int64_t n, const ls_real *x, const ls_real *branch, ls_real *y)
-{
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) y[i] = x[i] + branch[i];
-}
 
 /* Blocks first .. last - 1. save: their attentions keep what backward wants. */
 static ls_status blocks_forward(model *m, const pass *p, stack *s, int first, int last, int save)
@@ -215,7 +232,7 @@ static ls_status blocks_forward(model *m, const pass *p, stack *s, int first, in
                                         save ? bl->saved : NULL));
         }
         dropout(m, p, &at, bl->stream, w->branch);
-        add_branch(at.rows * m->E, s->x[k], w->branch, s->x[k + 1]);
+        m->dense->sum(m->queue, at.rows * m->E, s->x[k], w->branch, s->x[k + 1]);
     }
     return LS_OK;
 }
@@ -223,8 +240,8 @@ static ls_status blocks_forward(model *m, const pass *p, stack *s, int first, in
 static ls_status stack_forward(model *m, const pass *p, stack *s)
 {
     const side at = side_of(m, p, s);
-    ls_embedding(at.rows, m->E, at.token, p->params + s->embedding, sqrt((double)m->E), s->x[0]);
-    ls_add_positions(p->b->B, at.shard->n, m->E, at.shard->lo, s->x[0]);
+    m->dense->embedding(m->queue, at.rows, m->E, at.token, p->params + s->embedding, sqrt((double)m->E), s->x[0]);
+    m->dense->add_positions(m->queue, p->b->B, at.shard->n, m->E, at.shard->lo, s->x[0]);
     dropout(m, p, &at, s->stream, s->x[0]);
     return blocks_forward(m, p, s, 0, s->blocks, p->keep == KEEP_BLOCKS);
 }
@@ -236,7 +253,7 @@ static ls_status block_backward(model *m, const pass *p, stack *s, int k, ls_rea
     const block *bl = &s->block[k];
     const side at = side_of(m, p, s);
     const int64_t n = at.rows * m->E;
-    if (n > 0) memcpy(w->branch, d, (size_t)n * sizeof *d);
+    m->dense->copy(m->queue, n, d, w->branch);
     dropout(m, p, &at, bl->stream, w->branch);
     norm_forward(m, w, bl->norm, p->params, at.rows, s->x[k], w->normed);
     if (bl->kind == BLOCK_FFN) {
@@ -250,7 +267,7 @@ static ls_status block_backward(model *m, const pass *p, stack *s, int k, ls_rea
         /* out: a layer keeps its core's output itself and does not read what came after it, which is gone by now */
         LS_TRY(ls_attention_backward(bl->attention, &shape, &io, p->params + bl->params, w->branch, w->branch,
                                      bl->saved, &grads));
-        if (cross) ls_add(rows_of(p->b, &p->b->source) * m->E, w->dkey, w->dmemory);
+        if (cross) m->dense->add(m->queue, rows_of(p->b, &p->b->source) * m->E, w->dkey, w->dmemory);
     }
     norm_backward(m, p, bl->norm, at.rows, s->x[k], w->dnormed, d, 1);
     return LS_OK;
@@ -267,7 +284,8 @@ static ls_status stack_backward(model *m, const pass *p, stack *s, ls_real *d)
     }
     const side at = side_of(m, p, s);
     dropout(m, p, &at, s->stream, d);
-    ls_embedding_backward(at.rows, m->E, at.token, sqrt((double)m->E), d, p->dparams + s->embedding);
+    m->dense->embedding_backward(m->queue, at.rows, m->V, m->E, at.token, sqrt((double)m->E), d,
+                                 p->dparams + s->embedding);
     return LS_OK;
 }
 
@@ -289,7 +307,7 @@ static ls_status backward(model *m, const pass *p)
     const int64_t source = rows_of(p->b, &p->b->source);
     const ls_real *x = m->encoder.x[m->encoder.blocks];
     ls_real *d = m->w.dmemory;
-    ls_zero(d, source * m->E);
+    m->dense->zero(m->queue, (size_t)(source * m->E) * sizeof *d, d);
     LS_TRY(stack_backward(m, p, &m->decoder, m->w.dtarget));
     norm_forward(m, &m->w, m->encoder.norm, p->params, source, x, m->w.normed);
     norm_backward(m, p, m->encoder.norm, source, x, d, d, 0);
@@ -302,55 +320,64 @@ void output_logits(const model *m, const workspace *w, const ls_real *params, in
                    ls_real *normed, ls_real *logits)
 {
     norm_forward(m, w, m->decoder.norm, params, rows, x, normed);
-    ls_linear(rows, m->E, m->V, normed, params + m->output, NULL, logits);
+    m->dense->linear(m->queue, rows, m->E, m->V, normed, params + m->output, NULL, logits);
 }
 
 /* The loss of this rank's labels and, with p->dparams, the gradient of the last x of the decoder: each chunk of logits
  * is differentiated as soon as it is there, so (B,T,V) never is. */
-static void output_loss(model *m, const pass *p, double grad_scale, model_loss *out)
+static void output_loss(model *m, const pass *p, double grad_scale)
 {
     const workspace *w = &m->w;
     const int64_t rows = rows_of(p->b, &p->b->target), E = m->E;
     const int gradient = p->dparams != NULL;
-    *out = (model_loss){0};
+    m->dense->zero(m->queue, LS_LOSS_SUMS * sizeof *w->sums, w->sums);
     for (int64_t row = 0; row < rows; row += LOGIT_ROWS) {
         const int64_t n = ls_min(LOGIT_ROWS, rows - row);
-        const int32_t *label = p->b->label + row;
         const ls_real *x = m->decoder.x[m->decoder.blocks] + row * E;
-        double nll = 0;
         output_logits(m, w, p->params, n, x, w->normed, w->logits);
-        out->loss += ls_cross_entropy(n, m->V, w->logits, label, m->c.train.label_smoothing, grad_scale,
-                                      gradient ? w->logits : NULL, &nll);
-        out->nll += nll;
-        for (int64_t i = 0; i < n; i++) out->tokens += label[i] >= 0;
+        m->dense->cross_entropy(m->queue, n, m->V, w->logits, p->label + row, m->c.train.label_smoothing, grad_scale,
+                                gradient ? w->logits : NULL, w->sums);
         if (!gradient) continue;
-        ls_linear_backward(n, E, m->V, w->normed, p->params + m->output, w->logits, w->dnormed, 0,
-                           p->dparams + m->output, NULL);
+        m->dense->linear_backward(m->queue, n, E, m->V, w->normed, p->params + m->output, w->logits, w->dnormed, 0,
+                                  p->dparams + m->output, NULL);
         norm_backward(m, p, m->decoder.norm, n, x, w->dnormed, w->dtarget + row * E, 0);
     }
 }
 
+/* The numbers of it, which on a GPU have to be waited for. */
+static ls_status read_loss(const model *m, const pass *p, model_loss *out)
+{
+    double sums[2];
+    *out = (model_loss){0};
+    LS_TRY(ls_device_read(m->sequence, sums, m->w.sums, sizeof sums));
+    LS_TRY(ls_context_wait(m->sequence));
+    out->loss = sums[0], out->nll = sums[1];
+    for (int64_t i = 0; i < rows_of(p->b, &p->b->target); i++) out->tokens += p->b->label[i] >= 0;
+    return LS_OK;
+}
+
 ls_status model_evaluate(model *m, const batch *b, const ls_real *params, model_loss *out)
 {
-    const pass p = {.b = b, .params = params, .keep = KEEP_NOTHING};
+    pass p = {.b = b, .params = params, .keep = KEEP_NOTHING};
     LS_TRY(pass_begin(m, &p, 1));
     LS_TRY(encoder_forward(m, &p));
     LS_TRY(decoder_forward(m, &p));
-    output_loss(m, &p, 0, out);
-    return LS_OK;
+    output_loss(m, &p, 0);
+    return read_loss(m, &p, out);
 }
 
 ls_status model_gradient(model *m, const batch *b, const ls_real *params, double grad_scale, ls_real *dparams,
                          model_loss *out)
 {
-    const pass p = {.b = b,
-                    .params = params,
-                    .dparams = dparams,
-                    .training = 1,
-                    .keep = m->c.train.recompute ? KEEP_LAYERS : KEEP_BLOCKS};
+    pass p = {.b = b,
+              .params = params,
+              .dparams = dparams,
+              .training = 1,
+              .keep = m->c.train.recompute ? KEEP_LAYERS : KEEP_BLOCKS};
     LS_TRY(pass_begin(m, &p, 1));
     LS_TRY(encoder_forward(m, &p));
     LS_TRY(decoder_forward(m, &p));
-    output_loss(m, &p, grad_scale, out);
-    return backward(m, &p);
+    output_loss(m, &p, grad_scale);
+    LS_TRY(backward(m, &p));
+    return read_loss(m, &p, out);
 }

@@ -64,6 +64,7 @@ int main(int argc, char **argv)
     MPI_Comm_size(r.comm, &r.size);
     const ls_context_options options = {.comm = r.comm, .device = LS_CPU};
     const ls_status status = ls_context_create(&options, &r.world);
+    r.gradients = r.world;
     int code = status == LS_OK ? dispatch(argc, argv, &r) : report_error(&r, status);
     /* standard output is a result: when it could not be written, that is a failure */
     if ((fflush(stdout) != 0 || ferror(stdout)) && code == EXIT_OK) {
@@ -71,7 +72,7 @@ int main(int argc, char **argv)
     }
     if (code == EXIT_COMM) MPI_Abort(r.comm, code);                  /* the others may wait for this rank for ever */
     MPI_Allreduce(MPI_IN_PLACE, &code, 1, MPI_INT, MPI_MAX, r.comm); /* a launcher may look at any rank's */
-    ls_context_free(r.sequence);
+    ranks_close(&r);
     ls_context_free(r.world);
     MPI_Comm_free(&r.comm);
     MPI_Finalize();

@@ -228,6 +228,9 @@ ls_status model_create(ls_context *sequence, const config *c, model **out)
     ls_status status = m == NULL ? ls_fail(LS_ERR_MEMORY, "model: no memory for %zu bytes", sizeof *m) : LS_OK;
     if (m != NULL) {
         m->sequence = sequence;
+        m->dense = sequence->dense;
+        m->queue = sequence->queue;
+        m->arena.device = sequence->ops;
         m->c = *c;
         m->E = c->model.embed_dim;
         m->F = c->model.ffn_dim;

@@ -4,7 +4,8 @@
  *   decoder layer: x += drop(self(norm x)); x += drop(cross(norm x, encoder)); x += drop(ffn(norm x)); a last norm
  *   logits = x Wᵀ, W the embedding table where tied
  *
- * The model owns no parameters: they are one flat vector of model_count reals, tensors listed by name. */
+ * The model owns no parameters: they are one flat vector of model_count reals, tensors listed by name. Parameters and
+ * their gradients live on the device of the model's context; batches, losses and logits on the host. */
 #ifndef LS_MODEL_H
 #define LS_MODEL_H
 
@@ -14,11 +15,11 @@
 typedef struct model model;
 
 typedef struct model_tensor {
-    char name[96];  /* "encoder.0.attention.q_proj.weight", ... */
+    char name[96]; /* "encoder.0.attention.q_proj.weight", ... */
     int ndim;
     int64_t dim[4];
     int64_t offset, count;
-    int decay;      /* weight decay applies: matrices, not biases, norms and vectors */
+    int decay; /* weight decay applies: matrices, not biases, norms and vectors */
 } model_tensor;
 
 /* Collective over `sequence`, the context of the ranks that share each sequence. */
@@ -27,12 +28,12 @@ void model_free(model *m);
 int model_num_tensors(const model *m);
 const model_tensor *model_tensor_at(const model *m, int i);
 int64_t model_count(const model *m);
-/* Initial values: a pure function of (seed, tensor index, element). */
+/* Initial values, to host memory: a pure function of (seed, tensor index, element). */
 void model_init(const model *m, uint64_t seed, ls_real *params);
 
 typedef struct model_loss {
-    double loss; /* Σ over this rank's labels, smoothed */
-    double nll;  /* Σ -ln p, without smoothing */
+    double loss;    /* Σ over this rank's labels, smoothed */
+    double nll;     /* Σ -ln p, without smoothing */
     int64_t tokens; /* labels of this rank */
 } model_loss;
 

@@ -8,6 +8,8 @@
 #define LS_MODEL_INTERNAL_H
 
 #include "arena.h"
+#include "context.h"
+#include "dense.h"
 #include "model.h"
 
 /* Rows at a time through what is wider than the model: hidden units (F) and logits (V). Enough for a matrix product to
@@ -52,6 +54,9 @@ typedef struct workspace {
     ls_real *logits;          /* (LOGIT_ROWS, V) */
     ls_real *dnormed, *dhidden, *dkey;
     ls_real *memory, *dmemory, *dtarget; /* encoder output, its gradient; the running gradient of the decoder */
+    double *sums;                        /* (LS_LOSS_SUMS): what the loss adds to */
+    int32_t *token[3];                   /* GPU: the batch's source_token, input_token, label, */
+    uint8_t *pad[2];                     /* source_pad and target_pad */
 } workspace;
 
 typedef enum {
@@ -70,6 +75,8 @@ typedef struct tensor_init {
 
 struct model {
     ls_context *sequence;
+    const ls_dense_ops *dense; /* of its device, and the queue that it works on */
+    ls_queue *queue;
     config c;
     int64_t E, F, V;
     stack encoder, decoder;
@@ -84,15 +91,18 @@ struct model {
 
 /* One call: what every block of both stacks sees. */
 typedef struct pass {
-    const batch *b;
+    const batch *b;                                    /* on the host */
+    const int32_t *source_token, *input_token, *label; /* where the tensors are, from pass_begin on */
+    const uint8_t *source_pad, *target_pad; /* never NULL: a rank without rows passes a mask where others do */
     const ls_real *params;
     ls_real *dparams;
     int training;
     keeping keep;
 } pass;
 
-/* Collective: sizes and places all memory of a pass; m->w and the x of both stacks point into it until the next. */
-ls_status pass_begin(model *m, const pass *p, int with_target);
+/* Collective: sizes and places all memory of a pass, and brings the batch to the device; m->w and the x of both stacks
+ * point into it until the next. */
+ls_status pass_begin(model *m, pass *p, int with_target);
 /* Collective: embeddings, blocks, final norm: fills m->w.memory. */
 ls_status encoder_forward(model *m, const pass *p);
 /* Collective: embeddings and blocks; the last x waits for its norm and the logits, which go by in chunks. */

@@ -1,7 +1,6 @@
 #include "optim.h"
 
 #include <math.h>
-#include <tgmath.h> /* sqrt of ls_real in its own precision, so that the loop below is vector code */
 
 double schedule_rate(const config *c, int64_t step)
 {
@@ -30,40 +29,41 @@ int64_t schedule_length(const config *c, int64_t step, int64_t full)
     return (int64_t)((double)low * pow((double)full / (double)low, part));
 }
 
+void adamw_step(const ls_adam_ops *ops, ls_queue *queue, const config *c, const model *m, int64_t step, double rate,
+                const double *squares, const ls_real *g, ls_real *params, ls_real *adam_m, ls_real *adam_v)
+{
+    enum { RUNS = 100 }; /* at a time */
+    const ls_adam_rule rule = {.step = step,
+                               .rate = rate,
+                               .beta1 = c->train.beta1,
+                               .beta2 = c->train.beta2,
+                               .epsilon = c->train.epsilon,
+                               .weight_decay = c->train.weight_decay,
+                               .clip_norm = c->train.clip_norm};
+    const int tensors = model_num_tensors(m);
+    for (int first = 0; first < tensors; first += RUNS) {
+        ls_adam_run run[RUNS];
+        int n = 0;
+        for (; n < RUNS && first + n < tensors; n++) {
+            const model_tensor *t = model_tensor_at(m, first + n);
+            run[n] = (ls_adam_run){.offset = t->offset, .count = t->count, .decays = t->decay};
+        }
+        ops->update(queue, &rule, n, run, squares, g, params, adam_m, adam_v);
+    }
+}
+
 double gradient_norm(const ls_real *g, int64_t n)
 {
-    enum { LANES = 16 }; /* separate sums, added in this order whatever the compiler does with the loop */
-    double lane[LANES] = {0}, sum = 0;
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        for (int k = 0; k < LANES; k++) lane[k] += (double)g[i + k] * (double)g[i + k];
-    }
-    for (; i < n; i++) lane[0] += (double)g[i] * (double)g[i];
-    for (int k = 0; k < LANES; k++) sum += lane[k];
-    return sqrt(sum);
+    double squares[LS_SQUARES];
+    ls_adam_cpu.squares(NULL, n, g, squares);
+    return sqrt(squares[0]);
 }
 
 void adamw_update(const config *c, const model *m, int64_t step, double rate, double clip, ls_real *params,
                   const ls_real *g, ls_real *adam_m, ls_real *adam_v)
 {
-    const double t = (double)step;
-    const ls_real b1 = (ls_real)c->train.beta1, a1 = (ls_real)(1 - c->train.beta1);
-    const ls_real b2 = (ls_real)c->train.beta2, a2 = (ls_real)(1 - c->train.beta2);
-    const ls_real unbias1 = (ls_real)(1 / (1 - pow(c->train.beta1, t)));
-    const ls_real unbias2 = (ls_real)(1 / (1 - pow(c->train.beta2, t)));
-    const ls_real epsilon = (ls_real)c->train.epsilon, r = (ls_real)rate, s = (ls_real)clip;
-    for (int k = 0; k < model_num_tensors(m); k++) {
-        const model_tensor *tensor = model_tensor_at(m, k);
-        const ls_real decay = tensor->decay ? (ls_real)(rate * c->train.weight_decay) : 0;
-        ls_real *restrict p = params + tensor->offset;
-        ls_real *restrict mean = adam_m + tensor->offset;
-        ls_real *restrict square = adam_v + tensor->offset;
-        const ls_real *restrict grad = g + tensor->offset;
-        for (int64_t i = 0; i < tensor->count; i++) {
-            const ls_real x = s * grad[i];
-            mean[i] = b1 * mean[i] + a1 * x;
-            square[i] = b2 * square[i] + a2 * x * x;
-            p[i] -= decay * p[i] + r * (unbias1 * mean[i]) / (sqrt(unbias2 * square[i]) + epsilon);
-        }
-    }
+    config own = *c;
+    const double norm = 1;
+    own.train.clip_norm = clip;
+    adamw_step(&ls_adam_cpu, NULL, &own, m, step, rate, &norm, g, params, adam_m, adam_v);
 }

@@ -61,8 +61,9 @@ typedef struct run {
     char resume[PATH_SIZE]; /* the checkpoint to go on from, or "" */
     dataset *data;
     model *m;
-    int64_t count;  /* of parameters */
-    ls_real *grads; /* (count + TAIL) */
+    int64_t count;   /* of parameters */
+    ls_real *grads;  /* (count + TAIL), like the arrays of s where the tensors are */
+    double *squares; /* (LS_SQUARES), likewise: the first is Σ gradient² */
     training_state s;
     int64_t *index;                 /* (batch): documents of the step */
     int64_t max_source, max_target; /* what they are cut to at the step */
@@ -148,7 +149,7 @@ static ls_status read_config(const train_options *o, run *t)
 static ls_status open_data(run *t)
 {
     const config *c = &t->c;
-    LS_TRY(ranks_split(t->r, c->parallel.sequence, c->train.seed));
+    LS_TRY(ranks_split(t->r, c, c->parallel.sequence));
     if (c->train.batch < t->r->groups) {
         LS_FAIL(LS_ERR_ARGUMENT,
                 "train.batch: %lld sequences are not enough for %d groups of ranks: let more ranks share each sequence "
@@ -167,13 +168,17 @@ static ls_status allocate(run *t)
     LS_TRY(agree(t->r, model_create(t->r->sequence, &t->c, &t->m)));
     t->count = model_count(t->m);
     const size_t n = (size_t)t->count;
-    t->grads = malloc((n + TAIL) * sizeof(ls_real));
-    t->s.params = malloc(n * sizeof(ls_real));
-    t->s.adam_m = calloc(n, sizeof(ls_real));
-    t->s.adam_v = calloc(n, sizeof(ls_real));
+    void *squares = NULL;
+    t->grads = device_reals(t->r, t->count + TAIL);
+    t->s.params = device_reals(t->r, t->count);
+    t->s.adam_m = device_reals(t->r, t->count);
+    t->s.adam_v = device_reals(t->r, t->count);
+    const ls_status had = ls_device_alloc(t->r->sequence, LS_SQUARES * sizeof *t->squares, &squares);
+    t->squares = squares;
     t->index = malloc((size_t)t->c.train.batch * sizeof *t->index);
     ls_status status = LS_OK;
-    if (t->grads == NULL || t->s.params == NULL || t->s.adam_m == NULL || t->s.adam_v == NULL || t->index == NULL) {
+    if (had != LS_OK || t->grads == NULL || t->s.params == NULL || t->s.adam_m == NULL || t->s.adam_v == NULL ||
+        t->index == NULL) {
         status = ls_fail(LS_ERR_MEMORY, "no memory for %lld parameters with gradients and optimizer, %.0f MiB",
                          (long long)t->count, 4.0 * (double)n * sizeof(ls_real) / 1048576);
     }
@@ -257,12 +262,18 @@ static ls_status resume(run *t)
     return LS_OK;
 }
 
-static void start(run *t)
+static ls_status start(run *t)
 {
+    const size_t bytes = (size_t)t->count * sizeof(ls_real);
+    ls_real *first = malloc(bytes);
+    if (first == NULL) LS_FAIL(LS_ERR_MEMORY, "no memory for the first values of %lld parameters", (long long)t->count);
     t->s.seed = t->c.train.seed;
     t->s.data_digest = dataset_digest(t->data);
     t->s.best_nll = INFINITY;
-    model_init(t->m, t->c.train.seed, t->s.params);
+    model_init(t->m, t->c.train.seed, first);
+    const ls_status status = ls_device_write(t->r->sequence, t->s.params, first, bytes);
+    free(first);
+    return status;
 }
 
 static ls_status make_directories(const char *path)
@@ -408,18 +419,26 @@ static ls_status take_step(run *t, int *stop)
     }
     const int64_t labels = labels_of(t);
     model_loss mine = {0};
-    ls_zero(t->grads, t->count + TAIL);
+    ls_context *device = t->r->sequence;
+    device->dense->zero(device->queue, (size_t)(t->count + TAIL) * sizeof *t->grads, t->grads);
     status = gradient(t, labels, &mine);
     if (status == LS_OK) status = rehearse(t, step, &mine);
     LS_TRY(agree(t->r, status));
 
-    ls_real *tail = t->grads + t->count;
+    ls_real tail[TAIL];
+    double squares;
     tail[TAIL_LOSS] = (ls_real)(mine.loss / (double)labels);
     tail[TAIL_NLL] = (ls_real)(mine.nll / (double)labels);
     tail[TAIL_TOKENS] = (ls_real)((double)mine.tokens / (double)labels); /* all ranks together: 1 */
     tail[TAIL_STOP] = stop_wanted != 0;
-    LS_TRY(ls_all_reduce_sum(t->r->world, t->grads, t->count + TAIL));
-    const double loss = (double)tail[TAIL_LOSS], norm = gradient_norm(t->grads, t->count);
+    /* the queues of both contexts wait for each other: model_gradient has waited for its own */
+    LS_TRY(agree(t->r, ls_device_write(t->r->gradients, t->grads + t->count, tail, sizeof tail)));
+    LS_TRY(ls_all_reduce_sum(t->r->gradients, t->grads, t->count + TAIL));
+    LS_TRY(agree(t->r, ls_device_read(t->r->gradients, tail, t->grads + t->count, sizeof tail)));
+    const ls_adam_ops *adam = ls_adam_of(device->device);
+    adam->squares(device->queue, t->count, t->grads, t->squares);
+    LS_TRY(agree(t->r, ls_device_read(device, &squares, t->squares, sizeof squares)));
+    const double loss = (double)tail[TAIL_LOSS], norm = sqrt(squares);
     if (!isfinite(loss) || !isfinite(norm)) {
         LS_FAIL(
             LS_ERR_NONFINITE,
@@ -432,8 +451,7 @@ static ls_status take_step(run *t, int *stop)
                 (double)tail[TAIL_TOKENS], (long long)labels);
     }
     const double rate = schedule_rate(c, step);
-    const double clip = c->train.clip_norm > 0 && norm > c->train.clip_norm ? c->train.clip_norm / norm : 1;
-    adamw_update(c, t->m, step, rate, clip, t->s.params, t->grads, t->s.adam_m, t->s.adam_v);
+    adamw_step(adam, device->queue, c, t->m, step, rate, t->squares, t->grads, t->s.params, t->s.adam_m, t->s.adam_v);
     t->s.step = step;
     t->s.samples += c->train.batch;
     *stop = tail[TAIL_STOP] > 0;
@@ -472,7 +490,7 @@ static ls_status save(run *t, int best)
 {
     ls_status status = t->late;
     if (status == LS_OK && t->r->rank == 0) {
-        status = checkpoint_save(t->c.run.directory, best, t->c.train.keep, t->m, t->config_text, &t->s);
+        status = save_state(t->r, &t->c, best, t->m, t->config_text, &t->s);
     }
     LS_TRY(agree(t->r, status));
     if (!best) t->saved = t->s.step;
@@ -554,7 +572,7 @@ static ls_status train(const train_options *o, run *t)
     if (t->resume[0] != 0)
         LS_TRY(resume(t));
     else
-        start(t);
+        LS_TRY(agree(t->r, start(t)));
     if (o->dry_run) {
         if (t->r->rank == 0) print_plan(t);
         return LS_OK;
@@ -597,10 +615,11 @@ int command_train(int argc, char **argv, ranks *r)
     batch_free(&t.b);
     model_free(t.m);
     dataset_close(t.data);
-    free(t.grads);
-    free(t.s.params);
-    free(t.s.adam_m);
-    free(t.s.adam_v);
+    device_free(r, t.grads);
+    device_free(r, t.s.params);
+    device_free(r, t.s.adam_m);
+    device_free(r, t.s.adam_v);
+    if (t.squares != NULL) ls_device_free(r->sequence, t.squares);
     free(t.index);
     free(t.config_text);
     free(o.set.item);

@@ -5,6 +5,7 @@
 #define LS_TRAINER_H
 
 #include "checkpoint.h"
+#include "context.h"
 #include "optim.h"
 
 /* Exit codes (documented in README). */
@@ -24,6 +25,7 @@ int exit_code_of(ls_status status);
 typedef struct ranks {
     MPI_Comm comm;                /* of world */
     ls_context *world, *sequence; /* sequence: NULL before ranks_split */
+    ls_context *gradients;        /* all ranks, where the tensors are: world, or a context of its own on a GPU */
     int rank, size;               /* in world */
     int group, groups;            /* which sequences: data-parallel group */
 } ranks;
@@ -36,8 +38,13 @@ int command_inspect(int argc, char **argv, ranks *r);
 int command_bench(int argc, char **argv, ranks *r);
 int command_info(int argc, char **argv, ranks *r);
 
-/* Collective: splits world into groups of `sequence` ranks (0: all) and makes r->sequence. */
-ls_status ranks_split(ranks *r, int64_t sequence, uint64_t seed);
+/* Collective: splits world into groups of `sequence` ranks (0: all) and makes r->sequence and r->gradients, on the
+ * device that the configuration asks for; on a GPU each rank takes the one of its number on its machine. */
+ls_status ranks_split(ranks *r, const config *c, int64_t sequence);
+void ranks_close(ranks *r); /* collective: what ranks_split made */
+/* Local: n reals where the tensors are, all 0; NULL: no memory. Given back by device_free. */
+ls_real *device_reals(const ranks *r, int64_t n);
+void device_free(const ranks *r, ls_real *x);
 /* "longspan: SENTENCE" on standard error, by rank 0 alone, followed by nothing. Returns exit_code_of(status). */
 int report_error(const ranks *r, ls_status status);
 /* Collective: ls_agree over world, except that what rank 0 has to say itself is not prefixed with "rank 0": most of it
@@ -48,9 +55,13 @@ ls_status agree(const ranks *r, ls_status mine);
 ls_status read_everywhere(const ranks *r, const char *path, char **bytes, size_t *size);
 /* Collective over world: rank 0's bytes to everyone. */
 ls_status broadcast_bytes(const ranks *r, void *bytes, size_t size);
-/* Collective: rank 0 loads a checkpoint, everyone gets it. */
+/* Collective: rank 0 loads a checkpoint, everyone gets it; the arrays of s are where the tensors are. */
 ls_status load_everywhere(const ranks *r, const char *path, const model *m, training_state *s);
-/* Collective: the configuration that a checkpoint holds, with each "section.key=value" of set applied. */
+/* Rank 0: saves a state whose arrays are where the tensors are. */
+ls_status save_state(const ranks *r, const config *c, int best, const model *m, const char *config_text,
+                     const training_state *s);
+/* Collective: the configuration that a checkpoint holds, with each "section.key=value" of set applied. Its
+ * device: the CPU where this machine has no GPU for this build. */
 ls_status checkpoint_config_everywhere(const ranks *r, const char *path, const char *const *set, int nset, config *c);
 /* Alone: DIRECTORY/NAME has these bytes, or what it had before; never a part. */
 ls_status write_file(const char *directory, const char *name, const char *bytes, size_t size);

@@ -1,0 +1,100 @@
+/* What .cu files share: the queue, the door to cuBLAS, and small device functions. Included first by every .cu file.
+ *
+ * Rules for kernels.
+ *   - The host never reads or writes device memory: not in plan(), not between launches. What a kernel needs of the
+ *     host's structs (views, spans, monoids) it gets by value, as arguments.
+ *   - Results must not depend on the order in which blocks run: no atomics on numbers that are sums.
+ *   - Work is queued on q->stream and not waited for. Errors of launches come to light in ls_launched, at the end of
+ * each phase.
+ *   - Sums over more than a few terms of which small differences matter are kept in double, as on the CPU. */
+#ifndef LS_CUDA_H
+#define LS_CUDA_H
+
+#include <cublas_v2.h>
+#include <cuda_launch.h>
+#include <cuda_runtime.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define OMPI_SKIP_MPICXX 1
+#include <mpi.h>
+
+extern "C" {
+#include "device.h"
+#include "real.h"
+}
+
+struct ls_queue {
+    cudaStream_t stream;
+    cublasHandle_t blas;
+    int device;
+    int bf16;         /* operands of products are rounded to bfloat16 */
+    ls_status status; /* what failed first, since it was last asked; its sentence is `message` */
+    char message[256];
+};
+
+/* To be returned by whatever launched kernels or products: LS_OK, or what failed. `what`: e.g. "abc: sums". */
+ls_status ls_launched(ls_queue *q, const char *what);
+
+/* A batch of products on row-major matrices: C_i (m,n) = alpha op(A_i) op(B_i) + beta C_i, matrix i at x + i *
+ * stride_x. A stride of 0 shares the matrix (not of C). beta = 0 overwrites. Sizes of 0 are fine. */
+void ls_gemm_batch(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
+                   const ls_real *a, int64_t lda, int64_t stride_a, const ls_real *b, int64_t ldb, int64_t stride_b,
+                   double beta, ls_real *c, int64_t ldc, int64_t stride_c, int64_t batch);
+/* One for each (b,h): the matrices are the rows of views, of which [0, m) or so are used. */
+void ls_gemm_heads(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
+                   ls_view a, ls_view b, double beta, ls_view c, int64_t B, int64_t H);
+/* The same as ls_gemm_batch in double, for small matrices whose products would amplify the rounding of floats. */
+void ls_gemm_batch_double(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
+                          const double *a, int64_t lda, int64_t stride_a, const double *b, int64_t ldb,
+                          int64_t stride_b, double beta, double *c, int64_t ldc, int64_t stride_c, int64_t batch);
+
+/* Blocks of `threads` that cover n things, and the loop of one thread over its things. */
+static inline int ls_blocks(int64_t n, int threads)
+{
+    const int64_t blocks = (n + threads - 1) / threads;
+    return blocks < 1 ? 1 : blocks > 65535 ? 65535 : (int)blocks;
+}
+#define LS_EACH(i, n)                                                                                                  \
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (int64_t)gridDim.x * blockDim.x)
+enum { LS_THREADS = 256, LS_WARP = 32 };
+
+/* The sum, the maximum over the 32 threads of a warp, all of which call; every thread gets it. */
+template <typename T> __device__ static inline T ls_warp_sum(T x)
+{
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+}
+template <typename T> __device__ static inline T ls_warp_max(T x)
+{
+    for (int step = 16; step > 0; step /= 2) {
+        const T y = __shfl_xor_sync(0xffffffffu, x, step);
+        x = y > x ? y : x;
+    }
+    return x;
+}
+/* The same over a block of at most 1024 threads, a multiple of 32; scratch: 32 numbers of shared memory, which may be
+ * used again after the call. */
+template <typename T> __device__ static inline T ls_block_sum(T x, T *scratch)
+{
+    const int lane = threadIdx.x % LS_WARP, warp = threadIdx.x / LS_WARP, warps = blockDim.x / LS_WARP;
+    x = ls_warp_sum(x);
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    x = ls_warp_sum(lane < warps ? scratch[lane] : T(0));
+    __syncthreads();
+    return x;
+}
+template <typename T> __device__ static inline T ls_block_max(T x, T *scratch)
+{
+    const int lane = threadIdx.x % LS_WARP, warp = threadIdx.x / LS_WARP, warps = blockDim.x / LS_WARP;
+    x = ls_warp_max(x);
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    x = ls_warp_max(lane < warps ? scratch[lane] : scratch[0]);
+    __syncthreads();
+    return x;
+}
+
+#endif

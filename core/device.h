@@ -1,0 +1,48 @@
+/* The door to a device: its memory and its queue of work. Tensors, parameters, masks and everything in an arena live in
+ * device memory; shapes, shards, options and lists of intervals live on the host. On the CPU the two are one.
+ *
+ * Work that is given to a queue runs in order, later; host memory handed to to_device may be reused at once. */
+#ifndef LS_DEVICE_H
+#define LS_DEVICE_H
+
+#include "status.h"
+
+typedef struct ls_queue ls_queue; /* NULL on the CPU, where work is done when it is given */
+
+typedef struct ls_device_ops {
+    const char *name;
+    ls_status (*count)(int *devices);                      /* of this machine */
+    void (*describe)(int number, char *text, size_t size); /* name and memory of one of them */
+    ls_status (*open)(int number, ls_queue **queue);
+    void (*close)(ls_queue *);
+    void *(*alloc)(size_t bytes); /* on a 256-byte boundary, of the device last opened; NULL: there is not so much */
+    void (*release)(void *);
+    void *(*alloc_host)(size_t bytes); /* host memory from which copies to and from the device are fast (pinned) */
+    void (*release_host)(void *);
+    void (*poison)(void *, size_t bytes); /* NaN in every number: for debug builds */
+    ls_status (*to_device)(ls_queue *, void *to, const void *from, size_t bytes);
+    ls_status (*to_host)(ls_queue *, void *to, const void *from, size_t bytes); /* waits */
+    ls_status (*wait)(ls_queue *); /* for all that was given; also tells what failed since it was last asked */
+} ls_device_ops;
+
+extern const ls_device_ops ls_cpu_device, ls_cuda_device;
+
+/* A CUDA queue's cudaStream_t, and its device: for a transport that works on streams. */
+void *ls_cuda_stream(ls_queue *queue, int *device);
+
+/* What exists only with the CUDA backend: its files are compiled in where LS_CUDA_BACKEND is defined. */
+#ifdef LS_CUDA_BACKEND
+#define LS_IF_CUDA(x) (x)
+#else
+#define LS_IF_CUDA(x) NULL
+#endif
+
+/* NULL: this build has no such backend. */
+static inline const ls_device_ops *ls_device_find(ls_device device)
+{
+    return device == LS_CPU    ? &ls_cpu_device
+           : device == LS_CUDA ? LS_IF_CUDA(&ls_cuda_device)
+                               : (const ls_device_ops *)NULL;
+}
+
+#endif

@@ -1,0 +1,66 @@
+#include "device.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static ls_status count(int *devices)
+{
+    *devices = 1;
+    return LS_OK;
+}
+
+static void describe(int number, char *text, size_t size)
+{
+    (void)number;
+    snprintf(text, size, "cpu");
+}
+
+static ls_status open_queue(int number, ls_queue **queue)
+{
+    (void)number;
+    *queue = NULL;
+    return LS_OK;
+}
+
+static void close_queue(ls_queue *queue)
+{
+    (void)queue;
+}
+
+static void *alloc(size_t bytes)
+{
+    return aligned_alloc(256, (bytes + 255) / 256 * 256);
+}
+
+static void poison(void *p, size_t bytes)
+{
+    memset(p, 0xff, bytes); /* all ones is a NaN in both precisions */
+}
+
+static ls_status copy(ls_queue *queue, void *to, const void *from, size_t bytes)
+{
+    (void)queue;
+    if (bytes > 0) memcpy(to, from, bytes);
+    return LS_OK;
+}
+
+static ls_status done(ls_queue *queue)
+{
+    (void)queue;
+    return LS_OK;
+}
+
+const ls_device_ops ls_cpu_device = {.name = "cpu",
+                                     .count = count,
+                                     .describe = describe,
+                                     .open = open_queue,
+                                     .close = close_queue,
+                                     .alloc = alloc,
+                                     .release = free,
+                                     .alloc_host = alloc,
+                                     .release_host = free,
+                                     .poison = poison,
+                                     .to_device = copy,
+                                     .to_host = copy,
+                                     .wait = done};

@@ -1,0 +1,211 @@
+/* The CUDA device: memory, a stream and a cuBLAS handle for each queue. */
+#include "cuda.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+/* What to do about an error, as the end of a sentence. */
+static const char *advice(cudaError_t error)
+{
+    switch (error) {
+    case cudaErrorMemoryAllocation:
+        return "use more ranks or a smaller batch, or free the device of other programs";
+    case cudaErrorInsufficientDriver:
+    case cudaErrorUnsupportedPtxVersion:
+        return "the driver is older than the CUDA of this build: update it";
+    case cudaErrorNoDevice:
+        return "no GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES";
+    case cudaErrorInvalidDevice:
+        return "see nvidia-smi and CUDA_VISIBLE_DEVICES for what there is";
+    case cudaErrorDevicesUnavailable:
+        return "another program has it for itself: see nvidia-smi";
+    case cudaErrorNoKernelImageForDevice:
+        return "build with CMAKE_CUDA_ARCHITECTURES for this GPU";
+    case cudaErrorECCUncorrectable:
+        return "its memory is broken: see nvidia-smi -q";
+    case cudaErrorIllegalAddress:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorLaunchFailure:
+        return "a kernel broke, and this process cannot use the device any more: compute-sanitizer finds which; please "
+               "report this";
+    case cudaErrorInvalidValue:
+    case cudaErrorInvalidConfiguration:
+    case cudaErrorLaunchOutOfResources:
+        return "please report this";
+    default:
+        return "nvidia-smi may tell more";
+    }
+}
+
+static ls_status failed(cudaError_t error, int device, const char *call)
+{
+    if (error == cudaSuccess) return LS_OK;
+    cudaGetLastError(); /* so that the next call does not tell of it again; what cannot be undone it will tell */
+    return ls_fail(error == cudaErrorMemoryAllocation ? LS_ERR_MEMORY : LS_ERR_INTERNAL,
+                   "CUDA device %d: %s failed: %s: %s", device, call, cudaGetErrorString(error), advice(error));
+}
+
+static ls_status count(int *devices)
+{
+    *devices = 0;
+    const cudaError_t error = cudaGetDeviceCount(devices);
+    if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver) { /* no driver at all is the latter, too */
+        cudaGetLastError();
+        *devices = 0;
+        return LS_OK;
+    }
+    if (error == cudaSuccess) return LS_OK;
+    cudaGetLastError();
+    return ls_fail(LS_ERR_INTERNAL, "CUDA: cudaGetDeviceCount failed: %s: %s", cudaGetErrorString(error),
+                   advice(error));
+}
+
+static void describe(int number, char *text, size_t size)
+{
+    cudaDeviceProp p;
+    if (cudaGetDeviceProperties(&p, number) == cudaSuccess)
+        snprintf(text, size, "%s, compute capability %d.%d, %.1f GiB", p.name, p.major, p.minor,
+                 (double)p.totalGlobalMem / 1073741824.0);
+    else
+        snprintf(text, size, "cannot be asked: %s", cudaGetErrorString(cudaGetLastError()));
+}
+
+static int opened; /* the device last opened: whose memory alloc gives */
+
+static void close_queue(ls_queue *q)
+{
+    if (q == NULL) return;
+    if (q->stream != NULL) cudaStreamSynchronize(q->stream);
+    if (q->blas != NULL) cublasDestroy(q->blas);
+    if (q->stream != NULL) cudaStreamDestroy(q->stream);
+    free(q);
+}
+
+static ls_status make_queue(ls_queue *q)
+{
+    LS_TRY(failed(cudaSetDevice(q->device), q->device, "cudaSetDevice"));
+    LS_TRY(failed(cudaStreamCreateWithFlags(&q->stream, cudaStreamNonBlocking), q->device, "cudaStreamCreate"));
+    cublasStatus_t status = cublasCreate(&q->blas);
+    if (status == CUBLAS_STATUS_SUCCESS) status = cublasSetStream(q->blas, q->stream);
+    /* products of floats in floats: no TF32 */
+    if (status == CUBLAS_STATUS_SUCCESS) status = cublasSetMathMode(q->blas, CUBLAS_DEFAULT_MATH);
+    if (status == CUBLAS_STATUS_SUCCESS) return LS_OK;
+    return ls_fail(status == CUBLAS_STATUS_ALLOC_FAILED ? LS_ERR_MEMORY : LS_ERR_INTERNAL,
+                   "CUDA device %d: cuBLAS cannot be opened: %s: free the device of other programs", q->device,
+                   cublasGetStatusString(status));
+}
+
+static ls_status open_queue(int number, ls_queue **queue)
+{
+    *queue = NULL;
+    int devices;
+    LS_TRY(count(&devices));
+    if (devices == 0)
+        LS_FAIL(LS_ERR_UNSUPPORTED, "CUDA: this machine has no GPU, or no driver: %s", advice(cudaErrorNoDevice));
+    if (number < 0 || number >= devices)
+        LS_FAIL(LS_ERR_ARGUMENT, "CUDA: there is no device %d: this machine has %d, from 0", number, devices);
+    ls_queue *q = static_cast<ls_queue *>(calloc(1, sizeof *q));
+    if (q == NULL) LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for a queue", number);
+    q->device = number;
+    const ls_status status = make_queue(q);
+    if (status != LS_OK) {
+        close_queue(q);
+        return status;
+    }
+    opened = number;
+    *queue = q;
+    return LS_OK;
+}
+
+static void *alloc(size_t bytes)
+{
+    void *p = NULL;
+    if (cudaSetDevice(opened) == cudaSuccess && cudaMalloc(&p, bytes > 0 ? bytes : 1) == cudaSuccess) return p;
+    cudaGetLastError();
+    return NULL;
+}
+
+static void release(void *p)
+{
+    if (p != NULL) cudaFree(p); /* waits for what uses it */
+}
+
+static void *alloc_host(size_t bytes)
+{
+    void *p = NULL;
+    if (cudaMallocHost(&p, bytes > 0 ? bytes : 1) == cudaSuccess) return p;
+    cudaGetLastError();
+    return NULL;
+}
+
+static void release_host(void *p)
+{
+    if (p != NULL) cudaFreeHost(p);
+}
+
+static void poison(void *p, size_t bytes)
+{
+    if (bytes == 0) return;
+    cudaMemsetAsync(p, 0xff, bytes, NULL); /* all ones is a NaN in both precisions */
+    cudaStreamSynchronize(NULL);           /* queues do not wait for the stream of the device */
+}
+
+/* Host memory may be reused at once: the copy is waited for. It is mostly pageable, which the driver copies through
+ * memory of its own in any case. */
+static ls_status to_device(ls_queue *q, void *to, const void *from, size_t bytes)
+{
+    if (bytes == 0) return LS_OK;
+    LS_TRY(failed(cudaSetDevice(q->device), q->device, "cudaSetDevice"));
+    LS_TRY(failed(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, q->stream), q->device, "a copy to it"));
+    return failed(cudaStreamSynchronize(q->stream), q->device, "a copy to it, or what was queued before,");
+}
+
+static ls_status to_host(ls_queue *q, void *to, const void *from, size_t bytes)
+{
+    if (bytes == 0) return LS_OK;
+    LS_TRY(failed(cudaSetDevice(q->device), q->device, "cudaSetDevice"));
+    LS_TRY(failed(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, q->stream), q->device, "a copy from it"));
+    return failed(cudaStreamSynchronize(q->stream), q->device, "a copy from it, or what was queued before,");
+}
+
+/* What the functions without a status have kept. */
+static ls_status kept(ls_queue *q, const char *what)
+{
+    const ls_status status = q->status;
+    q->status = LS_OK;
+    return status == LS_OK ? LS_OK : ls_fail(status, "CUDA device %d: %s: %s", q->device, what, q->message);
+}
+
+static ls_status wait(ls_queue *q)
+{
+    LS_TRY(failed(cudaSetDevice(q->device), q->device, "cudaSetDevice"));
+    LS_TRY(failed(cudaStreamSynchronize(q->stream), q->device, "what was queued"));
+    return kept(q, "a product");
+}
+
+ls_status ls_launched(ls_queue *q, const char *what)
+{
+    const ls_status status = kept(q, what);
+    const cudaError_t error = cudaGetLastError();
+    return status != LS_OK ? status : failed(error, q->device, what);
+}
+
+extern "C" void *ls_cuda_stream(ls_queue *queue, int *device)
+{
+    *device = queue->device;
+    return queue->stream;
+}
+
+extern "C" const ls_device_ops ls_cuda_device = {.name = "cuda",
+                                                 .count = count,
+                                                 .describe = describe,
+                                                 .open = open_queue,
+                                                 .close = close_queue,
+                                                 .alloc = alloc,
+                                                 .release = release,
+                                                 .alloc_host = alloc_host,
+                                                 .release_host = release_host,
+                                                 .poison = poison,
+                                                 .to_device = to_device,
+                                                 .to_host = to_host,
+                                                 .wait = wait};

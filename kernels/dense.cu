@@ -1,0 +1,751 @@
+/* The dense layers on a GPU. Three ways to divide the work:
+ *
+ *   elements     a thread for each, or for four that lie side by side where n and the pointers allow
+ *   rows         a warp for each: norms, loss, embedding; sums over a row are a warp's
+ *   columns      gradients of biases, norms and embeddings are sums over rows: a block owns a few columns, its threads
+ *                take the rows in turn, in double, and add up in shared memory in one order. Eight columns of floats
+ * are what memory gives at once, and many such blocks are there at a time; so no partial sums go through memory, and
+ * results do not depend on the order of blocks.
+ *
+ * The linear layers are products of cuBLAS, but linear_alike, whose rows must not know how many they are. */
+#include "cuda.h"
+
+extern "C" {
+#include "dense.h"
+#include "erf.h"
+}
+
+#include "rng_inline.h"
+
+/* W numbers that are read at once. */
+template <int W> struct alignas(W * sizeof(ls_real)) pack {
+    ls_real v[W];
+};
+template <int W> __device__ static inline pack<W> load(const ls_real *x, int64_t i)
+{
+    return reinterpret_cast<const pack<W> *>(x)[i];
+}
+template <int W> __device__ static inline void store(ls_real *x, int64_t i, pack<W> value)
+{
+    reinterpret_cast<pack<W> *>(x)[i] = value;
+}
+
+/* Whether rows of n numbers at these pointers can be read by fours. */
+template <typename... P> static bool wide(int64_t n, const P *...p)
+{
+    return n % 4 == 0 && ((uintptr_t(p) | ...) & (sizeof(pack<4>) - 1)) == 0;
+}
+
+/* The rows of a warp, and the places of a lane in a row of n. */
+#define EACH_ROW(r, rows)                                                                                              \
+    for (int64_t r = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / LS_WARP; r < (rows);                           \
+         r += (int64_t)gridDim.x * blockDim.x / LS_WARP)
+#define EACH_OF_LANE(j, n) for (int64_t j = threadIdx.x % LS_WARP; j < (n); j += LS_WARP)
+
+static int row_blocks(int64_t rows)
+{
+    return ls_blocks(rows, LS_THREADS / LS_WARP);
+}
+
+/* ------------------------------------------------------------------------------------------------ elements */
+
+/* y = f(a, b), or f(a) where f has one input; y may be either. */
+template <typename F, int W> __global__ static void map(int64_t n, F f, const ls_real *a, const ls_real *b, ls_real *y)
+{
+    LS_EACH(i, n)
+    {
+        const pack<W> x = load<W>(a, i), z = F::inputs == 2 ? load<W>(b, i) : x;
+        pack<W> out;
+        for (int k = 0; k < W; k++) out.v[k] = f(x.v[k], z.v[k]);
+        store<W>(y, i, out);
+    }
+}
+
+template <typename F>
+static void map_all(ls_queue *queue, int64_t n, F f, const ls_real *a, const ls_real *b, ls_real *y)
+{
+    if (n <= 0) return;
+    const int w = wide(n, a, b, y) ? 4 : 1;
+    const auto kernel = w == 4 ? map<F, 4> : map<F, 1>;
+    LS_LAUNCH(queue, kernel, ls_blocks(n / w, LS_THREADS), LS_THREADS, 0, n / w, f, a, b, y);
+}
+
+struct gelu_of {
+    enum { inputs = 1 };
+    __device__ ls_real operator()(ls_real x, ls_real) const
+    {
+        ls_real density;
+        return x * ls_normal_cdf(x, &density);
+    }
+};
+/* (x Φ(x))' = Φ(x) + x φ(x) */
+struct gelu_gradient {
+    enum { inputs = 2 };
+    __device__ ls_real operator()(ls_real x, ls_real dy) const
+    {
+        ls_real density;
+        const ls_real cdf = ls_normal_cdf(x, &density);
+        return dy * (cdf + x * density);
+    }
+};
+struct relu_of {
+    enum { inputs = 1 };
+    __device__ ls_real operator()(ls_real x, ls_real) const
+    {
+        return x < 0 ? 0 : x; /* NaN goes through and is seen */
+    }
+};
+struct relu_gradient {
+    enum { inputs = 2 };
+    __device__ ls_real operator()(ls_real x, ls_real dy) const
+    {
+        return x > 0 ? dy : 0;
+    }
+};
+struct sum_of {
+    enum { inputs = 2 };
+    __device__ ls_real operator()(ls_real a, ls_real b) const
+    {
+        return a + b;
+    }
+};
+struct times {
+    enum { inputs = 1 };
+    ls_real factor;
+    __device__ ls_real operator()(ls_real x, ls_real) const
+    {
+        return x * factor;
+    }
+};
+struct same_as {
+    enum { inputs = 1 };
+    __device__ ls_real operator()(ls_real x, ls_real) const
+    {
+        return x;
+    }
+};
+
+static void gelu(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y)
+{
+    map_all(queue, n, gelu_of(), x, x, y);
+}
+
+static void gelu_backward(ls_queue *queue, int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
+{
+    map_all(queue, n, gelu_gradient(), x, dy, dx);
+}
+
+static void relu(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y)
+{
+    map_all(queue, n, relu_of(), x, x, y);
+}
+
+static void relu_backward(ls_queue *queue, int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
+{
+    map_all(queue, n, relu_gradient(), x, dy, dx);
+}
+
+static void add(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y)
+{
+    map_all(queue, n, sum_of(), y, x, y);
+}
+
+static void sum(ls_queue *queue, int64_t n, const ls_real *a, const ls_real *b, ls_real *y)
+{
+    map_all(queue, n, sum_of(), a, b, y);
+}
+
+static void copy(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y)
+{
+    map_all(queue, n, same_as(), x, x, y);
+}
+
+static void scale(ls_queue *queue, int64_t n, double factor, ls_real *x)
+{
+    map_all(queue, n, times{(ls_real)factor}, x, x, x);
+}
+
+template <typename T> __global__ static void clear(int64_t n, T *x)
+{
+    LS_EACH(i, n)
+    x[i] = T();
+}
+
+struct alignas(16) sixteen_bytes {
+    uint32_t word[4];
+};
+
+static void zero(ls_queue *queue, size_t bytes, void *x)
+{
+    if (bytes == 0) return;
+    if (uintptr_t(x) % sizeof(sixteen_bytes) == 0 && bytes % sizeof(sixteen_bytes) == 0) {
+        const int64_t n = (int64_t)(bytes / sizeof(sixteen_bytes));
+        LS_LAUNCH(queue, clear<sixteen_bytes>, ls_blocks(n, LS_THREADS), LS_THREADS, 0, n,
+                  static_cast<sixteen_bytes *>(x));
+    } else {
+        LS_LAUNCH(queue, clear<unsigned char>, ls_blocks((int64_t)bytes, LS_THREADS), LS_THREADS, 0, (int64_t)bytes,
+                  static_cast<unsigned char *>(x));
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ sums over rows */
+
+constexpr int COLUMNS = 8, MOST_THREADS = 512;
+
+/* How columns are shared in a block: a thread has W of them, in every step-th row from its first one on. */
+template <int W> struct share {
+    int64_t column, first, step;
+};
+template <int W> __device__ static inline share<W> my_share()
+{
+    const int across = COLUMNS / W;
+    share<W> s;
+    s.column = (int64_t)blockIdx.x * COLUMNS + threadIdx.x % across * W;
+    s.first = threadIdx.x / across;
+    s.step = blockDim.x / across;
+    return s;
+}
+
+/* to (columns) += what the threads have; all call. part: COLUMNS / W × W × threads doubles of shared memory. The number
+ * of threads is a power of 2. */
+template <int W> __device__ static void add_columns(const double *mine, int64_t columns, double *part, ls_real *to)
+{
+    for (int k = 0; k < W; k++) part[(int)threadIdx.x * W + k] = mine[k];
+    __syncthreads();
+    for (int half = (int)blockDim.x * W / 2; half >= COLUMNS; half /= 2) {
+        for (int i = (int)threadIdx.x; i < half; i += (int)blockDim.x) part[i] += part[i + half];
+        __syncthreads();
+    }
+    const int64_t column = (int64_t)blockIdx.x * COLUMNS + threadIdx.x;
+    if (threadIdx.x < COLUMNS && column < columns) to[column] += (ls_real)part[threadIdx.x];
+    __syncthreads();
+}
+
+/* Enough threads that each has a few rows, few where there are few rows. */
+static int column_threads(int64_t rows, int w)
+{
+    int threads = LS_WARP;
+    while (threads < MOST_THREADS && (int64_t)threads * w / COLUMNS * 4 < rows) threads *= 2;
+    return threads;
+}
+static size_t column_bytes(int threads, int w)
+{
+    return (size_t)(threads * w) * sizeof(double);
+}
+static int column_blocks(int64_t n)
+{
+    return (int)((n + COLUMNS - 1) / COLUMNS);
+}
+
+/* sum (n) += Σ_rows x (rows,n) */
+template <int W> __global__ static void column_sums(int64_t rows, int64_t n, const ls_real *x, ls_real *sum)
+{
+    LS_SHARED(double, part);
+    constexpr int DEEP = 8; /* reads on their way at a time */
+    const share<W> s = my_share<W>();
+    double acc[W] = {0};
+    for (int64_t r = s.first; r < rows && s.column < n; r += DEEP * s.step) {
+        pack<W> at[DEEP];
+        for (int u = 0; u < DEEP; u++)
+            at[u] = r + u * s.step < rows ? load<W>(x, ((r + u * s.step) * n + s.column) / W) : pack<W>();
+        for (int u = 0; u < DEEP; u++)
+            for (int k = 0; k < W; k++) acc[k] += (double)at[u].v[k];
+    }
+    add_columns<W>(acc, n, part, sum);
+}
+
+static void add_column_sums(ls_queue *queue, int64_t rows, int64_t n, const ls_real *x, ls_real *sum)
+{
+    if (rows <= 0 || n <= 0) return;
+    const int w = wide(n, x) ? 4 : 1, threads = column_threads(rows, w);
+    const auto kernel = w == 4 ? column_sums<4> : column_sums<1>;
+    LS_LAUNCH(queue, kernel, column_blocks(n), threads, column_bytes(threads, w), rows, n, x, sum);
+}
+
+/* ------------------------------------------------------------------------------------------------ linear */
+
+/* y (rows,n) = b (n) in every row */
+template <int W> __global__ static void fill_rows(int64_t rows, int64_t n, const ls_real *b, ls_real *y)
+{
+    EACH_ROW(r, rows)
+    EACH_OF_LANE(j, n / W)
+    store<W>(y + r * n, j, load<W>(b, j));
+}
+
+static void linear(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
+                   const ls_real *b, ls_real *y)
+{
+    if (rows <= 0) return;
+    if (b) {
+        const auto kernel = wide(out, b, y) ? fill_rows<4> : fill_rows<1>;
+        LS_LAUNCH(queue, kernel, row_blocks(rows), LS_THREADS, 0, rows, out, b, y);
+    }
+    ls_gemm_batch(queue, 0, 1, rows, out, in, 1, x, in, 0, w, in, 0, b ? 1 : 0, y, out, 0, 1);
+}
+
+/* A block makes 64 × 64 of y, a thread 4 × 4 of those. Whatever stands in the other rows, an element is the sum of its
+ * products in the order of `in`, one by one. */
+constexpr int SIDE = 64, DEPTH = 16, PADDED_SIDE = SIDE + 4;
+
+__device__ static void fetch_tile(int64_t first, int64_t rows, int64_t at, int64_t in, const ls_real *from,
+                                  ls_real (*to)[PADDED_SIDE])
+{
+    for (int i = (int)threadIdx.x; i < SIDE * DEPTH; i += LS_THREADS) {
+        const int64_t r = first + i / DEPTH, k = at + i % DEPTH;
+        to[i % DEPTH][i / DEPTH] = r < rows && k < in ? from[r * in + k] : 0;
+    }
+}
+
+__global__ static void product_alike(int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
+                                     const ls_real *b, ls_real *y)
+{
+    __shared__ __align__(32) ls_real xs[DEPTH][PADDED_SIDE], ws[DEPTH][PADDED_SIDE];
+    const int64_t first = (int64_t)blockIdx.x * SIDE, begin = (int64_t)blockIdx.y * SIDE;
+    const int row = (int)threadIdx.x / 16 * 4, column = (int)threadIdx.x % 16 * 4;
+    ls_real sum[4][4] = {{0}};
+    for (int64_t at = 0; at < in; at += DEPTH) {
+        fetch_tile(first, rows, at, in, x, xs);
+        fetch_tile(begin, out, at, in, w, ws);
+        __syncthreads();
+        for (int k = 0; k < DEPTH; k++) {
+            const pack<4> a = load<4>(xs[k] + row, 0), c = load<4>(ws[k] + column, 0);
+            for (int i = 0; i < 4; i++)
+                for (int j = 0; j < 4; j++) sum[i][j] += a.v[i] * c.v[j];
+        }
+        __syncthreads();
+    }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 4; j++) {
+            const int64_t r = first + row + i, o = begin + column + j;
+            if (r < rows && o < out) y[r * out + o] = sum[i][j] + (b ? b[o] : 0);
+        }
+}
+
+static void linear_alike(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
+                         const ls_real *b, ls_real *y)
+{
+    if (rows <= 0) return;
+    const dim3 blocks((unsigned)((rows + SIDE - 1) / SIDE), (unsigned)((out + SIDE - 1) / SIDE));
+    LS_LAUNCH(queue, product_alike, blocks, LS_THREADS, 0, rows, in, out, x, w, b, y);
+}
+
+static void linear_backward(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
+                            const ls_real *dy, ls_real *dx, int accumulate_dx, ls_real *dw, ls_real *db)
+{
+    if (rows <= 0) return;
+    if (dw) ls_gemm_batch(queue, 1, 0, out, in, rows, 1, dy, out, 0, x, in, 0, 1, dw, in, 0, 1);
+    if (db) add_column_sums(queue, rows, out, dy, db);
+    if (dx) ls_gemm_batch(queue, 0, 0, rows, in, out, 1, dy, out, 0, w, in, 0, accumulate_dx ? 1 : 0, dx, in, 0, 1);
+}
+
+/* ------------------------------------------------------------------------------------------------ layer norm */
+
+/* One pass for the moments: var = E[(x-c)²] - E[x-c]², c an element of the row, in double. */
+template <int W>
+__global__ static void norm(int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *b, ls_real *y,
+                            ls_real *mean, ls_real *rstd)
+{
+    EACH_ROW(r, rows)
+    {
+        const ls_real *xr = x + r * E;
+        const double c = (double)xr[0];
+        double s = 0, q = 0;
+        EACH_OF_LANE(j, E / W)
+        {
+            const pack<W> at = load<W>(xr, j);
+            for (int k = 0; k < W; k++) {
+                const double d = (double)at.v[k] - c;
+                s += d;
+                q += d * d;
+            }
+        }
+        s = ls_warp_sum(s) / (double)E;
+        q = ls_warp_sum(q) / (double)E - s * s;
+        const ls_real mu = (ls_real)(c + s), rs = (ls_real)(1 / sqrt((q < 0 ? 0 : q) + 1e-5)); /* NaN stays */
+        if (threadIdx.x % LS_WARP == 0) mean[r] = mu, rstd[r] = rs;
+        EACH_OF_LANE(j, E / W)
+        {
+            const pack<W> at = load<W>(xr, j), wj = load<W>(w, j), bj = load<W>(b, j);
+            pack<W> out;
+            for (int k = 0; k < W; k++) out.v[k] = (at.v[k] - mu) * rs * wj.v[k] + bj.v[k];
+            store<W>(y + r * E, j, out);
+        }
+    }
+}
+
+static void layer_norm(ls_queue *queue, int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *b,
+                       ls_real *y, ls_real *mean, ls_real *rstd)
+{
+    if (rows <= 0) return;
+    const auto kernel = wide(E, x, w, b, y) ? norm<4> : norm<1>;
+    LS_LAUNCH(queue, kernel, row_blocks(rows), LS_THREADS, 0, rows, E, x, w, b, y, mean, rstd);
+}
+
+/* dw += Σ dy·x̂, db += Σ dy, x̂ = (x - mean)·rstd */
+template <int W>
+__global__ static void norm_columns(int64_t rows, int64_t E, const ls_real *x, const ls_real *mean, const ls_real *rstd,
+                                    const ls_real *dy, ls_real *dw, ls_real *db)
+{
+    LS_SHARED(double, part);
+    constexpr int DEEP = 4;
+    const share<W> s = my_share<W>();
+    double acc_w[W] = {0}, acc_b[W] = {0};
+    for (int64_t r = s.first; r < rows && s.column < E; r += DEEP * s.step) {
+        pack<W> xs[DEEP], ds[DEEP];
+        ls_real mu[DEEP], rs[DEEP];
+        for (int u = 0; u < DEEP; u++) {
+            const int64_t row = r + u * s.step;
+            const bool there = row < rows;
+            xs[u] = there ? load<W>(x, (row * E + s.column) / W) : pack<W>();
+            ds[u] = there ? load<W>(dy, (row * E + s.column) / W) : pack<W>();
+            mu[u] = there ? mean[row] : 0;
+            rs[u] = there ? rstd[row] : 0;
+        }
+        for (int u = 0; u < DEEP; u++)
+            for (int k = 0; k < W; k++) {
+                acc_w[k] += (double)(ds[u].v[k] * ((xs[u].v[k] - mu[u]) * rs[u]));
+                acc_b[k] += (double)ds[u].v[k];
+            }
+    }
+    add_columns<W>(acc_w, E, part, dw);
+    add_columns<W>(acc_b, E, part, db);
+}
+
+/* With g = dy·w: dx = rstd·(g - avg(g) - x̂·avg(g·x̂)). dx may be dy: a lane writes what only it has read. */
+template <int W>
+__global__ static void norm_rows(int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *mean,
+                                 const ls_real *rstd, const ls_real *dy, ls_real *dx, int accumulate)
+{
+    EACH_ROW(r, rows)
+    {
+        const ls_real *xr = x + r * E, *dyr = dy + r * E, mu = mean[r], rs = rstd[r];
+        ls_real *dxr = dx + r * E;
+        double sum_g = 0, sum_gx = 0;
+        EACH_OF_LANE(j, E / W)
+        {
+            const pack<W> at = load<W>(xr, j), d = load<W>(dyr, j), wj = load<W>(w, j);
+            for (int k = 0; k < W; k++) {
+                const ls_real g = d.v[k] * wj.v[k];
+                sum_g += (double)g;
+                sum_gx += (double)(g * ((at.v[k] - mu) * rs));
+            }
+        }
+        const ls_real avg_g = (ls_real)(ls_warp_sum(sum_g) / (double)E);
+        const ls_real avg_gx = (ls_real)(ls_warp_sum(sum_gx) / (double)E);
+        EACH_OF_LANE(j, E / W)
+        {
+            const pack<W> at = load<W>(xr, j), d = load<W>(dyr, j), wj = load<W>(w, j);
+            pack<W> out = accumulate ? load<W>(dxr, j) : pack<W>();
+            for (int k = 0; k < W; k++) out.v[k] += rs * (d.v[k] * wj.v[k] - avg_g - (at.v[k] - mu) * rs * avg_gx);
+            store<W>(dxr, j, out);
+        }
+    }
+}
+
+static void layer_norm_backward(ls_queue *queue, int64_t rows, int64_t E, const ls_real *x, const ls_real *w,
+                                const ls_real *mean, const ls_real *rstd, const ls_real *dy, ls_real *dx,
+                                int accumulate_dx, ls_real *dw, ls_real *db)
+{
+    if (rows <= 0) return;
+    const int width = wide(E, x, w, dy, dx) ? 4 : 1, threads = column_threads(rows, width);
+    const auto columns = width == 4 ? norm_columns<4> : norm_columns<1>;
+    const auto along = width == 4 ? norm_rows<4> : norm_rows<1>;
+    /* columns first: dx may be dy */
+    LS_LAUNCH(queue, columns, column_blocks(E), threads, column_bytes(threads, width), rows, E, x, mean, rstd, dy, dw,
+              db);
+    LS_LAUNCH(queue, along, row_blocks(rows), LS_THREADS, 0, rows, E, x, w, mean, rstd, dy, dx, accumulate_dx);
+}
+
+/* ------------------------------------------------------------------------------------------------ embedding */
+
+template <int W>
+__global__ static void embed(int64_t rows, int64_t E, const int32_t *token, const ls_real *table, ls_real a, ls_real *y)
+{
+    EACH_ROW(r, rows)
+    {
+        const int64_t v = token[r];
+        EACH_OF_LANE(j, E / W)
+        {
+            pack<W> out = v < 0 ? pack<W>() : load<W>(table + v * E, j);
+            for (int k = 0; k < W; k++) out.v[k] *= a;
+            store<W>(y + r * E, j, out);
+        }
+    }
+}
+
+static void embedding(ls_queue *queue, int64_t rows, int64_t E, const int32_t *token, const ls_real *table,
+                      double scale, ls_real *y)
+{
+    if (rows <= 0) return;
+    const auto kernel = wide(E, table, y) ? embed<4> : embed<1>;
+    LS_LAUNCH(queue, kernel, row_blocks(rows), LS_THREADS, 0, rows, E, token, table, (ls_real)scale, y);
+}
+
+constexpr int TOKENS = 4096, WARPS = LS_THREADS / LS_WARP;
+
+/* The place of this thread's first item in a list to which every thread of the block gives n, and the length of it. */
+__device__ static int place_of(int n, int *scratch, int *length)
+{
+    const int lane = (int)threadIdx.x % LS_WARP, warp = (int)threadIdx.x / LS_WARP;
+    int before = n; /* of this warp, this thread included */
+    for (int step = 1; step < LS_WARP; step *= 2) {
+        const int other = __shfl_sync(0xffffffffu, before, lane >= step ? lane - step : lane);
+        if (lane >= step) before += other;
+    }
+    if (lane == LS_WARP - 1) scratch[warp] = before;
+    __syncthreads();
+    int place = before - n;
+    *length = 0;
+    for (int i = 0; i < WARPS; i++) {
+        if (i < warp) place += scratch[i];
+        *length += scratch[i];
+    }
+    return place;
+}
+
+/* Block (v, c) has 32 W columns of row v of the table. It looks through all tokens, a few thousand at a time, and its
+ * warps take the rows that it found in turn. */
+template <int W>
+__global__ static void embed_backward(int64_t rows, int64_t E, const int32_t *token, ls_real a, const ls_real *dy,
+                                      ls_real *dtable)
+{
+    __shared__ uint16_t found[TOKENS];
+    __shared__ int scratch[WARPS];
+    __shared__ double part[WARPS][LS_WARP * W];
+    constexpr int DEEP = 4, EACH = TOKENS / LS_THREADS;
+    const int lane = (int)threadIdx.x % LS_WARP, warp = (int)threadIdx.x / LS_WARP;
+    const int64_t v = blockIdx.x, column = ((int64_t)blockIdx.y * LS_WARP + lane) * W;
+    double acc[W] = {0};
+    for (int64_t first = 0; first < rows; first += TOKENS) {
+        int mine = 0, length;
+        unsigned hits = 0;
+        for (int k = 0; k < EACH; k++) {
+            const int64_t r = first + k * LS_THREADS + threadIdx.x;
+            const int hit = r < rows && token[r] == v;
+            hits |= (unsigned)hit << k;
+            mine += hit;
+        }
+        int place = place_of(mine, scratch, &length);
+        for (int k = 0; k < EACH; k++)
+            if (hits >> k & 1) found[place++] = (uint16_t)(k * LS_THREADS + (int)threadIdx.x);
+        __syncthreads();
+        for (int i = warp; i < length && column < E; i += DEEP * WARPS) {
+            pack<W> at[DEEP];
+            for (int u = 0; u < DEEP; u++) {
+                const int item = i + u * WARPS;
+                at[u] = item < length ? load<W>(dy, ((first + found[item]) * E + column) / W) : pack<W>();
+            }
+            for (int u = 0; u < DEEP; u++)
+                for (int k = 0; k < W; k++) acc[k] += (double)at[u].v[k];
+        }
+        __syncthreads(); /* before the list and scratch are written again */
+    }
+    for (int k = 0; k < W; k++) part[warp][lane * W + k] = acc[k];
+    __syncthreads();
+    if (warp > 0 || column >= E) return;
+    for (int k = 0; k < W; k++) {
+        double total = 0;
+        for (int i = 0; i < WARPS; i++) total += part[i][lane * W + k];
+        dtable[v * E + column + k] += (ls_real)((double)a * total);
+    }
+}
+
+static void embedding_backward(ls_queue *queue, int64_t rows, int64_t V, int64_t E, const int32_t *token, double scale,
+                               const ls_real *dy, ls_real *dtable)
+{
+    if (rows <= 0) return;
+    const int w = wide(E, dy) ? 4 : 1;
+    const dim3 blocks((unsigned)V, (unsigned)((E + LS_WARP * w - 1) / (LS_WARP * w)));
+    const auto kernel = w == 4 ? embed_backward<4> : embed_backward<1>;
+    LS_LAUNCH(queue, kernel, blocks, LS_THREADS, 0, rows, E, token, (ls_real)scale, dy, dtable);
+}
+
+/* ------------------------------------------------------------------------------------------------ positions */
+
+constexpr int ANCHOR = 64;
+
+/* As on the CPU: a thread walks from a global multiple of ANCHOR to the next, with one frequency, by rotations in
+ * double. So a row's value is the same wherever the piece that holds it begins. */
+__global__ static void positions(int64_t B, int64_t T, int64_t E, int64_t lo, int64_t anchor, int64_t walks, ls_real *x)
+{
+    const int64_t half = E / 2;
+    LS_EACH(k, walks * half)
+    {
+        const int64_t i = k % half, from = anchor + k / half * ANCHOR, end = ls_min(from + ANCHOR, lo + T);
+        const double f = pow(10000.0, -2 * (double)i / (double)E), sin_f = sin(f), cos_f = cos(f);
+        double s = sin((double)from * f), c = cos((double)from * f);
+        for (int64_t p = from; p < end; p++) {
+            for (int64_t b = 0; b < B && p >= lo; b++) {
+                ls_real *row = x + (b * T + p - lo) * E;
+                row[i] += (ls_real)s;
+                row[half + i] += (ls_real)c;
+            }
+            const double old = s;
+            s = old * cos_f + c * sin_f;
+            c = c * cos_f - old * sin_f;
+        }
+    }
+}
+
+static void add_positions(ls_queue *queue, int64_t B, int64_t T, int64_t E, int64_t lo, ls_real *x)
+{
+    const int64_t anchor = lo - lo % ANCHOR, walks = (lo + T - anchor + ANCHOR - 1) / ANCHOR;
+    if (B <= 0 || T <= 0 || E < 2) return;
+    LS_LAUNCH(queue, positions, ls_blocks(walks * (E / 2), LS_THREADS), LS_THREADS, 0, B, T, E, lo, anchor, walks, x);
+}
+
+/* ------------------------------------------------------------------------------------------------ dropout */
+
+/* A thread has the eight elements of one counter: see dense.c for which bits are whose. */
+template <int W>
+__global__ static void drop_some(int64_t B, int64_t T, int64_t E, uint32_t drop, ls_real kept, uint64_t seed,
+                                 uint32_t stream, uint64_t sample, int64_t lo, ls_real *x)
+{
+    const int64_t counters = (E + 7) / 8;
+    LS_EACH(i, B * T * counters)
+    {
+        const int64_t row = i / counters, counter = i % counters, b = row / T, t = row % T;
+        uint32_t word[4];
+        ls_random4_inline(seed, stream, (uint32_t)(sample + (uint64_t)b), (uint64_t)((lo + t) * counters + counter),
+                          word);
+        for (int j = 0; j < 8; j += W) {
+            const int64_t e = counter * 8 + j;
+            if (e >= E) break;
+            pack<W> at = load<W>(x, (row * E + e) / W);
+            for (int k = 0; k < W; k++) {
+                const uint32_t bits = word[(j + k) / 2] >> (j + k) % 2 * 16 & 0xffff;
+                at.v[k] = bits < drop ? 0 : at.v[k] * kept;
+            }
+            store<W>(x, (row * E + e) / W, at);
+        }
+    }
+}
+
+static void dropout(ls_queue *queue, int64_t B, int64_t T, int64_t E, double rate, uint64_t seed, uint32_t stream,
+                    uint64_t sample, int64_t lo, ls_real *x)
+{
+    const uint32_t drop = (uint32_t)(rate * 65536 + 0.5);
+    if (drop == 0 || B <= 0 || T <= 0) return;
+    const ls_real kept = drop < 65536 ? (ls_real)(65536.0 / (65536.0 - drop)) : 0;
+    const auto kernel = wide(E, x) ? drop_some<4> : drop_some<1>;
+    LS_LAUNCH(queue, kernel, ls_blocks(B * T * ((E + 7) / 8), LS_THREADS), LS_THREADS, 0, B, T, E, drop, kept, seed,
+              stream, sample, lo, x);
+}
+
+/* ------------------------------------------------------------------------------------------------ cross-entropy */
+
+constexpr int MOST_PARTS = (LS_LOSS_SUMS - 2) / 2;
+
+/* See loss.c for the formula. part (blocks, 2): the sums of each block's rows. dlogits may be logits. */
+__global__ static void loss_rows(int64_t rows, int64_t V, const ls_real *logits, const int32_t *target,
+                                 double smoothing, double grad_scale, ls_real *dlogits, double *part)
+{
+    __shared__ double scratch[LS_WARP];
+    double total = 0, total_nll = 0; /* of lane 0's rows */
+    EACH_ROW(r, rows)
+    {
+        const ls_real *l = logits + r * V;
+        ls_real *dl = dlogits ? dlogits + r * V : NULL;
+        const int64_t label = target[r];
+        if (label < 0) {
+            EACH_OF_LANE(v, dl ? V : 0)
+            dl[v] = 0;
+            continue;
+        }
+        const double at_label = (double)l[label];
+        ls_real m = -INFINITY;
+        double all = 0, z = 0;
+        EACH_OF_LANE(v, V)
+        {
+            m = l[v] > m ? l[v] : m; /* NaN loses every comparison; the exps let it through */
+            all += (double)l[v];
+        }
+        m = ls_warp_max(m);
+        const double mean = ls_warp_sum(all) / (double)V;
+        __syncwarp(); /* every lane has read the label's logit before it is overwritten */
+        EACH_OF_LANE(v, V)
+        {
+            const ls_real e = ls_exp(l[v] - m);
+            if (dl) dl[v] = e;
+            z += (double)e;
+        }
+        z = ls_warp_sum(z);
+        const double log_z = (double)m + log(z);
+        if (threadIdx.x % LS_WARP == 0) {
+            total_nll += log_z - at_label;
+            total += (1 - smoothing) * (log_z - at_label) + (smoothing > 0 ? smoothing * (log_z - mean) : 0);
+        }
+        const ls_real a = (ls_real)(grad_scale / z), c = (ls_real)(grad_scale * smoothing / (double)V);
+        EACH_OF_LANE(v, dl ? V : 0)
+        dl[v] = a * dl[v] - c - (v == label ? (ls_real)(grad_scale * (1 - smoothing)) : 0);
+    }
+    total = ls_block_sum(total, scratch);
+    total_nll = ls_block_sum(total_nll, scratch);
+    if (threadIdx.x == 0) part[2 * blockIdx.x] = total, part[2 * blockIdx.x + 1] = total_nll;
+}
+
+__global__ static void add_parts(int parts, double *sums)
+{
+    __shared__ double scratch[LS_WARP];
+    double total = 0, total_nll = 0;
+    for (int i = (int)threadIdx.x; i < parts; i += (int)blockDim.x)
+        total += sums[2 + 2 * i], total_nll += sums[3 + 2 * i];
+    total = ls_block_sum(total, scratch);
+    total_nll = ls_block_sum(total_nll, scratch);
+    if (threadIdx.x == 0) sums[0] += total, sums[1] += total_nll;
+}
+
+static void cross_entropy(ls_queue *queue, int64_t rows, int64_t V, const ls_real *logits, const int32_t *target,
+                          double smoothing, double grad_scale, ls_real *dlogits, double *sums)
+{
+    if (rows <= 0) return;
+    const int parts = (int)ls_min(row_blocks(rows), MOST_PARTS);
+    LS_LAUNCH(queue, loss_rows, parts, LS_THREADS, 0, rows, V, logits, target, smoothing, grad_scale, dlogits,
+              sums + 2);
+    LS_LAUNCH(queue, add_parts, 1, LS_THREADS, 0, parts, sums);
+}
+
+/* ------------------------------------------------------------------------------------------------ rows */
+
+template <int W>
+__global__ static void zero_some(int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad, const ls_real *x,
+                                 ls_real *y)
+{
+    EACH_ROW(r, B * T)
+    {
+        const int64_t b = batch_first ? r / T : r % B, t = batch_first ? r % T : r / B;
+        const bool padded = pad != NULL && pad[b * T + t];
+        if (!padded && x == y) continue;
+        EACH_OF_LANE(j, E / W)
+        store<W>(y + r * E, j, padded ? pack<W>() : load<W>(x + r * E, j));
+    }
+}
+
+static void zero_rows(ls_queue *queue, int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad,
+                      const ls_real *x, ls_real *y)
+{
+    if (B <= 0 || T <= 0) return;
+    const auto kernel = wide(E, x, y) ? zero_some<4> : zero_some<1>;
+    LS_LAUNCH(queue, kernel, row_blocks(B * T), LS_THREADS, 0, B, T, E, batch_first, pad, x, y);
+}
+
+extern "C" const ls_dense_ops ls_dense_cuda = {.linear = linear,
+                                               .linear_alike = linear_alike,
+                                               .linear_backward = linear_backward,
+                                               .layer_norm = layer_norm,
+                                               .layer_norm_backward = layer_norm_backward,
+                                               .gelu = gelu,
+                                               .gelu_backward = gelu_backward,
+                                               .relu = relu,
+                                               .relu_backward = relu_backward,
+                                               .embedding = embedding,
+                                               .embedding_backward = embedding_backward,
+                                               .add_positions = add_positions,
+                                               .dropout = dropout,
+                                               .cross_entropy = cross_entropy,
+                                               .zero_rows = zero_rows,
+                                               .add = add,
+                                               .sum = sum,
+                                               .copy = copy,
+                                               .scale = scale,
+                                               .zero = zero};

@@ -1,0 +1,449 @@
+/* The passes over rows are those of slots.cu, the landmarks' sums those of segments.cu; here is what is made of
+ * landmarks, elementwise or one warp to a slot, for all (b,h) at once. The learned maps are products in double of all
+ * landmarks at once, their gradients sums over all of them. */
+#include "cuda.h"
+#include "rng_inline.h"
+#include "segments_cuda.h"
+#include "slots_cuda.h"
+
+extern "C" {
+#include "lara.h"
+extern const ls_cuda_mechanism ls_lara_cuda;
+}
+
+enum { MU, OMEGA }; /* saved[], doubles: μ (B*H,c',d), ω (B*H,C,d) */
+enum {              /* work[] */
+       /* δ ω_r, or a_r less their mean (B*H,C,d); N - c (B*H,C,d); c (B*H,d); constants (B*H,C) */
+       KEYS,
+       VALUES,
+       CENTRE,
+       CONSTANT,
+       /* of a number of rows (B*H,n,C), backward */
+       PROBABILITIES,
+       DLOGITS,
+       /* doubles: q̄, k̄ (2,B*H,c',d); a mean of rows (B*H,d); constants before they are centred (B*H,C); a_r (B*H,C,d)
+        */
+       MEANS,
+       MEAN,
+       WHOLE,
+       SLOT_KEYS,
+       /* doubles, backward: dN (B*H,C,d); da or dω (B*H,C,d) and g (B*H,C); dμ + dω, from read to write, and what it is
+        * before a map (2,B*H,c',d); maps, and their gradients (2,d,d) */
+       DVALUES,
+       DKEYS,
+       DMU,
+       MAPS,
+       DMAPS,
+       ROOM /* parts of sums; N (B*H,C,d) */
+};
+
+/* ------------------------------------------------------------------------------------------------ sizes */
+
+static ls_slot_sizes sizes(const ls_pass *p)
+{
+    return ls_slot_sizes{p->B, p->H, count(p), p->d};
+}
+
+static int is_adaptive(const ls_pass *p)
+{
+    return p->option[ADAPTIVE] != 0;
+}
+
+static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
+{
+    const int64_t d = p->d, G = p->B * p->H, R = count(p), c = landmarks(p), back = p->backward;
+    const int64_t rows = ls_max(p->T, p->S), held = back * G * ls_slots_rows_at_once(sizes(p), rows) * R;
+    const int64_t parts = ls_max(ls_segment_room_of_pass(p, c), ls_slots_room(sizes(p), rows));
+    p->saved[MU] = ls_take_doubles(saved, G * c * d);
+    p->saved[OMEGA] = ls_take_doubles(saved, G * R * d);
+    p->work[KEYS] = ls_take(work, G * R * d);
+    p->work[VALUES] = ls_take(work, G * R * d);
+    p->work[CENTRE] = ls_take(work, G * d);
+    p->work[CONSTANT] = ls_take(work, G * R);
+    p->work[PROBABILITIES] = ls_take(work, held);
+    p->work[DLOGITS] = ls_take(work, held);
+    p->work[MEANS] = ls_take_doubles(work, 2 * G * c * d);
+    p->work[MEAN] = ls_take_doubles(work, ls_max(1, G) * d);
+    p->work[WHOLE] = ls_take_doubles(work, G * R);
+    p->work[SLOT_KEYS] = ls_take_doubles(work, G * R * d);
+    p->work[DVALUES] = ls_take_doubles(work, back * G * R * d);
+    p->work[DKEYS] = ls_take_doubles(work, back * G * R * (d + 1));
+    p->work[DMU] = ls_take_doubles(work, back * (1 + is_adaptive(p)) * G * c * d);
+    p->work[MAPS] = ls_take_doubles(work, is_adaptive(p) * 2 * d * d);
+    p->work[DMAPS] = ls_take_doubles(work, back * is_adaptive(p) * d * d);
+    p->work[ROOM] = ls_take_doubles(work, ls_max(parts, G * R * d));
+}
+
+static ls_slot_rows rows_of(ls_view x, const uint8_t *pad, int64_t n, const ls_real *centre)
+{
+    return ls_slot_rows{x, pad, n, centre};
+}
+
+/* ------------------------------------------------------------------------------------------------ segments */
+
+static ls_status segments(ls_pass *p, int phase)
+{
+    const int64_t each = landmarks(p) * p->d;
+    double *room = ls_doubles(p->work[ROOM]);
+    ls_real *sent = p->summary[phase + 1].sent;
+    for (int which = 0; which < 2; which++) {
+        const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 0);
+        ls_segment_sums_cuda(p->queue, &s, room, sent + which * each, sums(p));
+    }
+    ls_reference_sums_cuda(p, room, sent + 2 * each, sums(p));
+    return ls_launched(p->queue, "lara: segments");
+}
+
+static ls_status segments_backward(ls_pass *p, int phase)
+{
+    for (int which = 0; which < 2; which++) {
+        const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 1);
+        ls_segment_spread_cuda(p->queue, &s, p->summary[phase + 1].dsent + which * landmarks(p) * p->d, sums(p));
+    }
+    return ls_launched(p->queue, "lara: backward of segments");
+}
+
+/* ------------------------------------------------------------------------------------------------ landmarks */
+
+/* MEANS: q̄ (which = 0), k̄ (1), before their maps. */
+static double *mean_of(const ls_pass *p, int which)
+{
+    return ls_doubles(p->work[MEANS]) + which * p->B * p->H * landmarks(p) * p->d;
+}
+
+/* `phase`: the one before which the sums were reduced. */
+static void load_means(const ls_pass *p, int phase)
+{
+    for (int which = 0; which < 2; which++)
+        ls_segment_means_cuda(p->queue, segments_of(p, which), p->B * p->H, p->d,
+                              p->summary[phase].got + which * landmarks(p) * p->d, sums(p), mean_of(p, which));
+}
+
+/* CENTRE = the values' reference. */
+static void load_reference(const ls_pass *p, int phase)
+{
+    ls_reference_cuda(p->queue, p->B * p->H, p->d, p->summary[phase].got + 2 * landmarks(p) * p->d, sums(p),
+                      p->work[CENTRE]);
+}
+
+static __global__ void widen(int64_t n, const ls_real *x, double *y)
+{
+    LS_EACH(i, n) y[i] = (double)x[i];
+}
+
+/* MAPS: the weights of both maps. */
+static double *load_maps(const ls_pass *p)
+{
+    const int64_t n = p->d * p->d;
+    double *maps = ls_doubles(p->work[MAPS]);
+    for (int which = 0; which < 2; which++)
+        LS_LAUNCH(p->queue, widen, ls_blocks(n, LS_THREADS), LS_THREADS, 0, n,
+                  p->params + p->param[which ? K_WEIGHT : Q_WEIGHT].offset, maps + which * n);
+    return maps;
+}
+
+/* How ω comes from μ; biases NULL: μ = q̄ + k̄, otherwise they are added to what the maps have made. */
+typedef struct noise {
+    const ls_real *q_bias, *k_bias, *given;
+    int drawn;
+    uint64_t seed, sample;
+    uint32_t stream;
+} noise;
+
+static __global__ void make_omega(ls_slot_sizes s, int64_t c, noise x, const double *q, const double *k, double *mu,
+                                  double *omega)
+{
+    const int64_t n = c * s.d;
+    LS_EACH(i, s.B * s.H * n)
+    {
+        const int64_t g = i / n, at = i % n, e = i % s.d, b = g / s.H, index = g % s.H * n + at;
+        const double u = x.q_bias == NULL ? q[i] + k[i] : mu[i] + (double)x.q_bias[e] + (double)x.k_bias[e];
+        double *to = omega + g * s.R * s.d + at, y = 0;
+        if (x.given != NULL)
+            y = (double)x.given[b * s.H * n + index];
+        else if (x.drawn)
+            y = ls_normal_inline(x.seed, x.stream, (uint32_t)(x.sample + (uint64_t)b), (uint64_t)index);
+        mu[i] = u;
+        to[0] = u + y;
+        if (s.R > c) to[n] = u - y;
+    }
+}
+
+/* μ and ω of every (b,h), the same on all ranks. */
+static void make_landmarks(const ls_pass *p, int phase)
+{
+    const int64_t c = landmarks(p), d = p->d, rows = p->B * p->H * c;
+    double *mu = ls_doubles(p->saved[MU]);
+    noise x = {NULL, NULL, p->given_noise, is_noisy(p), p->seed, p->sample, p->stream};
+    load_means(p, phase);
+    if (is_adaptive(p)) {
+        const double *maps = load_maps(p);
+        for (int which = 0; which < 2; which++)
+            ls_gemm_batch_double(p->queue, 0, 1, rows, d, d, 1, mean_of(p, which), d, 0, maps + which * d * d, d, 0,
+                                 which, mu, d, 0, 1);
+        x.q_bias = p->params + p->param[Q_BIAS].offset;
+        x.k_bias = p->params + p->param[K_BIAS].offset;
+    }
+    LS_LAUNCH(p->queue, make_omega, ls_blocks(rows * d, LS_THREADS), LS_THREADS, 0, sizes(p), c, x,
+              (const double *)mean_of(p, 0), (const double *)mean_of(p, 1), mu, ls_doubles(p->saved[OMEGA]));
+}
+
+/* KEYS = δ ω. */
+static void load_omega(const ls_pass *p)
+{
+    ls_slots_round_cuda(p->queue, p->B * p->H * count(p) * p->d, p->scale, ls_doubles(p->saved[OMEGA]), p->work[KEYS]);
+}
+
+static __global__ void add_scaled(int64_t n, double scale, const double *x, ls_real *y)
+{
+    LS_EACH(i, n) y[i] += (ls_real)(scale * x[i]);
+}
+
+static void add_to_gradient(const ls_pass *p, int param, int64_t n, double scale, const double *x)
+{
+    LS_LAUNCH(p->queue, add_scaled, ls_blocks(n, LS_THREADS), LS_THREADS, 0, n, scale, x,
+              p->dparams + p->param[param].offset);
+}
+
+/* Of y = x Wᵀ + bias: dx = dy W; dW = dyᵀ x, dbias = Σ dy, over the landmarks of all (b,h). Returns dx. */
+static const double *map_backward(const ls_pass *p, int which, const double *dy)
+{
+    const int64_t d = p->d, rows = p->B * p->H * landmarks(p);
+    double *dx = ls_doubles(p->work[DMU]) + rows * d, *dmap = ls_doubles(p->work[DMAPS]);
+    const double *map = ls_doubles(p->work[MAPS]) + which * d * d;
+    double *bias = ls_doubles(p->work[MEAN]);
+    ls_gemm_batch_double(p->queue, 1, 0, d, d, rows, 1, dy, d, 0, mean_of(p, which), d, 0, 0, dmap, d, 0, 1);
+    add_to_gradient(p, which ? K_WEIGHT : Q_WEIGHT, d * d, 1, dmap);
+    ls_slots_mean_cuda(p->queue, ls_slot_sizes{1, 1, rows, d}, dy, bias);
+    add_to_gradient(p, which ? K_BIAS : Q_BIAS, d, (double)rows, bias);
+    ls_gemm_batch_double(p->queue, 0, 0, rows, d, d, 1, dy, d, 0, map, d, 0, 0, dx, d, 0, 1);
+    return dx;
+}
+
+/* DMU becomes the gradient of the sums of segments; the maps get theirs. */
+static void landmarks_backward(const ls_pass *p, int phase)
+{
+    const int64_t c = landmarks(p), d = p->d, G = p->B * p->H;
+    ls_real *dgot = p->summary[phase].dgot;
+    if (is_adaptive(p)) {
+        load_means(p, phase);
+        load_maps(p);
+    }
+    for (int which = 0; which < 2; which++) {
+        const double *dmean = ls_doubles(p->work[DMU]);
+        if (is_adaptive(p)) dmean = map_backward(p, which, dmean);
+        ls_segment_means_backward_cuda(p->queue, segments_of(p, which), G, d, dmean, dgot + which * c * d, sums(p));
+    }
+    ls_reference_clear_cuda(p->queue, G, d, dgot + 2 * c * d, sums(p));
+}
+
+/* ------------------------------------------------------------------------------------------------ keys write */
+
+static ls_slot_rows keys_of(const ls_pass *p)
+{
+    return rows_of(p->own.k, p->own.pad, p->S, NULL);
+}
+
+static ls_slot_rows values_of(const ls_pass *p)
+{
+    return rows_of(p->own.v, p->own.pad, p->S, p->work[CENTRE]);
+}
+
+static ls_status write(ls_pass *p, int phase)
+{
+    make_landmarks(p, phase);
+    load_omega(p);
+    load_reference(p, phase);
+    ls_slots_write_cuda(p->queue, sizes(p), keys_of(p), p->work[KEYS], p->scale / 2, values_of(p),
+                        ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent);
+    return ls_launched(p->queue, "lara: write");
+}
+
+/* For keys [t, t + n), one warp to a row: dk_j = -δ k_j Σ_r dλ_jr, 0 where padded. dlogits (B*H,n,R) */
+static __global__ void begin_keys(ls_slot_sizes s, ls_slot_rows keys, int64_t t, int64_t n, ls_real scale,
+                                  const ls_real *dlogits, ls_view dk)
+{
+    const int64_t rows = s.B * s.H * n, warps = (int64_t)gridDim.x * blockDim.x / LS_WARP;
+    const int lane = threadIdx.x % LS_WARP;
+    for (int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / LS_WARP; i < rows; i += warps) {
+        const int64_t g = i / n, b = g / s.H, h = g % s.H, row = t + i % n;
+        const int padded = ls_is_padded(keys.pad, b * keys.n + row);
+        ls_real all = 0;
+        for (int64_t r = lane; r < s.R; r += LS_WARP) all += dlogits[i * s.R + r];
+        all = -scale * ls_warp_sum(all);
+        for (int64_t e = lane; e < s.d; e += LS_WARP)
+            ls_row(dk, b, h, row)[e] = padded ? 0 : all * ls_row(keys.x, b, h, row)[e];
+    }
+}
+
+/* DMU += δ dω of the rows of ω that came from it. */
+static __global__ void add_domega(ls_slot_sizes s, int64_t c, double scale, const double *domega, double *dmu)
+{
+    const int64_t n = c * s.d;
+    LS_EACH(i, s.B * s.H * n)
+    {
+        double sum = dmu[i];
+        for (int64_t r = i % n; r < s.R * s.d; r += n) sum += scale * domega[i / n * s.R * s.d + r];
+        dmu[i] = sum;
+    }
+}
+
+static ls_status write_backward(ls_pass *p, int phase)
+{
+    ls_queue *q = p->queue;
+    const ls_slot_sizes s = sizes(p);
+    const int64_t G = p->B * p->H, R = s.R, d = p->d, c = landmarks(p), stride = d + 2;
+    const int64_t most = ls_slots_rows_at_once(s, p->S);
+    const ls_summary *out = &p->summary[phase + 1];
+    const ls_view dx = {out->dsent + 2, p->H * R * stride, R * stride, stride};
+    ls_real *e = p->work[PROBABILITIES], *dl = p->work[DLOGITS];
+    double *domega = ls_doubles(p->work[DKEYS]), *room = ls_doubles(p->work[ROOM]);
+    load_omega(p);
+    load_reference(p, phase);
+    ls_slots_constants_cuda(q, s, out->got, out->dsent, room, ls_doubles(p->work[MEAN]), p->work[CENTRE],
+                            p->work[CONSTANT]);
+    for (int64_t t = 0, n; t == 0 || t < p->S; t += n) {
+        n = ls_min(most, p->S - t);
+        ls_slots_write_backward_cuda(q, s, keys_of(p), p->work[KEYS], p->scale / 2, values_of(p), out->sent, out->dsent,
+                                     p->work[CONSTANT], t, n, e, dl);
+        ls_gemm_heads(q, 0, 0, n, d, R, 1, ls_matrices(s, e, n, R), dx, 0, ls_rows_from(p->own.dv, t), p->B, p->H);
+        ls_slots_sum_cuda(q, s, dl, keys_of(p), t, n, room, domega, NULL, t > 0);
+        if (n == 0) break;
+        LS_LAUNCH(q, begin_keys, ls_blocks(G * n * LS_WARP, LS_THREADS), LS_THREADS, 0, s, keys_of(p), t, n,
+                  (ls_real)p->scale, (const ls_real *)dl, p->own.dk);
+        ls_gemm_heads(q, 0, 0, n, d, R, 1, ls_matrices(s, dl, n, R), ls_matrices(s, p->work[KEYS], R, d), 1,
+                      ls_rows_from(p->own.dk, t), p->B, p->H);
+    }
+    LS_LAUNCH(q, add_domega, ls_blocks(G * c * d, LS_THREADS), LS_THREADS, 0, s, c, p->scale, (const double *)domega,
+              ls_doubles(p->work[DMU]));
+    landmarks_backward(p, phase);
+    return ls_launched(q, "lara: backward of write");
+}
+
+/* ------------------------------------------------------------------------------------------------ queries read */
+
+/* a = δ(μ + ω) */
+static __global__ void make_keys(ls_slot_sizes s, int64_t c, double scale, const double *mu, const double *omega,
+                                 double *a)
+{
+    const int64_t each = s.R * s.d, n = c * s.d;
+    LS_EACH(i, s.B * s.H * each) a[i] = scale * (mu[i / each * n + i % each % n] + omega[i]);
+}
+
+/* One warp to a slot: its constant, ℓ - δ(ω - μ/2)·μ. */
+static __global__ void make_constants(ls_slot_sizes s, int64_t c, double scale, const double *mu, const double *omega,
+                                      const ls_real *element, double *constant)
+{
+    const int64_t slots = s.B * s.H * s.R, warps = (int64_t)gridDim.x * blockDim.x / LS_WARP;
+    const int lane = threadIdx.x % LS_WARP;
+    for (int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / LS_WARP; i < slots; i += warps) {
+        const double *u = mu + (i / s.R * c + i % s.R % c) * s.d, *w = omega + i * s.d;
+        const ls_real *x = element + i * (s.d + 2);
+        double dot = 0;
+        for (int64_t e = lane; e < s.d; e += LS_WARP) dot += (w[e] - u[e] / 2) * u[e];
+        dot = ls_warp_sum(dot);
+        if (lane == 0) constant[i] = (x[1] > 0 ? (double)x[0] + log((double)x[1]) : 0) - scale * dot;
+    }
+}
+
+/* KEYS = a less its mean over the slots, VALUES = N - c, CENTRE = c, CONSTANT less its mean. */
+static void load_slots(const ls_pass *p, int phase)
+{
+    ls_queue *q = p->queue;
+    const ls_slot_sizes s = sizes(p), scalars = {s.B, s.H, s.R, 1};
+    const int64_t slots = s.B * s.H * s.R, c = landmarks(p);
+    const double *mu = ls_doubles(p->saved[MU]), *omega = ls_doubles(p->saved[OMEGA]);
+    double *a = ls_doubles(p->work[SLOT_KEYS]), *mean = ls_doubles(p->work[MEAN]);
+    double *values = ls_doubles(p->work[ROOM]), *whole = ls_doubles(p->work[WHOLE]);
+    load_reference(p, phase - 1);
+    LS_LAUNCH(q, make_keys, ls_blocks(slots * s.d, LS_THREADS), LS_THREADS, 0, s, c, p->scale, mu, omega, a);
+    ls_slots_mean_cuda(q, s, a, mean);
+    ls_slots_centred_cuda(q, s, 1, a, mean, p->work[KEYS], NULL, 0);
+    ls_slots_values_cuda(q, s, p->summary[phase].got, NULL, values);
+    ls_slots_mean_cuda(q, s, values, mean);
+    ls_slots_centred_cuda(q, s, 1, values, mean, p->work[VALUES], p->work[CENTRE], 1);
+    LS_LAUNCH(q, make_constants, ls_blocks(slots * LS_WARP, LS_THREADS), LS_THREADS, 0, s, c, p->scale, mu, omega,
+              (const ls_real *)p->summary[phase].got, whole);
+    ls_slots_mean_cuda(q, scalars, whole, mean);
+    ls_slots_centred_cuda(q, scalars, 1, whole, mean, p->work[CONSTANT], NULL, 0);
+}
+
+static ls_slot_rows queries_of(const ls_pass *p)
+{
+    return rows_of(p->q, p->pad_q, p->T, NULL);
+}
+
+static ls_status read(ls_pass *p, int phase)
+{
+    load_slots(p, phase);
+    ls_slots_read_cuda(p->queue, sizes(p), queries_of(p), p->work[KEYS], p->work[CONSTANT], p->work[VALUES],
+                       p->work[CENTRE], p->out);
+    return ls_launched(p->queue, "lara: read");
+}
+
+/* The gradient of (m; s, x), element by element: 0, g / s, dN / s. */
+static __global__ void share_slots(int64_t slots, int64_t d, const double *dvalues, const double *g,
+                                   const ls_real *element, ls_real *to)
+{
+    const int64_t stride = d + 2;
+    LS_EACH(i, slots * stride)
+    {
+        const int64_t slot = i / stride, e = i % stride;
+        const double s = (double)element[slot * stride + 1], inverse = s > 0 ? 1 / s : 0;
+        to[i] = e == 0 ? 0 : (ls_real)(inverse * (e == 1 ? g[slot] : dvalues[slot * d + e - 2]));
+    }
+}
+
+/* dμ + dω = δ Σ (2 da_r - g_r ω_r) over the slots of a landmark */
+static __global__ void begin_dmu(ls_slot_sizes s, int64_t c, double scale, const double *da, const double *g,
+                                 const double *omega, double *dmu)
+{
+    LS_EACH(i, s.B * s.H * c * s.d)
+    {
+        const int64_t head = i / s.d / c, e = i % s.d;
+        double sum = 0;
+        for (int64_t r = i / s.d % c; r < s.R; r += c) {
+            const int64_t slot = head * s.R + r;
+            sum += 2 * da[slot * s.d + e] - g[slot] * omega[slot * s.d + e];
+        }
+        dmu[i] = scale * sum;
+    }
+}
+
+static ls_status read_backward(ls_pass *p, int phase)
+{
+    ls_queue *q = p->queue;
+    const ls_slot_sizes s = sizes(p);
+    const int64_t R = s.R, d = p->d, c = landmarks(p), G = p->B * p->H, most = ls_slots_rows_at_once(s, p->T);
+    const ls_slot_rows dout = rows_of(p->dout, p->pad_q, p->T, NULL);
+    ls_real *prob = p->work[PROBABILITIES], *dl = p->work[DLOGITS];
+    double *dvalues = ls_doubles(p->work[DVALUES]), *da = ls_doubles(p->work[DKEYS]), *sum = da + G * R * d;
+    double *room = ls_doubles(p->work[ROOM]);
+    load_slots(p, phase);
+    for (int64_t t = 0, n; t == 0 || t < p->T; t += n) {
+        n = ls_min(most, p->T - t);
+        ls_slots_read_backward_cuda(q, s, queries_of(p), p->work[KEYS], p->work[CONSTANT], p->work[VALUES], dout, t, n,
+                                    prob, dl);
+        ls_slots_sum_cuda(q, s, prob, dout, t, n, room, dvalues, NULL, t > 0);
+        ls_slots_sum_cuda(q, s, dl, queries_of(p), t, n, room, da, sum, t > 0);
+        ls_gemm_heads(q, 0, 0, n, d, R, 1, ls_matrices(s, dl, n, R), ls_matrices(s, p->work[KEYS], R, d), 0,
+                      ls_rows_from(p->dq, t), p->B, p->H);
+        if (n == 0) break;
+    }
+    LS_LAUNCH(q, share_slots, ls_blocks(G * R * (d + 2), LS_THREADS), LS_THREADS, 0, G * R, d, (const double *)dvalues,
+              (const double *)sum, (const ls_real *)p->summary[phase].got, p->summary[phase].dgot);
+    LS_LAUNCH(q, begin_dmu, ls_blocks(G * c * d, LS_THREADS), LS_THREADS, 0, s, c, p->scale, (const double *)da,
+              (const double *)sum, (const double *)ls_doubles(p->saved[OMEGA]), ls_doubles(p->work[DMU]));
+    return ls_launched(q, "lara: backward of read");
+}
+
+/* ------------------------------------------------------------------------------------------------ table */
+
+static const ls_cuda_kernel kernels[] = {
+    {"segments", segments, segments_backward},
+    {"write", write, write_backward},
+    {"read", read, read_backward},
+    {NULL, NULL, NULL},
+};
+
+const ls_cuda_mechanism ls_lara_cuda = {.plan = plan, .kernel = kernels, .host_bytes = NULL};

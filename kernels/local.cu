@@ -1,0 +1,924 @@
+/* Local attention on a GPU; formulas in local.c.
+ *
+ * A block has a tile of up to 16 rows, and sees visitors 32 at a time: its threads are four warps, a warp has four of
+ * the rows, a lane one visitor. Dot products run over features in pieces of 64, for which the visitors' rows lie in
+ * shared memory; what visitors give is summed there too, for all features of the tile's rows.
+ *
+ *   attend           a tile of queries, visited by keys: online softmax; its maximum and sum are saved
+ *   query_gradients  a tile of queries, visited by keys twice: first for δ and dp, then for dq
+ *   key_gradients    a tile of keys, visited by the queries that see them: dk, dv
+ *
+ * Everything is said of queries in the order of their windows, their slots: so the queries that see a key are a run of
+ * slots, whose ends a search finds. In local-p a stable merge sort makes that order, and a scan the row of each window
+ * in the list of keys that it shares with the others: row = lo - Σ gaps between windows so far. Every sum has one
+ * order, whatever blocks do. */
+#include "cuda.h"
+
+extern "C" {
+#include "local.h"
+}
+
+extern "C" const ls_cuda_mechanism ls_local_cuda;
+
+enum { ROWS = 16, WARPS = 4, EACH = ROWS / WARPS, THREADS = WARPS * LS_WARP }; /* of a tile, of a warp */
+enum {
+    GUESTS = LS_WARP,
+    WIDE = GUESTS + 1,
+    PIECE = 64,
+    PITCH = PIECE + 1,
+    PIECE_REALS = GUESTS * PITCH
+};                                                            /* one more: no bank conflicts */
+enum { RUN = 256, SCAN = 4 * LS_THREADS };                    /* of the sort, of the scan */
+enum { SLICES = 64 };                                         /* partial sums of du */
+enum { CENTRE, ORDER, SORTED, ROW, TOP, INVERSE };            /* saved[] */
+enum { SORT, GAPS, DELTA, DCENTRE, DHIDDEN, CLEAN, DVECTOR }; /* work[] */
+
+static int predictive(const ls_pass *p)
+{
+    return ls_local_predicts(p->pattern, p->option);
+}
+
+static int64_t all_rows(const ls_pass *p)
+{
+    return p->B * p->H * p->T;
+}
+
+/* Rows of a tile: as many as fit into 47 KiB of shared memory with four arrays of them, see key_gradients. */
+static int tile_rows(const ls_pass *p)
+{
+    const int64_t most = (47 << 10) / (int64_t)sizeof(ls_real) - PIECE_REALS;
+    return (int)ls_max(1, ls_min(ROWS, most / (4 * p->d + 2 * WIDE)));
+}
+
+static int64_t tiles_of(const ls_pass *p)
+{
+    return (p->T + tile_rows(p) - 1) / tile_rows(p);
+}
+
+static int64_t slices_of(const ls_pass *p)
+{
+    return ls_min(SLICES, tiles_of(p));
+}
+
+static int64_t scan_tiles(const ls_pass *p)
+{
+    return (p->T + SCAN - 1) / SCAN;
+}
+
+/* CENTRE (B,H,T): p in double, by query. By slot: ORDER the query, SORTED its centre, all_keys where it is padded, ROW
+ * the first row of its window. TOP, INVERSE (B,H,T): of the softmax, by query. */
+static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
+{
+    const int64_t rows = all_rows(p), guess = predictive(p) ? rows : 0, back = p->backward;
+    const size_t one = sizeof(int64_t);
+    p->saved[CENTRE] = (ls_real *)ls_arena_take(saved, (size_t)guess * sizeof(double));
+    for (int i = ORDER; i <= ROW; i++) p->saved[i] = (ls_real *)ls_arena_take(saved, (size_t)guess * one);
+    p->saved[TOP] = ls_take(saved, rows);
+    p->saved[INVERSE] = ls_take(saved, rows);
+    p->work[SORT] = (ls_real *)ls_arena_take(work, back ? 0 : 2 * (size_t)guess * one);
+    p->work[GAPS] = (ls_real *)ls_arena_take(work, back ? 0 : (size_t)(p->B * p->H * scan_tiles(p)) * one);
+    p->work[DELTA] = ls_take(work, back * rows);
+    p->work[DCENTRE] = ls_take(work, back * guess);
+    p->work[DHIDDEN] = ls_take(work, back * guess * p->d);
+    p->work[CLEAN] = ls_take(work, back * guess * p->d);
+    const int64_t partial = guess > 0 ? back * p->B * p->H * slices_of(p) * p->d : 0;
+    p->work[DVECTOR] = (ls_real *)ls_arena_take(work, (size_t)partial * sizeof(double));
+}
+
+/* The centres by slot, which `wanted` reads. A step fetches nothing. */
+static size_t host_bytes(const ls_pass *p)
+{
+    return predictive(p) && !p->step ? (size_t)all_rows(p) * sizeof(int64_t) : 0;
+}
+
+/* ------------------------------------------------------------------------------------------------ windows */
+
+/* This rank's queries: T for each (b,h), from position `first`. centre, order, row, by slot, and exact, by query, are
+ * of local-p, and NULL otherwise. */
+namespace
+{
+typedef struct windows {
+    ls_pattern pattern;
+    int64_t H, T, first, queries, keys, w;
+    const uint8_t *pad;
+    const int64_t *centre, *order, *row;
+    const double *exact;
+} windows;
+} // namespace
+
+static windows windows_of(const ls_pass *p)
+{
+    windows x = {p->pattern,
+                 p->H,
+                 p->T,
+                 p->query_span[0].lo,
+                 p->all_queries,
+                 p->all_keys,
+                 (int64_t)p->option[WINDOW],
+                 p->pad_q,
+                 NULL,
+                 NULL,
+                 NULL,
+                 NULL};
+    if (!predictive(p)) return x;
+    x.centre = (const int64_t *)(const void *)p->saved[SORTED];
+    x.order = (const int64_t *)(const void *)p->saved[ORDER];
+    x.row = (const int64_t *)(const void *)p->saved[ROW];
+    x.exact = (const double *)(const void *)p->saved[CENTRE];
+    return x;
+}
+
+/* Keys, n rows for each (b,h) of which the first `held` are there, from position lo; or lists, where (b,h) has rows
+ * from first[b H + h]. */
+namespace
+{
+typedef struct keys {
+    ls_view k, v;
+    const uint8_t *pad;
+    const int64_t *first;
+    int64_t n, held, lo;
+} keys;
+} // namespace
+
+static keys keys_of(const ls_block *b)
+{
+    const ls_span here = b->first == NULL ? b->span[0] : ls_span{0, 0, 0};
+    return keys{b->k, b->v, b->pad, b->first, b->n, here.n, here.lo};
+}
+
+static __device__ int64_t rows_held(const keys *s, int64_t g)
+{
+    return s->first == NULL ? s->held : s->first[g + 1] - s->first[g];
+}
+
+static __device__ ls_real *key_row(const keys *s, ls_view v, int64_t g, int64_t H, int64_t r)
+{
+    return s->first == NULL ? ls_row(v, g / H, g % H, r) : ls_row(v, 0, 0, s->first[g] + r);
+}
+
+static __device__ int is_hidden(const keys *s, int64_t g, int64_t H, int64_t r)
+{
+    return ls_is_padded(s->pad, s->first == NULL ? g / H * s->n + r : s->first[g] + r);
+}
+
+/* A slot of (b,h) g = b H + h: the query, and its window as rows [from, to) of the keys; row r is at offset + r from p.
+ */
+namespace
+{
+typedef struct window {
+    int64_t query, from, to;
+    double offset;
+} window;
+} // namespace
+
+static __device__ ls_span positions_of(const windows *x, int64_t g, int64_t slot)
+{
+    if (x->centre != NULL) { /* a padded query sees nothing, at the end */
+        const int64_t c = x->centre[g * x->T + slot];
+        return c < x->keys ? ls_local_clip(c - x->w, 2 * x->w + 1, x->keys) : ls_span{0, x->keys, 0};
+    }
+    const int64_t i = x->first + slot;
+    if (x->pattern == LS_CS) return ls_local_clip(i - x->w + 1, x->w, x->keys);
+    const int64_t c = x->pattern == LS_NS ? i : ls_local_monotonic(i, x->queries, x->keys);
+    return ls_local_clip(c - x->w, 2 * x->w + 1, x->keys);
+}
+
+static __device__ window window_of(const windows *x, const keys *s, int64_t g, int64_t slot)
+{
+    const ls_span k = positions_of(x, g, slot);
+    const int64_t from = s->first != NULL ? x->row[g * x->T + slot] : k.lo - s->lo;
+    window w = {slot, from, from + k.n, 0};
+    if (s->first == NULL) w.from = ls_max(0, w.from), w.to = ls_min(w.to, s->held);
+    if (x->order == NULL) return w;
+    w.query = x->order[g * x->T + slot];
+    w.offset = (double)(k.lo - from) - x->exact[g * x->T + w.query];
+    return w;
+}
+
+static __device__ int is_blind(const windows *x, int64_t g, int64_t query)
+{
+    return ls_is_padded(x->pad, g / x->H * x->T + query);
+}
+
+/* The first slot whose window ends after row r, or begins after it. */
+static __device__ int64_t find_slot(const windows *x, const keys *s, int64_t g, int64_t r, int begins)
+{
+    int64_t low = 0, high = x->T;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        const window w = window_of(x, s, g, middle);
+        if ((begins ? w.from : w.to) > r)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
+}
+
+/* ------------------------------------------------------------------------------------------------ tiles */
+
+/* own (rows,d) in shared memory = scale · row, one for each; 0 for NULL. Seen by all threads after the next barrier. */
+static __device__ void load_own(ls_real *own, int r, const ls_real *row, ls_real scale, int64_t d)
+{
+    for (int64_t e = threadIdx.x % LS_WARP; e < d; e += LS_WARP) own[r * d + e] = row != NULL ? scale * row[e] : 0;
+}
+
+/* piece (32,n) = features [e0, e0 + n) of the visitors; 0 for NULL. */
+static __device__ void load_piece(const ls_real *const *visitor, int64_t e0, int n, ls_real *piece)
+{
+    __syncthreads();
+    for (int i = threadIdx.x / LS_WARP; i < LS_WARP; i += WARPS)
+        for (int e = threadIdx.x % LS_WARP; e < n; e += LS_WARP)
+            piece[i * PITCH + e] = visitor[i] != NULL ? visitor[i][e0 + e] : 0;
+    __syncthreads();
+}
+
+/* Of the tile's rows r = warp, warp + 4, ..: own_r · (this lane's visitor), summed in T. */
+template <typename T>
+static __device__ void dots(const ls_real *own, int rows, const ls_real *const *visitor, int64_t d, ls_real *piece,
+                            T (&s)[EACH])
+{
+    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
+    for (int u = 0; u < EACH; u++) s[u] = 0;
+    for (int64_t e0 = 0; e0 < d; e0 += PIECE) {
+        const int n = (int)ls_min(PIECE, d - e0);
+        const ls_real *mine[EACH], *theirs = piece + lane * PITCH;
+        for (int u = 0; u < EACH; u++) mine[u] = own + ls_min(warp + u * WARPS, rows - 1) * d + e0;
+        load_piece(visitor, e0, n, piece);
+        for (int e = 0; e < n; e++) {
+            const T x = T(theirs[e]);
+#pragma unroll
+            for (int u = 0; u < EACH; u++) s[u] += T(mine[u][e]) * x;
+        }
+    }
+}
+
+/* sum_r (d) = shrink_r sum_r + Σ_visitors weight (rows,32) · visitor; the weights of a row were written by its warp. */
+static __device__ void add_weighted(const ls_real *weight, int rows, const ls_real *const *visitor, int64_t d,
+                                    ls_real *piece, const ls_real (&shrink)[EACH], ls_real *sum)
+{
+    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
+    for (int64_t e0 = 0; e0 < d; e0 += PIECE) {
+        const int n = (int)ls_min(PIECE, d - e0);
+        const ls_real *w[EACH];
+        for (int u = 0; u < EACH; u++) w[u] = weight + ls_min(warp + u * WARPS, rows - 1) * WIDE;
+        load_piece(visitor, e0, n, piece);
+        for (int e = lane; e < n; e += LS_WARP) {
+            ls_real x[EACH] = {0};
+            for (int j = 0; j < LS_WARP; j++)
+#pragma unroll
+                for (int u = 0; u < EACH; u++) x[u] += w[u][j] * piece[j * PITCH + e];
+            for (int u = 0; u < EACH; u++)
+                if (warp + u * WARPS < rows) {
+                    ls_real *to = sum + (warp + u * WARPS) * d + e0 + e;
+                    *to = shrink[u] * *to + x[u];
+                }
+        }
+    }
+}
+
+/* The 32 keys that visit from row r on, of those before `end`. */
+namespace
+{
+typedef struct visitors {
+    const ls_real *k[LS_WARP], *v[LS_WARP];
+    int hidden[LS_WARP];
+} visitors;
+} // namespace
+
+static __device__ void invite_keys(const keys *s, int64_t g, int64_t H, int64_t r, int64_t end, visitors *to)
+{
+    const int lane = threadIdx.x;
+    if (lane >= LS_WARP) return;
+    const int here = r + lane < end;
+    to->hidden[lane] = !here || is_hidden(s, g, H, r + lane);
+    to->k[lane] = here ? key_row(s, s->k, g, H, r + lane) : NULL;
+    to->v[lane] = here ? key_row(s, s->v, g, H, r + lane) : NULL;
+}
+
+static __device__ ls_real gaussian(const windows *x, ls_real narrow, ls_real distance)
+{
+    return x->order == NULL ? 1 : ls_exp(narrow * distance * distance);
+}
+
+/* A tile of queries of one (b,h): slots [slot, slot + n). A warp has its rows' windows in registers. */
+namespace
+{
+typedef struct query_tile {
+    int64_t g, slot, from, to; /* the keys that any of them sees */
+    int n;
+    window w[EACH];
+    int blind[EACH];
+} query_tile;
+} // namespace
+
+static __device__ query_tile find_queries(const windows *x, const keys *s, int rows)
+{
+    const int64_t tiles = (x->T + rows - 1) / rows, slot = blockIdx.x % tiles * rows;
+    query_tile t;
+    t.g = blockIdx.x / tiles;
+    t.slot = slot;
+    t.n = (int)ls_min(rows, x->T - slot);
+    t.from = window_of(x, s, t.g, slot).from;
+    t.to = window_of(x, s, t.g, slot + t.n - 1).to;
+    for (int u = 0; u < EACH; u++) {
+        t.w[u] = window_of(x, s, t.g, slot + ls_min(threadIdx.x / LS_WARP + u * WARPS, t.n - 1));
+        t.blind[u] = is_blind(x, t.g, t.w[u].query);
+    }
+    return t;
+}
+
+/* ------------------------------------------------------------------------------------------------ forward */
+
+/* out = Σ a g v. With sent (B,H,T; m, l, Σ e^(s-m) g v), what these keys are to a softmax over more of them. */
+static __global__ void attend(windows x, keys s, ls_view q, int64_t d, int rows, ls_real scale, ls_real narrow,
+                              ls_view out, ls_real *tops, ls_real *inverses, ls_real *sent)
+{
+    LS_SHARED(ls_real, memory);
+    __shared__ visitors visit;
+    ls_real *own = memory, *sum = own + rows * d, *piece = sum + rows * d, *weight = piece + PIECE_REALS;
+    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
+    const query_tile t = find_queries(&x, &s, rows);
+    const int64_t b = t.g / x.H, h = t.g % x.H;
+    ls_real top[EACH], total[EACH], shrink[EACH];
+    for (int u = 0; u < EACH; u++) {
+        const int r = warp + u * WARPS;
+        top[u] = -INFINITY, total[u] = 0, shrink[u] = 1;
+        if (r >= rows) continue;
+        load_own(own, r, r < t.n && !t.blind[u] ? ls_row(q, b, h, t.w[u].query) : NULL, scale, d);
+        load_own(sum, r, NULL, 0, d);
+    }
+    for (int64_t key = t.from; key < t.to; key += LS_WARP) {
+        const int64_t mine = key + lane;
+        ls_real score[EACH];
+        invite_keys(&s, t.g, x.H, key, t.to, &visit);
+        dots(own, rows, visit.k, d, piece, score);
+        for (int u = 0; u < EACH; u++) {
+            const int r = warp + u * WARPS;
+            if (r >= rows) break;
+            const int seen = r < t.n && !t.blind[u] && mine >= t.w[u].from && mine < t.w[u].to && !visit.hidden[lane];
+            const ls_real a = seen ? score[u] : -INFINITY, most = ls_warp_max(a);
+            const ls_real next = most > top[u] ? most : top[u], base = next == -INFINITY ? 0 : next;
+            shrink[u] = ls_exp(top[u] - base);
+            const ls_real e = ls_exp(a - base), distance = (ls_real)(t.w[u].offset + (double)mine);
+            total[u] = total[u] * shrink[u] + e;
+            top[u] = next;
+            weight[r * WIDE + lane] = seen ? e * gaussian(&x, narrow, distance) : 0;
+        }
+        add_weighted(weight, rows, visit.v, d, piece, shrink, sum);
+    }
+    for (int u = 0; u < EACH; u++) {
+        const int r = warp + u * WARPS;
+        if (r >= t.n) break;
+        const ls_real l = ls_warp_sum(total[u]), inverse = l > 0 ? 1 / l : 0;
+        const int64_t row = t.g * x.T + t.w[u].query;
+        ls_real *to = sent != NULL ? sent + row * (2 + d) + 2 : ls_row(out, b, h, t.w[u].query);
+        for (int64_t e = lane; e < d; e += LS_WARP) to[e] = (sent != NULL ? 1 : inverse) * sum[r * d + e];
+        if (lane > 0) continue;
+        if (sent != NULL) {
+            to[-2] = top[u];
+            to[-1] = l;
+        } else {
+            tops[row] = top[u] == -INFINITY ? 0 : top[u];
+            inverses[row] = inverse;
+        }
+    }
+}
+
+static size_t tile_bytes(const ls_pass *p, int arrays, int weights)
+{
+    const int64_t rows = tile_rows(p);
+    return (size_t)((arrays * p->d + weights * WIDE) * rows + PIECE_REALS) * sizeof(ls_real);
+}
+
+static ls_real narrowness(const ls_pass *p)
+{
+    return (ls_real)(-2 / (p->option[WINDOW] * p->option[WINDOW]));
+}
+
+static void attend_to(ls_pass *p, const ls_block *to, ls_real *sent)
+{
+    if (all_rows(p) > 0)
+        LS_LAUNCH(p->queue, attend, (int)(p->B * p->H * tiles_of(p)), THREADS, tile_bytes(p, 2, 1), windows_of(p),
+                  keys_of(to), p->q, p->d, tile_rows(p), (ls_real)p->scale, narrowness(p), p->out, p->saved[TOP],
+                  p->saved[INVERSE], sent);
+}
+
+static ls_status forward(ls_pass *p, int phase)
+{
+    (void)phase;
+    attend_to(p, &p->halo, NULL);
+    return ls_launched(p->queue, "local: windows");
+}
+
+/* ------------------------------------------------------------------------------------------------ backward */
+
+/* By query: what the softmax was, and what its gradient needs. */
+namespace
+{
+typedef struct softmax_rows {
+    const ls_real *top, *inverse;
+    ls_real *delta, *dcentre;
+} softmax_rows;
+} // namespace
+
+/* a, weight = a g and distance = j - p of a visible pair of which `score` is the scaled product; 0 if it is not. */
+namespace
+{
+typedef struct pair {
+    ls_real a, weight, distance;
+} pair;
+} // namespace
+
+static __device__ pair weigh(const windows *x, int seen, ls_real score, ls_real top, ls_real inverse, double distance,
+                             ls_real narrow)
+{
+    pair p = {0, 0, 0};
+    if (!seen) return p;
+    p.a = ls_exp(score - top) * inverse;
+    p.distance = (ls_real)distance;
+    p.weight = p.a * gaussian(x, narrow, p.distance);
+    return p;
+}
+
+static __global__ void query_gradients(windows x, keys s, ls_view q, ls_view dout, ls_view dq, int64_t d, int rows,
+                                       ls_real scale, ls_real narrow, softmax_rows soft)
+{
+    LS_SHARED(ls_real, memory);
+    __shared__ visitors visit;
+    ls_real *own = memory, *down = own + rows * d, *sum = down + rows * d, *piece = sum + rows * d;
+    ls_real *weight = piece + PIECE_REALS;
+    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
+    const query_tile t = find_queries(&x, &s, rows);
+    const int64_t b = t.g / x.H, h = t.g % x.H;
+    ls_real delta[EACH], slope[EACH], top[EACH], inverse[EACH];
+    const ls_real keep[EACH] = {1, 1, 1, 1};
+    for (int u = 0; u < EACH; u++) {
+        const int r = warp + u * WARPS, sees = r < t.n && !t.blind[u];
+        const int64_t row = t.g * x.T + t.w[u].query;
+        delta[u] = slope[u] = 0;
+        top[u] = soft.top[row], inverse[u] = soft.inverse[row];
+        if (r >= rows) continue;
+        load_own(own, r, sees ? ls_row(q, b, h, t.w[u].query) : NULL, scale, d);
+        load_own(down, r, sees ? ls_row(dout, b, h, t.w[u].query) : NULL, 1, d);
+        load_own(sum, r, NULL, 0, d);
+    }
+    for (int pass = 0; pass < 2; pass++) { /* 0: δ and dp; 1: dq */
+        for (int64_t key = t.from; key < t.to; key += LS_WARP) {
+            const int64_t mine = key + lane;
+            ls_real score[EACH], gain[EACH];
+            invite_keys(&s, t.g, x.H, key, t.to, &visit);
+            dots(own, rows, visit.k, d, piece, score);
+            dots(down, rows, visit.v, d, piece, gain);
+            for (int u = 0; u < EACH; u++) {
+                const int r = warp + u * WARPS;
+                if (r >= rows) break;
+                const int seen =
+                    r < t.n && !t.blind[u] && mine >= t.w[u].from && mine < t.w[u].to && !visit.hidden[lane];
+                const pair a = weigh(&x, seen, score[u], top[u], inverse[u], t.w[u].offset + (double)mine, narrow);
+                const ls_real given = a.weight * gain[u];
+                weight[r * WIDE + lane] = given - a.a * delta[u];
+                if (pass > 0) continue;
+                delta[u] += given;
+                slope[u] += given * a.distance;
+            }
+            if (pass > 0)
+                add_weighted(weight, rows, visit.k, d, piece, keep, sum);
+            else
+                __syncthreads(); /* the visitors go */
+        }
+        for (int u = 0; u < EACH && pass == 0; u++) delta[u] = ls_warp_sum(delta[u]), slope[u] = ls_warp_sum(slope[u]);
+    }
+    for (int u = 0; u < EACH; u++) {
+        const int r = warp + u * WARPS;
+        if (r >= t.n) break;
+        ls_real *to = ls_row(dq, b, h, t.w[u].query);
+        for (int64_t e = lane; e < d; e += LS_WARP) to[e] = scale * sum[r * d + e];
+        if (lane > 0) continue;
+        soft.delta[t.g * x.T + t.w[u].query] = delta[u];
+        if (x.order != NULL) soft.dcentre[t.g * x.T + t.w[u].query] = -2 * narrow * slope[u]; /* 4 / w² */
+    }
+}
+
+/* Keys [r, r + n) of (b,h) g. */
+static __device__ void gradients_of_keys(const windows *x, const keys *s, int64_t g, int64_t r, int n, ls_view q,
+                                         ls_view dout, ls_view dk, ls_view dv, int64_t d, int rows, ls_real scale,
+                                         ls_real narrow, const softmax_rows *soft, ls_real *memory, visitors *visit)
+{
+    ls_real *own_k = memory, *own_v = own_k + rows * d, *sum_k = own_v + rows * d, *sum_v = sum_k + rows * d;
+    ls_real *piece = sum_v + rows * d, *weight = piece + PIECE_REALS, *dscore = weight + rows * WIDE;
+    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
+    const int64_t b = g / x->H, h = g % x->H;
+    const int64_t begin = find_slot(x, s, g, r, 0), end = find_slot(x, s, g, r + n - 1, 1);
+    const ls_real keep[EACH] = {1, 1, 1, 1};
+    int hidden[EACH];
+    for (int u = 0; u < EACH; u++) {
+        const int i = warp + u * WARPS;
+        hidden[u] = i >= n || is_hidden(s, g, x->H, r + i);
+        if (i >= rows) continue;
+        load_own(own_k, i, i < n ? key_row(s, s->k, g, x->H, r + i) : NULL, 1, d);
+        load_own(own_v, i, i < n ? key_row(s, s->v, g, x->H, r + i) : NULL, 1, d);
+        load_own(sum_k, i, NULL, 0, d);
+        load_own(sum_v, i, NULL, 0, d);
+    }
+    for (int64_t slot = begin; slot < end; slot += LS_WARP) {
+        const window w = window_of(x, s, g, ls_min(slot + lane, end - 1));
+        const int sees = slot + lane < end && !is_blind(x, g, w.query);
+        const int64_t row = g * x->T + w.query;
+        const ls_real top = soft->top[row], inverse = soft->inverse[row], delta = soft->delta[row];
+        ls_real score[EACH], gain[EACH];
+        if (warp == 0) {
+            visit->k[lane] = sees ? ls_row(q, b, h, w.query) : NULL;
+            visit->v[lane] = sees ? ls_row(dout, b, h, w.query) : NULL;
+        }
+        dots(own_k, rows, visit->k, d, piece, score);
+        dots(own_v, rows, visit->v, d, piece, gain);
+        for (int u = 0; u < EACH; u++) {
+            const int i = warp + u * WARPS;
+            if (i >= rows) break;
+            const int seen = sees && !hidden[u] && r + i >= w.from && r + i < w.to;
+            const pair a = weigh(x, seen, scale * score[u], top, inverse, w.offset + (double)(r + i), narrow);
+            weight[i * WIDE + lane] = a.weight;
+            dscore[i * WIDE + lane] = a.weight * gain[u] - a.a * delta;
+        }
+        add_weighted(weight, rows, visit->v, d, piece, keep, sum_v);
+        add_weighted(dscore, rows, visit->k, d, piece, keep, sum_k);
+    }
+    for (int i = warp; i < n; i += WARPS) {
+        ls_real *to_k = key_row(s, dk, g, x->H, r + i), *to_v = key_row(s, dv, g, x->H, r + i);
+        for (int64_t e = lane; e < d; e += LS_WARP) {
+            to_k[e] = scale * sum_k[i * d + e];
+            to_v[e] = sum_v[i * d + e];
+        }
+    }
+    __syncthreads(); /* the visitors go */
+}
+
+/* A tile of rows, counted over all (b,h): where lists meet it is done in parts. */
+static __global__ void key_gradients(windows x, keys s, int64_t groups, ls_view q, ls_view dout, ls_view dk, ls_view dv,
+                                     int64_t d, int rows, ls_real scale, ls_real narrow, softmax_rows soft)
+{
+    LS_SHARED(ls_real, memory);
+    __shared__ visitors visit;
+    const int64_t begin = (int64_t)blockIdx.x * rows, all = s.first != NULL ? s.first[groups] : groups * s.n;
+    const int64_t end = ls_min(begin + rows, all);
+    for (int64_t row = begin; row < end;) {
+        int64_t g = 0, high = groups; /* the last (b,h) whose rows begin at or before row */
+        while (g + 1 < high) {
+            const int64_t middle = (g + high) / 2;
+            if ((s.first != NULL ? s.first[middle] : middle * s.n) <= row)
+                g = middle;
+            else
+                high = middle;
+        }
+        const int64_t first = s.first != NULL ? s.first[g] : g * s.n, last = first + rows_held(&s, g);
+        const int n = (int)(ls_min(end, last) - row);
+        gradients_of_keys(&x, &s, g, row - first, n, q, dout, dk, dv, d, rows, scale, narrow, &soft, memory, &visit);
+        row += n;
+    }
+}
+
+static void centres_backward(ls_pass *p);
+
+static ls_status backward(ls_pass *p, int phase)
+{
+    (void)phase;
+    const int rows = tile_rows(p);
+    const ls_real scale = (ls_real)p->scale;
+    const softmax_rows soft = {p->saved[TOP], p->saved[INVERSE], p->work[DELTA], p->work[DCENTRE]};
+    const int64_t all_keys = p->halo.first != NULL ? p->halo.n : p->B * p->H * p->halo.n;
+    if (all_rows(p) > 0)
+        LS_LAUNCH(p->queue, query_gradients, (int)(p->B * p->H * tiles_of(p)), THREADS, tile_bytes(p, 3, 1),
+                  windows_of(p), keys_of(&p->halo), p->q, p->dout, p->dq, p->d, rows, scale, narrowness(p), soft);
+    if (all_keys > 0)
+        LS_LAUNCH(p->queue, key_gradients, (int)((all_keys + rows - 1) / rows), THREADS, tile_bytes(p, 4, 2),
+                  windows_of(p), keys_of(&p->halo), p->B * p->H, p->q, p->dout, p->halo.dk, p->halo.dv, p->d, rows,
+                  scale, narrowness(p), soft);
+    if (predictive(p)) centres_backward(p);
+    return ls_launched(p->queue, "local: gradients of windows");
+}
+
+/* ------------------------------------------------------------------------------------------------ count */
+
+static __global__ void count_keys(const uint8_t *pad, int64_t S, ls_real *sent)
+{
+    __shared__ int64_t scratch[LS_WARP];
+    const int64_t b = blockIdx.x;
+    int64_t n = 0;
+    for (int64_t j = threadIdx.x; j < S; j += LS_THREADS) n += !ls_is_padded(pad, b * S + j);
+    n = ls_block_sum(n, scratch);
+    if (threadIdx.x > 0) return;
+    sent[2 * b] = (ls_real)(n / 4096);
+    sent[2 * b + 1] = (ls_real)(n % 4096);
+}
+
+static ls_status count(ls_pass *p, int phase)
+{
+    LS_LAUNCH(p->queue, count_keys, (int)p->B, LS_THREADS, 0, p->own.pad, p->S, p->summary[phase + 1].sent);
+    return ls_launched(p->queue, "local: count");
+}
+
+/* ------------------------------------------------------------------------------------------------ centres */
+
+/* Of head h: W (d,d), u (d), as they stand in the parameters. */
+namespace
+{
+typedef struct predictor {
+    const ls_real *map, *vector;
+} predictor;
+} // namespace
+
+static predictor predictor_of(const ls_pass *p)
+{
+    return predictor{p->params + p->param[MAP].offset, p->params + p->param[VECTOR].offset};
+}
+
+/* Rows [c, c + 32) of W visit the tile. */
+static __device__ void invite_map(const ls_real *map, int64_t c, int64_t d, visitors *to)
+{
+    const int lane = threadIdx.x;
+    if (lane < LS_WARP) to->k[lane] = c + lane < d ? map + (c + lane) * d : NULL;
+}
+
+/* p of a tile of queries, in double; by slot, before they are sorted: the queries, and their centres. */
+static __global__ void make_centres(int64_t H, int64_t T, int64_t keys_in_all, ls_view q, const uint8_t *pad, int64_t d,
+                                    int rows, predictor f, const ls_real *counts, double *exact, int64_t *order,
+                                    int64_t *centre)
+{
+    LS_SHARED(ls_real, memory);
+    __shared__ visitors visit;
+    ls_real *own = memory, *piece = own + rows * d;
+    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
+    const int64_t tiles = (T + rows - 1) / rows, g = blockIdx.x / tiles, t = blockIdx.x % tiles * rows;
+    const int64_t b = g / H, h = g % H;
+    const ls_real *map = f.map + h * d * d, *vector = f.vector + h * d;
+    const double last = ls_local_last_key(counts + 2 * b);
+    double z[EACH] = {0};
+    int blind[EACH];
+    for (int u = 0; u < EACH; u++) {
+        const int r = warp + u * WARPS;
+        blind[u] = r >= rows || t + r >= T || ls_is_padded(pad, b * T + t + r);
+        if (r < rows) load_own(own, r, blind[u] ? NULL : ls_row(q, b, h, t + r), 1, d);
+    }
+    for (int64_t c = 0; c < d; c += LS_WARP) {
+        double x[EACH];
+        __syncthreads();
+        invite_map(map, c, d, &visit);
+        dots(own, rows, visit.k, d, piece, x);
+        for (int u = 0; u < EACH; u++)
+            if (c + lane < d) z[u] += (double)vector[c + lane] * tanh(x[u]);
+    }
+    for (int u = 0; u < EACH; u++) {
+        const int r = warp + u * WARPS;
+        const double sum = ls_warp_sum(z[u]), at = blind[u] ? 0 : last / (1 + exp(-sum));
+        if (r >= rows || t + r >= T || lane > 0) continue;
+        exact[g * T + t + r] = at;
+        order[g * T + t + r] = t + r;
+        centre[g * T + t + r] = blind[u] ? keys_in_all : ls_local_predicted(at);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ order */
+
+/* Runs of 256 in order: each element's place is the number of those that come before it. */
+static __global__ void sort_runs(int64_t T, int64_t runs, int64_t *centre, int64_t *order)
+{
+    __shared__ int64_t c[RUN];
+    const int64_t base = blockIdx.x / runs * T, first = blockIdx.x % runs * RUN;
+    const int n = (int)ls_min(RUN, T - first), i = threadIdx.x;
+    int64_t mine = 0, query = 0;
+    if (i < n) c[i] = mine = centre[base + first + i], query = order[base + first + i];
+    __syncthreads();
+    if (i >= n) return;
+    int place = 0;
+    for (int j = 0; j < n; j++) place += c[j] < mine || (c[j] == mine && j < i);
+    centre[base + first + place] = mine;
+    order[base + first + place] = query;
+}
+
+/* Two neighbouring runs of `length` become one: an element goes as far as it stands in its own, and as many elements of
+ * the other come before it; of equals, those of the left. */
+static __global__ void merge_runs(int64_t T, int64_t all, int64_t length, const int64_t *centre, const int64_t *order,
+                                  int64_t *to_centre, int64_t *to_order)
+{
+    LS_EACH(i, all)
+    {
+        const int64_t base = i / T * T, at = i - base, both = at / (2 * length) * (2 * length), half = both + length;
+        const int right = at >= half;
+        const int64_t mine = centre[i];
+        int64_t low = ls_min(right ? both : half, T), high = ls_min(low + length, T);
+        const int64_t begin = low;
+        while (low < high) {
+            const int64_t middle = (low + high) / 2, c = centre[base + middle];
+            if (c < mine || (right && c == mine))
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        const int64_t place = base + (right ? at - length : at) + low - begin;
+        to_centre[place] = mine;
+        to_order[place] = order[i];
+    }
+}
+
+/* Keys between the window of a slot and that before, which nobody sees. */
+static __device__ int64_t gap_before(const windows *x, int64_t g, int64_t slot)
+{
+    const ls_span k = positions_of(x, g, slot);
+    if (slot == 0) return k.lo;
+    const ls_span before = positions_of(x, g, slot - 1);
+    return ls_max(0, k.lo - before.lo - before.n);
+}
+
+/* sums (B,H,tiles): gaps of 1024 slots. */
+static __global__ void sum_gaps(windows x, int64_t tiles, int64_t *sums)
+{
+    __shared__ int64_t scratch[LS_WARP];
+    const int64_t g = blockIdx.x / tiles, slot = blockIdx.x % tiles * SCAN;
+    int64_t n = 0;
+    for (int64_t i = slot + threadIdx.x; i < ls_min(slot + SCAN, x.T); i += LS_THREADS) n += gap_before(&x, g, i);
+    n = ls_block_sum(n, scratch);
+    if (threadIdx.x == 0) sums[blockIdx.x] = n;
+}
+
+/* row = lo less the gaps so far: those of the tiles before, of the threads before, of this thread's four. */
+static __global__ void place_windows(windows x, int64_t tiles, const int64_t *sums, int64_t *row)
+{
+    __shared__ int64_t scratch[LS_WARP], scan[LS_THREADS];
+    const int64_t g = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+    const int64_t slot = tile * SCAN + 4 * threadIdx.x, end = ls_min(slot + 4, x.T);
+    int64_t before = 0, mine = 0;
+    for (int64_t i = threadIdx.x; i < tile; i += LS_THREADS) before += sums[g * tiles + i];
+    before = ls_block_sum(before, scratch);
+    for (int64_t i = slot; i < end; i++) mine += gap_before(&x, g, i);
+    scan[threadIdx.x] = mine;
+    for (int step = 1; step < LS_THREADS; step *= 2) {
+        __syncthreads();
+        const int64_t more = (int)threadIdx.x >= step ? scan[threadIdx.x - step] : 0;
+        __syncthreads();
+        scan[threadIdx.x] += more;
+    }
+    int64_t gaps = before + scan[threadIdx.x] - mine;
+    for (int64_t i = slot; i < end; i++) {
+        gaps += gap_before(&x, g, i);
+        row[g * x.T + i] = positions_of(&x, g, i).lo - gaps;
+    }
+}
+
+/* Merges go to and fro between `saved` and `work`, and begin where they end in `saved`. */
+static void order_queries(ls_pass *p, int64_t *centre[2], int64_t *order[2])
+{
+    const int64_t groups = p->B * p->H, all = all_rows(p), tiles = scan_tiles(p), runs = (p->T + RUN - 1) / RUN;
+    int from = 0;
+    for (int64_t length = RUN; length < p->T; length *= 2) from = !from;
+    LS_LAUNCH(p->queue, sort_runs, (int)(groups * runs), RUN, 0, p->T, runs, centre[from], order[from]);
+    for (int64_t length = RUN; length < p->T; length *= 2, from = !from)
+        LS_LAUNCH(p->queue, merge_runs, ls_blocks(all, LS_THREADS), LS_THREADS, 0, p->T, all, length, centre[from],
+                  order[from], centre[!from], order[!from]);
+    int64_t *gaps = (int64_t *)(void *)p->work[GAPS];
+    LS_LAUNCH(p->queue, sum_gaps, (int)(groups * tiles), LS_THREADS, 0, windows_of(p), tiles, gaps);
+    LS_LAUNCH(p->queue, place_windows, (int)(groups * tiles), LS_THREADS, 0, windows_of(p), tiles, gaps,
+              (int64_t *)(void *)p->saved[ROW]);
+}
+
+/* In a step each (b,h) has one query, which is in order; and fetches nothing. Otherwise the host must know which keys
+ * to ask of other ranks: it waits here for the centres, the one time in a call. */
+static ls_status centres(ls_pass *p, int phase)
+{
+    int64_t *temporary = (int64_t *)(void *)p->work[SORT];
+    int64_t *centre[2] = {(int64_t *)(void *)p->saved[SORTED], temporary};
+    int64_t *order[2] = {(int64_t *)(void *)p->saved[ORDER], temporary + all_rows(p)};
+    int first = 0;
+    if (all_rows(p) == 0) return LS_OK;
+    for (int64_t length = RUN; length < p->T; length *= 2) first = !first;
+    LS_LAUNCH(p->queue, make_centres, (int)(p->B * p->H * tiles_of(p)), THREADS, tile_bytes(p, 1, 0), p->H, p->T,
+              p->all_keys, p->q, p->pad_q, p->d, tile_rows(p), predictor_of(p), p->summary[phase].got,
+              (double *)(void *)p->saved[CENTRE], order[first], centre[first]);
+    if (p->step) return ls_launched(p->queue, "local: centres");
+    order_queries(p, centre, order);
+    LS_TRY(ls_launched(p->queue, "local: centres"));
+    return ls_cuda_device.to_host(p->queue, p->host, centre[0], host_bytes(p));
+}
+
+/* ------------------------------------------------------------------------------------------------ their gradients */
+
+/* dp becomes d(W q), in `dhidden` (B,H,T,d), and du, of which each block sums a slice of the tiles; `clean` (B,H,T,d):
+ * q, with 0 where it is padded. */
+static __global__ void predictor_gradients(int64_t H, int64_t T, int64_t slices, ls_view q, const uint8_t *pad,
+                                           int64_t d, int rows, predictor f, const ls_real *counts, const double *exact,
+                                           const ls_real *dcentre, ls_real *dhidden, ls_real *clean, double *dvector)
+{
+    LS_SHARED(double, sums);
+    __shared__ visitors visit;
+    ls_real *own = (ls_real *)(sums + WARPS * d), *piece = own + rows * d;
+    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
+    const int64_t g = blockIdx.x / slices, b = g / H, h = g % H;
+    const ls_real *map = f.map + h * d * d, *vector = f.vector + h * d;
+    const double last = ls_local_last_key(counts + 2 * b);
+    for (int64_t c = lane; c < d; c += LS_WARP) sums[warp * d + c] = 0;
+    for (int64_t t = blockIdx.x % slices * rows; t < T; t += slices * rows) {
+        double dz[EACH];
+        __syncthreads();
+        for (int u = 0; u < EACH; u++) {
+            const int r = warp + u * WARPS, here = r < rows && t + r < T;
+            const int64_t row = g * T + t + r;
+            dz[u] = 0;
+            if (r < rows)
+                load_own(own, r, here && !ls_is_padded(pad, b * T + t + r) ? ls_row(q, b, h, t + r) : NULL, 1, d);
+            if (here && last > 0) dz[u] = (double)dcentre[row] * exact[row] * (1 - exact[row] / last);
+            for (int64_t e = lane; e < d && here; e += LS_WARP) clean[row * d + e] = own[r * d + e];
+        }
+        for (int64_t c = 0; c < d; c += LS_WARP) {
+            double x[EACH];
+            __syncthreads();
+            invite_map(map, c, d, &visit);
+            dots(own, rows, visit.k, d, piece, x);
+            for (int u = 0; u < EACH; u++) {
+                const int r = warp + u * WARPS;
+                if (r >= rows || t + r >= T || c + lane >= d) continue;
+                const double y = tanh(x[u]);
+                sums[warp * d + c + lane] += dz[u] * y;
+                dhidden[(g * T + t + r) * d + c + lane] = (ls_real)(dz[u] * (double)vector[c + lane] * (1 - y * y));
+            }
+        }
+    }
+    __syncthreads();
+    for (int64_t c = threadIdx.x; c < d; c += THREADS) {
+        double sum = 0;
+        for (int i = 0; i < WARPS; i++) sum += sums[i * d + c];
+        dvector[blockIdx.x * d + c] = sum;
+    }
+}
+
+/* du (H,d) += the slices of all batch rows. */
+static __global__ void sum_slices(int64_t B, int64_t H, int64_t d, int64_t slices, const double *dvector, ls_real *du)
+{
+    LS_EACH(i, H * d)
+    {
+        double sum = 0;
+        for (int64_t b = 0; b < B; b++)
+            for (int64_t s = 0; s < slices; s++) sum += dvector[((b * H + i / d) * slices + s) * d + i % d];
+        du[i] += (ls_real)sum;
+    }
+}
+
+static void centres_backward(ls_pass *p)
+{
+    const int64_t B = p->B, H = p->H, T = p->T, d = p->d, slices = slices_of(p), head = T * d;
+    const predictor f = predictor_of(p);
+    ls_real *dhidden = p->work[DHIDDEN], *clean = p->work[CLEAN], *dW = p->dparams + p->param[MAP].offset;
+    double *dvector = (double *)(void *)p->work[DVECTOR];
+    if (all_rows(p) == 0) return;
+    const size_t bytes = tile_bytes(p, 1, 0) + (size_t)(WARPS * d) * sizeof(double);
+    LS_LAUNCH(p->queue, predictor_gradients, (int)(B * H * slices), THREADS, bytes, H, T, slices, p->q, p->pad_q, d,
+              tile_rows(p), f, p->summary[CENTRES].got, (const double *)(const void *)p->saved[CENTRE],
+              p->work[DCENTRE], dhidden, clean, dvector);
+    LS_LAUNCH(p->queue, sum_slices, ls_blocks(H * d, LS_THREADS), LS_THREADS, 0, B, H, d, slices, dvector,
+              p->dparams + p->param[VECTOR].offset);
+    for (int64_t b = 0; b < B; b++)
+        ls_gemm_batch(p->queue, 1, 0, d, d, T, 1, dhidden + b * H * head, d, head, clean + b * H * head, d, head, 1, dW,
+                      d, d * d, H);
+    const ls_view rows = {dhidden, H * head, head, d}, maps = {(ls_real *)(uintptr_t)f.map, 0, d * d, d};
+    ls_gemm_heads(p->queue, 0, 0, T, d, d, 1, rows, maps, 1, p->dq, B, H);
+}
+
+/* ------------------------------------------------------------------------------------------------ step */
+
+/* This rank's part of the cache, as a softmax over a part of the keys. */
+static ls_status visit_cache(ls_pass *p, int phase)
+{
+    attend_to(p, &p->visit, p->summary[phase + 1].sent);
+    return ls_launched(p->queue, "local: visit");
+}
+
+static __global__ void divide(int64_t H, int64_t T, int64_t d, int64_t all, const ls_real *got, ls_view out)
+{
+    LS_EACH(i, all)
+    {
+        const int64_t row = i / d, e = i % d;
+        const ls_real *from = got + row * (2 + d);
+        ls_row(out, row / T / H, row / T % H, row % T)[e] = from[1] > 0 ? from[2 + e] / from[1] : 0;
+    }
+}
+
+static ls_status finish(ls_pass *p, int phase)
+{
+    const int64_t all = all_rows(p) * p->d;
+    LS_LAUNCH(p->queue, divide, ls_blocks(all, LS_THREADS), LS_THREADS, 0, p->H, p->T, p->d, all, p->summary[phase].got,
+              p->out);
+    return ls_launched(p->queue, "local: finish");
+}
+
+/* ------------------------------------------------------------------------------------------------ table */
+
+static const ls_cuda_kernel kernels[] = {
+    {"windows", forward, backward},
+    {"predicted windows", forward, backward},
+    {"count", count, NULL},
+    {"centres", centres, NULL},
+    {"visit", visit_cache, NULL},
+    {"finish", finish, NULL},
+    {NULL, NULL, NULL},
+};
+
+extern "C" const ls_cuda_mechanism ls_local_cuda = {plan, kernels, host_bytes};

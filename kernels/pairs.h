@@ -1,0 +1,145 @@
+/* Rows that meet rows in a block of a kernel, for .cu files: a tile of up to 16 rows, each with 32 guests at a time.
+ * A block is four warps; a warp has rows warp, warp + 4, .. of the tile, a lane one guest of each.
+ *
+ * A group is where rows come from: any of up to 48 in memory, of which pair (row r, lane j) takes number
+ * base + by_row r + by_lane j. So the tile's own rows are by_row = 1, by_lane = 0, guests that all rows share the
+ * opposite, and a band, guests at a fixed distance from their row, has both. Rows come in pieces of 32 features into
+ * shared memory: as scale · row + more. */
+#ifndef LS_PAIRS_H
+#define LS_PAIRS_H
+
+#include "cuda.h"
+
+enum {
+    LS_PAIR_ROWS = 16,
+    LS_PAIR_WARPS = 4,
+    LS_PAIR_EACH = 4, /* rows of a warp */
+    LS_PAIR_THREADS = 128,
+    LS_PAIR_GUESTS = 32,
+    LS_PAIR_MOST = LS_PAIR_ROWS + LS_PAIR_GUESTS,
+    LS_PAIR_BAND = LS_PAIR_MOST - 1, /* rows of a band */
+    LS_PAIR_PIECE = 32,
+    LS_PAIR_PITCH = LS_PAIR_PIECE + 1,            /* one more: lanes meet no bank twice */
+    LS_PAIR_REALS = LS_PAIR_MOST * LS_PAIR_PITCH, /* of a piece */
+    LS_PAIR_WEIGHTS = LS_PAIR_ROWS * (LS_PAIR_GUESTS + 1)
+};
+
+typedef struct ls_group {
+    const ls_real *row[LS_PAIR_MOST], *more[LS_PAIR_MOST]; /* row NULL: zeros; more NULL: none */
+    ls_real scale;
+    int n, base, by_row, by_lane;
+} ls_group;
+
+/* What a block has in dynamic shared memory, besides sums of its own. */
+typedef struct ls_pair_memory {
+    ls_real *a, *b, *weight, *weight2; /* pieces; weights (16,33), of a pair at r · 33 + j */
+} ls_pair_memory;
+static inline size_t ls_pair_bytes(void)
+{
+    return (2 * LS_PAIR_REALS + 2 * LS_PAIR_WEIGHTS) * sizeof(ls_real);
+}
+static __device__ inline ls_pair_memory ls_pair_memory_at(ls_real *x)
+{
+    ls_pair_memory m = {x, x + LS_PAIR_REALS, x + 2 * LS_PAIR_REALS, x + 2 * LS_PAIR_REALS + LS_PAIR_WEIGHTS};
+    return m;
+}
+
+/* Rows of a tile, so that `sums` arrays of (rows,d) numbers of `size` bytes and `more` bytes are there, too. 6 KiB are
+ * left for groups. */
+static inline int ls_pair_rows(int64_t d, int64_t sums, int64_t size, int64_t more)
+{
+    const int64_t room = (42 << 10) - (int64_t)ls_pair_bytes() - more;
+    return (int)ls_max(1, ls_min((int64_t)LS_PAIR_ROWS, room / (sums * d * size)));
+}
+
+/* One thread of a block says how pairs find their rows. */
+static __device__ inline void ls_group_is(ls_group *g, int n, int base, int by_row, int by_lane, ls_real scale)
+{
+    if (threadIdx.x > 0) return;
+    g->n = n, g->base = base, g->by_row = by_row, g->by_lane = by_lane, g->scale = scale;
+}
+static __device__ inline void ls_group_own(ls_group *g, ls_real scale)
+{
+    ls_group_is(g, LS_PAIR_ROWS, 0, 1, 0, scale);
+}
+static __device__ inline void ls_group_guests(ls_group *g, ls_real scale)
+{
+    ls_group_is(g, LS_PAIR_GUESTS, 0, 0, 1, scale);
+}
+
+/* Features [e0, e0 + n) of a group. */
+static __device__ inline void ls_load_piece(const ls_group *g, int64_t e0, int n, ls_real *piece)
+{
+    for (int i = threadIdx.x / LS_WARP; i < g->n; i += LS_PAIR_WARPS) {
+        const ls_real *row = g->row[i], *more = g->more[i];
+        for (int e = threadIdx.x % LS_WARP; e < n; e += LS_WARP) {
+            ls_real x = 0;
+            if (row != NULL) x = g->scale * row[e0 + e] + (more != NULL ? more[e0 + e] : 0);
+            piece[i * LS_PAIR_PITCH + e] = x;
+        }
+    }
+}
+
+/* s_r += a · b over d features, for this thread's pairs. Groups are read between two barriers, and not after them. */
+static __device__ inline void ls_pair_dots(const ls_group *a, const ls_group *b, int64_t d, ls_pair_memory m,
+                                           ls_real (&s)[LS_PAIR_EACH])
+{
+    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
+    for (int64_t e0 = 0; e0 < d; e0 += LS_PAIR_PIECE) {
+        const int n = (int)ls_min(LS_PAIR_PIECE, d - e0);
+        const ls_real *x[LS_PAIR_EACH], *y[LS_PAIR_EACH];
+        __syncthreads();
+        ls_load_piece(a, e0, n, m.a);
+        ls_load_piece(b, e0, n, m.b);
+        for (int u = 0; u < LS_PAIR_EACH; u++) {
+            const int r = warp + u * LS_PAIR_WARPS;
+            x[u] = m.a + (a->base + a->by_row * r + a->by_lane * lane) * LS_PAIR_PITCH;
+            y[u] = m.b + (b->base + b->by_row * r + b->by_lane * lane) * LS_PAIR_PITCH;
+        }
+        const int shared = b->by_row == 0;
+        __syncthreads();
+        if (shared) /* all rows have the same guests */
+            for (int e = 0; e < n; e++) {
+                const ls_real guest = y[0][e];
+#pragma unroll
+                for (int u = 0; u < LS_PAIR_EACH; u++) s[u] += x[u][e] * guest;
+            }
+        else
+            for (int e = 0; e < n; e++)
+#pragma unroll
+                for (int u = 0; u < LS_PAIR_EACH; u++) s[u] += x[u][e] * y[u][e];
+    }
+}
+
+/* sum_r (d) = shrink_r sum_r + Σ_guests weight · guest, for the tile's first `rows`; the weights of a row were written
+ * by its warp. */
+template <typename T>
+static __device__ void ls_pair_sums(const ls_real *weight, const ls_group *g, int rows, int64_t d, ls_pair_memory m,
+                                    const ls_real (&shrink)[LS_PAIR_EACH], T *sum)
+{
+    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
+    for (int64_t e0 = 0; e0 < d; e0 += LS_PAIR_PIECE) {
+        const int n = (int)ls_min(LS_PAIR_PIECE, d - e0);
+        __syncthreads();
+        ls_load_piece(g, e0, n, m.b);
+        const int base = g->base, by_row = g->by_row, by_lane = g->by_lane;
+        __syncthreads();
+        if (lane >= n) continue;
+        ls_real x[LS_PAIR_EACH] = {0};
+        for (int j = 0; j < LS_PAIR_GUESTS; j++)
+#pragma unroll
+            for (int u = 0; u < LS_PAIR_EACH; u++) {
+                const int r = warp + u * LS_PAIR_WARPS;
+                x[u] += weight[r * (LS_PAIR_GUESTS + 1) + j] *
+                        m.b[(base + by_row * r + by_lane * j) * LS_PAIR_PITCH + lane];
+            }
+        for (int u = 0; u < LS_PAIR_EACH; u++) {
+            const int r = warp + u * LS_PAIR_WARPS;
+            if (r >= rows) break;
+            T *to = sum + r * d + e0 + lane;
+            *to = T(shrink[u]) * *to + T(x[u]);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,636 @@
+/* How the work is divided: a block of 128 threads takes 64 rows of one (b,h) against a tile of 16, 32 or 64 slots. Of
+ * their logits each thread holds 4 rows x 2, 4 or 8 slots in registers; features come through shared memory, 32 at a
+ * time. What needs all slots (reading) goes on over their tiles with running maxima; what needs all keys (writing,
+ * sums) is split over blocks, each of which goes over several tiles of rows, sums a tile in ls_real and tiles in
+ * double, and leaves its part in `room`, from where a second kernel combines the parts in their order.
+ *
+ * Rows of features wider than 64 are made 64 features to a block; the logits are then made by each of these blocks. */
+#include "slots_cuda.h"
+
+enum {
+    TILE = 64,         /* rows */
+    THREADS = 128,     /* of which 8 neighbours have the same rows */
+    CHUNK = 32,        /* features of a product that makes logits; rows or slots of one that makes features */
+    PITCH = CHUNK + 1, /* of its matrices, so that columns lie in different banks */
+    WIDTH = 64,        /* features that a block makes */
+    BLOCKS = 1024,     /* wanted where rows are split */
+    MOST_SPLITS = 256,
+};
+static const int64_t AT_ONCE = (int64_t)1 << 25; /* reals of probabilities */
+
+/* Starts kernel<SLOTS> for R slots. */
+#define LAUNCH_SLOTS(q, kernel, R, blocks, ...)                                                                        \
+    do {                                                                                                               \
+        if ((R) <= 16)                                                                                                 \
+            LS_LAUNCH(q, kernel<16>, (int)(blocks), THREADS, 0, __VA_ARGS__);                                          \
+        else if ((R) <= 32)                                                                                            \
+            LS_LAUNCH(q, kernel<32>, (int)(blocks), THREADS, 0, __VA_ARGS__);                                          \
+        else                                                                                                           \
+            LS_LAUNCH(q, kernel<64>, (int)(blocks), THREADS, 0, __VA_ARGS__);                                          \
+    } while (0)
+
+LS_BOTH_SIDES int64_t parts_of(int64_t n, int64_t size)
+{
+    return (n + size - 1) / size;
+}
+
+static int64_t tiles_of_slots(int64_t R)
+{
+    return R <= 16 ? 1 : R <= 32 ? 1 : parts_of(R, 64);
+}
+
+/* Into how many parts rows are split. */
+static int64_t splits_of(ls_slot_sizes s, int64_t rows)
+{
+    const int64_t blocks = ls_max(1, s.B * s.H * tiles_of_slots(s.R) * parts_of(s.d, WIDTH));
+    return ls_max(1, ls_min(ls_min(parts_of(rows, TILE), MOST_SPLITS), BLOCKS / blocks));
+}
+
+int64_t ls_slots_rows_at_once(ls_slot_sizes s, int64_t rows)
+{
+    const int64_t n = AT_ONCE / ls_max(1, s.B * s.H * s.R) / TILE * TILE;
+    return ls_min(rows, ls_max(TILE, n));
+}
+
+int64_t ls_slots_room(ls_slot_sizes s, int64_t rows)
+{
+    return splits_of(s, rows) * s.B * s.H * s.R * (s.d + 2);
+}
+
+/* ------------------------------------------------------------------------------------------------ tiles */
+
+/* Where a block stands: its (b,h) = g, its first slot, feature and, of n parts of the rows, which. */
+typedef struct place {
+    int64_t g, b, h, slot, feature, part;
+} place;
+
+/* Blocks are numbered [g][part][tile of slots][tile of features]. */
+__device__ static place place_of(ls_slot_sizes s, int64_t parts, int64_t slot_tiles, int slots, int64_t feature_tiles)
+{
+    const int64_t i = blockIdx.x, j = i / feature_tiles, k = j / slot_tiles, g = k / parts;
+    return place{g, g / s.H, g % s.H, j % slot_tiles * slots, i % feature_tiles * WIDTH, k % parts};
+}
+
+/* sum[i][j] += Σ_k a[k a_next + i a_each] b[k b_next + j b_each] over k < n */
+template <int I, int J>
+__device__ static inline void product(int n, const ls_real *a, int a_next, int a_each, const ls_real *b, int b_next,
+                                      int b_each, ls_real (&sum)[I][J])
+{
+    for (int k = 0; k < n; k++, a += a_next, b += b_next) {
+        ls_real x[I];
+#pragma unroll
+        for (int i = 0; i < I; i++) x[i] = a[i * a_each];
+#pragma unroll
+        for (int j = 0; j < J; j++) {
+            const ls_real y = b[j * b_each];
+#pragma unroll
+            for (int i = 0; i < I; i++) sum[i][j] += x[i] * y;
+        }
+    }
+}
+
+template <typename T, int I, int J> __device__ static inline void clear(T (&x)[I][J])
+{
+#pragma unroll
+    for (int i = 0; i < I; i++)
+#pragma unroll
+        for (int j = 0; j < J; j++) x[i][j] = 0;
+}
+
+/* to (ROWS, pitch): rows [t, t + ROWS) before `end`, features [e0, e0 + COLUMNS); 0 where there is none, or a pad. */
+template <int ROWS, int COLUMNS>
+__device__ static void load_rows(ls_slot_sizes s, const ls_slot_rows &x, const place &at, int64_t t, int64_t end,
+                                 int64_t e0, int pitch, ls_real *to)
+{
+    for (int i = threadIdx.x; i < ROWS * COLUMNS; i += THREADS) {
+        const int64_t row = t + i / COLUMNS, e = e0 + i % COLUMNS;
+        ls_real y = 0;
+        if (row < end && e < s.d && !ls_is_padded(x.pad, at.b * x.n + row))
+            y = ls_row(x.x, at.b, at.h, row)[e] - (x.centre == NULL ? 0 : x.centre[at.g * s.d + e]);
+        to[i / COLUMNS * pitch + i % COLUMNS] = y;
+    }
+}
+
+/* to (ROWS, pitch): the same of slots [r, r + ROWS), rows of a matrix x (R, stride). */
+template <int ROWS, int COLUMNS>
+__device__ static void load_slots(ls_slot_sizes s, const ls_real *x, int64_t stride, int64_t r, int64_t e0, int pitch,
+                                  ls_real *to)
+{
+    for (int i = threadIdx.x; i < ROWS * COLUMNS; i += THREADS) {
+        const int64_t slot = r + i / COLUMNS, e = e0 + i % COLUMNS;
+        to[i / COLUMNS * pitch + i % COLUMNS] = slot < s.R && e < s.d ? x[slot * stride + e] : 0;
+    }
+}
+
+/* Which rows and slots of a tile a thread holds: rows ROW + 16 i, slots SLOT + 8 j. */
+#define ROW ((int)threadIdx.x / 8)
+#define SLOT ((int)threadIdx.x % 8)
+
+/* sum = the products of 64 rows from t with a tile of slots. a (TILE,PITCH), b (SLOTS,PITCH): shared memory, which
+ * nobody uses when the block comes here together. norm (TILE) gets |row|², NULL: not wanted. */
+template <int SLOTS>
+__device__ static void scores(ls_slot_sizes s, const ls_slot_rows &rows, const place &at, int64_t t, int64_t end,
+                              const ls_real *slots, int64_t stride, int64_t slot, ls_real *a, ls_real *b, ls_real *norm,
+                              ls_real (&sum)[4][SLOTS / 8])
+{
+    const int me = threadIdx.x;
+    ls_real square = 0;
+    clear(sum);
+    for (int64_t e = 0; e < s.d; e += CHUNK) {
+        __syncthreads();
+        load_rows<TILE, CHUNK>(s, rows, at, t, end, e, PITCH, a);
+        load_slots<SLOTS, CHUNK>(s, slots, stride, slot, e, PITCH, b);
+        __syncthreads();
+        product(CHUNK, a + ROW * PITCH, 1, 16 * PITCH, b + SLOT * PITCH, 1, 8 * PITCH, sum);
+        for (int i = 0; norm != NULL && me < TILE && i < CHUNK; i++) square += a[me * PITCH + i] * a[me * PITCH + i];
+    }
+    if (norm != NULL && me < TILE) norm[me] = square;
+    __syncthreads();
+}
+
+/* Sum and maximum over the 8 threads that hold the same rows. */
+__device__ static inline ls_real row_sum(ls_real x)
+{
+    for (int step = 4; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+}
+__device__ static inline ls_real row_max(ls_real x)
+{
+    for (int step = 4; step > 0; step /= 2) {
+        const ls_real y = __shfl_xor_sync(0xffffffffu, x, step);
+        x = y > x ? y : x;
+    }
+    return x;
+}
+
+/* ------------------------------------------------------------------------------------------------ writing */
+
+/* parts (B*H, splits, R, d+2): (m; s, x) of each part of the keys. */
+template <int SLOTS>
+static __global__ void write_slots(ls_slot_sizes s, ls_slot_rows keys, const ls_real *slots, ls_real half,
+                                   ls_slot_rows values, int64_t splits, int64_t slot_tiles, int64_t feature_tiles,
+                                   double *parts)
+{
+    constexpr int EACH = SLOTS / 8, SHARE = THREADS / SLOTS, PITCH_W = SLOTS + 1;
+    __shared__ ls_real a[TILE * PITCH], b[SLOTS * PITCH], weight[TILE * PITCH_W], norm[TILE], share[THREADS],
+        top[SLOTS];
+    __shared__ double maximum[SLOTS], total[SLOTS], shrink[SLOTS];
+    const place at = place_of(s, splits, slot_tiles, SLOTS, feature_tiles);
+    const int64_t tiles = parts_of(keys.n, TILE), last = tiles * (at.part + 1) / splits;
+    const int me = threadIdx.x, column = me % SLOTS, first = me / SLOTS * (TILE / SHARE);
+    double x[EACH][4];
+    clear(x);
+    if (me < SLOTS) maximum[me] = -INFINITY, total[me] = 0;
+    for (int64_t tile = tiles * at.part / splits; tile < last; tile++) {
+        const int64_t t = tile * TILE;
+        ls_real l[4][EACH], sum[EACH][4], y = -INFINITY;
+        scores<SLOTS>(s, keys, at, t, keys.n, slots + at.g * s.R * s.d, s.d, at.slot, a, b, half == 0 ? NULL : norm, l);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int row = ROW + 16 * i;
+            const int hidden = t + row >= keys.n || ls_is_padded(keys.pad, at.b * keys.n + t + row);
+#pragma unroll
+            for (int j = 0; j < EACH; j++)
+                weight[row * PITCH_W + SLOT + 8 * j] = hidden      ? -(ls_real)INFINITY
+                                                       : half == 0 ? l[i][j]
+                                                                   : l[i][j] - half * norm[row];
+        }
+        __syncthreads();
+        /* the maxima after these rows; 0 where there still is no key, since e^(-inf - 0) is 0 */
+        for (int i = first; i < first + TILE / SHARE; i++) {
+            const ls_real z = weight[i * PITCH_W + column];
+            y = z > y ? z : y;
+        }
+        share[me] = y;
+        __syncthreads();
+        if (me < SLOTS) {
+            double m = maximum[me];
+            for (int i = 0; i < SHARE; i++) m = (double)share[i * SLOTS + me] > m ? (double)share[i * SLOTS + me] : m;
+            shrink[me] = m == maximum[me] ? 1 : exp(maximum[me] - m);
+            maximum[me] = m;
+            top[me] = m == -INFINITY ? 0 : (ls_real)m;
+        }
+        __syncthreads();
+        y = 0;
+        for (int i = first; i < first + TILE / SHARE; i++) {
+            const ls_real e = ls_exp(weight[i * PITCH_W + column] - top[column]);
+            weight[i * PITCH_W + column] = e;
+            y += e;
+        }
+        share[me] = y;
+        clear(sum);
+        for (int k = 0; k < TILE; k += CHUNK) {
+            __syncthreads();
+            load_rows<CHUNK, WIDTH>(s, values, at, t + k, values.n, at.feature, WIDTH, a);
+            __syncthreads();
+            product(CHUNK, weight + k * PITCH_W + me / 16, PITCH_W, 8, a + me % 16, WIDTH, 16, sum);
+        }
+        if (me < SLOTS) {
+            double z = 0;
+            for (int i = 0; i < SHARE; i++) z += (double)share[i * SLOTS + me];
+            total[me] = total[me] * shrink[me] + z;
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) x[i][j] = x[i][j] * shrink[me / 16 + 8 * i] + (double)sum[i][j];
+    }
+    double *to = parts + (at.g * splits + at.part) * s.R * (s.d + 2);
+    if (me < SLOTS && at.slot + me < s.R && at.feature == 0) {
+        to[(at.slot + me) * (s.d + 2)] = maximum[me];
+        to[(at.slot + me) * (s.d + 2) + 1] = total[me];
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int64_t slot = at.slot + me / 16 + 8 * i, e = at.feature + me % 16 + 16 * j;
+            if (slot < s.R && e < s.d) to[slot * (s.d + 2) + 2 + e] = x[i][j];
+        }
+}
+
+/* One block for each slot of each (b,h): its parts, brought to their common maximum. */
+static __global__ void combine(ls_slot_sizes s, int64_t splits, const double *parts, ls_real *sent)
+{
+    const int64_t g = blockIdx.x / s.R, r = blockIdx.x % s.R, stride = s.d + 2, next = s.R * stride;
+    const double *from = parts + (g * splits * s.R + r) * stride;
+    double m = -INFINITY;
+    for (int64_t i = 0; i < splits; i++) m = from[i * next] > m ? from[i * next] : m;
+    for (int64_t e = threadIdx.x; e < stride; e += blockDim.x) {
+        double sum = 0;
+        for (int64_t i = 0; e > 0 && i < splits; i++)
+            sum += from[i * next] == -INFINITY ? 0 : exp(from[i * next] - m) * from[i * next + e];
+        sent[blockIdx.x * stride + e] = (ls_real)(e == 0 ? m : sum);
+    }
+}
+
+void ls_slots_write_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows keys, const ls_real *slots, double half,
+                         ls_slot_rows values, double *room, ls_real *sent)
+{
+    const int64_t G = s.B * s.H, splits = splits_of(s, keys.n);
+    const int64_t slot_tiles = tiles_of_slots(s.R), feature_tiles = parts_of(s.d, WIDTH);
+    if (G == 0) return;
+    LAUNCH_SLOTS(q, write_slots, s.R, G * splits * slot_tiles * feature_tiles, s, keys, slots, (ls_real)half, values,
+                 splits, slot_tiles, feature_tiles, room);
+    LS_LAUNCH(q, combine, (int)(G * s.R), THREADS, 0, s, splits, (const double *)room, sent);
+}
+
+/* For keys [t, t + n), a tile of rows and a tile of slots to a block:
+ * e = e^(l - m), dlogits = e (constant_r + (v - c)·dx_r) */
+template <int SLOTS>
+static __global__ void write_gradients(ls_slot_sizes s, ls_slot_rows keys, const ls_real *slots, ls_real half,
+                                       ls_slot_rows values, const ls_real *sent, const ls_real *dsent,
+                                       const ls_real *constant, int64_t t0, int64_t n, int64_t slot_tiles, ls_real *e,
+                                       ls_real *dlogits)
+{
+    constexpr int EACH = SLOTS / 8;
+    __shared__ ls_real a[TILE * PITCH], b[SLOTS * PITCH], norm[TILE];
+    const place at = place_of(s, parts_of(n, TILE), slot_tiles, SLOTS, 1);
+    const int64_t first = at.part * TILE, t = t0 + first, stride = s.d + 2, elements = at.g * s.R * stride;
+    ls_real l[4][EACH], de[4][EACH];
+    scores<SLOTS>(s, keys, at, t, t0 + n, slots + at.g * s.R * s.d, s.d, at.slot, a, b, half == 0 ? NULL : norm, l);
+    scores<SLOTS>(s, values, at, t, t0 + n, dsent + elements + 2, stride, at.slot, a, b, NULL, de);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int row = ROW + 16 * i;
+        if (first + row >= n) continue;
+        const int hidden = ls_is_padded(keys.pad, at.b * keys.n + t + row);
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            const int64_t slot = at.slot + SLOT + 8 * j;
+            if (slot >= s.R) continue;
+            const ls_real m = sent[elements + slot * stride]; /* -inf only where all keys here are padded */
+            const ls_real logit = half == 0 ? l[i][j] : l[i][j] - half * norm[row];
+            const ls_real y = hidden ? 0 : ls_exp(logit - m);
+            const int64_t to = (at.g * n + first + row) * s.R + slot;
+            e[to] = y;
+            dlogits[to] = y * (constant[at.g * s.R + slot] + de[i][j]);
+        }
+    }
+}
+
+void ls_slots_write_backward_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows keys, const ls_real *slots, double half,
+                                  ls_slot_rows values, const ls_real *sent, const ls_real *dsent,
+                                  const ls_real *constant, int64_t t, int64_t n, ls_real *e, ls_real *dlogits)
+{
+    const int64_t slot_tiles = tiles_of_slots(s.R), blocks = s.B * s.H * parts_of(n, TILE) * slot_tiles;
+    if (blocks == 0) return;
+    LAUNCH_SLOTS(q, write_gradients, s.R, blocks, s, keys, slots, (ls_real)half, values, sent, dsent, constant, t, n,
+                 slot_tiles, e, dlogits);
+}
+
+/* ------------------------------------------------------------------------------------------------ what was written */
+
+static __global__ void make_values(ls_slot_sizes s, const ls_real *element, const ls_real *reference, double *values)
+{
+    LS_EACH(i, s.B * s.H * s.R * s.d)
+    {
+        const int64_t slot = i / s.d, e = i % s.d;
+        const ls_real *x = element + slot * (s.d + 2);
+        const double y = x[1] > 0 ? (double)x[2 + e] / (double)x[1] : 0;
+        values[i] = reference == NULL ? y : y + (double)reference[slot / s.R * s.d + e];
+    }
+}
+
+void ls_slots_values_cuda(ls_queue *q, ls_slot_sizes s, const ls_real *element, const ls_real *reference,
+                          double *values)
+{
+    const int64_t n = s.B * s.H * s.R * s.d;
+    LS_LAUNCH(q, make_values, ls_blocks(n, LS_THREADS), LS_THREADS, 0, s, element, reference, values);
+}
+
+/* One block to 32 features of a (b,h): its warps take rows in turn. */
+static __global__ void make_mean(ls_slot_sizes s, const double *x, double *mean)
+{
+    __shared__ double part[LS_THREADS];
+    const int lane = threadIdx.x % LS_WARP, warp = threadIdx.x / LS_WARP, warps = LS_THREADS / LS_WARP;
+    const int64_t tiles = parts_of(s.d, LS_WARP), g = blockIdx.x / tiles, e = blockIdx.x % tiles * LS_WARP + lane;
+    double sum = 0;
+    for (int64_t r = warp; e < s.d && r < s.R; r += warps) sum += x[(g * s.R + r) * s.d + e];
+    part[threadIdx.x] = sum;
+    __syncthreads();
+    if (warp > 0 || e >= s.d) return;
+    for (int i = 1; i < warps; i++) sum += part[i * LS_WARP + lane];
+    mean[g * s.d + e] = sum / (double)s.R;
+}
+
+void ls_slots_mean_cuda(ls_queue *q, ls_slot_sizes s, const double *x, double *mean)
+{
+    if (s.B * s.H == 0) return;
+    LS_LAUNCH(q, make_mean, (int)(s.B * s.H * parts_of(s.d, LS_WARP)), LS_THREADS, 0, s, x, mean);
+}
+
+static __global__ void centre_rows(ls_slot_sizes s, double scale, const double *x, const double *mean, ls_real *centred,
+                                   ls_real *rounded, int add)
+{
+    const int64_t each = s.R * s.d;
+    LS_EACH(i, s.B * s.H * each)
+    {
+        const int64_t from = i / each * s.d + i % s.d;
+        centred[i] = (ls_real)(scale * (x[i] - mean[from]));
+        if (rounded != NULL && i % each < s.d) rounded[from] = (add ? rounded[from] : 0) + (ls_real)mean[from];
+    }
+}
+
+void ls_slots_centred_cuda(ls_queue *q, ls_slot_sizes s, double scale, const double *x, const double *mean,
+                           ls_real *centred, ls_real *rounded, int add)
+{
+    LS_LAUNCH(q, centre_rows, ls_blocks(s.B * s.H * s.R * s.d, LS_THREADS), LS_THREADS, 0, s, scale, x, mean, centred,
+              rounded, add);
+}
+
+static __global__ void scale_and_round(int64_t n, double scale, const double *x, ls_real *y)
+{
+    LS_EACH(i, n) y[i] = (ls_real)(scale * x[i]);
+}
+
+void ls_slots_round_cuda(ls_queue *q, int64_t n, double scale, const double *x, ls_real *y)
+{
+    LS_LAUNCH(q, scale_and_round, ls_blocks(n, LS_THREADS), LS_THREADS, 0, n, scale, x, y);
+}
+
+/* c, which comes as the reference, moves by the mean; mean becomes by how much it did, as rounded. */
+static __global__ void move_centre(int64_t n, double *mean, ls_real *c)
+{
+    LS_EACH(i, n)
+    {
+        const ls_real reference = c[i];
+        c[i] = (ls_real)((double)reference + mean[i]);
+        mean[i] = (double)c[i] - (double)reference;
+    }
+}
+
+/* One warp for each slot of each (b,h): constant = ds' + dx·(c - V) */
+static __global__ void make_constants(ls_slot_sizes s, const ls_real *dsent, const double *values, const double *mean,
+                                      ls_real *constant)
+{
+    const int64_t slots = s.B * s.H * s.R, warps = (int64_t)gridDim.x * blockDim.x / LS_WARP;
+    const int lane = threadIdx.x % LS_WARP;
+    for (int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / LS_WARP; i < slots; i += warps) {
+        const ls_real *from = dsent + i * (s.d + 2);
+        double sum = 0;
+        for (int64_t e = lane; e < s.d; e += LS_WARP)
+            sum += (double)from[2 + e] * (mean[i / s.R * s.d + e] - values[i * s.d + e]);
+        sum = ls_warp_sum(sum);
+        if (lane == 0) constant[i] = (ls_real)((double)from[1] + sum);
+    }
+}
+
+void ls_slots_constants_cuda(ls_queue *q, ls_slot_sizes s, const ls_real *got, const ls_real *dsent, double *values,
+                             double *mean, ls_real *c, ls_real *constant)
+{
+    const int64_t G = s.B * s.H;
+    ls_slots_values_cuda(q, s, got, NULL, values);
+    ls_slots_mean_cuda(q, s, values, mean);
+    LS_LAUNCH(q, move_centre, ls_blocks(G * s.d, LS_THREADS), LS_THREADS, 0, G * s.d, mean, c);
+    LS_LAUNCH(q, make_constants, ls_blocks(G * s.R * LS_WARP, LS_THREADS), LS_THREADS, 0, s, dsent,
+              (const double *)values, (const double *)mean, constant);
+}
+
+/* ------------------------------------------------------------------------------------------------ reading */
+
+/* The logits of a tile, -inf beyond the last slot, with their maxima joined to m: returns in shrink what e^m before is
+ * worth now. */
+template <int SLOTS>
+__device__ static void read_logits(ls_slot_sizes s, const place &at, const ls_real *constant, int64_t slot,
+                                   ls_real (&l)[4][SLOTS / 8], ls_real (&m)[4], ls_real (&shrink)[4])
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        ls_real top = m[i];
+#pragma unroll
+        for (int j = 0; j < SLOTS / 8; j++) {
+            const int64_t r = slot + SLOT + 8 * j;
+            if (r >= s.R)
+                l[i][j] = -INFINITY;
+            else if (constant != NULL)
+                l[i][j] += constant[at.g * s.R + r];
+            top = l[i][j] > top ? l[i][j] : top;
+        }
+        top = row_max(top); /* finite: there is at least one slot in every tile */
+        shrink[i] = m[i] == top ? 1 : ls_exp(m[i] - top);
+        m[i] = top;
+    }
+}
+
+template <int SLOTS>
+static __global__ void read_slots(ls_slot_sizes s, ls_slot_rows queries, const ls_real *slots, const ls_real *constant,
+                                  const ls_real *values, const ls_real *centre, ls_view out, int64_t feature_tiles)
+{
+    constexpr int EACH = SLOTS / 8, PITCH_W = SLOTS + 1, STEP = SLOTS < CHUNK ? SLOTS : CHUNK;
+    __shared__ ls_real a[TILE * PITCH], b[SLOTS * PITCH], weight[TILE * PITCH_W];
+    const place at = place_of(s, parts_of(queries.n, TILE), 1, SLOTS, feature_tiles);
+    const int64_t t = at.part * TILE;
+    ls_real l[4][EACH], x[4][8], m[4], sum[4], shrink[4];
+    clear(x);
+#pragma unroll
+    for (int i = 0; i < 4; i++) m[i] = -INFINITY, sum[i] = 0;
+    for (int64_t slot = 0; slot < s.R; slot += SLOTS) {
+        scores<SLOTS>(s, queries, at, t, queries.n, slots + at.g * s.R * s.d, s.d, slot, a, b, NULL, l);
+        read_logits<SLOTS>(s, at, constant, slot, l, m, shrink);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            ls_real here = 0;
+#pragma unroll
+            for (int j = 0; j < EACH; j++) {
+                const ls_real e = ls_exp(l[i][j] - m[i]);
+                weight[(ROW + 16 * i) * PITCH_W + SLOT + 8 * j] = e;
+                here += e;
+            }
+            sum[i] = sum[i] * shrink[i] + row_sum(here);
+#pragma unroll
+            for (int j = 0; j < 8; j++) x[i][j] *= shrink[i];
+        }
+        for (int k = 0; k < SLOTS; k += STEP) {
+            __syncthreads();
+            load_slots<STEP, WIDTH>(s, values + at.g * s.R * s.d, s.d, slot + k, at.feature, WIDTH, a);
+            __syncthreads();
+            product(STEP, weight + ROW * PITCH_W + k, 1, 16 * PITCH_W, a + SLOT, WIDTH, 8, x);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int64_t row = t + ROW + 16 * i;
+        if (row >= queries.n) continue;
+        const int padded = ls_is_padded(queries.pad, at.b * queries.n + row);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const int64_t e = at.feature + SLOT + 8 * j;
+            if (e < s.d) ls_row(out, at.b, at.h, row)[e] = padded ? 0 : centre[at.g * s.d + e] + x[i][j] / sum[i];
+        }
+    }
+}
+
+void ls_slots_read_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows queries, const ls_real *slots,
+                        const ls_real *constant, const ls_real *values, const ls_real *centre, ls_view out)
+{
+    const int64_t feature_tiles = parts_of(s.d, WIDTH), blocks = s.B * s.H * parts_of(queries.n, TILE) * feature_tiles;
+    if (blocks == 0) return;
+    LAUNCH_SLOTS(q, read_slots, s.R, blocks, s, queries, slots, constant, values, centre, out, feature_tiles);
+}
+
+/* For queries [t, t + n), 64 to a block: first the logits and dp = do·(V - c) of all tiles of slots, with the sums of
+ * e^(l - m) and of e^(l - m) dp, then, each thread from what it wrote itself, p and p (dp - Σ p dp). */
+template <int SLOTS>
+static __global__ void read_gradients(ls_slot_sizes s, ls_slot_rows queries, const ls_real *slots,
+                                      const ls_real *constant, const ls_real *values, ls_slot_rows dout, int64_t t0,
+                                      int64_t n, ls_real *p, ls_real *dlogits)
+{
+    constexpr int EACH = SLOTS / 8;
+    __shared__ ls_real a[TILE * PITCH], b[SLOTS * PITCH];
+    const place at = place_of(s, parts_of(n, TILE), 1, SLOTS, 1);
+    const int64_t first = at.part * TILE, t = t0 + first, matrix = at.g * s.R * s.d;
+    ls_real l[4][EACH], dp[4][EACH], m[4], sum[4], mean[4], shrink[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) m[i] = -INFINITY, sum[i] = mean[i] = 0;
+    for (int64_t slot = 0; slot < s.R; slot += SLOTS) {
+        scores<SLOTS>(s, queries, at, t, t0 + n, slots + matrix, s.d, slot, a, b, NULL, l);
+        scores<SLOTS>(s, dout, at, t, t0 + n, values + matrix, s.d, slot, a, b, NULL, dp);
+        read_logits<SLOTS>(s, at, constant, slot, l, m, shrink);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            ls_real here = 0, product_here = 0;
+#pragma unroll
+            for (int j = 0; j < EACH; j++) {
+                const ls_real e = ls_exp(l[i][j] - m[i]);
+                here += e;
+                product_here += e * dp[i][j];
+                const int64_t row = first + ROW + 16 * i, r = slot + SLOT + 8 * j, to = (at.g * n + row) * s.R + r;
+                if (row < n && r < s.R) p[to] = l[i][j], dlogits[to] = dp[i][j];
+            }
+            sum[i] = sum[i] * shrink[i] + row_sum(here);
+            mean[i] = mean[i] * shrink[i] + row_sum(product_here);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int64_t row = first + ROW + 16 * i, to = (at.g * n + row) * s.R;
+        for (int64_t r = SLOT; row < n && r < s.R; r += 8) {
+            const ls_real y = ls_exp(p[to + r] - m[i]) / sum[i];
+            p[to + r] = y;
+            dlogits[to + r] = y * (dlogits[to + r] - mean[i] / sum[i]);
+        }
+    }
+}
+
+void ls_slots_read_backward_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows queries, const ls_real *slots,
+                                 const ls_real *constant, const ls_real *values, ls_slot_rows dout, int64_t t,
+                                 int64_t n, ls_real *p, ls_real *dlogits)
+{
+    const int64_t blocks = s.B * s.H * parts_of(n, TILE);
+    if (blocks == 0) return;
+    LAUNCH_SLOTS(q, read_gradients, s.R, blocks, s, queries, slots, constant, values, dout, t, n, p, dlogits);
+}
+
+/* ------------------------------------------------------------------------------------------------ sums over rows */
+
+/* parts (splits, B*H, R, d), then columns (splits, B*H, R). */
+template <int SLOTS>
+static __global__ void sum_rows(ls_slot_sizes s, const ls_real *matrix, ls_slot_rows rows, int64_t t0, int64_t n,
+                                int64_t splits, int64_t slot_tiles, int64_t feature_tiles, double *parts,
+                                double *columns)
+{
+    constexpr int EACH = SLOTS / 8, PITCH_W = SLOTS + 1;
+    __shared__ ls_real a[CHUNK * WIDTH], weight[TILE * PITCH_W];
+    const place at = place_of(s, splits, slot_tiles, SLOTS, feature_tiles);
+    const int64_t tiles = parts_of(n, TILE), last = tiles * (at.part + 1) / splits, G = s.B * s.H;
+    const int me = threadIdx.x;
+    double x[EACH][4], column = 0;
+    clear(x);
+    for (int64_t tile = tiles * at.part / splits; tile < last; tile++) {
+        const int64_t t = tile * TILE;
+        ls_real sum[EACH][4];
+        clear(sum);
+        for (int k = 0; k < TILE; k += CHUNK) {
+            __syncthreads();
+            for (int i = me; i < CHUNK * SLOTS; i += THREADS) {
+                const int64_t row = t + k + i / SLOTS, slot = at.slot + i % SLOTS;
+                weight[(k + i / SLOTS) * PITCH_W + i % SLOTS] =
+                    row < n && slot < s.R ? matrix[(at.g * n + row) * s.R + slot] : 0;
+            }
+            load_rows<CHUNK, WIDTH>(s, rows, at, t0 + t + k, t0 + n, at.feature, WIDTH, a);
+            __syncthreads();
+            product(CHUNK, weight + k * PITCH_W + me / 16, PITCH_W, 8, a + me % 16, WIDTH, 16, sum);
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) x[i][j] += (double)sum[i][j];
+        for (int i = 0; columns != NULL && me < SLOTS && i < TILE; i++) column += (double)weight[i * PITCH_W + me];
+    }
+    const int64_t to = (at.part * G + at.g) * s.R + at.slot;
+    if (columns != NULL && me < SLOTS && at.slot + me < s.R && at.feature == 0) columns[to + me] = column;
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int64_t slot = me / 16 + 8 * i, e = at.feature + me % 16 + 16 * j;
+            if (at.slot + slot < s.R && e < s.d) parts[(to + slot) * s.d + e] = x[i][j];
+        }
+}
+
+static __global__ void add_parts(int64_t n, int64_t splits, const double *parts, double *total, int add)
+{
+    LS_EACH(i, n)
+    {
+        double sum = add ? total[i] : 0;
+        for (int64_t part = 0; part < splits; part++) sum += parts[part * n + i];
+        total[i] = sum;
+    }
+}
+
+void ls_slots_sum_cuda(ls_queue *q, ls_slot_sizes s, const ls_real *a, ls_slot_rows x, int64_t t, int64_t n,
+                       double *room, double *total, double *columns, int add)
+{
+    const int64_t G = s.B * s.H, splits = splits_of(s, n), slots = G * s.R;
+    const int64_t slot_tiles = tiles_of_slots(s.R), feature_tiles = parts_of(s.d, WIDTH);
+    double *sums = room + splits * slots * s.d;
+    if (G == 0) return;
+    LAUNCH_SLOTS(q, sum_rows, s.R, G * splits * slot_tiles * feature_tiles, s, a, x, t, n, splits, slot_tiles,
+                 feature_tiles, room, columns == NULL ? NULL : sums);
+    LS_LAUNCH(q, add_parts, ls_blocks(slots * s.d, LS_THREADS), LS_THREADS, 0, slots * s.d, splits,
+              (const double *)room, total, add);
+    if (columns == NULL) return;
+    LS_LAUNCH(q, add_parts, ls_blocks(slots, LS_THREADS), LS_THREADS, 0, slots, splits, (const double *)sums, columns,
+              add);
+}

@@ -1,0 +1,105 @@
+/* What the kernels of exact softmax attention share: the call as they see it, and tiles of 64 positions. */
+#ifndef LS_SOFTMAX_TILES_H
+#define LS_SOFTMAX_TILES_H
+
+#include "cuda.h"
+
+extern "C" {
+#include "mechanism.h"
+}
+#include "statistics.h"
+
+/* A tile, and what of it each of a block's threads has, see softmax.cu. */
+enum { TILE = 64, THREADS = 128, ROWS = 8, COLUMNS = 4, ACROSS = TILE / COLUMNS };
+
+/* A call as its kernels see it. */
+typedef struct softmax_call {
+    ls_view q, k, v, out, dout, dq, dk, dv;
+    const uint8_t *pad_q, *pad_k;
+    int64_t B, H, T, n /* rows of the visiting block */, d, all_keys;
+    ls_real scale;
+    int causal;
+    int wide;          /* rows may be read and written in fours */
+    int queries, keys; /* spans */
+    ls_span query[2], key[2];
+    ls_real *m, *l; /* (slices,B,H,T) */
+    ls_real *lse, *delta;
+    const ls_real *attn_mask, *dropout_mask;
+    int mask_per_head, draws;
+    ls_real *weights;
+    uint64_t limit; /* words from it on are kept */
+    ls_real keep;
+    uint64_t seed, sample;
+    uint32_t stream;
+} softmax_call;
+
+/* 64 consecutive global positions from `at` on; the first stands for row `row` of the tensors, which may be before its
+ * beginning: rows [first, last) of the tile exist. */
+typedef struct tile {
+    int64_t at, row;
+    int first, last;
+} tile;
+
+LS_BOTH_SIDES int64_t tiles_in(ls_span s)
+{
+    return s.n > 0 ? (s.lo % 4 + s.n + TILE - 1) / TILE : 0;
+}
+
+LS_BOTH_SIDES int64_t tiles_of(const ls_span *span, int spans)
+{
+    int64_t n = 0;
+    for (int i = 0; i < spans; i++) n += tiles_in(span[i]);
+    return n;
+}
+
+__device__ static inline tile tile_in(ls_span s, int64_t number)
+{
+    tile t;
+    t.at = s.lo - s.lo % 4 + number * TILE;
+    t.row = s.row + t.at - s.lo;
+    t.first = (int)ls_max(0, s.lo - t.at);
+    t.last = (int)ls_min(TILE, s.lo + s.n - t.at);
+    return t;
+}
+
+/* Who a block is: a head, a tile of the side that stays, the features of its results. */
+typedef struct place {
+    int64_t b, h, head, slice;
+    tile t;
+} place;
+
+/* Blocks of one head follow one another, since they read the same rows; the last positions come first: where tiles
+ * differ in work (the causal triangle), those of the queries are the longest. */
+__device__ static inline place place_of(const softmax_call &p, const ls_span *span, int spans, int backwards)
+{
+    const int64_t tiles = tiles_of(span, spans), block = blockIdx.x, number = block % tiles;
+    int64_t t = backwards ? tiles - 1 - number : number;
+    place x;
+    x.head = block / tiles % (p.B * p.H);
+    x.slice = block / tiles / (p.B * p.H);
+    x.b = x.head / p.H, x.h = x.head % p.H;
+    const int second = spans > 1 && t >= tiles_in(span[0]);
+    x.t = second ? tile_in(span[1], t - tiles_in(span[0])) : tile_in(span[0], t);
+    return x;
+}
+
+/* The tiles of a span of keys that are not wholly after the queries of a tile; the first tile of a span of queries that
+ * is not wholly before the keys of a tile. */
+__device__ static inline int64_t tiles_before(const softmax_call &p, ls_span keys, const tile &queries)
+{
+    const int64_t all = tiles_in(keys), end = queries.at + queries.last; /* keys from here on are in the future */
+    if (!p.causal) return all;
+    return end <= keys.lo ? 0 : ls_min(all, (end - (keys.lo - keys.lo % 4) + TILE - 1) / TILE);
+}
+__device__ static inline int64_t tiles_from(const softmax_call &p, ls_span queries, const tile &keys)
+{
+    const int64_t start = queries.lo - queries.lo % 4, first = keys.at + keys.first;
+    return p.causal && first > start ? (first - start) / TILE : 0;
+}
+
+/* The same phases with bfloat16 operands on tensor cores, for calls that they know: see softmax_tensor.cu. `blocks`:
+ * the tiles of queries, of keys, of all heads. 0: this call is not for them, nothing was done. */
+int ls_softmax_tensor_forward(ls_pass *p, const softmax_call *x, int blocks);
+int ls_softmax_tensor_backward(ls_pass *p, const softmax_call *x, int query_blocks, int key_blocks);
+
+#endif

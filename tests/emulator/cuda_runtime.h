@@ -1,0 +1,406 @@
+/* The emulator: enough of CUDA to compile the .cu files as C++ and run them on the CPU, for tests where there is no
+ * GPU. It stands before the real header (-I tests/emulator); what it runs is as the hardware would, only in one fixed
+ * order: blocks one after the other, and each thread of a block until it waits. That order is one of those a GPU may
+ * choose, so what passes here may still have a race; what waits for what never comes is found, and stops the program.
+ *
+ *   - Each CUDA thread is a fiber with a stack of its own. A kernel whose threads never wait runs on one stack.
+ *   - Device memory is one region of addresses that nobody may touch but while a kernel, a copy or a cuBLAS call runs:
+ *     host code that reads or writes it is killed by SIGSEGV, where it does so. A kernel that leaves the region is,
+ * too. Fresh memory is NaN in every number; what a kernel wrote behind the end of an allocation is found by cudaFree.
+ *   - Dynamic shared memory is NaN before each block, and its end is the end of a page: beyond lies SIGSEGV.
+ *     __shared__ arrays keep what the block before has left.
+ *   - __syncthreads waits for all threads that have not returned, which must stand at the same line. Shuffles and votes
+ *     wait for the lanes of their mask that have not returned; what they read of any other lane is all ones: NaN, -1.
+ *   - Work is done when it is given; one host thread at a time. */
+#ifndef EMULATOR_CUDA_RUNTIME_H
+#define EMULATOR_CUDA_RUNTIME_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <tuple>
+
+/* ---- the language */
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __shared__ static
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+#define CUDART_VERSION 13000
+#define CUDART_INF_F INFINITY
+#define CUDART_INF ((double)INFINITY)
+
+struct uint3 {
+    unsigned x, y, z;
+};
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned X = 1, unsigned Y = 1, unsigned Z = 1) : x(X), y(Y), z(Z) {}
+};
+#define EMULATOR_VECTOR(type, of, alignment)                                                                           \
+    struct alignas(alignment) type##2                                                                                  \
+    {                                                                                                                  \
+        of x, y;                                                                                                       \
+    };                                                                                                                 \
+    struct type##3                                                                                                     \
+    {                                                                                                                  \
+        of x, y, z;                                                                                                    \
+    };                                                                                                                 \
+    struct alignas(16) type##4                                                                                         \
+    {                                                                                                                  \
+        of x, y, z, w;                                                                                                 \
+    };                                                                                                                 \
+    static inline type##2 make_##type##2(of x, of y)                                                                   \
+    {                                                                                                                  \
+        return {x, y};                                                                                                 \
+    }                                                                                                                  \
+    static inline type##3 make_##type##3(of x, of y, of z)                                                             \
+    {                                                                                                                  \
+        return {x, y, z};                                                                                              \
+    }                                                                                                                  \
+    static inline type##4 make_##type##4(of x, of y, of z, of w)                                                       \
+    {                                                                                                                  \
+        return {x, y, z, w};                                                                                           \
+    }
+EMULATOR_VECTOR(float, float, 8)
+EMULATOR_VECTOR(double, double, 16)
+EMULATOR_VECTOR(int, int, 8)
+#undef EMULATOR_VECTOR
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+static inline uint2 make_uint2(unsigned x, unsigned y)
+{
+    return {x, y};
+}
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w)
+{
+    return {x, y, z, w};
+}
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+static const int warpSize = 32;
+
+/* ---- what threads of a block say to each other */
+namespace emulator
+{
+enum collective { SYNC, SHUFFLE, SHUFFLE_XOR, SHUFFLE_UP, SHUFFLE_DOWN, BALLOT, ANY, ALL };
+/* The calling thread waits for the lanes of mask, and gets what it is to know: 8 bytes of value, or a vote. */
+uint64_t collect(collective, unsigned mask, uint64_t value, int argument, int width, const char *file, int line);
+void barrier(const char *file, int line);
+unsigned char *shared_memory();
+
+template <typename T>
+static inline T shuffle(collective what, unsigned mask, T x, int argument, int width, const char *file, int line)
+{
+    static_assert(sizeof x <= sizeof(uint64_t), "a shuffle moves up to 8 bytes");
+    uint64_t bits = 0;
+    memcpy(&bits, &x, sizeof x);
+    bits = collect(what, mask, bits, argument, width, file, line);
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+} // namespace emulator
+
+/* where a call stands, for messages and for divergent barriers */
+#define EMULATOR_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+static inline void __syncthreads(EMULATOR_HERE)
+{
+    emulator::barrier(file, line);
+}
+static inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATOR_HERE)
+{
+    emulator::collect(emulator::SYNC, mask, 0, 0, 32, file, line);
+}
+template <typename T> static inline T __shfl_sync(unsigned mask, T x, int lane, int width = 32, EMULATOR_HERE)
+{
+    return emulator::shuffle(emulator::SHUFFLE, mask, x, lane, width, file, line);
+}
+template <typename T> static inline T __shfl_xor_sync(unsigned mask, T x, int lanes, int width = 32, EMULATOR_HERE)
+{
+    return emulator::shuffle(emulator::SHUFFLE_XOR, mask, x, lanes, width, file, line);
+}
+template <typename T> static inline T __shfl_up_sync(unsigned mask, T x, unsigned by, int width = 32, EMULATOR_HERE)
+{
+    return emulator::shuffle(emulator::SHUFFLE_UP, mask, x, (int)by, width, file, line);
+}
+template <typename T> static inline T __shfl_down_sync(unsigned mask, T x, unsigned by, int width = 32, EMULATOR_HERE)
+{
+    return emulator::shuffle(emulator::SHUFFLE_DOWN, mask, x, (int)by, width, file, line);
+}
+static inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATOR_HERE)
+{
+    return (unsigned)emulator::collect(emulator::BALLOT, mask, predicate != 0, 0, 32, file, line);
+}
+static inline int __any_sync(unsigned mask, int predicate, EMULATOR_HERE)
+{
+    return (int)emulator::collect(emulator::ANY, mask, predicate != 0, 0, 32, file, line);
+}
+static inline int __all_sync(unsigned mask, int predicate, EMULATOR_HERE)
+{
+    return (int)emulator::collect(emulator::ALL, mask, predicate != 0, 0, 32, file, line);
+}
+#undef EMULATOR_HERE
+static inline void __threadfence() {}
+
+/* ---- arithmetic; no atomics on floating numbers, whose sums would depend on an order */
+#define EMULATOR_ATOMICS(T)                                                                                            \
+    static inline T atomicAdd(T *at, T x)                                                                              \
+    {                                                                                                                  \
+        const T old = *at;                                                                                             \
+        *at = (T)(old + x);                                                                                            \
+        return old;                                                                                                    \
+    }                                                                                                                  \
+    static inline T atomicMax(T *at, T x)                                                                              \
+    {                                                                                                                  \
+        const T old = *at;                                                                                             \
+        if (x > old) *at = x;                                                                                          \
+        return old;                                                                                                    \
+    }                                                                                                                  \
+    static inline T atomicMin(T *at, T x)                                                                              \
+    {                                                                                                                  \
+        const T old = *at;                                                                                             \
+        if (x < old) *at = x;                                                                                          \
+        return old;                                                                                                    \
+    }                                                                                                                  \
+    static inline T atomicExch(T *at, T x)                                                                             \
+    {                                                                                                                  \
+        const T old = *at;                                                                                             \
+        *at = x;                                                                                                       \
+        return old;                                                                                                    \
+    }                                                                                                                  \
+    static inline T atomicCAS(T *at, T compare, T x)                                                                   \
+    {                                                                                                                  \
+        const T old = *at;                                                                                             \
+        if (old == compare) *at = x;                                                                                   \
+        return old;                                                                                                    \
+    }
+EMULATOR_ATOMICS(int)
+EMULATOR_ATOMICS(unsigned)
+EMULATOR_ATOMICS(unsigned long long)
+#undef EMULATOR_ATOMICS
+
+#define EMULATOR_MINMAX(T)                                                                                             \
+    static inline T min(T a, T b)                                                                                      \
+    {                                                                                                                  \
+        return a < b ? a : b;                                                                                          \
+    }                                                                                                                  \
+    static inline T max(T a, T b)                                                                                      \
+    {                                                                                                                  \
+        return a > b ? a : b;                                                                                          \
+    }
+EMULATOR_MINMAX(int)
+EMULATOR_MINMAX(unsigned)
+EMULATOR_MINMAX(long)
+EMULATOR_MINMAX(unsigned long)
+EMULATOR_MINMAX(long long)
+EMULATOR_MINMAX(unsigned long long)
+#undef EMULATOR_MINMAX
+static inline float min(float a, float b)
+{
+    return fminf(a, b);
+}
+static inline float max(float a, float b)
+{
+    return fmaxf(a, b);
+}
+static inline double min(double a, double b)
+{
+    return fmin(a, b);
+}
+static inline double max(double a, double b)
+{
+    return fmax(a, b);
+}
+template <typename T> static inline T __ldg(const T *x)
+{
+    return *x;
+}
+static inline float rsqrtf(float x)
+{
+    return 1.0f / sqrtf(x);
+}
+static inline double rsqrt(double x)
+{
+    return 1.0 / sqrt(x);
+}
+static inline float rsqrt(float x)
+{
+    return rsqrtf(x);
+}
+static inline float __fdividef(float x, float y)
+{
+    return x / y;
+}
+static inline int __float_as_int(float x)
+{
+    int i;
+    memcpy(&i, &x, sizeof i);
+    return i;
+}
+static inline float __int_as_float(int i)
+{
+    float x;
+    memcpy(&x, &i, sizeof x);
+    return x;
+}
+static inline int __popc(unsigned x)
+{
+    return __builtin_popcount(x);
+}
+static inline int __popcll(unsigned long long x)
+{
+    return __builtin_popcountll(x);
+}
+static inline int __ffs(int x)
+{
+    return __builtin_ffs(x);
+}
+static inline int __clz(int x)
+{
+    return x == 0 ? 32 : __builtin_clz((unsigned)x);
+}
+
+/* ---- the runtime */
+typedef enum cudaError {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorInitializationError = 3,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorInsufficientDriver = 35,
+    cudaErrorNoDevice = 100,
+    cudaErrorInvalidDevice = 101,
+    cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorECCUncorrectable = 214,
+    cudaErrorUnsupportedPtxVersion = 222,
+    cudaErrorInvalidResourceHandle = 400,
+    cudaErrorIllegalAddress = 700,
+    cudaErrorLaunchOutOfResources = 701,
+    cudaErrorMisalignedAddress = 716,
+    cudaErrorLaunchFailure = 719,
+    cudaErrorDevicesUnavailable = 46
+} cudaError_t;
+typedef enum cudaMemcpyKind {
+    cudaMemcpyHostToHost = 0,
+    cudaMemcpyHostToDevice = 1,
+    cudaMemcpyDeviceToHost = 2,
+    cudaMemcpyDeviceToDevice = 3,
+    cudaMemcpyDefault = 4
+} cudaMemcpyKind;
+typedef struct CUstream_st *cudaStream_t;
+typedef struct CUevent_st *cudaEvent_t;
+enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
+typedef struct cudaDeviceProp {
+    char name[256];
+    size_t totalGlobalMem, sharedMemPerBlock;
+    int warpSize, maxThreadsPerBlock, major, minor, multiProcessorCount;
+} cudaDeviceProp;
+
+cudaError_t cudaGetDeviceCount(int *count);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaGetDevice(int *device);
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device);
+cudaError_t cudaDeviceSynchronize();
+cudaError_t cudaRuntimeGetVersion(int *version);
+cudaError_t cudaDriverGetVersion(int *version);
+cudaError_t cudaGetLastError();
+cudaError_t cudaPeekAtLastError();
+const char *cudaGetErrorString(cudaError_t error);
+const char *cudaGetErrorName(cudaError_t error);
+cudaError_t cudaMemGetInfo(size_t *available, size_t *total);
+
+cudaError_t cudaMalloc(void **p, size_t bytes);
+template <typename T> static inline cudaError_t cudaMalloc(T **p, size_t bytes)
+{
+    void *got = NULL;
+    const cudaError_t error = cudaMalloc(&got, bytes);
+    *p = static_cast<T *>(got);
+    return error;
+}
+cudaError_t cudaFree(void *p);
+cudaError_t cudaMallocHost(void **p, size_t bytes);
+template <typename T> static inline cudaError_t cudaMallocHost(T **p, size_t bytes)
+{
+    void *got = NULL;
+    const cudaError_t error = cudaMallocHost(&got, bytes);
+    *p = static_cast<T *>(got);
+    return error;
+}
+cudaError_t cudaFreeHost(void *p);
+cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind);
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = NULL);
+cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
+                              size_t height, cudaMemcpyKind kind, cudaStream_t stream = NULL);
+cudaError_t cudaMemset(void *p, int value, size_t bytes);
+cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream = NULL);
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags = 0);
+cudaError_t cudaEventCreate(cudaEvent_t *event);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = NULL);
+cudaError_t cudaEventSynchronize(cudaEvent_t event);
+cudaError_t cudaEventQuery(cudaEvent_t event);
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to);
+
+/* ---- launches */
+namespace emulator
+{
+void run(const char *kernel, void (*thread)(void *), void *arguments, dim3 grid, dim3 block, size_t shared,
+         cudaStream_t stream);
+
+/* A kernel with its launch configuration; called with the arguments, which its type converts. */
+template <typename... P> struct launch {
+    const char *name;
+    void (*kernel)(P...);
+    dim3 grid, block;
+    size_t shared;
+    cudaStream_t stream;
+    void operator()(P... p) const
+    {
+        struct call {
+            void (*kernel)(P...);
+            std::tuple<P...> arguments;
+        } c = {kernel, std::tuple<P...>(p...)};
+        run(
+            name,
+            [](void *x) {
+                const call *one = static_cast<const call *>(x);
+                std::apply(one->kernel, one->arguments);
+            },
+            &c, grid, block, shared, stream);
+    }
+};
+template <typename... P>
+static inline launch<P...> launch_of(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
+                                     cudaStream_t stream)
+{
+    return {name, kernel, grid, block, shared, stream};
+}
+
+/* Device memory may be touched while one of these exists: what the emulated runtime and cuBLAS stand in. */
+struct device_access {
+    device_access();
+    ~device_access();
+    device_access(const device_access &) = delete;
+    device_access &operator=(const device_access &) = delete;
+};
+/* 1: [p, p + bytes) lies in one live allocation; 0: it is host memory, or a device address that is not */
+int is_device(const void *p);
+int is_allocated(const void *p, size_t bytes);
+} // namespace emulator
+
+#endif

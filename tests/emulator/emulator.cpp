@@ -1,0 +1,857 @@
+/* The emulator's machine: device memory, and the threads of a block as fibers. What it promises: see cuda_runtime.h.
+ *
+ * A worker is a stack that runs threads. Worker 0 starts thread 0, then 1, ...: as long as none waits, all threads of a
+ * block run on it, one call each. A thread that waits keeps its worker; then another goes on: first a thread of the
+ * same warp that may, then the next that has not begun, on another worker, then one of another warp. */
+#include <cublas_v2.h>
+#include <cuda_runtime.h>
+
+#include <cblas.h>
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <ucontext.h>
+
+#include <iterator>
+#include <map>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace
+{
+/* ------------------------------------------------------------------------------------------------ device memory */
+
+const size_t REGION = (size_t)16 << 30; /* of addresses; pages are the system's as they are used */
+const size_t ALIGN = 256, BEHIND = 256; /* bytes of a known value behind each allocation */
+const size_t PAGE = 4096;
+const unsigned char FRESH = 0xff, GUARD = 0xff; /* a reader behind the end finds NaN, too */
+
+unsigned char *region;
+std::map<size_t, size_t> &allocated = *new std::map<size_t, size_t>; /* offset: bytes asked for. Lasts to the end */
+int access_depth;
+size_t top; /* the first page that holds nothing */
+
+void die(const char *what)
+{
+    fprintf(stderr, "emulator: %s\n", what);
+    abort();
+}
+
+size_t round_up(size_t x, size_t to)
+{
+    return (x + to - 1) / to * to;
+}
+
+size_t whole(size_t bytes) /* what an allocation takes */
+{
+    return round_up(bytes + BEHIND, ALIGN);
+}
+
+void protect(size_t from, size_t to, int how)
+{
+    if (to > from && mprotect(region + from, to - from, how) != 0) die("mprotect of device memory failed");
+}
+
+/* The pages below top are open or closed by a protection key, where the processor has them: that is one instruction,
+ * and mprotect a walk over all pages. Those above are always closed. */
+int key = -1;
+
+void open_memory(bool open)
+{
+    if (key >= 0)
+        pkey_set(key, open ? 0 : PKEY_DISABLE_ACCESS);
+    else
+        protect(0, top, open ? PROT_READ | PROT_WRITE : PROT_NONE);
+}
+
+cudaError_t reserve_region()
+{
+    void *got = mmap(NULL, REGION, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (got == MAP_FAILED) return cudaErrorInitializationError;
+    region = static_cast<unsigned char *>(got);
+    key = pkey_alloc(0, PKEY_DISABLE_ACCESS);
+    if (key >= 0 && pkey_mprotect(region, REGION, PROT_NONE, key) != 0) die("pkey_mprotect of device memory failed");
+    return cudaSuccess;
+}
+
+void set_top()
+{
+    const size_t end = allocated.empty() ? 0 : allocated.rbegin()->first + whole(allocated.rbegin()->second);
+    const size_t now = round_up(end, PAGE);
+    if (now < top) madvise(region + now, top - now, MADV_DONTNEED);
+    if (key >= 0 || access_depth > 0) protect(top, now, PROT_READ | PROT_WRITE);
+    protect(now, top, PROT_NONE);
+    top = now;
+}
+
+cudaError_t last_error;
+cudaError_t keep(cudaError_t error)
+{
+    if (error != cudaSuccess) last_error = error;
+    return error;
+}
+} // namespace
+
+emulator::device_access::device_access()
+{
+    if (access_depth++ == 0) open_memory(true);
+}
+
+emulator::device_access::~device_access()
+{
+    if (--access_depth == 0) open_memory(false);
+}
+
+int emulator::is_device(const void *p)
+{
+    const unsigned char *x = static_cast<const unsigned char *>(p);
+    return region != NULL && x >= region && x < region + REGION;
+}
+
+int emulator::is_allocated(const void *p, size_t bytes)
+{
+    if (!is_device(p)) return 0;
+    const size_t at = (size_t)(static_cast<const unsigned char *>(p) - region);
+    auto next = allocated.upper_bound(at);
+    if (next == allocated.begin()) return 0;
+    const auto one = std::prev(next);
+    return bytes <= one->second && at - one->first <= one->second - bytes;
+}
+
+cudaError_t cudaMalloc(void **p, size_t bytes)
+{
+    *p = NULL;
+    if (bytes == 0) return cudaSuccess;
+    if (region == NULL && reserve_region() != cudaSuccess) return keep(cudaErrorInitializationError);
+    if (bytes > REGION) return keep(cudaErrorMemoryAllocation);
+    size_t at = 0; /* first fit */
+    for (const auto &one : allocated) {
+        if (one.first - at >= whole(bytes)) break;
+        at = one.first + whole(one.second);
+    }
+    if (REGION - at < whole(bytes)) return keep(cudaErrorMemoryAllocation);
+    allocated[at] = bytes;
+    set_top();
+    emulator::device_access open;
+    memset(region + at, FRESH, bytes);
+    memset(region + at + bytes, GUARD, whole(bytes) - bytes);
+    *p = region + at;
+    return cudaSuccess;
+}
+
+cudaError_t cudaFree(void *p)
+{
+    if (p == NULL) return cudaSuccess;
+    if (!emulator::is_device(p)) return keep(cudaErrorInvalidValue);
+    const auto one = allocated.find((size_t)(static_cast<unsigned char *>(p) - region));
+    if (one == allocated.end()) return keep(cudaErrorInvalidValue);
+    {
+        emulator::device_access open;
+        for (size_t i = one->second; i < whole(one->second); i++)
+            if (region[one->first + i] != GUARD) die("a kernel wrote behind the end of an allocation");
+    }
+    allocated.erase(one);
+    set_top();
+    return cudaSuccess;
+}
+
+cudaError_t cudaMallocHost(void **p, size_t bytes)
+{
+    *p = malloc(bytes > 0 ? bytes : 1);
+    return *p != NULL ? cudaSuccess : keep(cudaErrorMemoryAllocation);
+}
+
+cudaError_t cudaFreeHost(void *p)
+{
+    free(p);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
+                              size_t height, cudaMemcpyKind kind, cudaStream_t)
+{
+    if (width == 0 || height == 0) return cudaSuccess;
+    if (height > 1 && (width > to_pitch || width > from_pitch)) return keep(cudaErrorInvalidValue);
+    const size_t to_bytes = (height - 1) * to_pitch + width, from_bytes = (height - 1) * from_pitch + width;
+    const int to_device = emulator::is_device(to), from_device = emulator::is_device(from);
+    if (kind != cudaMemcpyDefault &&
+        (to_device != (kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice) ||
+         from_device != (kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice)))
+        return keep(cudaErrorInvalidValue);
+    if (to == NULL || from == NULL || (to_device && !emulator::is_allocated(to, to_bytes)) ||
+        (from_device && !emulator::is_allocated(from, from_bytes)))
+        return keep(cudaErrorInvalidValue);
+    emulator::device_access open;
+    unsigned char *x = static_cast<unsigned char *>(to);
+    const unsigned char *y = static_cast<const unsigned char *>(from);
+    for (size_t i = 0; i < height; i++) memmove(x + i * to_pitch, y + i * from_pitch, width);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream)
+{
+    return cudaMemcpy2DAsync(to, bytes, from, bytes, bytes, 1, kind, stream);
+}
+
+cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind)
+{
+    return cudaMemcpyAsync(to, from, bytes, kind, NULL);
+}
+
+cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t)
+{
+    if (bytes == 0) return cudaSuccess;
+    if (!emulator::is_allocated(p, bytes)) return keep(cudaErrorInvalidValue);
+    emulator::device_access open;
+    memset(p, value, bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemset(void *p, int value, size_t bytes)
+{
+    return cudaMemsetAsync(p, value, bytes, NULL);
+}
+
+cudaError_t cudaMemGetInfo(size_t *available, size_t *total)
+{
+    *total = REGION;
+    *available = REGION - top;
+    return cudaSuccess;
+}
+
+/* ------------------------------------------------------------------------------------------------ threads of a block
+ */
+
+namespace
+{
+#ifdef __SANITIZE_ADDRESS__
+const size_t STACK = (size_t)512 << 10; /* variables have margins there */
+#else
+const size_t STACK = (size_t)64 << 10;
+#endif
+const size_t SHARED_MOST = (size_t)48 << 10;
+const int MOST = 1024, WARP = 32, WARPS = MOST / WARP;
+
+struct worker {
+    jmp_buf where;
+    ucontext_t start; /* until it has begun */
+    bool begun;
+    const void *stack; /* this and what follows: for AddressSanitizer */
+    size_t stack_bytes;
+    void *fake;
+};
+
+struct thread_state {
+    worker *on;
+    emulator::collective what;
+    unsigned mask;
+    uint64_t value; /* given, then what it got */
+    int argument, width, line;
+    const char *file;
+};
+
+struct warp_state {
+    unsigned ended, collecting, ready; /* bits of lanes; ready: they wait no more and have not gone on yet */
+    unsigned exists;
+};
+
+worker host; /* where a launch came from */
+std::vector<worker *> &idle = *new std::vector<worker *>;
+thread_state thread[MOST];
+warp_state warp[WARPS];
+int count, started, ended, waiting; /* of the block; waiting: at __syncthreads */
+bool at_barrier[MOST];
+uint32_t warps_ready; /* bits of warps with ready lanes */
+int current;
+const char *kernel_name;
+void (*kernel_thread)(void *);
+void *kernel_arguments;
+unsigned char *shared_pages, *shared_now;
+
+[[noreturn]] void fail(int t, const char *what)
+{
+    fprintf(stderr, "emulator: kernel %s, block (%u,%u,%u), thread %d of %d: %s\n", kernel_name, blockIdx.x, blockIdx.y,
+            blockIdx.z, t, count, what);
+    int shown = 0;
+    for (int i = 0; i < started && shown < 8; i++) {
+        const bool collects = warp[i / WARP].collecting >> i % WARP & 1;
+        if (!collects && !at_barrier[i]) continue;
+        fprintf(stderr, "  thread %d waits at %s:%d, ", i, thread[i].file, thread[i].line);
+        if (collects)
+            fprintf(stderr, "a shuffle, vote or __syncwarp of mask %08x\n", thread[i].mask);
+        else
+            fprintf(stderr, "__syncthreads\n");
+        shown++;
+    }
+    if (ended > 0) fprintf(stderr, "  %d threads have returned\n", ended);
+    abort();
+}
+
+worker *self, *before; /* who runs now, and who switched to it */
+
+void arrived([[maybe_unused]] void *fake)
+{
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(fake, &before->stack, &before->stack_bytes);
+#endif
+}
+
+/* Returns when somebody switches back. */
+__attribute__((noinline)) void switch_to(worker *to)
+{
+    worker *const from = self;
+    before = from;
+    self = to;
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(&from->fake, to->stack, to->stack_bytes);
+#endif
+    if (_setjmp(from->where) == 0) {
+        if (to->begun) _longjmp(to->where, 1);
+        to->begun = true;
+        setcontext(&to->start);
+    }
+    arrived(self->fake);
+}
+
+void set_thread(int t)
+{
+    current = t;
+    const unsigned i = (unsigned)t;
+    if (blockDim.y == 1 && blockDim.z == 1)
+        threadIdx = {i, 0, 0};
+    else
+        threadIdx = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
+}
+
+void make_ready(int t)
+{
+    warp[t / WARP].ready |= 1u << t % WARP;
+    warps_ready |= 1u << t / WARP;
+}
+
+int take_ready(int w)
+{
+    const int lane = __builtin_ctz(warp[w].ready);
+    warp[w].ready &= warp[w].ready - 1;
+    if (warp[w].ready == 0) warps_ready &= ~(1u << w);
+    return w * WARP + lane;
+}
+
+void work();
+
+/* apart, since getcontext may return twice as far as the compiler knows */
+__attribute__((noinline)) worker *new_stack()
+{
+    worker *one = new worker();
+    void *pages = mmap(NULL, STACK + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages == MAP_FAILED || mprotect(pages, PAGE, PROT_NONE) != 0) die("no memory for the stacks of threads");
+    void *stack = static_cast<unsigned char *>(pages) + PAGE; /* it grows down, to the page that is closed */
+    one->stack = stack;
+    one->stack_bytes = STACK;
+    static size_t number; /* stacks begin at other places of their pages, or they would share few lines of the cache */
+    getcontext(&one->start);
+    one->start.uc_stack.ss_sp = stack;
+    one->start.uc_stack.ss_size = STACK - number++ % 16 * 256;
+    one->start.uc_link = NULL;
+    makecontext(&one->start, work, 0);
+    return one;
+}
+
+worker *take_worker()
+{
+    if (idle.empty()) return new_stack();
+    worker *one = idle.back();
+    idle.pop_back();
+    return one;
+}
+
+/* Who runs now has nothing to do, or its thread waits: somebody else goes on. Returns when it is wanted again: its
+ * thread may go on, or, if it is idle, there are threads to start. */
+void go_on()
+{
+    const int w = current / WARP;
+    int next = -1;
+    if (warp[w].ready != 0)
+        next = take_ready(w);
+    else if (started < count)
+        switch_to(take_worker());
+    else if (warps_ready != 0)
+        next = take_ready(__builtin_ctz(warps_ready));
+    else if (ended == count)
+        switch_to(&host);
+    else
+        fail(current, "no thread can go on");
+    if (next >= 0) {
+        set_thread(next);
+        switch_to(thread[next].on);
+    }
+}
+
+/* The current thread waits until it is made ready. */
+void wait_here()
+{
+    const int t = current, w = t / WARP;
+    if (warp[w].ready >> t % WARP & 1) { /* it was the last to come */
+        warp[w].ready &= ~(1u << t % WARP);
+        if (warp[w].ready == 0) warps_ready &= ~(1u << w);
+        return;
+    }
+    thread[t].on = self;
+    go_on();
+}
+
+/* Everybody of `mask` in warp w who is still there waits: tells each what it asked for. */
+void complete(int w, unsigned mask)
+{
+    thread_state *lane = thread + w * WARP;
+    const unsigned here = mask & warp[w].collecting;
+    uint64_t given[WARP];
+    unsigned votes = 0;
+    for (unsigned left = here; left != 0; left &= left - 1) {
+        const int i = __builtin_ctz(left);
+        given[i] = lane[i].value;
+        if (given[i] != 0) votes |= 1u << i;
+    }
+    for (unsigned left = here; left != 0; left &= left - 1) {
+        const int i = __builtin_ctz(left), width = lane[i].width, first = i & ~(width - 1);
+        int from = i;
+        switch (lane[i].what) {
+        case emulator::SHUFFLE:
+            from = first + (lane[i].argument & (width - 1));
+            break;
+        case emulator::SHUFFLE_XOR:
+            from = i ^ lane[i].argument;
+            break;
+        case emulator::SHUFFLE_UP:
+            from = i - lane[i].argument;
+            break;
+        case emulator::SHUFFLE_DOWN:
+            from = i + lane[i].argument;
+            break;
+        case emulator::BALLOT:
+            lane[i].value = votes;
+            continue;
+        case emulator::ANY:
+            lane[i].value = votes != 0;
+            continue;
+        case emulator::ALL:
+            lane[i].value = votes == here;
+            continue;
+        case emulator::SYNC:
+            continue;
+        }
+        if (from >= first + width || (lane[i].what == emulator::SHUFFLE_UP && from < first)) from = i;
+        lane[i].value = here >> from & 1 ? given[from] : ~(uint64_t)0;
+    }
+    warp[w].collecting &= ~here;
+    warp[w].ready |= here;
+    warps_ready |= 1u << w;
+}
+
+void try_complete(int w, int t)
+{
+    const thread_state &one = thread[t];
+    const unsigned wanted = one.mask & warp[w].exists & ~warp[w].ended;
+    if ((wanted & ~warp[w].collecting) != 0) return;
+    for (unsigned left = wanted; left != 0; left &= left - 1) {
+        const int other = w * WARP + __builtin_ctz(left);
+        if (thread[other].mask != one.mask || thread[other].what != one.what)
+            fail(other, "the lanes of a mask are at different shuffles or votes, or with different masks");
+    }
+    complete(w, one.mask);
+}
+
+void try_barrier()
+{
+    if (waiting == 0 || waiting < count - ended) return;
+    int first = -1;
+    for (int t = 0; t < count; t++) {
+        if (!at_barrier[t]) continue;
+        if (first < 0) first = t;
+        if (thread[t].line != thread[first].line || strcmp(thread[t].file, thread[first].file) != 0)
+            fail(t, "threads of a block wait at different __syncthreads");
+    }
+    for (int t = 0; t < count; t++)
+        if (at_barrier[t]) at_barrier[t] = false, make_ready(t);
+    waiting = 0;
+}
+
+void run_threads()
+{
+    while (started < count) {
+        set_thread(started++);
+        kernel_thread(kernel_arguments);
+        ended++;
+        const int w = current / WARP;
+        warp[w].ended |= 1u << current % WARP;
+        if (warp[w].collecting != 0) /* somebody may have waited for this one */
+            for (unsigned left = warp[w].collecting; left != 0; left &= left - 1) {
+                const int t = w * WARP + __builtin_ctz(left);
+                if (warp[w].collecting >> t % WARP & 1) try_complete(w, t);
+            }
+        try_barrier();
+    }
+}
+
+void work()
+{
+    arrived(NULL);
+    for (;;) {
+        run_threads();
+        idle.push_back(self);
+        go_on();
+    }
+}
+} // namespace
+
+uint64_t emulator::collect(collective what, unsigned mask, uint64_t value, int argument, int width, const char *file,
+                           int line)
+{
+    const int t = current, w = t / WARP;
+    thread_state &me = thread[t];
+    me.what = what, me.mask = mask, me.value = value, me.argument = argument, me.width = width;
+    me.file = file, me.line = line;
+    if (!(mask >> t % WARP & 1)) fail(t, "a thread calls a shuffle or vote whose mask it is not in");
+    if (width < 1 || width > WARP || (width & (width - 1)) != 0) fail(t, "the width of a shuffle is not 1, 2, ..., 32");
+    warp[w].collecting |= 1u << t % WARP;
+    try_complete(w, t);
+    wait_here();
+    return me.value;
+}
+
+void emulator::barrier(const char *file, int line)
+{
+    const int t = current;
+    thread[t].file = file, thread[t].line = line;
+    at_barrier[t] = true;
+    waiting++;
+    try_barrier();
+    wait_here();
+}
+
+unsigned char *emulator::shared_memory()
+{
+    return shared_now;
+}
+
+void emulator::run(const char *kernel, void (*call)(void *), void *arguments, dim3 grid, dim3 block, size_t shared,
+                   cudaStream_t)
+{
+    const uint64_t threads = (uint64_t)block.x * block.y * block.z;
+    if (threads < 1 || block.x > MOST || block.y > MOST || block.z > 64 || threads > MOST || grid.x < 1 || grid.y < 1 ||
+        grid.z < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
+        keep(cudaErrorInvalidConfiguration);
+        return;
+    }
+    if (shared > SHARED_MOST) {
+        keep(cudaErrorInvalidValue);
+        return;
+    }
+    if (shared_pages == NULL) {
+        void *pages = mmap(NULL, SHARED_MOST + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (pages == MAP_FAILED) die("no memory for shared memory");
+        shared_pages = static_cast<unsigned char *>(pages);
+        if (mprotect(shared_pages + SHARED_MOST, PAGE, PROT_NONE) != 0) die("mprotect of shared memory failed");
+    }
+    shared = round_up(shared, 16);
+    shared_now = shared_pages + SHARED_MOST - shared;
+    kernel_name = kernel, kernel_thread = call, kernel_arguments = arguments;
+    gridDim = grid, blockDim = block;
+    count = (int)threads;
+    device_access open;
+    host.begun = true;
+    self = &host;
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x++) {
+                blockIdx = {x, y, z};
+                memset(shared_now, FRESH, shared);
+                started = ended = waiting = current = 0;
+                warps_ready = 0;
+                for (int w = 0; w * WARP < count; w++) {
+                    const int lanes = count - w * WARP;
+                    warp[w] = {};
+                    warp[w].exists = lanes >= WARP ? ~0u : (1u << lanes) - 1;
+                }
+                switch_to(take_worker());
+            }
+}
+
+/* ------------------------------------------------------------------------------------------------ the runtime */
+
+struct CUstream_st {
+    unsigned flags;
+};
+struct CUevent_st {
+    struct timespec at;
+};
+
+cudaError_t cudaGetDeviceCount(int *devices)
+{
+    *devices = 1;
+    return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device)
+{
+    return device == 0 ? cudaSuccess : keep(cudaErrorInvalidDevice);
+}
+
+cudaError_t cudaGetDevice(int *device)
+{
+    *device = 0;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device)
+{
+    if (device != 0) return keep(cudaErrorInvalidDevice);
+    *properties = {};
+    strcpy(properties->name, "emulated on the CPU");
+    properties->totalGlobalMem = REGION;
+    properties->sharedMemPerBlock = SHARED_MOST;
+    properties->warpSize = WARP;
+    properties->maxThreadsPerBlock = MOST;
+    properties->major = 9;
+    properties->multiProcessorCount = 1;
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceSynchronize()
+{
+    return cudaSuccess;
+}
+
+cudaError_t cudaRuntimeGetVersion(int *version)
+{
+    *version = CUDART_VERSION;
+    return cudaSuccess;
+}
+
+cudaError_t cudaDriverGetVersion(int *version)
+{
+    *version = CUDART_VERSION;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError()
+{
+    const cudaError_t error = last_error;
+    last_error = cudaSuccess;
+    return error;
+}
+
+cudaError_t cudaPeekAtLastError()
+{
+    return last_error;
+}
+
+const char *cudaGetErrorName(cudaError_t error)
+{
+    switch (error) {
+    case cudaSuccess:
+        return "cudaSuccess";
+    case cudaErrorInvalidValue:
+        return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation:
+        return "cudaErrorMemoryAllocation";
+    case cudaErrorInvalidConfiguration:
+        return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidDevice:
+        return "cudaErrorInvalidDevice";
+    default:
+        return "cudaErrorUnknown";
+    }
+}
+
+const char *cudaGetErrorString(cudaError_t error)
+{
+    switch (error) {
+    case cudaSuccess:
+        return "no error";
+    case cudaErrorInvalidValue:
+        return "invalid argument";
+    case cudaErrorMemoryAllocation:
+        return "out of memory";
+    case cudaErrorInvalidConfiguration:
+        return "invalid configuration argument";
+    case cudaErrorInvalidDevice:
+        return "invalid device ordinal";
+    default:
+        return "an error of the emulator";
+    }
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags)
+{
+    *stream = new CUstream_st{flags};
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream)
+{
+    delete stream;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t)
+{
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned)
+{
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned)
+{
+    *event = new CUevent_st();
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventCreate(cudaEvent_t *event)
+{
+    return cudaEventCreateWithFlags(event, cudaEventDefault);
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event)
+{
+    delete event;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t)
+{
+    clock_gettime(CLOCK_MONOTONIC, &event->at);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t)
+{
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t)
+{
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
+{
+    *ms = (float)((double)(to->at.tv_sec - from->at.tv_sec) * 1e3 + (double)(to->at.tv_nsec - from->at.tv_nsec) * 1e-6);
+    return cudaSuccess;
+}
+
+/* ------------------------------------------------------------------------------------------------ cuBLAS */
+
+struct cublasContext {
+    cudaStream_t stream;
+    cublasMath_t mode;
+};
+
+cublasStatus_t cublasCreate(cublasHandle_t *handle)
+{
+    openblas_set_num_threads(1); /* its other threads may not touch device memory; and results are always the same */
+    *handle = new cublasContext{NULL, CUBLAS_DEFAULT_MATH};
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasDestroy(cublasHandle_t handle)
+{
+    delete handle;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasSetStream(cublasHandle_t handle, cudaStream_t stream)
+{
+    handle->stream = stream;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasSetMathMode(cublasHandle_t handle, cublasMath_t mode)
+{
+    handle->mode = mode;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+const char *cublasGetStatusString(cublasStatus_t status)
+{
+    return status == CUBLAS_STATUS_SUCCESS         ? "CUBLAS_STATUS_SUCCESS"
+           : status == CUBLAS_STATUS_INVALID_VALUE ? "CUBLAS_STATUS_INVALID_VALUE"
+                                                   : "an error of the emulated cuBLAS";
+}
+
+namespace
+{
+void gemm(CBLAS_TRANSPOSE a_is, CBLAS_TRANSPOSE b_is, int m, int n, int k, float alpha, const float *a, int lda,
+          const float *b, int ldb, float beta, float *c, int ldc)
+{
+    cblas_sgemm(CblasColMajor, a_is, b_is, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+void gemm(CBLAS_TRANSPOSE a_is, CBLAS_TRANSPOSE b_is, int m, int n, int k, double alpha, const double *a, int lda,
+          const double *b, int ldb, double beta, double *c, int ldc)
+{
+    cblas_dgemm(CblasColMajor, a_is, b_is, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+/* columns of `rows` numbers, ld apart, in live device memory */
+template <typename T> bool fits(const T *x, int64_t rows, int64_t columns, int64_t ld, int64_t stride, int batch)
+{
+    return emulator::is_allocated(x, (size_t)((columns - 1) * ld + rows) * sizeof *x) &&
+           emulator::is_allocated(x + (batch - 1) * stride, (size_t)((columns - 1) * ld + rows) * sizeof *x);
+}
+
+template <typename T>
+cublasStatus_t batch_of(cublasOperation_t op_a, cublasOperation_t op_b, int m, int n, int k, const T *alpha, const T *a,
+                        int lda, int64_t stride_a, const T *b, int ldb, int64_t stride_b, const T *beta, T *c, int ldc,
+                        int64_t stride_c, int batch)
+{
+    const int a_rows = op_a == CUBLAS_OP_N ? m : k, b_rows = op_b == CUBLAS_OP_N ? k : n;
+    if (m < 0 || n < 0 || k < 0 || batch < 0 || lda < (a_rows > 1 ? a_rows : 1) || ldb < (b_rows > 1 ? b_rows : 1) ||
+        ldc < (m > 1 ? m : 1) || alpha == NULL || beta == NULL)
+        return CUBLAS_STATUS_INVALID_VALUE;
+    if (m == 0 || n == 0 || batch == 0) return CUBLAS_STATUS_SUCCESS;
+    if (!fits(c, m, n, ldc, stride_c, batch) ||
+        (k > 0 && !(fits(a, a_rows, op_a == CUBLAS_OP_N ? k : m, lda, stride_a, batch) &&
+                    fits(b, b_rows, op_b == CUBLAS_OP_N ? n : k, ldb, stride_b, batch))))
+        return CUBLAS_STATUS_EXECUTION_FAILED; /* the real one would write anywhere, or fault */
+    const emulator::device_access open;
+    for (int i = 0; i < batch; i++) {
+        T *ci = c + i * stride_c;
+        if (*beta == 0)
+            for (int j = 0; j < n; j++) memset(ci + (int64_t)j * ldc, 0, (size_t)m * sizeof *ci);
+        gemm(op_a == CUBLAS_OP_N ? CblasNoTrans : CblasTrans, op_b == CUBLAS_OP_N ? CblasNoTrans : CblasTrans, m, n, k,
+             *alpha, a + i * stride_a, lda, b + i * stride_b, ldb, *beta, ci, ldc);
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+} // namespace
+
+#define GEMM(name, T)                                                                                                  \
+    cublasStatus_t cublas##name##gemm(cublasHandle_t, cublasOperation_t op_a, cublasOperation_t op_b, int m, int n,    \
+                                      int k, const T *alpha, const T *a, int lda, const T *b, int ldb, const T *beta,  \
+                                      T *c, int ldc)                                                                   \
+    {                                                                                                                  \
+        return batch_of(op_a, op_b, m, n, k, alpha, a, lda, 0, b, ldb, 0, beta, c, ldc, 0, 1);                         \
+    }                                                                                                                  \
+    cublasStatus_t cublas##name##gemmStridedBatched(cublasHandle_t, cublasOperation_t op_a, cublasOperation_t op_b,    \
+                                                    int m, int n, int k, const T *alpha, const T *a, int lda,          \
+                                                    long long stride_a, const T *b, int ldb, long long stride_b,       \
+                                                    const T *beta, T *c, int ldc, long long stride_c, int batch)       \
+    {                                                                                                                  \
+        return batch_of(op_a, op_b, m, n, k, alpha, a, lda, stride_a, b, ldb, stride_b, beta, c, ldc, stride_c,        \
+                        batch);                                                                                        \
+    }
+GEMM(S, float)
+GEMM(D, double)

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Trains a small model on the CPU and on a GPU (the second program; in the suite one that emulates it): the same losses up
+# to rounding, on one rank and on two that share the GPU, and checkpoints that move from one to the other and back.
+set -euo pipefail
+if [ $# -ne 3 ]; then
+  echo "usage: tests/train_device.sh LONGSPAN LONGSPAN_WITH_GPU SCRATCH_FOLDER" >&2
+  exit 2
+fi
+cpu=$(realpath "$1") gpu=$(realpath "$2")
+mpirun=${MPIRUN:-mpirun --oversubscribe --allow-run-as-root --bind-to none}
+rm -rf "$3" && mkdir -p "$3" && cd "$3"
+
+say() { printf 'train_device: %s\n' "$*"; }
+fail() {
+  say "FAILED: $*" >&2
+  exit 1
+}
+
+awk 'BEGIN {
+  srand(11); n = split("the cat dog sat on a mat and ran far away from home in winter under stars", word, " ")
+  for (i = 0; i < 24; i++) {
+    s = ""; length_wanted = 30 + int(rand() * 50)
+    while (length(s) < length_wanted) s = s (s == "" ? "" : " ") word[1 + int(rand() * n)]
+    printf "d%d\t%s\t%s\n", i, s, toupper(substr(s, 1, int(length(s) / 2))) > (i < 20 ? "train.tsv" : "valid.tsv")
+  }
+}'
+"$cpu" pack --out data.h5 --train train.tsv --valid valid.tsv >pack.log || fail "pack"
+cat >run.yaml <<EOF
+data: {path: data.h5}
+model: {embed_dim: 16, ffn_dim: 32, num_heads: 2, encoder_layers: 1, decoder_layers: 1, dropout: 0.1,
+        encoder: {mechanism: performer}, decoder: {mechanism: abc}, cross: {mechanism: softmax}}
+train: {steps: 6, batch: 2, learning_rate: 3.0e-3, warmup_steps: 2, evaluate_every: 6, save_every: 3, keep: 9}
+EOF
+
+train() { # RANKS PROGRAM DIRECTORY ARGUMENT...
+  local launch=()
+  [ "$1" = 1 ] || launch=($mpirun -n "$1")
+  "${launch[@]}" "$2" train run.yaml --set run.directory="$3" "${@:4}" >"$3.log" 2>&1 || {
+    local code=$?
+    cat "$3.log" >&2
+    fail "$3: exit code $code"
+  }
+}
+losses() { sed -n 's/^{"step":\([0-9]*\),.*"loss":\([^,]*\),.*"grad_norm":\([^,]*\),.*/\1 \2 \3/p' "$1/metrics.jsonl"; }
+same() { # A B: losses and norms of the gradient of the same steps, within 1e-4
+  paste -d' ' <(losses "$1") <(losses "$2") | awk -v a="$1" -v b="$2" '
+    function off(x, y) { return x > y ? (x - y) / x : (y - x) / y }
+    { d = off($2, $5); e = off($3, $6); if (d > worst) worst = d; if (e > norm) norm = e }
+    $1 != $4 || !(d <= 1e-4) || !(e <= 1e-3) { print "step " $1 ": " $0; bad = 1 }
+    END { printf "  %-10s %-10s largest relative difference of losses %.1e, of norms %.1e\n", a, b, worst, norm
+          exit bad || NR != 6 }' || fail "$1 and $2 differ"
+}
+
+train 1 "$cpu" cpu
+train 1 "$gpu" gpu --set device=cuda
+train 2 "$gpu" gpu_two --set device=cuda
+same cpu gpu
+same cpu gpu_two
+
+# ---- a checkpoint of one device goes on on the other
+for way in "cpu cpu gpu cuda" "gpu gpu cpu cpu"; do
+  read -r from _ to device <<<"$way"
+  program=$cpu && [ "$to" = cpu ] || program=$gpu
+  mkdir -p "moved_$to" && cp "$from/step-000003.h5" "moved_$to/" && head -n 3 "$from/metrics.jsonl" >"moved_$to/metrics.jsonl"
+  train 1 "$program" "moved_$to" --resume auto --set device="$device"
+  same cpu "moved_$to"
+done
+
+# ---- and is read alike
+a=$("$cpu" eval cpu/best.h5 --split valid --set device=cpu | grep '^result') || fail "eval on the CPU"
+b=$("$gpu" eval cpu/best.h5 --split valid --set device=cuda | grep '^result') || fail "eval on the GPU"
+say "eval: CPU $a; GPU $b"
+awk -v a="$a" -v b="$b" 'BEGIN { split(a, x, " +"); split(b, y, " +"); d = x[2] - y[2]; exit !(d < 1e-4 && d > -1e-4) }' ||
+  fail "eval differs"
+"$cpu" eval gpu/best.h5 --split valid | grep -q '^result' || fail "eval of a GPU's checkpoint on the CPU"
+say "the same on both"
