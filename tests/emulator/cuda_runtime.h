@@ -362,7 +362,10 @@ namespace emulator
 void run(const char *kernel, void (*thread)(void *), void *arguments, dim3 grid, dim3 block, size_t shared,
          cudaStream_t stream);
 
-/* A kernel with its launch configuration; called with the arguments, which its type converts. */
+/* A kernel with its launch configuration; called with the arguments, which its type converts. Of each file alone: two
+ * files may call different structs by the same name, and the linker must not take the one's code for the other's. */
+namespace
+{
 template <typename... P> struct launch {
     const char *name;
     void (*kernel)(P...);
@@ -390,6 +393,7 @@ static inline launch<P...> launch_of(const char *name, void (*kernel)(P...), dim
 {
     return {name, kernel, grid, block, shared, stream};
 }
+} // namespace
 
 /* Device memory may be touched while one of these exists: what the emulated runtime and cuBLAS stand in. */
 struct device_access {
