@@ -99,7 +99,7 @@ static void make_tables(const ls_pass *p)
     const longshort_memory *m = memory_of(p);
     const int64_t E = p->H * p->d, far = p->step ? 0 : m->N, n = ls_max(far, m->D);
     ls_zero(m->positions, n * E);
-    ls_add_positions(1, n, E, 0, m->positions);
+    ls_dense_cpu.add_positions(NULL, 1, n, E, 0, m->positions);
     make_table(p, far, parameter(p, R_CHUNK), parameter(p, R_CHUNK_BIAS), m->far_table);
     make_table(p, m->D, parameter(p, R_WIN), NULL, m->near_table);
 }

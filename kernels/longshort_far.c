@@ -385,7 +385,7 @@ ls_status ls_longshort_look_far(ls_pass *p, int phase)
     const int64_t seen = p->query_span[0].lo / chunk_length(p) * vectors(p), d = p->d, E = p->H * d;
     ls_real *to = p->summary[phase + 1].sent;
     ls_zero(m->positions, seen * E);
-    ls_add_positions(1, seen, E, 0, m->positions);
+    ls_dense_cpu.add_positions(NULL, 1, seen, E, 0, m->positions);
     for (int64_t b = 0; b < p->B; b++) {
         ls_clean_rows(p->q, b, 0, 0, 1, E, p->pad_q, p->T, (ls_real)p->scale, m->block[0]);
         distance_terms(p, m->block[0], seen);

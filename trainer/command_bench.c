@@ -320,8 +320,9 @@ static ls_status time_projections(const bench *b, const subject *s, double *seco
         if (!ls_attention_is_projection(s->attention, i)) continue;
         const int bias = i + 1 < count && ls_attention_param(s->attention, i + 1)->ndim == 1;
         ls_real *weight = s->params + w->offset, *dweight = s->grads.params + w->offset;
-        ls_linear(rows, w->dim[1], w->dim[0], x, weight, bias ? weight + w->count : NULL, y);
-        ls_linear_backward(rows, w->dim[1], w->dim[0], x, weight, y, x, 0, dweight, bias ? dweight + w->count : NULL);
+        ls_dense_cpu.linear(NULL, rows, w->dim[1], w->dim[0], x, weight, bias ? weight + w->count : NULL, y);
+        ls_dense_cpu.linear_backward(NULL, rows, w->dim[1], w->dim[0], x, weight, y, x, 0, dweight,
+                                     bias ? dweight + w->count : NULL);
     }
     const ls_status status = lap(b, begin, seconds);
     free(x);
