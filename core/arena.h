@@ -22,7 +22,7 @@ void ls_arena_replay(ls_arena *arena);
  * used. */
 ls_status ls_arena_check(const ls_arena *arena, const char *what);
 /* n bytes on a 256-byte boundary, or NULL while measuring (and past what was reserved, see ls_arena_check). In debug
- * builds the memory is filled with NaN. */
+ * builds, and with LONGSPAN_POISON=1, the memory is filled with NaN. */
 void *ls_arena_take(ls_arena *arena, size_t bytes);
 /* Gives back what was taken since used was `mark`: what is taken next may lie there. */
 void ls_arena_release(ls_arena *arena, size_t mark);

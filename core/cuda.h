@@ -32,6 +32,7 @@ struct ls_queue {
     int bf16;         /* operands of products are rounded to bfloat16 */
     ls_status status; /* what failed first, since it was last asked; its sentence is `message` */
     char message[256];
+    struct ls_bounce *bounce; /* host memory that copies to the device pass through, see core/device_cuda.cu */
 };
 
 /* To be returned by whatever launched kernels or products: LS_OK, or what failed. `what`: e.g. "abc: sums". */

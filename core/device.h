@@ -8,20 +8,32 @@
 #include "status.h"
 
 typedef struct ls_queue ls_queue; /* NULL on the CPU, where work is done when it is given */
+typedef struct ls_mark ls_mark;   /* a place in a queue's work; NULL on the CPU, where it is past at once */
 
 typedef struct ls_device_ops {
     const char *name;
     ls_status (*count)(int *devices);                      /* of this machine */
     void (*describe)(int number, char *text, size_t size); /* name and memory of one of them */
     ls_status (*open)(int number, ls_queue **queue);
+    ls_status (*open_beside)(ls_queue *of,
+                             ls_queue **queue); /* one more on its device, for copies and messages alone */
     void (*close)(ls_queue *);
     void *(*alloc)(size_t bytes); /* on a 256-byte boundary, of the device last opened; NULL: there is not so much */
     void (*release)(void *);
     void *(*alloc_host)(size_t bytes); /* host memory from which copies to and from the device are fast (pinned) */
     void (*release_host)(void *);
-    void (*poison)(void *, size_t bytes); /* NaN in every number: for debug builds */
-    ls_status (*to_device)(ls_queue *, void *to, const void *from, size_t bytes);
-    ls_status (*to_host)(ls_queue *, void *to, const void *from, size_t bytes); /* waits */
+    void (*poison)(void *, size_t bytes); /* NaN in every number, once nobody uses it: to find errors, slow */
+    ls_status (*to_device)(ls_queue *, void *to, const void *from, size_t bytes); /* waits for no work as a rule */
+    ls_status (*to_host)(ls_queue *, void *to, const void *from, size_t bytes);   /* waits */
+    /* The same for memory from alloc_host, begun and not waited for: it stays as it is until a mark after is reached */
+    ls_status (*begin_to_device)(ls_queue *, void *to, const void *from, size_t bytes);
+    ls_status (*begin_to_host)(ls_queue *, void *to, const void *from, size_t bytes);
+    /* mark: *mark stands for where the queue is now (NULL: it is made, to be given to unmark). follow: what the queue
+     * is given from now on waits for the mark, of another queue. reach: the host waits for it. */
+    ls_status (*mark)(ls_queue *, ls_mark **mark);
+    ls_status (*follow)(ls_queue *, ls_mark *mark);
+    ls_status (*reach)(ls_queue *, ls_mark *mark);
+    void (*unmark)(ls_mark *mark);
     ls_status (*wait)(ls_queue *); /* for all that was given; also tells what failed since it was last asked */
 } ls_device_ops;
 

@@ -23,6 +23,12 @@ static ls_status open_queue(int number, ls_queue **queue)
     return LS_OK;
 }
 
+static ls_status open_beside(ls_queue *of, ls_queue **queue)
+{
+    *queue = of;
+    return LS_OK;
+}
+
 static void close_queue(ls_queue *queue)
 {
     (void)queue;
@@ -51,10 +57,28 @@ static ls_status done(ls_queue *queue)
     return LS_OK;
 }
 
+static ls_status make_mark(ls_queue *queue, ls_mark **mark)
+{
+    (void)queue, (void)mark;
+    return LS_OK;
+}
+
+static ls_status pass_mark(ls_queue *queue, ls_mark *mark)
+{
+    (void)queue, (void)mark;
+    return LS_OK;
+}
+
+static void unmark(ls_mark *mark)
+{
+    (void)mark;
+}
+
 const ls_device_ops ls_cpu_device = {.name = "cpu",
                                      .count = count,
                                      .describe = describe,
                                      .open = open_queue,
+                                     .open_beside = open_beside,
                                      .close = close_queue,
                                      .alloc = alloc,
                                      .release = free,
@@ -63,4 +87,10 @@ const ls_device_ops ls_cpu_device = {.name = "cpu",
                                      .poison = poison,
                                      .to_device = copy,
                                      .to_host = copy,
+                                     .begin_to_device = copy,
+                                     .begin_to_host = copy,
+                                     .mark = make_mark,
+                                     .follow = pass_mark,
+                                     .reach = pass_mark,
+                                     .unmark = unmark,
                                      .wait = done};

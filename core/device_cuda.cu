@@ -72,19 +72,49 @@ static void describe(int number, char *text, size_t size)
 
 static int opened; /* the device last opened: whose memory alloc gives */
 
+/* What is copied to the device passes through pinned memory of the queue, so that the caller's may be used again at
+ * once and nobody waits for the work before: pieces, used one after the other. Each waits for its own copy alone, which
+ * is the one before the last sixteen. */
+enum { PIECES = 16 };
+static const size_t LARGEST_PIECE = (size_t)8 << 20;
+struct bounce_piece {
+    void *memory;
+    size_t bytes;
+    cudaEvent_t copied;
+};
+struct ls_bounce {
+    bounce_piece piece[PIECES];
+    int next;
+};
+
+static void free_bounce(ls_bounce *b)
+{
+    for (int i = 0; b != NULL && i < PIECES; i++) {
+        if (b->piece[i].memory != NULL) cudaFreeHost(b->piece[i].memory);
+        if (b->piece[i].copied != NULL) cudaEventDestroy(b->piece[i].copied);
+    }
+    free(b);
+}
+
 static void close_queue(ls_queue *q)
 {
     if (q == NULL) return;
     if (q->stream != NULL) cudaStreamSynchronize(q->stream);
+    free_bounce(q->bounce);
     if (q->blas != NULL) cublasDestroy(q->blas);
     if (q->stream != NULL) cudaStreamDestroy(q->stream);
     free(q);
 }
 
-static ls_status make_queue(ls_queue *q)
+static ls_status make_stream(ls_queue *q)
 {
     LS_TRY(failed(cudaSetDevice(q->device), q->device, "cudaSetDevice"));
-    LS_TRY(failed(cudaStreamCreateWithFlags(&q->stream, cudaStreamNonBlocking), q->device, "cudaStreamCreate"));
+    return failed(cudaStreamCreateWithFlags(&q->stream, cudaStreamNonBlocking), q->device, "cudaStreamCreate");
+}
+
+static ls_status make_queue(ls_queue *q)
+{
+    LS_TRY(make_stream(q));
     cublasStatus_t status = cublasCreate(&q->blas);
     if (status == CUBLAS_STATUS_SUCCESS) status = cublasSetStream(q->blas, q->stream);
     /* products of floats in floats: no TF32 */
@@ -117,6 +147,20 @@ static ls_status open_queue(int number, ls_queue **queue)
     return LS_OK;
 }
 
+static ls_status open_beside(ls_queue *of, ls_queue **queue)
+{
+    *queue = NULL;
+    ls_queue *q = static_cast<ls_queue *>(calloc(1, sizeof *q));
+    if (q == NULL) LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for a queue", of->device);
+    q->device = of->device;
+    const ls_status status = make_stream(q);
+    if (status != LS_OK)
+        close_queue(q);
+    else
+        *queue = q;
+    return status;
+}
+
 static void *alloc(size_t bytes)
 {
     void *p = NULL;
@@ -146,25 +190,94 @@ static void release_host(void *p)
 static void poison(void *p, size_t bytes)
 {
     if (bytes == 0) return;
+    cudaDeviceSynchronize();               /* a call before may still work there */
     cudaMemsetAsync(p, 0xff, bytes, NULL); /* all ones is a NaN in both precisions */
     cudaStreamSynchronize(NULL);           /* queues do not wait for the stream of the device */
 }
 
-/* Host memory may be reused at once: the copy is waited for. It is mostly pageable, which the driver copies through
- * memory of its own in any case. */
-static ls_status to_device(ls_queue *q, void *to, const void *from, size_t bytes)
+static ls_status begin_to_device(ls_queue *q, void *to, const void *from, size_t bytes)
 {
     if (bytes == 0) return LS_OK;
     LS_TRY(failed(cudaSetDevice(q->device), q->device, "cudaSetDevice"));
-    LS_TRY(failed(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, q->stream), q->device, "a copy to it"));
-    return failed(cudaStreamSynchronize(q->stream), q->device, "a copy to it, or what was queued before,");
+    return failed(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, q->stream), q->device, "a copy to it");
+}
+
+static ls_status begin_to_host(ls_queue *q, void *to, const void *from, size_t bytes)
+{
+    if (bytes == 0) return LS_OK;
+    LS_TRY(failed(cudaSetDevice(q->device), q->device, "cudaSetDevice"));
+    return failed(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, q->stream), q->device, "a copy from it");
+}
+
+static ls_status make_mark(ls_queue *q, cudaEvent_t *event)
+{
+    LS_TRY(failed(cudaSetDevice(q->device), q->device, "cudaSetDevice"));
+    if (*event == NULL)
+        LS_TRY(failed(cudaEventCreateWithFlags(event, cudaEventDisableTiming), q->device, "cudaEventCreate"));
+    return failed(cudaEventRecord(*event, q->stream), q->device, "cudaEventRecord");
+}
+
+static ls_status mark(ls_queue *q, ls_mark **place)
+{
+    cudaEvent_t event = reinterpret_cast<cudaEvent_t>(*place);
+    const ls_status status = make_mark(q, &event);
+    *place = reinterpret_cast<ls_mark *>(event);
+    return status;
+}
+
+static ls_status follow(ls_queue *q, ls_mark *place)
+{
+    LS_TRY(failed(cudaSetDevice(q->device), q->device, "cudaSetDevice"));
+    return failed(cudaStreamWaitEvent(q->stream, reinterpret_cast<cudaEvent_t>(place), 0), q->device,
+                  "waiting for another queue");
+}
+
+static ls_status reach(ls_queue *q, ls_mark *place)
+{
+    return failed(cudaEventSynchronize(reinterpret_cast<cudaEvent_t>(place)), q->device, "what was queued");
+}
+
+static void unmark(ls_mark *place)
+{
+    if (place != NULL) cudaEventDestroy(reinterpret_cast<cudaEvent_t>(place));
+}
+
+/* The next piece, of at least so many bytes. */
+static ls_status take_piece(ls_queue *q, size_t bytes, bounce_piece **piece)
+{
+    if (q->bounce == NULL) q->bounce = static_cast<ls_bounce *>(calloc(1, sizeof *q->bounce));
+    if (q->bounce == NULL) LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for copies to it", q->device);
+    bounce_piece *p = *piece = &q->bounce->piece[q->bounce->next];
+    q->bounce->next = (q->bounce->next + 1) % PIECES;
+    if (p->copied != NULL)
+        LS_TRY(failed(cudaEventSynchronize(p->copied), q->device, "a copy to it, or what was queued before,"));
+    if (p->bytes >= bytes) return LS_OK;
+    release_host(p->memory);
+    p->memory = alloc_host(bytes);
+    p->bytes = p->memory == NULL ? 0 : bytes;
+    if (p->memory == NULL)
+        LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for copies to it of %.1f MiB", q->device,
+                (double)bytes / 1048576.0);
+    return LS_OK;
+}
+
+static ls_status to_device(ls_queue *q, void *to, const void *from, size_t bytes)
+{
+    for (size_t at = 0; at < bytes; at += LARGEST_PIECE) {
+        const size_t n = bytes - at < LARGEST_PIECE ? bytes - at : LARGEST_PIECE;
+        bounce_piece *piece;
+        LS_TRY(take_piece(q, n, &piece));
+        memcpy(piece->memory, static_cast<const char *>(from) + at, n);
+        LS_TRY(begin_to_device(q, static_cast<char *>(to) + at, piece->memory, n));
+        LS_TRY(make_mark(q, &piece->copied));
+    }
+    return LS_OK;
 }
 
 static ls_status to_host(ls_queue *q, void *to, const void *from, size_t bytes)
 {
     if (bytes == 0) return LS_OK;
-    LS_TRY(failed(cudaSetDevice(q->device), q->device, "cudaSetDevice"));
-    LS_TRY(failed(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, q->stream), q->device, "a copy from it"));
+    LS_TRY(begin_to_host(q, to, from, bytes));
     return failed(cudaStreamSynchronize(q->stream), q->device, "a copy from it, or what was queued before,");
 }
 
@@ -200,6 +313,7 @@ extern "C" const ls_device_ops ls_cuda_device = {.name = "cuda",
                                                  .count = count,
                                                  .describe = describe,
                                                  .open = open_queue,
+                                                 .open_beside = open_beside,
                                                  .close = close_queue,
                                                  .alloc = alloc,
                                                  .release = release,
@@ -208,4 +322,10 @@ extern "C" const ls_device_ops ls_cuda_device = {.name = "cuda",
                                                  .poison = poison,
                                                  .to_device = to_device,
                                                  .to_host = to_host,
+                                                 .begin_to_device = begin_to_device,
+                                                 .begin_to_host = begin_to_host,
+                                                 .mark = mark,
+                                                 .follow = follow,
+                                                 .reach = reach,
+                                                 .unmark = unmark,
                                                  .wait = wait};

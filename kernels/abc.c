@@ -717,7 +717,7 @@ static const ls_phase all_keys[] = {
     {.name = NULL},
 };
 static const ls_phase causal[] = {
-    {.name = "sums", .forward = sums, .backward = sums_backward, .feeds_scan = 1},
+    {.name = "sums", .forward = sums, .backward = sums_backward, .feeds_scan = 1, .keys_alone = 1},
     {.name = "apply",
      .crossing = LS_SCAN,
      .monoid = summary,

@@ -1062,10 +1062,14 @@ static ls_status kernel_sums_of_source(ls_pass *p, int phase)
 
 #define PREPARE                                                                                                        \
     {                                                                                                                  \
-        .name = "prepare", .needed = is_prepared, .forward = kernel_prepare                                            \
+        .name = "prepare", .needed = is_prepared, .forward = kernel_prepare, .keys_alone = 1                           \
     }
 #define SHORT_SEQUENCES                                                                                                \
-    {.name = "share", .needed = is_short, .forward = kernel_share, .backward = kernel_share_backward},                 \
+    {.name = "share",                                                                                                  \
+     .needed = is_short,                                                                                               \
+     .forward = kernel_share,                                                                                          \
+     .backward = kernel_share_backward,                                                                                \
+     .keys_alone = 1},                                                                                                 \
     {                                                                                                                  \
         .name = "pairs", .crossing = LS_GATHER, .needed = is_short, .piece = shared_piece, .forward = kernel_pairs,    \
         .backward = kernel_pairs_backward                                                                              \
@@ -1073,7 +1077,7 @@ static ls_status kernel_sums_of_source(ls_pass *p, int phase)
 const ls_phase ls_linear_all_keys[] = {
     PREPARE,
     SHORT_SEQUENCES,
-    {.name = "sums", .needed = is_long, .forward = kernel_sums, .backward = kernel_sums_backward},
+    {.name = "sums", .needed = is_long, .forward = kernel_sums, .backward = kernel_sums_backward, .keys_alone = 1},
     {.name = "apply",
      .crossing = LS_REDUCE,
      .needed = is_long,
@@ -1085,7 +1089,12 @@ const ls_phase ls_linear_all_keys[] = {
 const ls_phase ls_linear_causal[] = {
     PREPARE,
     SHORT_SEQUENCES,
-    {.name = "sums", .needed = is_long, .forward = kernel_sums, .backward = kernel_sums_backward, .feeds_scan = 1},
+    {.name = "sums",
+     .needed = is_long,
+     .forward = kernel_sums,
+     .backward = kernel_sums_backward,
+     .feeds_scan = 1,
+     .keys_alone = 1},
     {.name = "causal",
      .crossing = LS_SCAN,
      .needed = is_long,

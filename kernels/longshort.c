@@ -169,7 +169,10 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 /* ------------------------------------------------------------------------------------------------ table */
 
 static const ls_phase noncausal[] = {
-    {.name = "landmarks", .forward = ls_longshort_landmarks, .backward = ls_longshort_landmarks_backward},
+    {.name = "landmarks",
+     .forward = ls_longshort_landmarks,
+     .backward = ls_longshort_landmarks_backward,
+     .keys_alone = 1},
     {.name = "window", .crossing = LS_FETCH, .reach = reach_around, .fetches = LS_KEYS | LS_VALUES},
     {.name = "attend",
      .crossing = LS_REDUCE,
@@ -184,7 +187,8 @@ static const ls_phase causal[] = {
      .reach = reach_left,
      .fetches = LS_KEYS | LS_VALUES | LS_EXTRA,
      .forward = ls_longshort_summaries,
-     .backward = ls_longshort_summaries_backward},
+     .backward = ls_longshort_summaries_backward,
+     .keys_alone = 1},
     {.name = "attend",
      .crossing = LS_GATHER,
      .piece = ls_longshort_piece,

@@ -160,6 +160,8 @@ typedef struct ls_phase {
     ls_status (*backward)(ls_pass *, int phase);
     int constant;   /* nothing that crosses has a gradient: no kernel and no adjoint in backward */
     int of_source;  /* cross attention: depends on keys and values alone, so a state does it once */
+    int keys_alone; /* likewise in any attention: neither kernel reads or writes what is the queries'. of_source is so,
+                       too. A layer then makes q, and goes on from dq, while others' messages travel */
     int feeds_scan; /* fills only what the next scan sends on: left out where nobody is after this rank */
 } ls_phase;
 

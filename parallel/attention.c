@@ -503,6 +503,21 @@ static ls_status reserve_forward(ls_attention *a, const ls_attention_io *io, ls_
     return ls_arena_check(work, a->mechanism->name);
 }
 
+/* What is done to the queries' rows alone, so that it need not be done before something crosses. */
+typedef struct query_rows {
+    ls_attention *a;
+    const ls_pass *p;
+    layer *l;
+    ls_real *dx;
+    int *begun;
+} query_rows;
+
+static void make_queries(void *of)
+{
+    const query_rows *x = of;
+    ls_project(x->a, Q_PROJ, rows_of(x->p, Q_PROJ), x->l->x_q, x->p->params, x->l->in[Q_PROJ]);
+}
+
 ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
                                const ls_real *params, ls_real *out, ls_saved *saved)
 {
@@ -526,8 +541,11 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
     const ls_pass *p = &c.pass;
     const int64_t rows = p->B * p->T;
     const ls_real *const x[] = {l.x_q, l.x_k, l.x_v, l.x_q};
-    for (int i = 0; i < EXTRA_PROJ + 1; i++)
+    for (int i = Q_PROJ + 1; i < EXTRA_PROJ + 1; i++)
         if (ls_has_projection(a, i)) ls_project(a, i, rows_of(p, i), x[i], params, l.in[i]);
+    query_rows queries = {.a = a, .p = p, .l = &l};
+    if (c.documents != NULL && ls_has_projection(a, Q_PROJ)) make_queries(&queries); /* they cross one by one */
+    if (c.documents == NULL && ls_has_projection(a, Q_PROJ)) c.meanwhile = make_queries, c.meanwhile_of = &queries;
     LS_TRY(c.documents != NULL ? ls_packed_forward(&c, keep, &a->ctx->work) : ls_run_forward(&c));
     if (ls_is_layer(a)) {
         ls_project_out(a, rows, l.o, l.active, params, out);
@@ -608,6 +626,13 @@ static void project_backward(ls_attention *a, int which, const ls_pass *p, int64
     *begun = 1;
 }
 
+static void finish_queries(void *of)
+{
+    const query_rows *x = of;
+    project_backward(x->a, Q_PROJ, x->p, x->p->T, x->p->pad_q, x->l->x_q, x->l->din[Q_PROJ], x->l->clean, x->dx,
+                     x->begun);
+}
+
 static ls_status run_core_backward(ls_call *c, ls_saved *saved)
 {
     return c->documents != NULL ? ls_packed_backward(c, &saved->arena, &c->ctx->work) : ls_run_backward(c);
@@ -640,14 +665,15 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
     if (a->form.gelu) dense->gelu(a->ctx->queue, reals, l.o, l.active);
     project_backward(a, OUT_PROJ, p, p->T, NULL, a->form.gelu ? l.active : l.o, dout, l.clean, l.do_, &unused);
     if (a->form.gelu) dense->gelu_backward(a->ctx->queue, reals, l.o, l.do_, l.do_);
-    LS_TRY(run_core_backward(&c, saved));
     /* the gradient of an input arrives in the first of query, key, value that is this input */
     ls_real *dx_q = grads->query, *dx_k = l.x_k == l.x_q ? dx_q : grads->key;
     ls_real *dx_v = l.x_v == l.x_q ? dx_q : l.x_v == l.x_k ? dx_k : grads->value;
     int begun_q = 0, begun_k = 0, begun_v = 0;
     int *k = l.x_k == l.x_q ? &begun_q : &begun_k, *v = l.x_v == l.x_q ? &begun_q : l.x_v == l.x_k ? k : &begun_v;
-    if (ls_has_projection(a, Q_PROJ))
-        project_backward(a, Q_PROJ, p, p->T, p->pad_q, l.x_q, l.din[Q_PROJ], l.clean, dx_q, &begun_q);
+    query_rows queries = {.a = a, .p = p, .l = &l, .dx = dx_q, .begun = &begun_q};
+    if (c.documents == NULL && ls_has_projection(a, Q_PROJ)) c.meanwhile = finish_queries, c.meanwhile_of = &queries;
+    LS_TRY(run_core_backward(&c, saved));
+    if (c.documents != NULL && ls_has_projection(a, Q_PROJ)) finish_queries(&queries);
     if (ls_has_projection(a, K_PROJ))
         project_backward(a, K_PROJ, p, p->S, p->own.pad, l.x_k, l.din[K_PROJ], l.clean, dx_k, k);
     if (ls_has_projection(a, V_PROJ))

@@ -27,7 +27,7 @@ static MPI_Comm mpi_of(const ls_comm *c)
     return *(MPI_Comm *)c->own;
 }
 
-static ls_status post(ls_comm *c, const ls_message *m, int count, ls_pending *p)
+static ls_status begin(ls_comm *c, const ls_message *m, int count, ls_pending *p)
 {
     size_t need = 0;
     for (int i = 0; i < count; i++) need += (m[i].bytes + CHUNK - 1) / CHUNK;
@@ -52,11 +52,20 @@ static ls_status post(ls_comm *c, const ls_message *m, int count, ls_pending *p)
     return LS_OK;
 }
 
-static ls_status wait_all(ls_comm *c, ls_pending *p)
+static ls_status end(ls_comm *c, ls_pending *p)
 {
     const int n = p->count;
     p->count = 0;
     return n == 0 ? LS_OK : check(c, MPI_Waitall(n, p->requests, MPI_STATUSES_IGNORE), "waiting for messages");
+}
+
+/* Of messages that are one request each. */
+static ls_status next(ls_comm *c, ls_pending *p, int *which)
+{
+    int one = MPI_UNDEFINED;
+    if (p->count > 0) LS_TRY(check(c, MPI_Waitany(p->count, p->requests, &one, MPI_STATUS_IGNORE), "waiting for one"));
+    *which = one == MPI_UNDEFINED ? -1 : one;
+    return LS_OK;
 }
 
 static void forget(ls_pending *p)
@@ -100,11 +109,11 @@ static void close_mpi(ls_comm *c)
 
 ls_status ls_comm_mpi(MPI_Comm mpi, ls_comm *comm)
 {
-    static const ls_comm_ops ops = {"mpi", post, wait_all, forget, sum, min, broadcast, gather, close_mpi};
+    static const ls_comm_ops ops = {"mpi", begin, end, forget, sum, close_mpi, next, min, broadcast, gather};
     int initialized = 0;
     MPI_Initialized(&initialized);
     if (!initialized) LS_FAIL(LS_ERR_ARGUMENT, "mpi: call MPI_Init before giving a communicator to a context");
-    *comm = (ls_comm){&ops, 0, 1, malloc(sizeof(MPI_Comm))};
+    *comm = (ls_comm){&ops, 0, 1, malloc(sizeof(MPI_Comm)), NULL};
     if (comm->own == NULL) LS_FAIL(LS_ERR_MEMORY, "mpi: no memory for a communicator");
     const int rc = MPI_Comm_dup(mpi, comm->own);
     if (rc != MPI_SUCCESS) {

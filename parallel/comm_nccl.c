@@ -4,12 +4,12 @@
  *   compute   ... kernels | ready            | kernels meanwhile         | waits for done | kernels ...
  *   exchange              | waits for ready  | a group of sends, receives | done
  *
- * Groups run one after the other on the exchange stream, so all ranks must post in the same order: they do, since all
- * run the same list of phases.
+ * Groups run one after the other on the exchange stream, so all ranks must begin them in the same order: they do, since
+ * all run the same list of phases.
  *
  * NCCL is told never to block (blocking = 0), so a rank that is gone cannot hang the others in a call: each is asked
  * for until it is through, up to LONGSPAN_NCCL_TIMEOUT seconds (300). What fails later, while messages are under way,
- * comes to light in the next post, wait or sum; the communicator is then given up, which ends what waits on the GPU. */
+ * comes to light in the next begin, end or sum; the communicator is then given up, which ends what waits on the GPU. */
 #include "comm.h"
 
 #include <cuda_runtime.h>
@@ -25,16 +25,19 @@ typedef struct nccl {
     ls_comm host;     /* MPI */
     ncclComm_t ranks; /* NULL: not there yet, or given up */
     int device;
-    cudaStream_t compute, exchange;
-    cudaEvent_t ready; /* what is sent is there, and nobody reads what is received into */
-    double limit;      /* seconds */
+    const ls_device_ops *ops;
+    ls_queue *compute, *exchange;
+    cudaStream_t stream; /* of exchange */
+    ls_mark *ready;      /* what is sent is there, and nobody reads what is received into */
+    double limit;        /* seconds */
 } nccl;
 
 /* What is under way, in ls_pending.requests. */
 typedef struct flight {
+    const nccl *owner;
     ls_pending host;
-    cudaEvent_t done;
-    int posted;
+    ls_mark *done;
+    int begun;
 } flight;
 
 /* ------------------------------------------------------------------------------------------------ failures */
@@ -124,65 +127,65 @@ static ls_status check_alive(ls_comm *c, const char *what)
 /* ------------------------------------------------------------------------------------------------ messages */
 
 /* The exchange stream goes on where the compute stream is now. */
-static ls_status begin(ls_comm *c, const char *what)
+static ls_status start_stream(ls_comm *c, const char *what)
 {
     nccl *n = c->own;
     LS_TRY(check_alive(c, what));
     LS_TRY(check_cuda(c, cudaSetDevice(n->device), what));
-    LS_TRY(check_cuda(c, cudaEventRecord(n->ready, n->compute), what));
-    return check_cuda(c, cudaStreamWaitEvent(n->exchange, n->ready, 0), what);
+    LS_TRY(n->ops->mark(n->compute, &n->ready));
+    return n->ops->follow(n->exchange, n->ready);
 }
 
-static flight *flight_of(ls_pending *p)
+static flight *flight_of(const nccl *n, ls_pending *p)
 {
-    if (p->requests == NULL) p->requests = calloc(1, sizeof(flight));
-    return p->requests;
+    flight *f = p->requests;
+    if (f == NULL) f = p->requests = calloc(1, sizeof *f);
+    if (f != NULL) f->owner = n;
+    return f;
 }
 
 /* A group: NCCL starts its messages together, so none waits for another's turn. */
-static ls_status post_group(ls_comm *c, const ls_message *m, int count)
+static ls_status begin_group(ls_comm *c, const ls_message *m, int count)
 {
     const nccl *n = c->own;
     ncclResult_t r = ncclGroupStart();
     for (int i = 0; i < count && (r == ncclSuccess || r == ncclInProgress); i++) {
         if (m[i].host || m[i].bytes == 0) continue;
-        r = m[i].receive ? ncclRecv(m[i].data, m[i].bytes, ncclUint8, m[i].peer, n->ranks, n->exchange)
-                         : ncclSend(m[i].data, m[i].bytes, ncclUint8, m[i].peer, n->ranks, n->exchange);
+        r = m[i].receive ? ncclRecv(m[i].data, m[i].bytes, ncclUint8, m[i].peer, n->ranks, n->stream)
+                         : ncclSend(m[i].data, m[i].bytes, ncclUint8, m[i].peer, n->ranks, n->stream);
     }
     const ncclResult_t end = ncclGroupEnd(); /* also of a group that is not whole */
-    return settle(c, r == ncclSuccess || r == ncclInProgress ? end : r, "posting messages");
+    return settle(c, r == ncclSuccess || r == ncclInProgress ? end : r, "beginning messages");
 }
 
-static ls_status post(ls_comm *c, const ls_message *m, int count, ls_pending *p)
+static ls_status begin(ls_comm *c, const ls_message *m, int count, ls_pending *p)
 {
     nccl *n = c->own;
-    flight *f = flight_of(p);
+    flight *f = flight_of(n, p);
     int groups = 0;
     if (f == NULL) LS_FAIL(LS_ERR_MEMORY, "nccl: no memory for messages");
     for (int i = 0; i < count; i++) {
         groups |= !m[i].host && m[i].bytes > 0;
-        if (m[i].host) LS_TRY(n->host.ops->post(&n->host, &m[i], 1, &f->host));
+        if (m[i].host) LS_TRY(n->host.ops->begin(&n->host, &m[i], 1, &f->host));
     }
     if (!groups) return LS_OK;
-    LS_TRY(begin(c, "posting messages"));
-    LS_TRY(post_group(c, m, count));
-    if (f->done == NULL)
-        LS_TRY(check_cuda(c, cudaEventCreateWithFlags(&f->done, cudaEventDisableTiming), "posting messages"));
-    LS_TRY(check_cuda(c, cudaEventRecord(f->done, n->exchange), "posting messages"));
-    f->posted = 1;
+    LS_TRY(start_stream(c, "beginning messages"));
+    LS_TRY(begin_group(c, m, count));
+    LS_TRY(n->ops->mark(n->exchange, &f->done));
+    f->begun = 1;
     return LS_OK;
 }
 
-static ls_status wait_all(ls_comm *c, ls_pending *p)
+static ls_status end(ls_comm *c, ls_pending *p)
 {
     nccl *n = c->own;
     flight *f = p->requests;
     if (f == NULL) return LS_OK;
-    const int posted = f->posted;
-    f->posted = 0;
-    LS_TRY(n->host.ops->wait(&n->host, &f->host));
-    if (!posted) return LS_OK;
-    LS_TRY(check_cuda(c, cudaStreamWaitEvent(n->compute, f->done, 0), "waiting for messages"));
+    const int begun = f->begun;
+    f->begun = 0;
+    LS_TRY(n->host.ops->end(&n->host, &f->host));
+    if (!begun) return LS_OK;
+    LS_TRY(n->ops->follow(n->compute, f->done));
     return check_alive(c, "waiting for messages");
 }
 
@@ -190,8 +193,8 @@ static void forget(ls_pending *p)
 {
     flight *f = p->requests;
     if (f == NULL) return;
-    free(f->host.requests);
-    if (f->done != NULL) cudaEventDestroy(f->done);
+    f->owner->host.ops->forget(&f->host);
+    f->owner->ops->unmark(f->done);
     free(f);
     *p = (ls_pending){0};
 }
@@ -203,30 +206,10 @@ static ls_status sum(ls_comm *c, ls_real *x, int64_t count)
     nccl *n = c->own;
     const ncclDataType_t type = sizeof *x == sizeof(float) ? ncclFloat : ncclDouble;
     if (count == 0) return LS_OK;
-    LS_TRY(begin(c, "all-reduce"));
-    LS_TRY(settle(c, ncclAllReduce(x, x, (size_t)count, type, ncclSum, n->ranks, n->exchange), "all-reduce"));
-    LS_TRY(check_cuda(c, cudaEventRecord(n->ready, n->exchange), "all-reduce"));
-    return check_cuda(c, cudaStreamWaitEvent(n->compute, n->ready, 0), "all-reduce");
-}
-
-/* ------------------------------------------------------------------------------------------------ host memory */
-
-static ls_status min(ls_comm *c, int64_t *x, int count)
-{
-    nccl *n = c->own;
-    return n->host.ops->min(&n->host, x, count);
-}
-
-static ls_status broadcast(ls_comm *c, void *data, int bytes, int root)
-{
-    nccl *n = c->own;
-    return n->host.ops->broadcast(&n->host, data, bytes, root);
-}
-
-static ls_status gather(ls_comm *c, int64_t mine, int64_t *all)
-{
-    nccl *n = c->own;
-    return n->host.ops->gather(&n->host, mine, all);
+    LS_TRY(start_stream(c, "all-reduce"));
+    LS_TRY(settle(c, ncclAllReduce(x, x, (size_t)count, type, ncclSum, n->ranks, n->stream), "all-reduce"));
+    LS_TRY(n->ops->mark(n->exchange, &n->ready));
+    return n->ops->follow(n->compute, n->ready);
 }
 
 /* ------------------------------------------------------------------------------------------------ set-up */
@@ -236,11 +219,11 @@ static ls_status agree(ls_comm *host, ls_status mine)
 {
     char sentence[512] = "";
     int64_t first[1] = {mine == LS_OK ? host->size : host->rank}, status = mine;
-    LS_TRY(host->ops->min(host, first, 1));
+    LS_TRY(ls_comm_min(host, first, 1));
     if (first[0] == host->size) return LS_OK;
     if (first[0] == host->rank) snprintf(sentence, sizeof sentence, "%s", ls_last_error());
-    LS_TRY(host->ops->broadcast(host, &status, sizeof status, (int)first[0]));
-    LS_TRY(host->ops->broadcast(host, sentence, sizeof sentence, (int)first[0]));
+    LS_TRY(ls_comm_broadcast(host, &status, sizeof status, (int)first[0]));
+    LS_TRY(ls_comm_broadcast(host, sentence, sizeof sentence, (int)first[0]));
     return ls_fail((ls_status)status, "%s", sentence);
 }
 
@@ -259,11 +242,11 @@ static ls_status read_limit(double *limit)
 static ls_status open_streams(ls_comm *c, ls_queue *queue)
 {
     nccl *n = c->own;
-    n->compute = ls_cuda_stream(queue, &n->device);
+    n->compute = queue;
     LS_TRY(read_limit(&n->limit));
-    LS_TRY(check_cuda(c, cudaSetDevice(n->device), "choosing the device"));
-    LS_TRY(check_cuda(c, cudaStreamCreateWithFlags(&n->exchange, cudaStreamNonBlocking), "making a stream"));
-    return check_cuda(c, cudaEventCreateWithFlags(&n->ready, cudaEventDisableTiming), "making an event");
+    LS_TRY(n->ops->open_beside(queue, &n->exchange));
+    n->stream = ls_cuda_stream(n->exchange, &n->device);
+    return LS_OK;
 }
 
 /* A number that two ranks share where they share a GPU: of this start of the machine (containers may have names of
@@ -291,11 +274,11 @@ static ls_status refuse_shared_gpu(ls_comm *c)
         number == NULL ? ls_fail(LS_ERR_MEMORY, "nccl: no memory for %d ranks", c->size)
                        : check_cuda(c, cudaDeviceGetPCIBusId(bus, sizeof bus, n->device), "asking for the GPU's place");
     LS_TRY_GOTO(agree(&n->host, status));
-    LS_TRY_GOTO(gather(c, gpu_number(bus), number));
+    LS_TRY_GOTO(ls_comm_gather(c, gpu_number(bus), number));
     for (int j = 1; j < c->size; j++)
         for (int i = 0; i < j; i++) {
             if (number[i] != number[j]) continue;
-            LS_TRY_GOTO(broadcast(c, bus, sizeof bus, i));
+            LS_TRY_GOTO(ls_comm_broadcast(c, bus, sizeof bus, i));
             status = ls_fail(LS_ERR_ARGUMENT,
                              "nccl: two ranks share GPU %s, ranks %d and %d: NCCL needs one GPU per rank: use "
                              "parallel.transport: mpi, or fewer ranks on each machine",
@@ -314,7 +297,7 @@ static ls_status connect_ranks(ls_comm *c)
     memset(&id, 0, sizeof id);
     const ncclResult_t made = c->rank == 0 ? ncclGetUniqueId(&id) : ncclSuccess;
     LS_TRY(agree(&n->host, made == ncclSuccess ? LS_OK : failed(c, made, "making an address")));
-    LS_TRY(broadcast(c, &id, sizeof id, 0));
+    LS_TRY(ls_comm_broadcast(c, &id, sizeof id, 0));
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
     const ncclResult_t r = ncclCommInitRankConfig(&n->ranks, c->size, id, c->rank, &config);
@@ -330,16 +313,17 @@ static void close_nccl(ls_comm *c)
         n->ranks = NULL;
     }
     give_up(n);
-    if (n->ready != NULL) cudaEventDestroy(n->ready);
-    if (n->exchange != NULL) cudaStreamDestroy(n->exchange);
+    n->ops->unmark(n->ready);
+    n->ops->close(n->exchange);
     n->host.ops->close(&n->host);
     free(n);
     c->own = NULL;
 }
 
-ls_status ls_comm_nccl(MPI_Comm mpi, ls_queue *queue, ls_comm *comm)
+ls_status ls_comm_nccl(MPI_Comm mpi, const ls_device_ops *ops, ls_queue *queue, ls_comm *comm)
 {
-    static const ls_comm_ops ops = {"nccl", post, wait_all, forget, sum, min, broadcast, gather, close_nccl};
+    static const ls_comm_ops table = {
+        .name = "nccl", .begin = begin, .end = end, .forget = forget, .sum = sum, .close = close_nccl};
     ls_comm host;
     LS_TRY(ls_comm_mpi(mpi, &host));
     nccl *n = calloc(1, sizeof *n);
@@ -350,7 +334,8 @@ ls_status ls_comm_nccl(MPI_Comm mpi, ls_queue *queue, ls_comm *comm)
         return status;
     }
     n->host = host;
-    *comm = (ls_comm){&ops, host.rank, host.size, n};
+    n->ops = ops;
+    *comm = (ls_comm){&table, host.rank, host.size, n, &n->host};
     LS_TRY_GOTO(agree(&n->host, open_streams(comm, queue)));
     LS_TRY_GOTO(refuse_shared_gpu(comm));
     LS_TRY_GOTO(connect_ranks(comm));

@@ -5,7 +5,7 @@
 
 #include <string.h>
 
-static ls_status post(ls_comm *c, const ls_message *m, int count, ls_pending *p)
+static ls_status begin(ls_comm *c, const ls_message *m, int count, ls_pending *p)
 {
     (void)p;
     for (int i = 0; i < count; i++) {
@@ -15,7 +15,7 @@ static ls_status post(ls_comm *c, const ls_message *m, int count, ls_pending *p)
     }
     return LS_OK;
 }
-static ls_status wait_none(ls_comm *c, ls_pending *p)
+static ls_status end(ls_comm *c, ls_pending *p)
 {
     (void)c, (void)p;
     return LS_OK;
@@ -23,6 +23,12 @@ static ls_status wait_none(ls_comm *c, ls_pending *p)
 static void forget(ls_pending *p)
 {
     (void)p;
+}
+static ls_status next(ls_comm *c, ls_pending *p, int *which)
+{
+    (void)c, (void)p;
+    *which = -1;
+    return LS_OK;
 }
 static ls_status sum(ls_comm *c, ls_real *x, int64_t n)
 {
@@ -51,8 +57,8 @@ static void close_none(ls_comm *c)
 
 void ls_comm_dry(int rank, int size, ls_comm *comm)
 {
-    static const ls_comm_ops ops = {"self", post, wait_none, forget, sum, min, broadcast, gather, close_none};
-    *comm = (ls_comm){&ops, rank, size, NULL};
+    static const ls_comm_ops ops = {"self", begin, end, forget, sum, close_none, next, min, broadcast, gather};
+    *comm = (ls_comm){&ops, rank, size, NULL, NULL};
 }
 
 void ls_comm_self(ls_comm *comm)

@@ -70,7 +70,7 @@ static ls_status open_transport(const ls_context_options *o, ls_context *c)
     ls_comm nccl = {0};
     ls_status status = ls_has_nccl() ? LS_OK : LS_ERR_UNSUPPORTED;
     if (ls_has_nccl() && o->transport != LS_TRANSPORT_MPI)
-        status = ls_agree(c, LS_IF_NCCL(ls_comm_nccl)(o->comm, c->queue, &nccl));
+        status = ls_agree(c, LS_IF_NCCL(ls_comm_nccl)(o->comm, c->ops, c->queue, &nccl));
     if (o->transport == LS_TRANSPORT_NCCL) LS_TRY(status);
     if (o->transport != LS_TRANSPORT_MPI && status == LS_OK) {
         c->exchange.comm.ops->close(&c->exchange.comm);
@@ -190,9 +190,9 @@ static ls_status name_who_differs(ls_comm *comm, const char *what, int64_t signa
 {
     int64_t *all = malloc((size_t)comm->size * sizeof *all);
     int64_t short_of_memory = all == NULL ? -1 : 0;
-    ls_status status = comm->ops->min(comm, &short_of_memory, 1);
+    ls_status status = ls_comm_min(comm, &short_of_memory, 1);
     if (status == LS_OK && short_of_memory < 0) status = ls_fail(LS_ERR_MEMORY, "%s: no memory to compare ranks", what);
-    if (status == LS_OK) status = comm->ops->gather(comm, signature, all);
+    if (status == LS_OK) status = ls_comm_gather(comm, signature, all);
     if (status == LS_OK) {
         int odd = 0;
         while (odd + 1 < comm->size && all[odd] == all[0]) odd++;
@@ -214,7 +214,7 @@ ls_status ls_agree_alike(ls_context *ctx, ls_status mine, const char *what, uint
     if (comm->size == 1) return mine;
     const int64_t sign = (int64_t)(signature >> 1); /* not negative, so that its negative exists */
     int64_t least[3] = {mine == LS_OK ? comm->size : comm->rank, sign, -sign};
-    LS_TRY(comm->ops->min(comm, least, 3));
+    LS_TRY(ls_comm_min(comm, least, 3));
     const int first = (int)least[0];
     if (first == comm->size) return least[1] == -least[2] ? LS_OK : name_who_differs(comm, what, sign);
     struct {
@@ -222,7 +222,7 @@ ls_status ls_agree_alike(ls_context *ctx, ls_status mine, const char *what, uint
         char text[1000];
     } message = {mine, ""};
     if (comm->rank == first) strncpy(message.text, ls_last_error(), sizeof message.text - 1);
-    LS_TRY(comm->ops->broadcast(comm, &message, (int)sizeof message, first));
+    LS_TRY(ls_comm_broadcast(comm, &message, (int)sizeof message, first));
     return ls_fail((ls_status)message.code, "rank %d: %s", first, message.text);
 }
 
@@ -261,7 +261,7 @@ ls_status ls_shard_local(ls_context *ctx, int64_t n, ls_shard *shard)
     if (n < 0) status = ls_fail(LS_ERR_ARGUMENT, "shard: %lld positions is negative", (long long)n);
     if (bounds == NULL) status = ls_fail(LS_ERR_MEMORY, "shard: no memory for the bounds of %d ranks", size);
     status = ls_agree(ctx, status);
-    if (status == LS_OK) status = ctx->exchange.comm.ops->gather(&ctx->exchange.comm, n, bounds + 1);
+    if (status == LS_OK) status = ls_comm_gather(&ctx->exchange.comm, n, bounds + 1);
     if (status != LS_OK) {
         free(bounds);
         return status;

@@ -38,12 +38,20 @@ ls_status ls_exchange_begin(ls_exchange *x, ls_crossing kind, ls_pending *pendin
             x->traffic.sent[kind] += x->list[i].bytes;
             x->traffic.messages[kind]++;
         }
-    return x->comm.ops->post(&x->comm, x->list, n, pending);
+    return x->comm.ops->begin(&x->comm, x->list, n, pending);
 }
 
 ls_status ls_exchange_end(ls_exchange *x, ls_pending *pending)
 {
-    return x->comm.ops->wait(&x->comm, pending);
+    ls_exchange_work(x);
+    return x->comm.ops->end(&x->comm, pending);
+}
+
+void ls_exchange_work(ls_exchange *x)
+{
+    void (*work)(void *) = x->meanwhile;
+    x->meanwhile = NULL;
+    if (work != NULL) work(x->meanwhile_of);
 }
 
 void ls_exchange_close(ls_exchange *x)

@@ -17,6 +17,8 @@ typedef struct ls_exchange {
     ls_pending pending;
     ls_message *list; /* of one group of messages */
     int listed, list_capacity;
+    void (*meanwhile)(void *of); /* local work for the next time that messages travel; NULL: none */
+    void *meanwhile_of;
 } ls_exchange;
 
 void ls_exchange_close(ls_exchange *x);
@@ -32,6 +34,8 @@ ls_status ls_exchange_add(ls_exchange *x, void *data, size_t bytes, int peer, in
 ls_status ls_exchange_add_host(ls_exchange *x, void *data, size_t bytes, int peer, int receive);
 ls_status ls_exchange_begin(ls_exchange *x, ls_crossing kind, ls_pending *pending);
 ls_status ls_exchange_end(ls_exchange *x, ls_pending *pending);
+/* Does what was left to be done meanwhile, unless it was done already: end does so first of all. */
+void ls_exchange_work(ls_exchange *x);
 
 /* total = mine_0 ⊕ .. ⊕ mine_{P-1}, the same bits on every rank: recursive doubling, ceil(log2 P) rounds (two more
  * where P is no power of two). mine and total may not overlap. */

@@ -169,7 +169,7 @@ ls_status ls_documents_find(ls_context *ctx, const char *name, int64_t B, const 
     LS_TRY_GOTO(ls_agree(ctx, status));
     const int64_t of_queries = find_runs(0, B, queries, query_id, own);
     if (!self) find_runs(1, B, keys, key_id, own + of_queries);
-    LS_TRY_GOTO(x->comm.ops->gather(&x->comm, mine, count));
+    LS_TRY_GOTO(ls_comm_gather(&x->comm, mine, count));
     for (int p = 0; p < size; p++) total += count[p];
     all = malloc(((size_t)total + 1) * sizeof *all);
     if (all == NULL) status = ls_fail(LS_ERR_MEMORY, "packed: no memory for %lld runs", (long long)total);

@@ -587,11 +587,24 @@ static ls_status cross_adjoint(ls_call *c, ls_pass *p, const ls_phase *phase, in
     return LS_OK;
 }
 
-ls_status ls_run_forward(ls_call *c)
+static int sees_queries(const ls_phase *phase, int backward)
+{
+    return (backward ? phase->backward : phase->forward) != NULL && !phase->keys_alone && !phase->of_source;
+}
+
+static void leave_for_later(ls_call *c)
+{
+    c->ctx->exchange.meanwhile = c->meanwhile;
+    c->ctx->exchange.meanwhile_of = c->meanwhile_of;
+}
+
+static ls_status walk_forward(ls_call *c)
 {
     const ls_phase *phases = c->mechanism->phases[c->pass.pattern];
     const ls_placement *z = &c->placement;
+    leave_for_later(c);
     if (z->on) {
+        ls_exchange_work(&c->ctx->exchange);
         const ls_view from[] = {c->pass.q, c->pass.own.k, c->pass.own.v}, to[] = {z->q, z->k, z->v};
         LS_TRY(place(c, 3, from, to, 1));
     }
@@ -604,6 +617,7 @@ ls_status ls_run_forward(ls_call *c)
             continue;
         }
         LS_TRY(cross(c, &p, phase, i));
+        if (sees_queries(phase, 0)) ls_exchange_work(&c->ctx->exchange);
         if (phase->crossing == LS_RING)
             LS_TRY(ring_forward(c, &p, phase, i));
         else
@@ -612,13 +626,23 @@ ls_status ls_run_forward(ls_call *c)
     return z->on ? put_back(c, 1, &c->pass.out, &z->out) : LS_OK;
 }
 
-ls_status ls_run_backward(ls_call *c)
+/* dq is whole once phase i has run: those before do nothing to it. In a zigzag placement it is not at home yet. */
+static int is_dq_whole(const ls_call *c, const ls_pass *p, const ls_phase *phases, int i)
+{
+    while (--i >= 0) {
+        const ls_phase *phase = &phases[i];
+        if (ls_is_needed(p, phase) && !phase->constant && !is_needless(c, phase) && sees_queries(phase, 1)) return 0;
+    }
+    return !c->placement.on;
+}
+
+static ls_status walk_backward(ls_call *c)
 {
     const ls_phase *phases = c->mechanism->phases[c->pass.pattern];
     const ls_placement *z = &c->placement;
     if (z->on) LS_TRY(place(c, 1, &c->pass.dout, &z->dout, 0));
     ls_pass p = placed(c);
-    int last = 0;
+    int last = 0, whole = 0;
     while (phases[last].name != NULL) last++;
     for (int i = last - 1; i >= 0; i--) {
         const ls_phase *phase = &phases[i];
@@ -627,9 +651,34 @@ ls_status ls_run_backward(ls_call *c)
             LS_TRY(ring_backward(c, &p, phase, i));
         else
             LS_TRY(ls_run_kernel(c->mechanism, &p, phases, i, 1));
+        if (!whole && is_dq_whole(c, &p, phases, i)) {
+            whole = 1;
+            leave_for_later(c);
+        }
         LS_TRY(cross_adjoint(c, &p, phase, i));
     }
-    if (!z->on) return LS_OK;
-    const ls_view home[] = {c->pass.dq, c->pass.own.dk, c->pass.own.dv}, away[] = {z->dq, z->dk, z->dv};
-    return put_back(c, 3, home, away);
+    if (z->on) {
+        const ls_view home[] = {c->pass.dq, c->pass.own.dk, c->pass.own.dv}, away[] = {z->dq, z->dk, z->dv};
+        LS_TRY(put_back(c, 3, home, away));
+    }
+    if (!whole) leave_for_later(c);
+    return LS_OK;
+}
+
+/* What is left is done now, or never if the walk has failed: it belongs to the caller. */
+static ls_status end_walk(ls_call *c, ls_status status)
+{
+    if (status != LS_OK) c->ctx->exchange.meanwhile = NULL;
+    ls_exchange_work(&c->ctx->exchange);
+    return status;
+}
+
+ls_status ls_run_forward(ls_call *c)
+{
+    return end_walk(c, walk_forward(c));
+}
+
+ls_status ls_run_backward(ls_call *c)
+{
+    return end_walk(c, walk_backward(c));
 }

@@ -38,6 +38,10 @@ typedef struct ls_call {
     ls_requests *requests;          /* a fetch of lists: as they were in forward, kept until backward */
     struct ls_documents *documents; /* of packed sequences, see packed.h; NULL: not packed */
     int64_t *piece[LS_MAX_PHASES];  /* (P): what every rank gives to a gather */
+    /* What a layer does to the queries' rows alone: forward it makes q, backward it begins with dq. The driver has it
+     * done while something crosses, if it can; NULL: nothing. */
+    void (*meanwhile)(void *of);
+    void *meanwhile_of;
 } ls_call;
 
 /* Takes the memory of a call; the same order every time, so a saved arena can be replayed. Sets pass.backward's. */

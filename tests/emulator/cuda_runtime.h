@@ -11,7 +11,11 @@
  *     __shared__ arrays keep what the block before has left.
  *   - __syncthreads waits for all threads that have not returned, which must stand at the same line. Shuffles and votes
  *     wait for the lanes of their mask that have not returned; what they read of any other lane is all ones: NaN, -1.
- *   - Work is done when it is given; one host thread at a time. */
+ *   - Streams are queues: work is done as late as may be, when somebody waits for it, so that who does not wait sees
+ *     what was there before. A stream that waits for an event has the other stream run up to it, and no further; memory
+ *     of the device is freed, and copies to pageable host memory return, after all that was given before. With
+ *     LONGSPAN_EMULATOR_ORDER=NUMBER streams run at any time by random numbers from that seed: what is right in every
+ *     order that events allow comes out the same. One host thread at a time. */
 #ifndef EMULATOR_CUDA_RUNTIME_H
 #define EMULATOR_CUDA_RUNTIME_H
 
@@ -284,6 +288,7 @@ typedef enum cudaError {
     cudaErrorECCUncorrectable = 214,
     cudaErrorUnsupportedPtxVersion = 222,
     cudaErrorInvalidResourceHandle = 400,
+    cudaErrorNotReady = 600,
     cudaErrorIllegalAddress = 700,
     cudaErrorLaunchOutOfResources = 701,
     cudaErrorMisalignedAddress = 716,
@@ -359,8 +364,9 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to);
 /* ---- launches */
 namespace emulator
 {
-void run(const char *kernel, void (*thread)(void *), void *arguments, dim3 grid, dim3 block, size_t shared,
-         cudaStream_t stream);
+/* Takes over `arguments`, which go with `forget` when the kernel has run. */
+void run(const char *kernel, void (*thread)(void *), void *arguments, void (*forget)(void *), dim3 grid, dim3 block,
+         size_t shared, cudaStream_t stream);
 
 /* A kernel with its launch configuration; called with the arguments, which its type converts. Of each file alone: two
  * files may call different structs by the same name, and the linker must not take the one's code for the other's. */
@@ -377,14 +383,15 @@ template <typename... P> struct launch {
         struct call {
             void (*kernel)(P...);
             std::tuple<P...> arguments;
-        } c = {kernel, std::tuple<P...>(p...)};
+        };
         run(
             name,
             [](void *x) {
                 const call *one = static_cast<const call *>(x);
                 std::apply(one->kernel, one->arguments);
             },
-            &c, grid, block, shared, stream);
+            new call{kernel, std::tuple<P...>(p...)}, [](void *x) { delete static_cast<call *>(x); }, grid, block,
+            shared, stream);
     }
 };
 template <typename... P>

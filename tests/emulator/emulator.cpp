@@ -14,8 +14,12 @@
 #include <time.h>
 #include <ucontext.h>
 
+#include <deque>
+#include <functional>
 #include <iterator>
 #include <map>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -127,6 +131,115 @@ int emulator::is_allocated(const void *p, size_t bytes)
     return bytes <= one->second && at - one->first <= one->second - bytes;
 }
 
+/* ------------------------------------------------------------------------------------------------ streams */
+
+/* A place in a stream that an event stands for: once it is past, what was given before it has been done. */
+struct mark {
+    cudaStream_t stream;
+    bool past;
+    struct timespec at;
+};
+struct CUevent_st {
+    std::shared_ptr<mark> last; /* of the last record */
+};
+
+namespace
+{
+/* What a stream has still to do; `after`: it must be past before. Host memory that a copy reads or writes meanwhile. */
+struct work_item {
+    std::function<void()> act;
+    std::shared_ptr<mark> after;
+    const unsigned char *host;
+    size_t host_bytes;
+};
+} // namespace
+
+struct CUstream_st {
+    unsigned flags;
+    std::deque<work_item> items;
+};
+
+namespace
+{
+CUstream_st &first_stream = *new CUstream_st{0, {}}; /* that of NULL. These last to the end */
+std::vector<cudaStream_t> &streams = *new std::vector<cudaStream_t>{&first_stream};
+std::map<const unsigned char *, size_t> &pinned = *new std::map<const unsigned char *, size_t>;
+
+cudaStream_t stream_of(cudaStream_t stream)
+{
+    return stream == NULL ? &first_stream : stream;
+}
+
+void run_one(cudaStream_t stream);
+
+void run_until(const mark &end)
+{
+    while (!end.past) {
+        if (end.stream->items.empty()) die("an event is waited for that never comes");
+        run_one(end.stream);
+    }
+}
+
+void run_one(cudaStream_t stream)
+{
+    const work_item one = std::move(stream->items.front());
+    stream->items.pop_front();
+    if (one.after != NULL) run_until(*one.after);
+    if (one.act) one.act();
+}
+
+void run_all(cudaStream_t stream)
+{
+    while (!stream->items.empty()) run_one(stream);
+}
+
+void run_all_streams()
+{
+    for (cudaStream_t one : streams) run_all(one);
+}
+
+/* -1: as late as may be. Else the state of the random numbers. */
+int64_t order()
+{
+    static int64_t seed = -2;
+    if (seed == -2) {
+        const char *text = getenv("LONGSPAN_EMULATOR_ORDER");
+        seed = text == NULL ? -1 : (int64_t)(strtoull(text, NULL, 10) & 0xffffffff);
+    }
+    if (seed >= 0) seed = (int64_t)(((uint64_t)seed * 6364136223846793005u + 1442695040888963407u) >> 1);
+    return seed;
+}
+
+/* Some streams go on by some steps, those that wait for nobody. */
+void go_on_by_chance()
+{
+    const int64_t chance = order();
+    if (chance < 0) return;
+    for (uint64_t bits = (uint64_t)chance >> 24; bits & 3; bits >>= 6) {
+        cudaStream_t one = streams[(bits >> 2 & 15) % streams.size()];
+        for (uint64_t steps = bits >> 4 & 7; steps > 0 && !one->items.empty(); steps--) {
+            if (one->items.front().after != NULL && !one->items.front().after->past) break;
+            run_one(one);
+        }
+    }
+}
+
+void give(cudaStream_t stream, std::function<void()> act, const void *memory = NULL, size_t bytes = 0)
+{
+    stream_of(stream)->items.push_back({std::move(act), NULL, static_cast<const unsigned char *>(memory), bytes});
+    go_on_by_chance();
+}
+
+bool is_pinned(const void *p, size_t bytes)
+{
+    const unsigned char *x = static_cast<const unsigned char *>(p);
+    const auto next = pinned.upper_bound(x);
+    if (next == pinned.begin()) return false;
+    const auto one = std::prev(next);
+    return bytes <= one->second && (size_t)(x - one->first) <= one->second - bytes;
+}
+} // namespace
+
 cudaError_t cudaMalloc(void **p, size_t bytes)
 {
     *p = NULL;
@@ -154,6 +267,7 @@ cudaError_t cudaFree(void *p)
     if (!emulator::is_device(p)) return keep(cudaErrorInvalidValue);
     const auto one = allocated.find((size_t)(static_cast<unsigned char *>(p) - region));
     if (one == allocated.end()) return keep(cudaErrorInvalidValue);
+    run_all_streams();
     {
         emulator::device_access open;
         for (size_t i = one->second; i < whole(one->second); i++)
@@ -166,18 +280,41 @@ cudaError_t cudaFree(void *p)
 
 cudaError_t cudaMallocHost(void **p, size_t bytes)
 {
-    *p = malloc(bytes > 0 ? bytes : 1);
-    return *p != NULL ? cudaSuccess : keep(cudaErrorMemoryAllocation);
+    if (bytes == 0) bytes = 1;
+    *p = malloc(bytes);
+    if (*p == NULL) return keep(cudaErrorMemoryAllocation);
+    memset(*p, FRESH, bytes);
+    pinned[static_cast<unsigned char *>(*p)] = bytes;
+    return cudaSuccess;
 }
 
 cudaError_t cudaFreeHost(void *p)
 {
+    if (p == NULL) return cudaSuccess;
+    const auto one = pinned.find(static_cast<unsigned char *>(p));
+    if (one == pinned.end()) return keep(cudaErrorInvalidValue);
+    for (cudaStream_t stream : streams)
+        for (const work_item &item : stream->items)
+            if (item.host != NULL && item.host < one->first + one->second && item.host + item.host_bytes > one->first)
+                die("pinned memory is freed before a copy from or to it was waited for");
+    pinned.erase(one);
     free(p);
     return cudaSuccess;
 }
 
+namespace
+{
+void copy_rows(unsigned char *to, size_t to_pitch, const unsigned char *from, size_t from_pitch, size_t width,
+               size_t height)
+{
+    emulator::device_access open;
+    for (size_t i = 0; i < height; i++) memmove(to + i * to_pitch, from + i * from_pitch, width);
+}
+} // namespace
+
+/* Of pageable host memory a copy is made at once, and what comes there has come when the call returns: as CUDA says. */
 cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
-                              size_t height, cudaMemcpyKind kind, cudaStream_t)
+                              size_t height, cudaMemcpyKind kind, cudaStream_t stream)
 {
     if (width == 0 || height == 0) return cudaSuccess;
     if (height > 1 && (width > to_pitch || width > from_pitch)) return keep(cudaErrorInvalidValue);
@@ -190,10 +327,18 @@ cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_
     if (to == NULL || from == NULL || (to_device && !emulator::is_allocated(to, to_bytes)) ||
         (from_device && !emulator::is_allocated(from, from_bytes)))
         return keep(cudaErrorInvalidValue);
-    emulator::device_access open;
     unsigned char *x = static_cast<unsigned char *>(to);
     const unsigned char *y = static_cast<const unsigned char *>(from);
-    for (size_t i = 0; i < height; i++) memmove(x + i * to_pitch, y + i * from_pitch, width);
+    if (!from_device && !is_pinned(from, from_bytes)) {
+        const auto kept = std::make_shared<std::vector<unsigned char>>(y, y + from_bytes);
+        give(stream, [=] { copy_rows(x, to_pitch, kept->data(), from_pitch, width, height); });
+    } else {
+        const void *memory = !to_device ? to : !from_device ? from : NULL;
+        give(
+            stream, [=] { copy_rows(x, to_pitch, y, from_pitch, width, height); }, memory,
+            to_device ? from_bytes : to_bytes);
+    }
+    if (!to_device && !is_pinned(to, to_bytes)) run_all(stream_of(stream));
     return cudaSuccess;
 }
 
@@ -204,21 +349,27 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
 
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind)
 {
-    return cudaMemcpyAsync(to, from, bytes, kind, NULL);
+    const cudaError_t error = cudaMemcpyAsync(to, from, bytes, kind, NULL);
+    run_all(&first_stream);
+    return error;
 }
 
-cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t)
+cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream)
 {
     if (bytes == 0) return cudaSuccess;
     if (!emulator::is_allocated(p, bytes)) return keep(cudaErrorInvalidValue);
-    emulator::device_access open;
-    memset(p, value, bytes);
+    give(stream, [=] {
+        emulator::device_access open;
+        memset(p, value, bytes);
+    });
     return cudaSuccess;
 }
 
 cudaError_t cudaMemset(void *p, int value, size_t bytes)
 {
-    return cudaMemsetAsync(p, value, bytes, NULL);
+    const cudaError_t error = cudaMemsetAsync(p, value, bytes, NULL);
+    run_all(&first_stream);
+    return error;
 }
 
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total)
@@ -543,31 +694,15 @@ unsigned char *emulator::shared_memory()
     return shared_now;
 }
 
-void emulator::run(const char *kernel, void (*call)(void *), void *arguments, dim3 grid, dim3 block, size_t shared,
-                   cudaStream_t)
+namespace
 {
-    const uint64_t threads = (uint64_t)block.x * block.y * block.z;
-    if (threads < 1 || block.x > MOST || block.y > MOST || block.z > 64 || threads > MOST || grid.x < 1 || grid.y < 1 ||
-        grid.z < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
-        keep(cudaErrorInvalidConfiguration);
-        return;
-    }
-    if (shared > SHARED_MOST) {
-        keep(cudaErrorInvalidValue);
-        return;
-    }
-    if (shared_pages == NULL) {
-        void *pages = mmap(NULL, SHARED_MOST + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (pages == MAP_FAILED) die("no memory for shared memory");
-        shared_pages = static_cast<unsigned char *>(pages);
-        if (mprotect(shared_pages + SHARED_MOST, PAGE, PROT_NONE) != 0) die("mprotect of shared memory failed");
-    }
-    shared = round_up(shared, 16);
+void run_grid(const char *kernel, void (*call)(void *), void *arguments, dim3 grid, dim3 block, size_t shared)
+{
     shared_now = shared_pages + SHARED_MOST - shared;
     kernel_name = kernel, kernel_thread = call, kernel_arguments = arguments;
     gridDim = grid, blockDim = block;
-    count = (int)threads;
-    device_access open;
+    count = (int)(block.x * block.y * block.z);
+    emulator::device_access open;
     host.begun = true;
     self = &host;
     for (unsigned z = 0; z < grid.z; z++)
@@ -585,15 +720,33 @@ void emulator::run(const char *kernel, void (*call)(void *), void *arguments, di
                 switch_to(take_worker());
             }
 }
+} // namespace
+
+void emulator::run(const char *kernel, void (*call)(void *), void *arguments, void (*forget)(void *), dim3 grid,
+                   dim3 block, size_t shared, cudaStream_t stream)
+{
+    const std::shared_ptr<void> kept(arguments, forget);
+    const uint64_t threads = (uint64_t)block.x * block.y * block.z;
+    if (threads < 1 || block.x > MOST || block.y > MOST || block.z > 64 || threads > MOST || grid.x < 1 || grid.y < 1 ||
+        grid.z < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
+        keep(cudaErrorInvalidConfiguration);
+        return;
+    }
+    if (shared > SHARED_MOST) {
+        keep(cudaErrorInvalidValue);
+        return;
+    }
+    if (shared_pages == NULL) {
+        void *pages = mmap(NULL, SHARED_MOST + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (pages == MAP_FAILED) die("no memory for shared memory");
+        shared_pages = static_cast<unsigned char *>(pages);
+        if (mprotect(shared_pages + SHARED_MOST, PAGE, PROT_NONE) != 0) die("mprotect of shared memory failed");
+    }
+    shared = round_up(shared, 16);
+    give(stream, [=] { run_grid(kernel, call, kept.get(), grid, block, shared); });
+}
 
 /* ------------------------------------------------------------------------------------------------ the runtime */
-
-struct CUstream_st {
-    unsigned flags;
-};
-struct CUevent_st {
-    struct timespec at;
-};
 
 cudaError_t cudaGetDeviceCount(int *devices)
 {
@@ -628,6 +781,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device)
 
 cudaError_t cudaDeviceSynchronize()
 {
+    run_all_streams();
     return cudaSuccess;
 }
 
@@ -693,23 +847,29 @@ const char *cudaGetErrorString(cudaError_t error)
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags)
 {
-    *stream = new CUstream_st{flags};
+    *stream = new CUstream_st{flags, {}};
+    streams.push_back(*stream);
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream)
 {
+    run_all(stream);
+    std::erase(streams, stream);
     delete stream;
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t)
+cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
+    run_all(stream_of(stream));
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned)
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned)
 {
+    if (event->last != NULL) stream_of(stream)->items.push_back({NULL, event->last, NULL, 0});
+    go_on_by_chance();
     return cudaSuccess;
 }
 
@@ -730,25 +890,37 @@ cudaError_t cudaEventDestroy(cudaEvent_t event)
     return cudaSuccess;
 }
 
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t)
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 {
-    clock_gettime(CLOCK_MONOTONIC, &event->at);
+    const auto now = std::make_shared<mark>(mark{stream_of(stream), false, {}});
+    event->last = now;
+    give(stream, [now] {
+        now->past = true;
+        clock_gettime(CLOCK_MONOTONIC, &now->at);
+    });
     return cudaSuccess;
 }
 
-cudaError_t cudaEventSynchronize(cudaEvent_t)
+cudaError_t cudaEventSynchronize(cudaEvent_t event)
 {
+    if (event->last != NULL) run_until(*event->last);
     return cudaSuccess;
 }
 
-cudaError_t cudaEventQuery(cudaEvent_t)
+/* Who asks again and again sees it come. */
+cudaError_t cudaEventQuery(cudaEvent_t event)
 {
-    return cudaSuccess;
+    if (event->last == NULL || event->last->past) return cudaSuccess;
+    run_one(event->last->stream);
+    return event->last->past ? cudaSuccess : cudaErrorNotReady;
 }
 
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
 {
-    *ms = (float)((double)(to->at.tv_sec - from->at.tv_sec) * 1e3 + (double)(to->at.tv_nsec - from->at.tv_nsec) * 1e-6);
+    if (from->last == NULL || to->last == NULL) return keep(cudaErrorInvalidResourceHandle);
+    if (!from->last->past || !to->last->past) return keep(cudaErrorNotReady);
+    const struct timespec a = from->last->at, b = to->last->at;
+    *ms = (float)((double)(b.tv_sec - a.tv_sec) * 1e3 + (double)(b.tv_nsec - a.tv_nsec) * 1e-6);
     return cudaSuccess;
 }
 
@@ -813,9 +985,9 @@ template <typename T> bool fits(const T *x, int64_t rows, int64_t columns, int64
 }
 
 template <typename T>
-cublasStatus_t batch_of(cublasOperation_t op_a, cublasOperation_t op_b, int m, int n, int k, const T *alpha, const T *a,
-                        int lda, int64_t stride_a, const T *b, int ldb, int64_t stride_b, const T *beta, T *c, int ldc,
-                        int64_t stride_c, int batch)
+cublasStatus_t batch_of(cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int m, int n, int k,
+                        const T *alpha, const T *a, int lda, int64_t stride_a, const T *b, int ldb, int64_t stride_b,
+                        const T *beta, T *c, int ldc, int64_t stride_c, int batch)
 {
     const int a_rows = op_a == CUBLAS_OP_N ? m : k, b_rows = op_b == CUBLAS_OP_N ? k : n;
     if (m < 0 || n < 0 || k < 0 || batch < 0 || lda < (a_rows > 1 ? a_rows : 1) || ldb < (b_rows > 1 ? b_rows : 1) ||
@@ -826,32 +998,35 @@ cublasStatus_t batch_of(cublasOperation_t op_a, cublasOperation_t op_b, int m, i
         (k > 0 && !(fits(a, a_rows, op_a == CUBLAS_OP_N ? k : m, lda, stride_a, batch) &&
                     fits(b, b_rows, op_b == CUBLAS_OP_N ? n : k, ldb, stride_b, batch))))
         return CUBLAS_STATUS_EXECUTION_FAILED; /* the real one would write anywhere, or fault */
-    const emulator::device_access open;
-    for (int i = 0; i < batch; i++) {
-        T *ci = c + i * stride_c;
-        if (*beta == 0)
-            for (int j = 0; j < n; j++) memset(ci + (int64_t)j * ldc, 0, (size_t)m * sizeof *ci);
-        gemm(op_a == CUBLAS_OP_N ? CblasNoTrans : CblasTrans, op_b == CUBLAS_OP_N ? CblasNoTrans : CblasTrans, m, n, k,
-             *alpha, a + i * stride_a, lda, b + i * stride_b, ldb, *beta, ci, ldc);
-    }
+    const T by = *alpha, keeps = *beta;        /* the host's, which may be gone later */
+    give(handle->stream, [=] {
+        const emulator::device_access open;
+        for (int i = 0; i < batch; i++) {
+            T *ci = c + i * stride_c;
+            if (keeps == 0)
+                for (int j = 0; j < n; j++) memset(ci + (int64_t)j * ldc, 0, (size_t)m * sizeof *ci);
+            gemm(op_a == CUBLAS_OP_N ? CblasNoTrans : CblasTrans, op_b == CUBLAS_OP_N ? CblasNoTrans : CblasTrans, m, n,
+                 k, by, a + i * stride_a, lda, b + i * stride_b, ldb, keeps, ci, ldc);
+        }
+    });
     return CUBLAS_STATUS_SUCCESS;
 }
 } // namespace
 
 #define GEMM(name, T)                                                                                                  \
-    cublasStatus_t cublas##name##gemm(cublasHandle_t, cublasOperation_t op_a, cublasOperation_t op_b, int m, int n,    \
-                                      int k, const T *alpha, const T *a, int lda, const T *b, int ldb, const T *beta,  \
-                                      T *c, int ldc)                                                                   \
+    cublasStatus_t cublas##name##gemm(cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int m,    \
+                                      int n, int k, const T *alpha, const T *a, int lda, const T *b, int ldb,          \
+                                      const T *beta, T *c, int ldc)                                                    \
     {                                                                                                                  \
-        return batch_of(op_a, op_b, m, n, k, alpha, a, lda, 0, b, ldb, 0, beta, c, ldc, 0, 1);                         \
+        return batch_of(handle, op_a, op_b, m, n, k, alpha, a, lda, 0, b, ldb, 0, beta, c, ldc, 0, 1);                 \
     }                                                                                                                  \
-    cublasStatus_t cublas##name##gemmStridedBatched(cublasHandle_t, cublasOperation_t op_a, cublasOperation_t op_b,    \
-                                                    int m, int n, int k, const T *alpha, const T *a, int lda,          \
-                                                    long long stride_a, const T *b, int ldb, long long stride_b,       \
-                                                    const T *beta, T *c, int ldc, long long stride_c, int batch)       \
+    cublasStatus_t cublas##name##gemmStridedBatched(                                                                   \
+        cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int m, int n, int k, const T *alpha,    \
+        const T *a, int lda, long long stride_a, const T *b, int ldb, long long stride_b, const T *beta, T *c,         \
+        int ldc, long long stride_c, int batch)                                                                        \
     {                                                                                                                  \
-        return batch_of(op_a, op_b, m, n, k, alpha, a, lda, stride_a, b, ldb, stride_b, beta, c, ldc, stride_c,        \
-                        batch);                                                                                        \
+        return batch_of(handle, op_a, op_b, m, n, k, alpha, a, lda, stride_a, b, ldb, stride_b, beta, c, ldc,          \
+                        stride_c, batch);                                                                              \
     }
 GEMM(S, float)
 GEMM(D, double)
