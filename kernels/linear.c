@@ -13,8 +13,9 @@
  *   dw_ij = (do_i·v_j - δ_i) / D_i,   dA_i = (S do_i - δ_i z) / D_i,   dS = Σ_i A_i do_iᵀ / D_i,   dz = -Σ_i A_i δ_i /
  * D_i dB_j = dS v_j + dz,   dv_j = dSᵀ B_j
  *
- * CS in two sweeps: forward in time, all that is within chunks and what queries take from the past (the states are made
- * again); backward in time, what keys owe to the future.
+ * CS: forward keeps the state at the start of each block of rows. Backward goes from the last block to the first, and
+ * through each twice: forward in time, all that is within chunks and what queries take from the past (the states are
+ * made again from that at the start); backward in time, what keys owe to the future. So rows are read once.
  *
  * Where a query sees few keys, do_i·v_j - δ_i is a small difference of large numbers, and 1 / D_i may be large.
  * Therefore δ_i is summed in double from those products do_i·v_j that it is taken from: with one key the difference is
@@ -31,7 +32,9 @@
 enum { ROWS = LS_LINEAR_ROWS, CAUSAL_ROWS = LS_LINEAR_CAUSAL_ROWS, BLOCK = 256 };
 enum { SHORT = LS_LINEAR_SHORT, RISE = LS_LINEAR_RISE };
 enum { QUERIES, KEYS, TURNED, STAGE, WEIGHTS, STATE, DOUBLES, SMALL, TRACE, ALL_WORK }; /* work[] */
+enum { STATES, ALL_SAVED };                                                             /* saved[] */
 _Static_assert((int)ALL_WORK <= (int)LS_LINEAR_WORK, "work[] of linear attention overlaps that of its mechanism");
+_Static_assert((int)ALL_SAVED <= (int)LS_LINEAR_SAVED, "saved[] of linear attention overlaps that of its mechanism");
 _Static_assert((int)SHORT <= (int)CAUSAL_ROWS, "a short sequence of keys is one chunk");
 _Static_assert(BLOCK % ROWS == 0 && BLOCK % CAUSAL_ROWS == 0, "a block is whole chunks");
 
@@ -51,15 +54,17 @@ typedef struct linear {
     ls_real *q, *k, *v, *dout, *out, *dq, *dk; /* (n,d) the present chunk on the stage */
     ls_real *w, *dw;                           /* (n,n) */
     ls_real *S, *z, *change, *sum;             /* (F,d), (F): the state as products want it; what a chunk adds to it */
-    double *running, *all_running;             /* (F,d) then (F), of each head: the state as it is summed */
+    double *running, *all_running;             /* (F,d) then (F), of each head: the state as it is summed. CS backward:
+                                                * the gradients of states, and last the state of the head under way */
     int rounded;                               /* S, z are the running state */
     double *step;                              /* (n,2) sin kω, cos kω */
     ls_real *top, *c, *inverse, *delta;        /* (n) */
     ls_real *flows;                            /* (n) 0 where the floor is taken */
     ls_real *sine, *cosine;                    /* (n) */
     ls_real *apart;                            /* (2n) cos (n-1)ω, .., cos 0, then zeros: what is later is not seen */
-    ls_real *seen_from;                        /* (H) c that a head's running state is seen from */
-    ls_real *all_c, *all_inverse, *all_delta;  /* (H,T) of one batch row, from sweep to sweep */
+    ls_real *seen_from;                        /* (H + 1) c that a running state is seen from */
+    ls_real *all_c, *all_inverse, *all_delta;  /* (block) of the head under way, from sweep to sweep; and (block,r): */
+    ls_real *all_db;
 } linear;
 
 static const ls_feature_map *map_of(const ls_pass *p)
@@ -81,25 +86,38 @@ static int64_t turned(const ls_pass *p)
 
 enum { SMALLS = 8 };
 
+/* Rows of a block. CS: so many that the states at their starts are never more than half of the values. */
 static int64_t stage_rows(const ls_pass *p)
 {
-    return ls_min(BLOCK, ls_max(p->T, p->S));
+    const int64_t blocks = p->pattern == LS_CS ? (2 * turned(p) + BLOCK - 1) / BLOCK : 1;
+    return ls_min(ls_max(blocks, 1) * BLOCK, ls_max(p->T, p->S));
+}
+
+/* CS: a state as it is kept, [c][S (F,d)][z (F)]. */
+static int64_t kept_reals(const ls_pass *p)
+{
+    return 1 + turned(p) * (p->d + 1);
+}
+
+static int64_t blocks_of(const ls_pass *p)
+{
+    return p->T == 0 ? 0 : (p->T - 1) / stage_rows(p) + 1;
 }
 
 void ls_linear_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
-    (void)saved;
     const int64_t r = map_of(p)->features(p), F = turned(p), d = p->d;
-    const int sweeps = p->pattern == LS_CS && p->backward;
+    const int causal = p->pattern == LS_CS && p->all_keys > SHORT && !p->step, sweeps = causal && p->backward;
+    p->saved[STATES] = ls_take(saved, causal ? p->B * blocks_of(p) * p->H * kept_reals(p) : 0);
     p->work[QUERIES] = ls_take(work, 2 * ROWS * r);
     p->work[KEYS] = ls_take(work, 2 * ROWS * r);
     p->work[TURNED] = ls_take(work, F > r ? 3 * ROWS * F : 0);
     p->work[STAGE] = ls_take(work, (p->backward ? STAGED : OUT + 1) * p->H * stage_rows(p) * d);
     p->work[WEIGHTS] = ls_take(work, 2 * CAUSAL_ROWS * CAUSAL_ROWS);
     p->work[STATE] = ls_take(work, 2 * F * (d + 1));
-    p->work[DOUBLES] = ls_arena_take(work, (size_t)(p->H * F * (d + 1) + 2 * ROWS) * sizeof(double));
-    p->work[SMALL] = ls_take(work, (SMALLS + 1) * ROWS + p->H);
-    p->work[TRACE] = ls_take(work, sweeps ? 3 * p->H * p->T : 0);
+    p->work[DOUBLES] = ls_arena_take(work, (size_t)((p->H + sweeps) * F * (d + 1) + 2 * ROWS) * sizeof(double));
+    p->work[SMALL] = ls_take(work, (SMALLS + 1) * ROWS + p->H + 1);
+    p->work[TRACE] = ls_take(work, sweeps ? stage_rows(p) * (3 + r) : 0);
 }
 
 static linear begin(ls_pass *p)
@@ -123,7 +141,8 @@ static linear begin(ls_pass *p)
     ls_real **const small[SMALLS] = {&x.top, &x.c, &x.inverse, &x.delta, &x.flows, &x.sine, &x.cosine, &x.apart};
     for (int i = 0; i < SMALLS; i++) *small[i] = p->work[SMALL] + i * ROWS;
     x.seen_from = p->work[SMALL] + (SMALLS + 1) * ROWS; /* apart, the last, has twice the room */
-    x.all_c = p->work[TRACE], x.all_inverse = x.all_c + p->H * p->T, x.all_delta = x.all_inverse + p->H * p->T;
+    x.all_c = p->work[TRACE], x.all_inverse = x.all_c + x.block, x.all_delta = x.all_inverse + x.block;
+    x.all_db = x.all_delta + x.block;
     for (int64_t k = 0; turns && k < ROWS; k++) {
         x.step[2 * k] = sin(x.turn * (double)k), x.step[2 * k + 1] = cos(x.turn * (double)k);
     }
@@ -141,7 +160,7 @@ static linear begin(ls_pass *p)
 typedef struct walk {
     int64_t rows, step;     /* all of them, of a chunk */
     unsigned reads, writes; /* sets of staged tensors */
-    int adds, backward;     /* writes add; from the last row to the first */
+    int adds, backward;     /* writes add; from the last block to the first */
 } walk;
 enum {
     HAS_Q = 1 << Q,
@@ -226,31 +245,41 @@ static chunk before_all(const linear *x, const walk *w, int64_t b)
 }
 
 /* Is it the first of its head in the block? */
-static int begins(const walk *w, const chunk *k)
+static int begins(const chunk *k)
 {
-    return w->backward ? k->t + k->n == k->hi : k->t == k->lo;
+    return k->t == k->lo;
+}
+
+/* The chunk's rows on the stage. */
+static void stand_at(linear *x, const chunk *k)
+{
+    ls_real **const rows[STAGED] = {&x->q, &x->k, &x->v, &x->dout, &x->out, &x->dq, &x->dk};
+    for (int i = 0; i < STAGED && x->stage[i] != NULL; i++)
+        *rows[i] = x->stage[i] + (k->h * x->block + k->t - k->lo) * x->d;
+}
+
+/* The running state is that of head h. */
+static void turn_to(linear *x, int64_t h)
+{
+    x->running = x->all_running + h * x->F * (x->d + 1);
+    x->rounded = 0;
 }
 
 /* To the next chunk; 0 after the last. */
 static int go_on(linear *x, const walk *w, chunk *k)
 {
-    const int64_t last = w->backward ? k->lo : k->hi - k->n, d = x->d;
-    if (k->h < x->p->H && k->t != last) {
-        k->t += w->backward ? -w->step : w->step;
+    if (k->h < x->p->H && k->t + k->n != k->hi) {
+        k->t += w->step;
     } else {
         if (++k->h >= x->p->H) {
             if (!next_block(x, w, k)) return 0;
             k->h = 0;
         }
-        k->t = w->backward ? k->lo + (k->hi - k->lo - 1) / w->step * w->step : k->lo;
+        k->t = k->lo;
+        turn_to(x, k->h);
     }
     k->n = ls_min(w->step, k->hi - k->t);
-    ls_real **const rows[STAGED] = {&x->q, &x->k, &x->v, &x->dout, &x->out, &x->dq, &x->dk};
-    for (int i = 0; i < STAGED && x->stage[i] != NULL; i++)
-        *rows[i] = x->stage[i] + (k->h * x->block + k->t - k->lo) * d;
-    double *running = x->all_running + k->h * x->F * (d + 1);
-    if (running != x->running || begins(w, k)) x->rounded = 0;
-    x->running = running;
+    stand_at(x, k);
     return 1;
 }
 
@@ -379,12 +408,14 @@ static void turn(const linear *x, int64_t i, int64_t n, const ls_real *from, ls_
     }
 }
 
-static void turn_backward(const linear *x, int64_t i, int64_t n, const ls_real *dto, ls_real *dfrom)
+/* kept: what dfrom is multiplied by before it gets its share, 0 or 1. */
+static void turn_backward(const linear *x, int64_t i, int64_t n, const ls_real *dto, int kept, ls_real *dfrom)
 {
     const int64_t r = x->r;
     for (int64_t k = i; k < i + n && dfrom != dto; k++) {
         const ls_real s = x->sine[k], c = x->cosine[k], *sines = dto + k * x->F, *cosines = sines + r;
-        for (int64_t f = 0; f < r; f++) dfrom[k * r + f] = s * sines[f] + c * cosines[f];
+        ls_real *to = dfrom + k * r;
+        for (int64_t f = 0; f < r; f++) to[f] = (kept ? to[f] : 0) + s * sines[f] + c * cosines[f];
     }
 }
 
@@ -506,14 +537,14 @@ static ls_status kernel_sums(ls_pass *p, int phase)
     return LS_OK;
 }
 
-/* What the keys of rows [i, i + n) get from S, z, which are gradients here: db, and dv. */
-static void take_gradients(const linear *x, int64_t i, int64_t n)
+/* What the keys of rows [i, i + n) get from S, z, which are gradients here: db, and dv. kept: 0, or 1 to add. */
+static void take_gradients(const linear *x, int64_t i, int64_t n, int kept)
 {
     const int64_t F = x->F, d = x->d;
-    ls_gemm(0, 0, n, d, F, 1, x->B + i * F, F, x->S, d, 0, x->out + i * d, d);
-    ls_gemm(0, 1, n, F, d, 1, x->v + i * d, d, x->S, d, 0, x->dB + i * F, F);
+    ls_gemm(0, 0, n, d, F, 1, x->B + i * F, F, x->S, d, kept, x->out + i * d, d);
+    ls_gemm(0, 1, n, F, d, 1, x->v + i * d, d, x->S, d, x->dB == x->db ? kept : 0, x->dB + i * F, F);
     for (int64_t j = i; j < i + n; j++) ls_axpy(F, 1, x->z, x->dB + j * F);
-    turn_backward(x, i, n, x->dB, x->db);
+    turn_backward(x, i, n, x->dB, kept, x->db);
     exponentiate_backward(x, i, n);
 }
 
@@ -526,10 +557,10 @@ static ls_status kernel_sums_backward(ls_pass *p, int phase)
         .rows = p->S, .step = ROWS, .reads = HAS_K | HAS_V, .writes = HAS_DK | HAS_OUT, .adds = p->pattern == LS_CS};
     for (int64_t b = 0; b < p->B; b++)
         for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
-            if (begins(&w, &k)) unpack(&x, element(&x, s->dsent, b, k.h));
+            if (begins(&k)) unpack(&x, element(&x, s->dsent, b, k.h));
             load_keys(&x, k);
             load_all(&x, k, element(&x, s->sent, b, k.h)[0]); /* c, where there is one */
-            take_gradients(&x, 0, k.n);
+            take_gradients(&x, 0, k.n, 0);
             finish_keys(&x, k);
         }
     return LS_OK;
@@ -556,7 +587,7 @@ static ls_status kernel_apply(ls_pass *p, int phase)
     const walk w = {.rows = p->T, .step = ROWS, .reads = HAS_Q, .writes = HAS_OUT};
     for (int64_t b = 0; b < p->B; b++)
         for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
-            if (begins(&w, &k)) unpack(&x, element(&x, p->summary[phase].got, b, k.h));
+            if (begins(&k)) unpack(&x, element(&x, p->summary[phase].got, b, k.h));
             load_turned_queries(&x, k);
             ls_gemm(0, 0, k.n, x.d, x.F, 1, x.A, x.F, x.S, x.d, 0, x.out, x.d);
             for (int64_t i = 0; i < k.n; i++) set_inverse(&x, i, dot(x.F, x.A + i * x.F, x.z));
@@ -596,12 +627,12 @@ static ls_status kernel_apply_backward(ls_pass *p, int phase)
     for (int64_t b = 0; b < p->B; b++) {
         clear_running(&x);
         for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
-            if (begins(&w, &k)) unpack(&x, element(&x, s->got, b, k.h));
+            if (begins(&k)) unpack(&x, element(&x, s->got, b, k.h));
             load_turned_queries(&x, k);
             ls_gemm(0, 1, k.n, x.F, x.d, 1, x.dout, x.d, x.S, x.d, 0, x.dA, x.F);
             divide(&x, k.n);
             give_gradients(&x, 0, k.n, 0);
-            turn_backward(&x, 0, k.n, x.dA, x.da);
+            turn_backward(&x, 0, k.n, x.dA, 0, x.da);
             straighten(&x, 0, k.n);
             finish_queries(&x, k);
         }
@@ -890,6 +921,31 @@ static void load_prefixes(const linear *x, int phase, int64_t b)
     }
 }
 
+/* Where the state at the start of a block is kept for backward; NULL in a step. */
+static ls_real *kept_state(const linear *x, chunk k)
+{
+    const ls_pass *p = x->p;
+    return p->step ? NULL : p->saved[STATES] + ((k.b * blocks_of(p) + k.lo / x->block) * p->H + k.h) * kept_reals(p);
+}
+
+static void keep_state(linear *x, chunk k)
+{
+    ls_real *to = kept_state(x, k);
+    if (to == NULL) return;
+    round_running(x);
+    to[0] = x->seen_from[k.h];
+    memcpy(to + 1, x->S, (size_t)(x->F * (x->d + 1)) * sizeof *to); /* z lies behind S */
+}
+
+/* The running state of number H := what was kept. */
+static void recall_state(linear *x, chunk k)
+{
+    const ls_real *from = kept_state(x, k);
+    turn_to(x, x->p->H);
+    x->seen_from[x->p->H] = from[0];
+    for (int64_t i = 0; i < x->F * (x->d + 1); i++) x->running[i] = (double)from[1 + i];
+}
+
 /* Piece [i, i + n) of a chunk: out, not yet divided. */
 static void apply_piece(const linear *x, int64_t i, int64_t n)
 {
@@ -910,6 +966,7 @@ static ls_status kernel_causal(ls_pass *p, int phase)
     for (int64_t b = 0; b < p->B; b++) {
         load_prefixes(&x, phase, b);
         for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
+            if (begins(&k)) keep_state(&x, k);
             load_causal(&x, k);
             find_maxima(&x, k.n, x.seen_from[k.h]);
             for (int64_t i = 0, end; i < k.n; i = end) {
@@ -948,19 +1005,18 @@ static void piece_backward(const linear *x, int64_t i, int64_t n)
     ls_gemm(0, 1, n, n, d, 1, dout, d, x->v + i * d, d, 0, x->dw, n);
     ls_gemm(0, 1, n, F, d, 1, dout, d, x->S, d, 0, x->dA + i * F, F);
     for (int64_t j = 0; j < n; j++) row_backward(x, i, n, j);
-    turn_backward(x, i, n, x->dA, x->da);
+    turn_backward(x, i, n, x->dA, 0, x->da);
     ls_gemm(0, 0, n, r, n, 1, x->dw, n, x->b + i * r, r, 1, x->da + i * r, r);
     ls_gemm(1, 0, n, r, n, 1, x->dw, n, x->a + i * r, r, 0, x->db + i * r, r);
     ls_gemm(1, 0, n, d, n, 1, x->w, n, dout, d, 0, x->out + i * d, d);
     straighten(x, i, n);
     make_up(x, i, n, x->da);
-    exponentiate_backward(x, i, n);
 }
 
 /* What sweep 1 leaves for sweep 2, of a chunk. */
 static void keep_rows(const linear *x, chunk k)
 {
-    const int64_t at = k.h * x->p->T + k.t;
+    const int64_t at = k.t - k.lo;
     memcpy(x->all_c + at, x->c, (size_t)k.n * sizeof *x->c);
     memcpy(x->all_inverse + at, x->inverse, (size_t)k.n * sizeof *x->c);
     memcpy(x->all_delta + at, x->delta, (size_t)k.n * sizeof *x->c);
@@ -968,74 +1024,80 @@ static void keep_rows(const linear *x, chunk k)
 
 static void recall_rows(const linear *x, chunk k)
 {
-    const int64_t at = k.h * x->p->T + k.t;
+    const int64_t at = k.t - k.lo;
     memcpy(x->c, x->all_c + at, (size_t)k.n * sizeof *x->c);
     memcpy(x->inverse, x->all_inverse + at, (size_t)k.n * sizeof *x->c);
     memcpy(x->delta, x->all_delta + at, (size_t)k.n * sizeof *x->c);
 }
 
-/* Sweep 1, forward in time: dq, and of dk and dv what comes from within chunks. */
-static void sweep_past(linear *x, int phase, int64_t b)
+/* Chunk t of a block made ready; its db is kept from sweep to sweep. */
+static void stand_at_chunk(linear *x, chunk *k)
 {
-    const walk w = {.rows = x->p->T,
-                    .step = CAUSAL_ROWS,
-                    .reads = HAS_Q | HAS_K | HAS_V | HAS_DOUT,
-                    .writes = HAS_DQ | HAS_DK | HAS_OUT};
-    load_prefixes(x, phase, b);
-    for (chunk k = before_all(x, &w, b); go_on(x, &w, &k);) {
-        load_causal(x, k);
-        find_maxima(x, k.n, x->seen_from[k.h]);
+    k->n = ls_min(CAUSAL_ROWS, k->hi - k->t);
+    stand_at(x, k);
+    x->db = x->all_db + (k->t - k->lo) * x->r;
+    if (x->F == x->r) x->dB = x->db;
+    load_causal(x, *k);
+}
+
+/* Sweep 1 through a block of one head, forward in time: dq, and of db and dv what comes from within chunks. */
+static void sweep_past(linear *x, chunk k)
+{
+    const int64_t state = x->p->H;
+    recall_state(x, k);
+    for (k.t = k.lo; k.t < k.hi; k.t += k.n) {
+        stand_at_chunk(x, &k);
+        find_maxima(x, k.n, x->seen_from[state]);
         for (int64_t i = 0, end; i < k.n; i = end) {
             end = end_of_piece(x, i, k.n);
-            see_from(x, k.h, x->c[end - 1]);
+            see_from(x, state, x->c[end - 1]);
             load_piece(x, i, end - i);
             piece_backward(x, i, end - i);
-            gather(x, end - i, x->B + i * x->F, x->v + i * x->d, NULL, 1);
+            if (k.t + end < k.hi) gather(x, end - i, x->B + i * x->F, x->v + i * x->d, NULL, 1);
         }
         finish_queries(x, k);
-        finish_keys(x, k);
         keep_rows(x, k);
     }
 }
 
 /* Sweep 2, backward in time: the gradient of the state is gathered from the queries, and keys before them get theirs.
  */
-static void sweep_future(linear *x, int phase, int64_t b)
+static void sweep_future(linear *x, chunk k)
 {
-    const ls_summary *s = &x->p->summary[phase];
-    const walk w = {.rows = x->p->T,
-                    .step = CAUSAL_ROWS,
-                    .reads = HAS_Q | HAS_K | HAS_V | HAS_DOUT,
-                    .writes = HAS_DK | HAS_OUT,
-                    .adds = 1,
-                    .backward = 1};
-    clear_running(x);
-    for (chunk k = before_all(x, &w, b); go_on(x, &w, &k);) {
-        load_causal(x, k);
+    turn_to(x, k.h);
+    for (k.t = k.lo + (k.hi - k.lo - 1) / CAUSAL_ROWS * CAUSAL_ROWS; k.t >= k.lo; k.t -= CAUSAL_ROWS) {
+        stand_at_chunk(x, &k);
         recall_rows(x, k);
         for (int64_t end = k.n, i; end > 0; end = i) {
             i = start_of_piece(x, end);
             see_gradient_from(x, k.h, x->c[end - 1]);
             load_piece(x, i, end - i);
-            take_gradients(x, i, end - i);
+            take_gradients(x, i, end - i, 1);
             scale_rows(end - i, x->F, x->inverse + i, x->A + i * x->F);
             give_gradients(x, i, end - i, 1);
         }
         finish_keys(x, k);
-    }
-    for (int64_t h = 0; h < x->p->H; h++) {
-        x->running = x->all_running + h * x->F * (x->d + 1);
-        if (x->exponentials > 0) see_gradient_from(x, h, element(x, s->got, b, h)[0]);
-        pack(x, h, 0, element(x, s->dgot, b, h));
     }
 }
 
 static ls_status kernel_causal_backward(ls_pass *p, int phase)
 {
     linear x = begin(p);
+    const ls_summary *s = &p->summary[phase];
+    const walk w = {
+        .rows = p->T, .reads = HAS_Q | HAS_K | HAS_V | HAS_DOUT, .writes = HAS_DQ | HAS_DK | HAS_OUT, .backward = 1};
     for (int64_t b = 0; b < p->B; b++) {
-        sweep_past(&x, phase, b);
-        sweep_future(&x, phase, b);
+        clear_running(&x);
+        for (chunk k = before_all(&x, &w, b); next_block(&x, &w, &k);)
+            for (k.h = 0; k.h < p->H; k.h++) {
+                sweep_past(&x, k);
+                sweep_future(&x, k);
+            }
+        for (int64_t h = 0; h < p->H; h++) {
+            turn_to(&x, h);
+            if (x.exponentials > 0) see_gradient_from(&x, h, element(&x, s->got, b, h)[0]);
+            pack(&x, h, 0, element(&x, s->dgot, b, h));
+        }
     }
     return LS_OK;
 }
