@@ -73,11 +73,28 @@ typedef enum ls_transport {
     LS_TRANSPORT_NCCL
 } ls_transport;
 
+/* What the operands of matrix products are rounded to, on a GPU. Sums are float32 in each case; so is everything in
+ * memory, and what crosses ranks.
+ *
+ *   LS_FLOAT32  nothing is rounded.
+ *   LS_TF32     operands have 10 bits behind the point (a relative error of 2^-11), inside the tensor cores.
+ *   LS_BF16     operands have 7 (2^-8): they are converted to bfloat16 on their way in. Exact softmax rounds queries,
+ *               keys, values, probabilities and their gradients so, and where the head dimension is 32, 64, 96 or 128
+ *               and there is no mask, dropout or weights, it runs on the tensor cores.
+ *
+ * Never rounded: logits, the maxima, sums and logarithms of softmax, running states, summaries that cross ranks, the
+ * inverse of nystrom, projections whose rows are compared (probsparse) or that become exponents (performer), what
+ * kernels sum without a matrix product (local, longshort, s4d, decoding steps), norms, loss, parameters and their
+ * gradients, the optimizer. Float32's range is bfloat16's: gradients need no scaling of the loss. */
+typedef enum ls_precision { LS_FLOAT32 = 0, LS_TF32, LS_BF16 } ls_precision;
+const char *ls_precision_name(ls_precision precision); /* "float32", "tf32", "bf16" */
+
 typedef struct ls_context_options {
     MPI_Comm comm;    /* the ranks that share each sequence; 0 or MPI_COMM_NULL: this process alone, MPI not needed.
                        * Duplicated, so the caller may free or use its own at any time. */
     ls_device device; /* where tensors live */
     ls_transport transport;
+    ls_precision precision; /* of products on a GPU; the CPU, and the double build, have LS_FLOAT32 alone */
     int device_number;      /* CUDA: which of this machine's devices; ranks may share one */
     uint64_t seed;          /* of every random number drawn through this context */
     int dry_size, dry_rank; /* dry_size > 0: as rank dry_rank of so many, of whom the others do not exist: comm is not

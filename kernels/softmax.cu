@@ -16,13 +16,17 @@
  * Tiles start at global positions that are a multiple of 4: four random numbers of dropout come from one call, and
  * belong to four keys of one thread.
  *
- * A queue with bf16 set has kernels for tensor cores of its own, in softmax_tensor.cu, for the calls that they know.
+ * On a queue of precision bf16 the calls that softmax_tensor.cu knows run there, on tensor cores. The kernels here are
+ * then their plain twins, for all other calls, with the same operands rounded to bfloat16: q, k, v, do, and p and ds as
+ * factors. m, l, lse and δ are made of what is not rounded.
  *
  * In a decoding step there is one query: blocks share its keys by chunks, and their statistics are joined. */
 #include "cuda.h"
 #include "rng_inline.h"
 #include "softmax_cuda.h"
 #include "softmax_tiles.h"
+
+#include <cuda_bf16.h>
 
 enum { STEP_CHUNKS = 64, STEP_KEYS = 256 };              /* of a step: at most, and keys at a time */
 enum { LSE };                                            /* saved[] */
@@ -62,6 +66,7 @@ static softmax_call call_of(const ls_pass *p)
     x.scale = (ls_real)p->scale;
     x.causal = p->pattern == LS_CS;
     x.wide = p->d % 4 == 0 && is_wide(x.q) && is_wide(x.k) && is_wide(x.v) && is_wide(x.out);
+    x.narrow = p->queue->precision == LS_BF16;
     if (p->backward) x.wide = x.wide && is_wide(x.dout) && is_wide(x.dq) && is_wide(x.dk) && is_wide(x.dv);
     x.queries = p->query_spans, x.keys = p->visit.spans;
     for (int i = 0; i < x.queries; i++) x.query[i] = p->query_span[i];
@@ -100,6 +105,14 @@ __device__ static inline int staying(int row, int group)
     return row * ACROSS + group;
 }
 
+/* Operands of the products: as they are, or as the tensor cores take them. */
+__device__ static inline four narrowed(const softmax_call &p, four x)
+{
+    if (p.narrow)
+        for (int c = 0; c < 4; c++) x.x[c] = __bfloat162float(__float2bfloat16((float)x.x[c]));
+    return x;
+}
+
 /* to = scale · features [f, f + 64) of the rows of a tile; 0 where there are none, or a row is padded. */
 template <int (*place_in)(int, int)>
 __device__ static inline void load(four *to, const softmax_call &p, ls_view v, const place &x, const tile &t, int64_t f,
@@ -117,6 +130,7 @@ __device__ static inline void load(four *to, const softmax_call &p, ls_view v, c
                 y = *(const four *)from;
             else
                 for (int c = 0; c < 4; c++) y.x[c] = c < left ? from[c] : 0;
+            y = narrowed(p, y);
             for (int c = 0; c < 4; c++) y.x[c] *= scale;
         }
         to[place_in(r, group)] = y;
@@ -325,7 +339,7 @@ __device__ static inline void update_rows(const softmax_call &p, const place &x,
             const four D = dropout(p, x, x.t.row + r, x.t.at + r, t.at + c0, seen);
             for (int j = 0; j < COLUMNS; j++) e.x[j] *= D.x[j];
         }
-        factors[staying(r, c0 / COLUMNS)] = e;
+        factors[staying(r, c0 / COLUMNS)] = narrowed(p, e);
     }
 }
 
@@ -502,7 +516,7 @@ __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backwa
                 }
                 four ds;
                 for (int j = 0; j < COLUMNS; j++) ds.x[j] = ls_exp(s[i][j] - lse[i]) * (dp[i][j] - delta[i]);
-                gradients[staying(r, c0 / COLUMNS)] = ds;
+                gradients[staying(r, c0 / COLUMNS)] = narrowed(p, ds);
             }
             __syncwarp(); /* rows are written and read by the same warp */
 #pragma unroll
@@ -563,7 +577,7 @@ template <int N, bool EXTRAS> __global__ static void __launch_bounds__(THREADS, 
             /* in two parts through the same shared memory: ds to dk, then D p to dv */
 #pragma unroll
             for (int i = 0; i < ROWS; i++)
-                factors[staying(r0 + i, c0 / COLUMNS)] = {{dp[i][0], dp[i][1], dp[i][2], dp[i][3]}};
+                factors[staying(r0 + i, c0 / COLUMNS)] = narrowed(p, {{dp[i][0], dp[i][1], dp[i][2], dp[i][3]}});
             __syncwarp();
 #pragma unroll
             for (int n = 0; n < N; n++) {
@@ -577,7 +591,7 @@ template <int N, bool EXTRAS> __global__ static void __launch_bounds__(THREADS, 
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < ROWS; i++)
-                factors[staying(r0 + i, c0 / COLUMNS)] = {{s[i][0], s[i][1], s[i][2], s[i][3]}};
+                factors[staying(r0 + i, c0 / COLUMNS)] = narrowed(p, {{s[i][0], s[i][1], s[i][2], s[i][3]}});
 #pragma unroll
             for (int n = 0; n < N; n++) {
                 __syncthreads();

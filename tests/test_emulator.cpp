@@ -525,7 +525,7 @@ static void test_devices(void **)
     assert_int_equal(ls_cuda_device.count(&devices), LS_OK);
     assert_int_equal(devices, 1);
     ls_queue *other = q;
-    assert_int_equal(ls_cuda_device.open(1, &other), LS_ERR_ARGUMENT);
+    assert_int_equal(ls_cuda_device.open(1, LS_FLOAT32, &other), LS_ERR_ARGUMENT);
     assert_null(other);
     assert_non_null(strstr(ls_last_error(), "no device 1"));
     ls_cuda_device.close(NULL);
@@ -533,7 +533,7 @@ static void test_devices(void **)
 
 static int open_queue(void **)
 {
-    return ls_cuda_device.open(0, &q) != LS_OK;
+    return ls_cuda_device.open(0, LS_FLOAT32, &q) != LS_OK;
 }
 
 static int close_queue(void **)

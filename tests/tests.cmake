@@ -26,7 +26,8 @@ function(longspan_emulated name)
     ${PROJECT_SOURCE_DIR}/tests/emulator/emulator.cpp ${PROJECT_SOURCE_DIR}/tests/emulator/softmax_tensor.cpp)
   longspan_library(${name})
   set_target_properties(${name} PROPERTIES CXX_STANDARD 20 CXX_STANDARD_REQUIRED ON CXX_EXTENSIONS OFF)
-  target_compile_definitions(${name} PUBLIC LS_CUDA_BACKEND)
+  # and so little memory for operands in bfloat16 that products are cut
+  target_compile_definitions(${name} PUBLIC LS_CUDA_BACKEND LS_NARROW_SIDE=32)
   target_include_directories(${name} BEFORE PUBLIC ${PROJECT_SOURCE_DIR}/tests/emulator)
   target_compile_options(${name} PRIVATE
     "$<$<COMPILE_LANGUAGE:CXX>:-O2;-Wno-unknown-pragmas;-Wno-deprecated-enum-enum-conversion>")
