@@ -107,7 +107,8 @@ ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
         free(c);
         return status;
     }
-    status = ls_agree(c, open_rest(options, c));
+    status = ls_agree_alike(c, open_rest(options, c), "context",
+                            ls_sign(LS_SIGNATURE, &options->precision, sizeof options->precision));
     if (status == LS_OK && c->queue != NULL && c->exchange.comm.size > 1) status = open_transport(options, c);
     if (status != LS_OK) {
         ls_context_free(c);

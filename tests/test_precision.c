@@ -34,6 +34,22 @@ static void refusals(void)
     if (test_device() == LS_CUDA && is_double) refused(LS_CUDA, LS_BF16, LS_ERR_UNSUPPORTED, why);
 }
 
+/* Sums of one call are made on all ranks: rounded on all, or on none. */
+static void differing(void)
+{
+    const ls_context_options options = {.comm = here.comm,
+                                        .device = LS_CUDA,
+                                        .precision = here.rank == here.size - 1 ? LS_BF16 : LS_FLOAT32,
+                                        .seed = 1};
+    ls_context *ctx = NULL;
+    const ls_status status = ls_context_create(&options, &ctx);
+    const ls_status expected = here.size > 1 ? LS_ERR_ARGUMENT : LS_OK;
+    verdict(status == expected && (ctx == NULL) == (status != LS_OK) &&
+                (status == LS_OK || strstr(ls_last_error(), "context: rank ") != NULL),
+            "differing: one rank in bf16 gives %s: %s", ls_status_name(status), ls_last_error());
+    ls_context_free(ctx);
+}
+
 typedef struct errors {
     double out, dquery, dkey, dvalue;
 } errors;
@@ -102,6 +118,7 @@ int main(int argc, char **argv)
     if (test_device() == LS_CUDA && sizeof(ls_real) == sizeof(float)) {
         const ls_context_options options = {.comm = here.comm, .device = LS_CUDA, .precision = LS_BF16, .seed = 2024};
         ls_context *narrow = NULL;
+        differing();
         const ls_status status = ls_context_create(&options, &narrow);
         int other_bits = 0;
         verdict(status == LS_OK, "bf16: %s", ls_last_error());
