@@ -13,7 +13,7 @@ typedef struct ls_device_ops {
     const char *name;
     ls_status (*count)(int *devices);                      /* of this machine */
     void (*describe)(int number, char *text, size_t size); /* name and memory of one of them */
-    ls_status (*open)(int number, ls_queue **queue);
+    ls_status (*open)(int number, ls_precision precision, ls_queue **queue);
     void (*close)(ls_queue *);
     void *(*alloc)(size_t bytes); /* on a 256-byte boundary, of the device last opened; NULL: there is not so much */
     void (*release)(void *);

@@ -461,10 +461,13 @@ static void plan(ls_attention *a, const ls_attention_io *io, ls_call *c, layer *
 void ls_project(const ls_attention *a, int which, int64_t rows, const ls_real *x, const ls_real *params, ls_real *y)
 {
     const ls_real *bias = a->bias[which] < 0 ? NULL : params + a->param[a->bias[which]].offset;
+    const ls_dense_ops *dense = a->ctx->dense;
     const int alike = which != OUT_PROJ && a->form.input[which].alike;
-    (alike ? a->ctx->dense->linear_alike : a->ctx->dense->linear)(a->ctx->queue, rows, ls_projection_in(a, which),
-                                                                  ls_projection_out(a, which), x,
-                                                                  params + a->param[a->weight[which]].offset, bias, y);
+    const int exact = which != OUT_PROJ && a->form.input[which].exact;
+    (alike   ? dense->linear_alike
+     : exact ? dense->linear_exact
+             : dense->linear)(a->ctx->queue, rows, ls_projection_in(a, which), ls_projection_out(a, which), x,
+                              params + a->param[a->weight[which]].offset, bias, y);
 }
 
 void ls_project_out(const ls_attention *a, int64_t rows, const ls_real *o, ls_real *active, const ls_real *params,

@@ -536,8 +536,10 @@ void world_open(int *argc, char ***argv)
         MPI_Finalize();
         exit(77);
     }
-    const ls_context_options all = {.comm = here.comm, .device = test_device(), .seed = 2024};
-    const ls_context_options one = {.comm = MPI_COMM_SELF, .device = test_device(), .seed = 2024};
+    const ls_context_options all = {
+        .comm = here.comm, .device = test_device(), .precision = test_precision(), .seed = 2024};
+    const ls_context_options one = {
+        .comm = MPI_COMM_SELF, .device = test_device(), .precision = test_precision(), .seed = 2024};
     if (ls_context_create(&all, &here.all) != LS_OK || ls_context_create(&one, &here.one) != LS_OK) {
         printf("rank %d: no context: %s\n", here.rank, ls_last_error());
         MPI_Abort(here.comm, 1);

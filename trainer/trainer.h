@@ -64,7 +64,8 @@ ls_status load_everywhere(const ranks *r, const char *path, const model *m, trai
 ls_status save_state(const ranks *r, const config *c, int best, const model *m, const char *config_text,
                      const training_state *s);
 /* Collective: the configuration that a checkpoint holds, with each "section.key=value" of set applied. Its
- * device: the CPU where this machine has no GPU for this build. */
+ * device: the CPU where this machine has no GPU for this build, or set says so; then precision and transport are those
+ * of the CPU unless set says otherwise. */
 ls_status checkpoint_config_everywhere(const ranks *r, const char *path, const char *const *set, int nset, config *c);
 /* Alone: DIRECTORY/NAME has these bytes, or what it had before; never a part. */
 ls_status write_file(const char *directory, const char *name, const char *bytes, size_t size);
