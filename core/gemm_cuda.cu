@@ -2,6 +2,10 @@
  * op(A)^T: the operands change places, and each is transposed for it as it is for us. */
 #include "cuda.h"
 
+extern "C" {
+#include "products.h"
+}
+
 #include <limits.h>
 #include <stdio.h>
 
@@ -46,6 +50,19 @@ static void keep(ls_queue *q, cublasStatus_t status, int64_t m, int64_t n, int64
              (long long)m, (long long)k, (long long)k, (long long)n, cublasGetStatusString(status));
 }
 
+static void list(int in_double, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, int64_t lda,
+                 int64_t stride_a, int64_t ldb, int64_t stride_b, double beta, int64_t ldc, int64_t stride_c,
+                 int64_t batch)
+{
+    ls_product p = {};
+    p.m = m, p.n = n, p.k = k, p.batch = batch;
+    p.lda = lda, p.ldb = ldb, p.ldc = ldc;
+    p.stride_a = stride_a, p.stride_b = stride_b, p.stride_c = stride_c;
+    p.transpose_a = transpose_a, p.transpose_b = transpose_b;
+    p.adds = beta != 0, p.in_double = in_double;
+    ls_product_list(&p);
+}
+
 template <typename T>
 static void batch_of(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
                      const T *a, int64_t lda, int64_t stride_a, const T *b, int64_t ldb, int64_t stride_b, double beta,
@@ -63,6 +80,9 @@ static void batch_of(ls_queue *q, int transpose_a, int transpose_b, int64_t m, i
             keep(q, CUBLAS_STATUS_INVALID_VALUE, m, n, k, batch);
             return;
         }
+    if (ls_products_count(m, n, k, batch))
+        list(sizeof(T) > sizeof(ls_real), transpose_a, transpose_b, m, n, k, lda, stride_a, ldb, stride_b, beta, ldc,
+             stride_c, batch);
     const cublasStatus_t status =
         product(q, transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N, transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N, (int)n, (int)m,
                 (int)k, alpha, b, (int)ldb, stride_b, a, (int)lda, stride_a, beta, c, (int)ldc, stride_c, (int)batch);
@@ -83,6 +103,20 @@ void ls_gemm_batch_double(ls_queue *q, int transpose_a, int transpose_b, int64_t
 {
     batch_of(q, transpose_a, transpose_b, m, n, k, alpha, a, lda, stride_a, b, ldb, stride_b, beta, c, ldc, stride_c,
              batch);
+}
+
+extern "C" void ls_product_repeat_cuda(ls_queue *q, const ls_product *p, const void *a, const void *b, void *c)
+{
+    const int transpose_a = (int)p->transpose_a, transpose_b = (int)p->transpose_b;
+    const double beta = p->adds ? 1 : 0;
+    if (p->in_double)
+        ls_gemm_batch_double(q, transpose_a, transpose_b, p->m, p->n, p->k, 1, static_cast<const double *>(a), p->lda,
+                             p->stride_a, static_cast<const double *>(b), p->ldb, p->stride_b, beta,
+                             static_cast<double *>(c), p->ldc, p->stride_c, p->batch);
+    else
+        ls_gemm_batch(q, transpose_a, transpose_b, p->m, p->n, p->k, 1, static_cast<const ls_real *>(a), p->lda,
+                      p->stride_a, static_cast<const ls_real *>(b), p->ldb, p->stride_b, beta,
+                      static_cast<ls_real *>(c), p->ldc, p->stride_c, p->batch);
 }
 
 /* (b,h) is number b * H + h of a batch where the strides allow it: one call instead of B or H. */

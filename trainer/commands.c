@@ -71,8 +71,7 @@ static ls_transport transport_of(const config *c)
                                        : LS_TRANSPORT_AUTO;
 }
 
-/* A rank's number on its machine says which GPU is its own; where there are fewer, ranks share. */
-static ls_status choose_device(const ranks *r, ls_device device, int *number)
+ls_status ranks_device(const ranks *r, ls_device device, int *number)
 {
     int devices = 1, place = 0;
     MPI_Comm here;
@@ -100,7 +99,7 @@ ls_status ranks_split(ranks *r, const config *c, int64_t sequence)
     ls_context_options o = {.device = strcmp(c->device, "cuda") == 0 ? LS_CUDA : LS_CPU,
                             .transport = transport_of(c),
                             .seed = c->train.seed};
-    LS_TRY(choose_device(r, o.device, &o.device_number));
+    LS_TRY(ranks_device(r, o.device, &o.device_number));
     MPI_Comm comm;
     LS_TRY(agree(r, mpi(MPI_Comm_split(r->comm, r->group, r->rank, &comm), "splitting the ranks")));
     o.comm = comm;

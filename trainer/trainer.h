@@ -41,6 +41,9 @@ int command_info(int argc, char **argv, ranks *r);
 /* Collective: splits world into groups of `sequence` ranks (0: all) and makes r->sequence and r->gradients, on the
  * device that the configuration asks for; on a GPU each rank takes the one of its number on its machine. */
 ls_status ranks_split(ranks *r, const config *c, int64_t sequence);
+/* Collective: which device of that kind is this rank's. A rank's number on its machine says which GPU is its own; where
+ * there are fewer, ranks share. */
+ls_status ranks_device(const ranks *r, ls_device device, int *number);
 void ranks_close(ranks *r); /* collective: what ranks_split made */
 /* Local: n reals where the tensors are, all 0; NULL: no memory. Given back by device_free. */
 ls_real *device_reals(const ranks *r, int64_t n);
