@@ -171,6 +171,11 @@ set_target_properties(longspan_program_emulated PROPERTIES OUTPUT_NAME longspan_
 target_link_libraries(longspan_program_emulated PRIVATE trainer_emulated longspan_flags)
 add_test(NAME train_device COMMAND ${PROJECT_SOURCE_DIR}/tests/train_device.sh $<TARGET_FILE:longspan_program>
   $<TARGET_FILE:longspan_program_emulated> ${PROJECT_BINARY_DIR}/tests/train_device)
+add_test(NAME bench COMMAND ${PROJECT_SOURCE_DIR}/tests/bench.py $<TARGET_FILE:longspan_program>
+  $<TARGET_FILE:longspan_program_emulated> ${PROJECT_BINARY_DIR}/tests/bench)
+# the formulas that GPUs are compared with; skipped where there is no PyTorch
+add_test(NAME bench_formulas COMMAND ${PROJECT_SOURCE_DIR}/scripts/bench-gpu-vs-torch --self-test)
+set_tests_properties(bench_formulas PROPERTIES SKIP_RETURN_CODE 77 TIMEOUT 600)
 add_test(NAME faults COMMAND ${PROJECT_SOURCE_DIR}/tests/faults.sh $<TARGET_FILE:longspan_program>
   ${PROJECT_BINARY_DIR}/tests/faults)
 add_test(NAME readme COMMAND ${PROJECT_SOURCE_DIR}/tests/readme.py $<TARGET_FILE:longspan_program>
@@ -179,4 +184,4 @@ add_test(NAME install COMMAND ${PROJECT_SOURCE_DIR}/tests/install.sh ${PROJECT_B
 if(LONGSPAN_SANITIZE) # what links a sanitized library must be built so itself
   list(APPEND test_environment "CFLAGS=-fsanitize=${LONGSPAN_SANITIZE}")
 endif()
-set_tests_properties(train_equality train_device faults install readme PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 1500)
+set_tests_properties(train_equality train_device bench faults install readme PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 1500)

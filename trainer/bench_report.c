@@ -86,9 +86,11 @@ void bench_print_figures(const bench *b, const bench_case *c, int64_t length, co
     snprintf(name, sizeof name, "%s %s %s", c->mechanism, letters[c->pattern], c->options);
     percent(products, share[0]);
     percent(copies, share[1]);
-    printf("%-26s %8lld | %8.4f %8.4f | %8.4f %8.4f %8.4f %6.2f | %6s %6s | %9.1f %10.1f | %8.1f %8.1f\n", name,
-           (long long)length, s[CORE_FORWARD], s[CORE_BACKWARD], layer, s[PROJECTIONS], core, layer / s[PROJECTIONS],
-           products, copies, f->peak_memory / 1048576, f->bytes_sent / 1024, 1 / s[SGEMM], 1 / s[COPY]);
+    const int digits = b->device == LS_CPU ? 4 : 6; /* a GPU's times are short */
+    printf("%-26s %8lld | %8.*f %8.*f | %8.*f %8.*f %8.*f %6.2f | %6s %6s | %9.1f %10.1f | %8.1f %8.1f\n", name,
+           (long long)length, digits, s[CORE_FORWARD], digits, s[CORE_BACKWARD], digits, layer, digits, s[PROJECTIONS],
+           digits, core, layer / s[PROJECTIONS], products, copies, f->peak_memory / 1048576, f->bytes_sent / 1024,
+           1 / s[SGEMM], 1 / s[COPY]);
     fflush(stdout);
     if (b->csv != NULL) write_line(b, c, length, f, share);
 }

@@ -164,26 +164,36 @@ static int by_seconds(const void *a, const void *b)
     return x > y ? -1 : x < y;
 }
 
-/* Every rank times its own kinds, all of them together, in as many turns as there are measurements. */
-static ls_status time_kinds(const bench *b, const subject *s, line *lines)
+/* Every rank times its own kinds, in as many turns as there are measurements; t and share are (kinds, repeat). */
+static ls_status time_turns(const bench *b, const subject *s, double *t, double *share)
 {
     ls_context *ctx = s->step.r->sequence;
-    for (int64_t i = 0; i < s->list.kinds; i++) {
-        double t[BENCH_REPEAT], share[BENCH_REPEAT];
-        const double gflop = (double)s->list.kind[i].times * gflop_of(&s->list.kind[i].product);
-        for (int64_t k = 0; k < b->repeat; k++) {
-            double square;
-            LS_TRY(ceilings_own_product(&s->top, &square));
-            LS_TRY(ls_context_wait(ctx));
+    for (int64_t k = 0; k < b->repeat; k++) {
+        double square;
+        LS_TRY(ceilings_own_product(&s->top, &square));
+        for (int64_t i = 0; i < s->list.kinds; i++) {
+            const int64_t at = i * b->repeat + k;
             const double begin = seconds_now();
             repeat(s, i);
             LS_TRY(ls_context_wait(ctx));
-            t[k] = seconds_now() - begin;
-            share[k] = gflop * square / t[k];
+            t[at] = seconds_now() - begin;
+            share[at] = (double)s->list.kind[i].times * gflop_of(&s->list.kind[i].product) * square / t[at];
         }
-        lines[i] = (line){i, gflop, bench_median(t, b->repeat), bench_median(share, b->repeat)};
     }
     return LS_OK;
+}
+
+static ls_status time_kinds(const bench *b, const subject *s, line *lines)
+{
+    const int64_t n = s->list.kinds;
+    double *t = malloc((size_t)(2 * n * b->repeat + 1) * sizeof *t), *share = t == NULL ? NULL : t + n * b->repeat;
+    if (t == NULL) LS_FAIL(LS_ERR_MEMORY, "bench: no memory for the times of %lld kinds of products", (long long)n);
+    const ls_status status = time_turns(b, s, t, share);
+    for (int64_t i = 0; i < n && status == LS_OK; i++)
+        lines[i] = (line){i, (double)s->list.kind[i].times * gflop_of(&s->list.kind[i].product),
+                          bench_median(t + i * b->repeat, b->repeat), bench_median(share + i * b->repeat, b->repeat)};
+    free(t);
+    return status;
 }
 
 static void print_line(const ls_product *p, int64_t times, const line *l)
