@@ -10,7 +10,8 @@ enum { BENCH_LENGTHS = 32, BENCH_REPEAT = 101 };
 typedef struct bench {
     ranks *r;
     ls_device device;
-    int device_given, device_number;
+    ls_precision precision;
+    int device_given, precision_given, device_number;
     const char *mechanisms, *patterns;
     int64_t length[BENCH_LENGTHS], target[BENCH_LENGTHS]; /* target: of --train, 0: as length */
     int lengths;                                          /* 0: --train without --length */

@@ -105,7 +105,11 @@ static ls_status make_room(subject *s, int64_t E)
 
 ls_context_options bench_context(const bench *b)
 {
-    return (ls_context_options){.comm = b->r->comm, .device = b->device, .device_number = b->device_number, .seed = 1};
+    return (ls_context_options){.comm = b->r->comm,
+                                .device = b->device,
+                                .device_number = b->device_number,
+                                .precision = b->precision,
+                                .seed = 1};
 }
 
 static ls_status subject_make(const bench *b, const ls_attention_options *o, int64_t length, subject *s)

@@ -28,7 +28,7 @@ void bench_print_header(const bench *b, const ceilings *top)
         fputs("mechanism,pattern,options,length,ranks,batch,embed_dim,heads,core_forward,core_backward,layer_forward,"
               "layer_backward,projections,sgemm_seconds_per_gflop,peak_memory_bytes,bytes_sent,messages,device,"
               "copy_seconds_per_gbyte,share_of_product_rate,share_of_bandwidth,share_of_bandwidth_forward,"
-              "share_of_bandwidth_backward\n",
+              "share_of_bandwidth_backward,precision\n",
               b->csv);
 }
 
@@ -56,7 +56,7 @@ static void write_line(const bench *b, const bench_case *c, int64_t length, cons
     fprintf(b->csv, ",%.0f,%.0f,%.0f", f->peak_memory, f->bytes_sent, f->messages);
     fprintf(b->csv, ",%s,%.6g", b->device == LS_CUDA ? "cuda" : "cpu", f->seconds[COPY]);
     for (int k = 0; k < 4; k++) write_share(b->csv, share[k]);
-    fputs("\n", b->csv);
+    fprintf(b->csv, ",%s\n", ls_precision_name(b->precision));
     fflush(b->csv);
 }
 

@@ -335,11 +335,17 @@ static ls_status read_config(bench *b, config *c)
     char *text;
     size_t size;
     if (b->device_given) LS_TRY(text_list_add(&b->set, b->device == LS_CUDA ? "device=cuda" : "device=cpu"));
+    if (b->precision_given) {
+        static const char *const settings[] = {"train.precision=float32", "train.precision=tf32",
+                                               "train.precision=bf16"};
+        LS_TRY(text_list_add(&b->set, settings[b->precision]));
+    }
     LS_TRY(read_everywhere(b->r, b->train, &text, &size));
     const ls_status status = config_parse(b->train, text, size, b->set.item, b->set.count, c);
     free(text);
     LS_TRY(agree(b->r, status));
     b->device = strcmp(c->device, "cuda") == 0 ? LS_CUDA : LS_CPU;
+    b->precision = c->train.precision;
     if (b->lengths > 0) return LS_OK;
     if (c->data.max_source == 0 || c->data.max_target == 0)
         LS_FAIL(LS_ERR_ARGUMENT, "bench: %s has no data.max_source or no data.max_target: say --length SOURCE/TARGET",

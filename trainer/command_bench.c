@@ -30,6 +30,7 @@ static const char usage[] =
     "  --set M.OPTION=X     an option of mechanism M, e.g. local.window=31; may be given many times\n"
     "  --cases              the cases of the tests' table with their options, instead of defaults\n"
     "  --device cpu|cuda    where; default cpu\n"
+    "  --precision float32|tf32|bf16   of products on a GPU; default float32\n"
     "  --ranks P            as the middle one of P ranks, without the others (on one process): exact volumes for any "
     "P,\n"
     "                       and the time that this rank computes\n"
@@ -54,7 +55,7 @@ static const char usage[] =
     "  --length N/M,..      tokens of source and target; N alone: of each. Default: data.max_source, data.max_target\n"
     "  --set KEY=VALUE      a key of the configuration\n"
     "  --products           also the kinds of products, those that take longest first\n"
-    "  --device, --repeat, --csv as above\n";
+    "  --device, --precision, --repeat, --csv as above\n";
 
 static const bench_case table[] = {
 #define MECHANISM(name, patterns, steps, traits)
@@ -116,6 +117,17 @@ static ls_status read_device(const char *text, bench *b)
     return LS_OK;
 }
 
+static ls_status read_precision(const char *text, bench *b)
+{
+    for (int i = LS_FLOAT32; i <= LS_BF16; i++) {
+        if (strcmp(text, ls_precision_name((ls_precision)i)) != 0) continue;
+        b->precision = (ls_precision)i;
+        b->precision_given = 1;
+        return LS_OK;
+    }
+    LS_FAIL(LS_ERR_ARGUMENT, "bench: there is no precision %s: float32, tf32, bf16", text);
+}
+
 static ls_status check_names(const bench *b)
 {
     char list[512];
@@ -145,6 +157,7 @@ static ls_status parse(int argc, char **argv, bench *b)
         SET_,
         CASES_,
         DEVICE_,
+        PRECISION_,
         RANKS_,
         MESSAGES_,
         TRAIN_,
@@ -163,6 +176,7 @@ static ls_status parse(int argc, char **argv, bench *b)
                                             {"set", required_argument, NULL, SET_},
                                             {"cases", no_argument, NULL, CASES_},
                                             {"device", required_argument, NULL, DEVICE_},
+                                            {"precision", required_argument, NULL, PRECISION_},
                                             {"ranks", required_argument, NULL, RANKS_},
                                             {"messages", no_argument, NULL, MESSAGES_},
                                             {"train", required_argument, NULL, TRAIN_},
@@ -170,10 +184,10 @@ static ls_status parse(int argc, char **argv, bench *b)
                                             {"csv", required_argument, NULL, CSV_},
                                             {"help", no_argument, NULL, HELP_},
                                             {NULL, 0, NULL, 0}};
-    static const char *const known[] = {"--mechanism", "--pattern", "--length",   "--softmax-limit", "--batch",
-                                        "--embed-dim", "--heads",   "--repeat",   "--set",           "--cases",
-                                        "--device",    "--ranks",   "--messages", "--train",         "--products",
-                                        "--csv",       "--help",    NULL};
+    static const char *const known[] = {
+        "--mechanism", "--pattern",  "--length", "--softmax-limit", "--batch",     "--embed-dim", "--heads",
+        "--repeat",    "--set",      "--cases",  "--device",        "--precision", "--ranks",     "--messages",
+        "--train",     "--products", "--csv",    "--help",          NULL};
     char *end;
     int which;
     opterr = 0;
@@ -201,6 +215,8 @@ static ls_status parse(int argc, char **argv, bench *b)
             b->cases = 1;
         else if (which == DEVICE_)
             LS_TRY(read_device(optarg, b));
+        else if (which == PRECISION_)
+            LS_TRY(read_precision(optarg, b));
         else if (which == RANKS_)
             LS_TRY(read_count("bench", "--ranks", optarg, 1, &b->dry));
         else if (which == MESSAGES_)
