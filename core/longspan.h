@@ -82,8 +82,12 @@ typedef enum ls_transport {
  *               logits, which run on tensor cores where the head dimension is 32, 64, 96 or 128 and there is no mask,
  *               dropout or weights. Takes 64 MiB of the GPU for copies of operands.
  *
- * Sums are float32 at least in each of them, and so is whatever is kept in memory or crosses ranks: activations, the
- * statistics of softmax, states, summaries, parameters, their gradients, the optimizer. Not rounded at all:
+ * In LS_BF16 a layer also rounds the rows that it keeps for backward, and keeps them so: projected queries, keys and
+ * values, which its core then sees, and the core's output.
+ *
+ * Sums are float32 at least in each of them, and so is all else that is kept in memory or crosses ranks: the rows that
+ * flow between layers, the statistics of softmax, states, summaries, parameters, their gradients, the optimizer. Not
+ * rounded at all:
  *
  *   - products where the rounding of an operand would be amplified: exponents of performer and abc, nystrom's
  *     pseudo-inverse, gradients of lara's logits, projections whose rows are compared or rounded (queries and keys of

@@ -10,6 +10,7 @@ static ls_status prepare(const ls_context_options *o, ls_context *c, ls_queue *q
     const int size = c->exchange.comm.size;
     c->seed = o->seed;
     c->device = o->device;
+    c->precision = o->precision;
     c->ops = ls_device_find(o->device);
     c->dense = ls_dense_of(o->device);
     c->queue = queue;

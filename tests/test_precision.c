@@ -1,6 +1,7 @@
 /* What precision does, and where it is refused. Golden files in each precision: test_golden.
  *
  *   refusals  the CPU, and the double build, compute in their own numbers alone; before anything is allocated
+ *   memory    what a layer keeps for backward
  *   twins     exact softmax in bf16, as it comes (on a GPU: by the tensor cores) and with a mask of zeros, which only
  * the plain kernels know: the same numbers up to the order of sums, and both near those of float32 */
 #include "harness.h"
@@ -48,6 +49,44 @@ static void differing(void)
                 (status == LS_OK || strstr(ls_last_error(), "context: rank ") != NULL),
             "differing: one rank in bf16 gives %s: %s", ls_status_name(status), ls_last_error());
     ls_context_free(ctx);
+}
+
+/* Bytes that a layer of exact softmax keeps: q, k, v and the output, and a number a row for the statistics. */
+static size_t kept_bytes(ls_context *ctx)
+{
+    const case_row row = {"softmax", LS_CS, "", 0};
+    const setting s = {.row = &row,
+                       .level = LS_LEVEL_LAYER,
+                       .layout = LS_BTHD,
+                       .B = 1,
+                       .H = 2,
+                       .d = 32,
+                       .T = 300,
+                       .S = 300,
+                       .alias = ALIAS_ALL,
+                       .seed = 5};
+    problem p;
+    pieces x = {0};
+    ls_attention *attention = NULL;
+    ls_saved *saved = NULL;
+    size_t bytes = 0;
+    if (problem_draw(&s, &p) == LS_OK && ls_attention_create(ctx, &p.options, &attention) == LS_OK &&
+        ls_saved_create(attention, &saved) == LS_OK && pieces_make(ctx, here.comm, &p, NULL, NULL, &x) == LS_OK &&
+        ls_attention_forward(attention, &x.shape, &x.io, p.params, x.out, saved) == LS_OK)
+        bytes = ls_saved_bytes(saved);
+    pieces_free(&x);
+    ls_saved_free(saved);
+    ls_attention_free(attention);
+    problem_free(&p);
+    return bytes;
+}
+
+static void memory(ls_context *narrow)
+{
+    const size_t wide = kept_bytes(here.all), half = kept_bytes(narrow);
+    /* the zigzag of several ranks has copies of its own, in float32 */
+    verdict(half > 0 && (double)half < (here.size == 1 ? 0.6 : 0.8) * (double)wide,
+            "memory: a layer keeps %zu bytes in bf16, %zu in float32", half, wide);
 }
 
 typedef struct errors {
@@ -122,6 +161,7 @@ int main(int argc, char **argv)
         const ls_status status = ls_context_create(&options, &narrow);
         int other_bits = 0;
         verdict(status == LS_OK, "bf16: %s", ls_last_error());
+        if (status == LS_OK) memory(narrow);
         for (int pattern = LS_NS; status == LS_OK && pattern <= LS_NC; pattern++)
             for (int64_t d = 32; d <= 128; d += 32)
                 other_bits += twins(narrow, (ls_pattern)pattern, d, d == 64 ? PAD_RANDOM : PAD_NONE);
