@@ -29,8 +29,9 @@ struct ls_queue {
     cudaStream_t stream;
     cublasHandle_t blas;
     int device;
-    int bf16;         /* operands of products are rounded to bfloat16 */
-    ls_status status; /* what failed first, since it was last asked; its sentence is `message` */
+    ls_precision precision; /* what operands of products are rounded to */
+    void *narrow;           /* LS_BF16: LS_NARROW_BYTES for their copies in bfloat16, of the product under way */
+    ls_status status;       /* what failed first, since it was last asked; its sentence is `message` */
     char message[256];
     struct ls_bounce *bounce; /* host memory that copies to the device pass through, see core/device_cuda.cu */
 };
@@ -38,14 +39,29 @@ struct ls_queue {
 /* To be returned by whatever launched kernels or products: LS_OK, or what failed. `what`: e.g. "abc: sums". */
 ls_status ls_launched(ls_queue *q, const char *what);
 
+/* A block of this many rows and columns of each operand fits in a queue's memory for bfloat16. A multiple of 8; the
+ * tests make it small, so that their products are cut as large ones are. */
+#ifndef LS_NARROW_SIDE
+#define LS_NARROW_SIDE 4096
+#endif
+#define LS_NARROW_BYTES ((size_t)2 * LS_NARROW_SIDE * LS_NARROW_SIDE * 2)
+
 /* A batch of products on row-major matrices: C_i (m,n) = alpha op(A_i) op(B_i) + beta C_i, matrix i at x + i *
- * stride_x. A stride of 0 shares the matrix (not of C). beta = 0 overwrites. Sizes of 0 are fine. */
+ * stride_x. A stride of 0 shares the matrix (not of C). beta = 0 overwrites. Sizes of 0 are fine. Operands are rounded
+ * as the queue's precision says. */
 void ls_gemm_batch(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
                    const ls_real *a, int64_t lda, int64_t stride_a, const ls_real *b, int64_t ldb, int64_t stride_b,
                    double beta, ls_real *c, int64_t ldc, int64_t stride_c, int64_t batch);
 /* One for each (b,h): the matrices are the rows of views, of which [0, m) or so are used. */
 void ls_gemm_heads(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
                    ls_view a, ls_view b, double beta, ls_view c, int64_t B, int64_t H);
+/* The same in float32 whatever the queue's precision: for products that are exponents, or of which differences remain.
+ */
+void ls_gemm_batch_exact(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
+                         const ls_real *a, int64_t lda, int64_t stride_a, const ls_real *b, int64_t ldb,
+                         int64_t stride_b, double beta, ls_real *c, int64_t ldc, int64_t stride_c, int64_t batch);
+void ls_gemm_heads_exact(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
+                         ls_view a, ls_view b, double beta, ls_view c, int64_t B, int64_t H);
 /* The same as ls_gemm_batch in double, for small matrices whose products would amplify the rounding of floats. */
 void ls_gemm_batch_double(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
                           const double *a, int64_t lda, int64_t stride_a, const double *b, int64_t ldb,

@@ -14,7 +14,7 @@ typedef struct ls_device_ops {
     const char *name;
     ls_status (*count)(int *devices);                      /* of this machine */
     void (*describe)(int number, char *text, size_t size); /* name and memory of one of them */
-    ls_status (*open)(int number, ls_queue **queue);
+    ls_status (*open)(int number, ls_precision precision, ls_queue **queue);
     ls_status (*open_beside)(ls_queue *of,
                              ls_queue **queue); /* one more on its device, for copies and messages alone */
     void (*close)(ls_queue *);

@@ -16,9 +16,9 @@ static void describe(int number, char *text, size_t size)
     snprintf(text, size, "cpu");
 }
 
-static ls_status open_queue(int number, ls_queue **queue)
+static ls_status open_queue(int number, ls_precision precision, ls_queue **queue)
 {
-    (void)number;
+    (void)number, (void)precision; /* the context has refused any but float32 */
     *queue = NULL;
     return LS_OK;
 }

@@ -101,6 +101,7 @@ static void close_queue(ls_queue *q)
     if (q == NULL) return;
     if (q->stream != NULL) cudaStreamSynchronize(q->stream);
     free_bounce(q->bounce);
+    if (q->narrow != NULL) cudaFree(q->narrow);
     if (q->blas != NULL) cublasDestroy(q->blas);
     if (q->stream != NULL) cudaStreamDestroy(q->stream);
     free(q);
@@ -117,15 +118,30 @@ static ls_status make_queue(ls_queue *q)
     LS_TRY(make_stream(q));
     cublasStatus_t status = cublasCreate(&q->blas);
     if (status == CUBLAS_STATUS_SUCCESS) status = cublasSetStream(q->blas, q->stream);
-    /* products of floats in floats: no TF32 */
+    /* products of floats in floats: TF32 only where a call asks for it */
     if (status == CUBLAS_STATUS_SUCCESS) status = cublasSetMathMode(q->blas, CUBLAS_DEFAULT_MATH);
-    if (status == CUBLAS_STATUS_SUCCESS) return LS_OK;
+    if (status == CUBLAS_STATUS_SUCCESS && q->precision != LS_BF16) return LS_OK;
+    if (status == CUBLAS_STATUS_SUCCESS)
+        return failed(cudaMalloc(&q->narrow, LS_NARROW_BYTES), q->device, "memory for operands in bfloat16");
     return ls_fail(status == CUBLAS_STATUS_ALLOC_FAILED ? LS_ERR_MEMORY : LS_ERR_INTERNAL,
                    "CUDA device %d: cuBLAS cannot be opened: %s: free the device of other programs", q->device,
                    cublasGetStatusString(status));
 }
 
-static ls_status open_queue(int number, ls_queue **queue)
+/* tensor cores that take tf32 and bfloat16 */
+static ls_status check_precision(int number, ls_precision precision)
+{
+    int major = 0;
+    if (precision == LS_FLOAT32) return LS_OK;
+    LS_TRY(failed(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number), number,
+                  "cudaDeviceGetAttribute"));
+    if (major < 8)
+        LS_FAIL(LS_ERR_UNSUPPORTED,
+                "CUDA device %d: its compute capability is %d.x: tf32 and bf16 need 8.0: use float32", number, major);
+    return LS_OK;
+}
+
+static ls_status open_queue(int number, ls_precision precision, ls_queue **queue)
 {
     *queue = NULL;
     int devices;
@@ -134,9 +150,11 @@ static ls_status open_queue(int number, ls_queue **queue)
         LS_FAIL(LS_ERR_UNSUPPORTED, "CUDA: this machine has no GPU, or no driver: %s", advice(cudaErrorNoDevice));
     if (number < 0 || number >= devices)
         LS_FAIL(LS_ERR_ARGUMENT, "CUDA: there is no device %d: this machine has %d, from 0", number, devices);
+    LS_TRY(check_precision(number, precision));
     ls_queue *q = static_cast<ls_queue *>(calloc(1, sizeof *q));
     if (q == NULL) LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for a queue", number);
     q->device = number;
+    q->precision = precision;
     const ls_status status = make_queue(q);
     if (status != LS_OK) {
         close_queue(q);
@@ -265,7 +283,7 @@ static ls_status to_device(ls_queue *q, void *to, const void *from, size_t bytes
 {
     for (size_t at = 0; at < bytes; at += LARGEST_PIECE) {
         const size_t n = bytes - at < LARGEST_PIECE ? bytes - at : LARGEST_PIECE;
-        bounce_piece *piece;
+        bounce_piece *piece = NULL;
         LS_TRY(take_piece(q, n, &piece));
         memcpy(piece->memory, static_cast<const char *>(from) + at, n);
         LS_TRY(begin_to_device(q, static_cast<char *>(to) + at, piece->memory, n));

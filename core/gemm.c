@@ -1,5 +1,7 @@
 #include "gemm.h"
 
+#include "products.h"
+
 #include <cblas.h>
 #include <string.h>
 
@@ -8,6 +10,23 @@
 #else
 #define GEMM cblas_sgemm
 #endif
+
+static void count(int in_double, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, int64_t lda,
+                  int64_t ldb, double beta, int64_t ldc)
+{
+    if (!ls_products_count(m, n, k, 1)) return;
+    ls_product_list(&(ls_product){.m = m,
+                                  .n = n,
+                                  .k = k,
+                                  .lda = lda,
+                                  .ldb = ldb,
+                                  .ldc = ldc,
+                                  .batch = 1,
+                                  .transpose_a = transpose_a,
+                                  .transpose_b = transpose_b,
+                                  .adds = beta != 0,
+                                  .in_double = in_double});
+}
 
 void ls_gemm(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha, const ls_real *a,
              int64_t lda, const ls_real *b, int64_t ldb, double beta, ls_real *c, int64_t ldc)
@@ -18,6 +37,7 @@ void ls_gemm(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, 
             for (int64_t j = 0; j < n; j++) c[i * ldc + j] = beta == 0 ? 0 : (ls_real)beta * c[i * ldc + j];
         return;
     }
+    count(0, transpose_a, transpose_b, m, n, k, lda, ldb, beta, ldc);
     if (beta == 0) { /* BLAS clears C number by number, which small products feel */
         for (int64_t i = 0; i < m; i++) memset(c + i * ldc, 0, (size_t)n * sizeof *c);
         beta = 1;
@@ -35,6 +55,7 @@ void ls_gemm_double(int transpose_a, int transpose_b, int64_t m, int64_t n, int6
             for (int64_t j = 0; j < n; j++) c[i * ldc + j] = beta == 0 ? 0 : beta * c[i * ldc + j];
         return;
     }
+    count(1, transpose_a, transpose_b, m, n, k, lda, ldb, beta, ldc);
     cblas_dgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans,
                 (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb, beta, c, (blasint)ldc);
 }

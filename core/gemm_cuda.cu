@@ -1,30 +1,182 @@
 /* The only door to cuBLAS. It stores matrices by columns, so that our C = op(A) op(B) by rows is its C^T = op(B)^T
- * op(A)^T: the operands change places, and each is transposed for it as it is for us. */
+ * op(A)^T: the operands change places, and each is transposed for it as it is for us.
+ *
+ * On a queue of precision bf16 the operands of products of floats are first copied to bfloat16, into memory that the
+ * queue has from the beginning: half of it for A, half for B. What is too large for that is done in blocks. */
 #include "cuda.h"
 
+extern "C" {
+#include "products.h"
+}
+
+#include <cuda_bf16.h>
 #include <limits.h>
 #include <stdio.h>
 
-/* The one place where the numbers of a product are told: operands rounded to bfloat16 (q->bf16) would be converted
- * before, and given to cublasGemmStridedBatchedEx here. */
-static cublasStatus_t product(ls_queue *q, cublasOperation_t op_b, cublasOperation_t op_a, int n, int m, int k,
-                              double alpha, const double *b, int ldb, int64_t stride_b, const double *a, int lda,
-                              int64_t stride_a, double beta, double *c, int ldc, int64_t stride_c, int batch)
+/* Matrix i of a batch is at p + i * stride; rows are ld apart. */
+template <typename T> struct operand {
+    const T *p;
+    int transpose;
+    int64_t ld, stride;
+};
+/* C_i (m,n) = alpha op(A_i) op(B_i) + beta C_i */
+template <typename T> struct batch {
+    int64_t m, n, k, count;
+    double alpha, beta;
+    operand<T> a, b;
+    T *c;
+    int64_t ldc, stride_c;
+};
+
+static cublasOperation_t operation(int transpose)
 {
-    return cublasDgemmStridedBatched(q->blas, op_b, op_a, n, m, k, &alpha, b, ldb, stride_b, a, lda, stride_a, &beta, c,
-                                     ldc, stride_c, batch);
+    return transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
+}
+
+static cublasStatus_t product(ls_queue *q, const batch<double> &x, int)
+{
+    return cublasDgemmStridedBatched(q->blas, operation(x.b.transpose), operation(x.a.transpose), (int)x.n, (int)x.m,
+                                     (int)x.k, &x.alpha, x.b.p, (int)x.b.ld, x.b.stride, x.a.p, (int)x.a.ld, x.a.stride,
+                                     &x.beta, x.c, (int)x.ldc, x.stride_c, (int)x.count);
 }
 
 #ifndef LS_REAL_DOUBLE
-static cublasStatus_t product(ls_queue *q, cublasOperation_t op_b, cublasOperation_t op_a, int n, int m, int k,
-                              double alpha, const float *b, int ldb, int64_t stride_b, const float *a, int lda,
-                              int64_t stride_a, double beta, float *c, int ldc, int64_t stride_c, int batch)
+/* Sums of products in float32, of operands of another type or rounding. */
+template <typename T>
+static cublasStatus_t product_of(ls_queue *q, const operand<T> &a, const operand<T> &b, cudaDataType type,
+                                 cublasComputeType_t compute, const batch<float> &x)
 {
-    const float alpha_f = (float)alpha, beta_f = (float)beta;
-    return cublasSgemmStridedBatched(q->blas, op_b, op_a, n, m, k, &alpha_f, b, ldb, stride_b, a, lda, stride_a,
-                                     &beta_f, c, ldc, stride_c, batch);
+    const float alpha = (float)x.alpha, beta = (float)x.beta;
+    return cublasGemmStridedBatchedEx(q->blas, operation(b.transpose), operation(a.transpose), (int)x.n, (int)x.m,
+                                      (int)x.k, &alpha, b.p, type, (int)b.ld, b.stride, a.p, type, (int)a.ld, a.stride,
+                                      &beta, x.c, CUDA_R_32F, (int)x.ldc, x.stride_c, (int)x.count, compute,
+                                      CUBLAS_GEMM_DEFAULT);
+}
+
+/* ------------------------------------------------------------------------------------------------ bfloat16 */
+
+enum { GROUP = 8 }; /* numbers in 16 bytes; rows of copies are whole groups */
+
+static int64_t whole(int64_t columns)
+{
+    return (columns + GROUP - 1) / GROUP * GROUP;
+}
+
+/* to = rows of floats in bfloat16, 0 behind the end of a row. W floats are read at a time. There are fewer groups than
+ * a queue's memory has, which 32 bits can count. */
+template <int W>
+__global__ static void narrow_rows(unsigned items, unsigned rows, unsigned columns, const float *from, int64_t ld,
+                                   int64_t stride, uint4 *to)
+{
+    const unsigned groups = (columns + GROUP - 1) / GROUP;
+    LS_EACH(i, items * rows * groups)
+    {
+        const unsigned g = (unsigned)i % groups, row = (unsigned)i / groups % rows, item = (unsigned)i / groups / rows;
+        const float *x = from + item * stride + row * ld + g * GROUP;
+        alignas(16) float y[GROUP] = {};
+#pragma unroll
+        for (unsigned c = 0; c < GROUP; c += W) {
+            if (g * GROUP + c >= columns) continue;
+            if (W == 4)
+                *(float4 *)(y + c) = *(const float4 *)(x + c);
+            else
+                y[c] = x[c];
+        }
+        unsigned word[GROUP / 2];
+#pragma unroll
+        for (int c = 0; c < GROUP / 2; c++) {
+            const __nv_bfloat162 pair = __floats2bfloat162_rn(y[2 * c], y[2 * c + 1]);
+            memcpy(word + c, &pair, sizeof pair);
+        }
+        to[i] = make_uint4(word[0], word[1], word[2], word[3]);
+    }
+}
+
+/* A block of an operand's matrices, as they lie in memory. */
+struct block {
+    int64_t item, row, column, items, rows, columns;
+};
+
+/* The copy of a block; it is there already where it is that of the call before. */
+static operand<__nv_bfloat16> narrow(ls_queue *q, const operand<float> &x, block want, block *there, __nv_bfloat16 *to)
+{
+    if (x.stride == 0) want.item = 0, want.items = 1;
+    const int64_t ld = whole(want.columns);
+    const operand<__nv_bfloat16> copy = {to, x.transpose, ld, x.stride == 0 ? 0 : want.rows * ld};
+    if (memcmp(&want, there, sizeof want) == 0) return copy;
+    *there = want;
+    const float *from = x.p + want.item * x.stride + want.row * x.ld + want.column;
+    const int wide = want.columns % 4 == 0 && x.ld % 4 == 0 && x.stride % 4 == 0 && (uintptr_t)from % 16 == 0;
+    const auto kernel = wide ? narrow_rows<4> : narrow_rows<1>;
+    LS_LAUNCH(q, kernel, ls_blocks(want.items * want.rows * ld / GROUP, LS_THREADS), LS_THREADS, 0,
+              (unsigned)want.items, (unsigned)want.rows, (unsigned)want.columns, from, x.ld, x.stride, (uint4 *)to);
+    return copy;
+}
+
+/* The sides of blocks: those of A, (m,k), and of B, (k,n), fit in their half of the memory. Where one operand fits as a
+ * whole, only the other is cut, along the side that is its own: each is copied once. Else k is cut too, and C is added
+ * to, in pieces that leave the other sides no shorter than they must be for a product to be worth its copies. */
+struct sides {
+    int64_t m, n, k, count;
+};
+static sides cut(const batch<float> &x)
+{
+    const int64_t half = (int64_t)LS_NARROW_SIDE * LS_NARROW_SIDE, m = whole(x.m), n = whole(x.n), k = whole(x.k);
+    sides s = {m, n, k, x.count};
+    if (m * k > half && k * n > half) {
+        s.k = ls_min(k, ls_max(LS_NARROW_SIDE, half / ls_max(m, n) / GROUP * GROUP));
+        s.m = ls_min(m, half / s.k / GROUP * GROUP), s.n = ls_min(n, half / s.k / GROUP * GROUP);
+    } else if (m * k > half)
+        s.m = half / k / GROUP * GROUP;
+    else if (k * n > half)
+        s.n = half / k / GROUP * GROUP;
+    if (x.a.stride != 0) s.count = ls_min(s.count, half / (s.m * s.k));
+    if (x.b.stride != 0) s.count = ls_min(s.count, half / (s.k * s.n));
+    return s;
+}
+
+static block block_of(const operand<float> &x, int64_t item, int64_t row, int64_t column, int64_t items, int64_t rows,
+                      int64_t columns)
+{
+    if (x.transpose) return {item, column, row, items, columns, rows};
+    return {item, row, column, items, rows, columns};
+}
+
+static cublasStatus_t product_narrow(ls_queue *q, const batch<float> &x)
+{
+    const sides s = cut(x);
+    __nv_bfloat16 *to = static_cast<__nv_bfloat16 *>(q->narrow);
+    block a_there = {}, b_there = {};
+    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+    for (int64_t i = 0; i < x.count; i += s.count)
+        for (int64_t j = 0; j < x.n; j += s.n)
+            for (int64_t l = 0; l < x.k; l += s.k)
+                for (int64_t r = 0; r < x.m && status == CUBLAS_STATUS_SUCCESS; r += s.m) {
+                    batch<float> part = x;
+                    part.m = ls_min(s.m, x.m - r), part.n = ls_min(s.n, x.n - j), part.k = ls_min(s.k, x.k - l);
+                    part.count = ls_min(s.count, x.count - i);
+                    part.c = x.c + i * x.stride_c + r * x.ldc + j;
+                    if (l > 0) part.beta = 1;
+                    const auto b = narrow(q, x.b, block_of(x.b, i, l, j, part.count, part.k, part.n), &b_there,
+                                          to + (int64_t)LS_NARROW_SIDE * LS_NARROW_SIDE);
+                    const auto a = narrow(q, x.a, block_of(x.a, i, r, l, part.count, part.m, part.k), &a_there, to);
+                    status = product_of(q, a, b, CUDA_R_16BF, CUBLAS_COMPUTE_32F, part);
+                }
+    return status;
+}
+
+static cublasStatus_t product(ls_queue *q, const batch<float> &x, int exact)
+{
+    const float alpha = (float)x.alpha, beta = (float)x.beta;
+    if (!exact && q->precision == LS_BF16) return product_narrow(q, x);
+    if (!exact && q->precision == LS_TF32) return product_of(q, x.a, x.b, CUDA_R_32F, CUBLAS_COMPUTE_32F_FAST_TF32, x);
+    return cublasSgemmStridedBatched(q->blas, operation(x.b.transpose), operation(x.a.transpose), (int)x.n, (int)x.m,
+                                     (int)x.k, &alpha, x.b.p, (int)x.b.ld, x.b.stride, x.a.p, (int)x.a.ld, x.a.stride,
+                                     &beta, x.c, (int)x.ldc, x.stride_c, (int)x.count);
 }
 #endif
+
+/* ------------------------------------------------------------------------------------------------ any precision */
 
 template <typename T>
 __global__ static void scale(int64_t m, int64_t n, T beta, T *c, int64_t ldc, int64_t stride_c, int64_t batch)
@@ -46,43 +198,80 @@ static void keep(ls_queue *q, cublasStatus_t status, int64_t m, int64_t n, int64
              (long long)m, (long long)k, (long long)k, (long long)n, cublasGetStatusString(status));
 }
 
-template <typename T>
-static void batch_of(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
-                     const T *a, int64_t lda, int64_t stride_a, const T *b, int64_t ldb, int64_t stride_b, double beta,
-                     T *c, int64_t ldc, int64_t stride_c, int64_t batch)
+template <typename T> static void list(const batch<T> &x, int exact)
 {
-    if (m <= 0 || n <= 0 || batch <= 0) return;
-    if (k <= 0) { /* cuBLAS need not touch C then */
-        LS_LAUNCH(q, scale<T>, ls_blocks(batch * m * n, LS_THREADS), LS_THREADS, 0, m, n, (T)beta, c, ldc, stride_c,
-                  batch);
+    ls_product p = {};
+    p.m = x.m, p.n = x.n, p.k = x.k, p.batch = x.count;
+    p.lda = x.a.ld, p.ldb = x.b.ld, p.ldc = x.ldc;
+    p.stride_a = x.a.stride, p.stride_b = x.b.stride, p.stride_c = x.stride_c;
+    p.transpose_a = x.a.transpose, p.transpose_b = x.b.transpose;
+    p.adds = x.beta != 0, p.exact = exact, p.in_double = sizeof(T) > sizeof(ls_real);
+    ls_product_list(&p);
+}
+
+template <typename T> static void multiply(ls_queue *q, const batch<T> &x, int exact)
+{
+    if (x.m <= 0 || x.n <= 0 || x.count <= 0) return;
+    if (x.k <= 0) { /* cuBLAS need not touch C then */
+        LS_LAUNCH(q, scale<T>, ls_blocks(x.count * x.m * x.n, LS_THREADS), LS_THREADS, 0, x.m, x.n, (T)x.beta, x.c,
+                  x.ldc, x.stride_c, x.count);
         return;
     }
-    const int64_t sizes[] = {m, n, k, lda, ldb, ldc, batch};
+    const int64_t sizes[] = {x.m, x.n, x.k, x.a.ld, x.b.ld, x.ldc, x.count};
+    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
     for (int64_t size : sizes)
-        if (size > INT_MAX) {
-            keep(q, CUBLAS_STATUS_INVALID_VALUE, m, n, k, batch);
-            return;
-        }
-    const cublasStatus_t status =
-        product(q, transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N, transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N, (int)n, (int)m,
-                (int)k, alpha, b, (int)ldb, stride_b, a, (int)lda, stride_a, beta, c, (int)ldc, stride_c, (int)batch);
-    if (status != CUBLAS_STATUS_SUCCESS) keep(q, status, m, n, k, batch);
+        if (size > INT_MAX) status = CUBLAS_STATUS_INVALID_VALUE;
+    if (status == CUBLAS_STATUS_SUCCESS) {
+        if (ls_products_count(x.m, x.n, x.k, x.count)) list(x, exact);
+        status = product(q, x, exact);
+    }
+    if (status != CUBLAS_STATUS_SUCCESS) keep(q, status, x.m, x.n, x.k, x.count);
+}
+
+static void batch_of(ls_queue *q, int exact, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k,
+                     double alpha, const ls_real *a, int64_t lda, int64_t stride_a, const ls_real *b, int64_t ldb,
+                     int64_t stride_b, double beta, ls_real *c, int64_t ldc, int64_t stride_c, int64_t count)
+{
+    const operand<ls_real> A = {a, transpose_a, lda, stride_a}, B = {b, transpose_b, ldb, stride_b};
+    multiply<ls_real>(q, {m, n, k, count, alpha, beta, A, B, c, ldc, stride_c}, exact);
 }
 
 void ls_gemm_batch(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
                    const ls_real *a, int64_t lda, int64_t stride_a, const ls_real *b, int64_t ldb, int64_t stride_b,
-                   double beta, ls_real *c, int64_t ldc, int64_t stride_c, int64_t batch)
+                   double beta, ls_real *c, int64_t ldc, int64_t stride_c, int64_t count)
 {
-    batch_of(q, transpose_a, transpose_b, m, n, k, alpha, a, lda, stride_a, b, ldb, stride_b, beta, c, ldc, stride_c,
-             batch);
+    batch_of(q, 0, transpose_a, transpose_b, m, n, k, alpha, a, lda, stride_a, b, ldb, stride_b, beta, c, ldc, stride_c,
+             count);
+}
+
+void ls_gemm_batch_exact(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
+                         const ls_real *a, int64_t lda, int64_t stride_a, const ls_real *b, int64_t ldb,
+                         int64_t stride_b, double beta, ls_real *c, int64_t ldc, int64_t stride_c, int64_t count)
+{
+    batch_of(q, 1, transpose_a, transpose_b, m, n, k, alpha, a, lda, stride_a, b, ldb, stride_b, beta, c, ldc, stride_c,
+             count);
 }
 
 void ls_gemm_batch_double(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
                           const double *a, int64_t lda, int64_t stride_a, const double *b, int64_t ldb,
-                          int64_t stride_b, double beta, double *c, int64_t ldc, int64_t stride_c, int64_t batch)
+                          int64_t stride_b, double beta, double *c, int64_t ldc, int64_t stride_c, int64_t count)
 {
-    batch_of(q, transpose_a, transpose_b, m, n, k, alpha, a, lda, stride_a, b, ldb, stride_b, beta, c, ldc, stride_c,
-             batch);
+    const operand<double> A = {a, transpose_a, lda, stride_a}, B = {b, transpose_b, ldb, stride_b};
+    multiply<double>(q, {m, n, k, count, alpha, beta, A, B, c, ldc, stride_c}, 1);
+}
+
+extern "C" void ls_product_repeat_cuda(ls_queue *q, const ls_product *p, const void *a, const void *b, void *c)
+{
+    const int transpose_a = (int)p->transpose_a, transpose_b = (int)p->transpose_b;
+    const double beta = p->adds ? 1 : 0;
+    if (p->in_double)
+        ls_gemm_batch_double(q, transpose_a, transpose_b, p->m, p->n, p->k, 1, static_cast<const double *>(a), p->lda,
+                             p->stride_a, static_cast<const double *>(b), p->ldb, p->stride_b, beta,
+                             static_cast<double *>(c), p->ldc, p->stride_c, p->batch);
+    else
+        batch_of(q, (int)p->exact, transpose_a, transpose_b, p->m, p->n, p->k, 1, static_cast<const ls_real *>(a),
+                 p->lda, p->stride_a, static_cast<const ls_real *>(b), p->ldb, p->stride_b, beta,
+                 static_cast<ls_real *>(c), p->ldc, p->stride_c, p->batch);
 }
 
 /* (b,h) is number b * H + h of a batch where the strides allow it: one call instead of B or H. */
@@ -91,22 +280,26 @@ static int in_a_row(ls_view v, int64_t H)
     return v.sb == v.sh * H;
 }
 
+static void heads_of(ls_queue *q, int exact, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k,
+                     double alpha, ls_view a, ls_view b, double beta, ls_view c, int64_t B, int64_t H)
+{
+    const int all = (in_a_row(a, H) && in_a_row(b, H) && in_a_row(c, H)) || B == 1; /* numbers b * H + h */
+    const int by_row = !all && H > 1 && B <= H;                                     /* else by head: H calls */
+    const int64_t calls = all ? 1 : by_row ? B : H, count = all ? B * H : by_row ? H : B;
+    for (int64_t i = 0; i < calls; i++)
+        batch_of(q, exact, transpose_a, transpose_b, m, n, k, alpha, a.p + i * (by_row ? a.sb : a.sh), a.st,
+                 all || by_row ? a.sh : a.sb, b.p + i * (by_row ? b.sb : b.sh), b.st, all || by_row ? b.sh : b.sb, beta,
+                 c.p + i * (by_row ? c.sb : c.sh), c.st, all || by_row ? c.sh : c.sb, count);
+}
+
 void ls_gemm_heads(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
                    ls_view a, ls_view b, double beta, ls_view c, int64_t B, int64_t H)
 {
-    if (H > 1 && B > 1 && !(in_a_row(a, H) && in_a_row(b, H) && in_a_row(c, H))) {
-        if (B <= H)
-            for (int64_t i = 0; i < B; i++)
-                ls_gemm_batch(q, transpose_a, transpose_b, m, n, k, alpha, a.p + i * a.sb, a.st, a.sh, b.p + i * b.sb,
-                              b.st, b.sh, beta, c.p + i * c.sb, c.st, c.sh, H);
-        else
-            for (int64_t i = 0; i < H; i++)
-                ls_gemm_batch(q, transpose_a, transpose_b, m, n, k, alpha, a.p + i * a.sh, a.st, a.sb, b.p + i * b.sh,
-                              b.st, b.sb, beta, c.p + i * c.sh, c.st, c.sb, B);
-    } else if (H == 1)
-        ls_gemm_batch(q, transpose_a, transpose_b, m, n, k, alpha, a.p, a.st, a.sb, b.p, b.st, b.sb, beta, c.p, c.st,
-                      c.sb, B);
-    else
-        ls_gemm_batch(q, transpose_a, transpose_b, m, n, k, alpha, a.p, a.st, a.sh, b.p, b.st, b.sh, beta, c.p, c.st,
-                      c.sh, B * H);
+    heads_of(q, 0, transpose_a, transpose_b, m, n, k, alpha, a, b, beta, c, B, H);
+}
+
+void ls_gemm_heads_exact(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
+                         ls_view a, ls_view b, double beta, ls_view c, int64_t B, int64_t H)
+{
+    heads_of(q, 1, transpose_a, transpose_b, m, n, k, alpha, a, b, beta, c, B, H);
 }

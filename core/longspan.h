@@ -73,11 +73,36 @@ typedef enum ls_transport {
     LS_TRANSPORT_NCCL
 } ls_transport;
 
+/* What the operands of matrix products are rounded to, on a GPU of compute capability 8.0 or more:
+ *
+ *   LS_FLOAT32  nothing is rounded.
+ *   LS_TF32     to 10 bits behind the point (a relative error of 2^-11), inside the tensor cores.
+ *   LS_BF16     to bfloat16: 7 bits (2^-8), and float32's range, so that the loss needs no scaling. Dense layers,
+ *               projections and the mechanisms' products; in exact softmax q, k, v, probabilities and gradients of
+ *               logits, which run on tensor cores where the head dimension is 32, 64, 96 or 128 and there is no mask,
+ *               dropout or weights. Takes 64 MiB of the GPU for copies of operands.
+ *
+ * In LS_BF16 a layer also rounds the rows that it keeps for backward, and keeps them so: projected queries, keys and
+ * values, which its core then sees, and the core's output.
+ *
+ * Sums are float32 at least in each of them, and so is all else that is kept in memory or crosses ranks: the rows that
+ * flow between layers, the statistics of softmax, states, summaries, parameters, their gradients, the optimizer. Not
+ * rounded at all:
+ *
+ *   - products where the rounding of an operand would be amplified: exponents of performer and abc, nystrom's
+ *     pseudo-inverse, gradients of lara's logits, projections whose rows are compared or rounded (queries and keys of
+ *     probsparse, predicted positions of local), queries and keys of cosformer with relu, whose gradient jumps at 0;
+ *   - what kernels sum without a matrix product: the windows of local, longshort, the modes of s4d, the slots of lara
+ *     and nystrom, the cores of decoding steps, norms, the loss. */
+typedef enum ls_precision { LS_FLOAT32 = 0, LS_TF32, LS_BF16 } ls_precision;
+const char *ls_precision_name(ls_precision precision); /* "float32", "tf32", "bf16" */
+
 typedef struct ls_context_options {
     MPI_Comm comm;    /* the ranks that share each sequence; 0 or MPI_COMM_NULL: this process alone, MPI not needed.
                        * Duplicated, so the caller may free or use its own at any time. */
     ls_device device; /* where tensors live */
     ls_transport transport;
+    ls_precision precision; /* of products on a GPU; the CPU, and the double build, have LS_FLOAT32 alone */
     int device_number;      /* CUDA: which of this machine's devices; ranks may share one */
     uint64_t seed;          /* of every random number drawn through this context */
     int dry_size, dry_rank; /* dry_size > 0: as rank dry_rank of so many, of whom the others do not exist: comm is not

@@ -712,7 +712,7 @@ static ls_status apply_causal_backward(ls_pass *p, int phase)
 /* ------------------------------------------------------------------------------------------------ table */
 
 static const ls_phase all_keys[] = {
-    {.name = "sums", .forward = sums, .backward = sums_backward, .of_source = 1},
+    {.name = "sums", .forward = sums, .backward = sums_backward, .of_source = 1, .keys_alone = 1},
     {.name = "apply", .crossing = LS_REDUCE, .monoid = summary, .forward = apply, .backward = apply_backward},
     {.name = NULL},
 };

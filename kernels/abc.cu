@@ -227,7 +227,8 @@ __global__ static void hide(int64_t H, int64_t n, int64_t R, int64_t all, const 
     }
 }
 
-/* A_K, A_V (B,H,S,R): the keys' logits, -inf where they are padded. */
+/* A_K, A_V (B,H,S,R): the keys' logits, -inf where they are padded. Logits may be large: they are not rounded, here and
+ * in make_probabilities. */
 static void make_logits(ls_pass *p)
 {
     const int64_t R = slots(p), all = p->B * p->H * p->S * R;
@@ -235,7 +236,7 @@ static void make_logits(ls_pass *p)
     for (int which = 0; which < 2; which++) {
         const ls_view to = {p->work[which ? A_V : A_K], p->H * p->S * R, p->S * R, R};
         const ls_view map = {phi(p, which ? PHI_V : PHI_K, p->params), 0, 0, R};
-        ls_gemm_heads(p->queue, 0, 0, p->S, R, p->d, 1, which ? p->own.v : p->own.k, map, 0, to, p->B, p->H);
+        ls_gemm_heads_exact(p->queue, 0, 0, p->S, R, p->d, 1, which ? p->own.v : p->own.k, map, 0, to, p->B, p->H);
     }
     if (p->own.pad != NULL)
         LS_LAUNCH(p->queue, hide, ls_blocks(all, LS_THREADS), LS_THREADS, 0, p->H, p->S, R, all, p->own.pad,
@@ -368,7 +369,8 @@ __global__ static void softmax_rows(int64_t rows, int R, ls_real *x)
 static void make_probabilities(ls_pass *p)
 {
     const int64_t R = slots(p), rows = p->B * p->H * p->T;
-    ls_gemm_heads(p->queue, 0, 1, p->T, R, p->d, p->scale, p->q, slots_of(p, 0), 0, table_of(p, A_K, p->T), p->B, p->H);
+    ls_gemm_heads_exact(p->queue, 0, 1, p->T, R, p->d, p->scale, p->q, slots_of(p, 0), 0, table_of(p, A_K, p->T), p->B,
+                        p->H);
     LS_LAUNCH(p->queue, softmax_rows, ls_blocks(rows * LS_WARP, LS_THREADS), LS_THREADS, 0, rows, (int)R, p->work[A_K]);
 }
 

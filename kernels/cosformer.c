@@ -83,6 +83,12 @@ static void backward(ls_pass *p, int64_t h, int64_t n, const ls_real *rows, cons
     activate_backward(p, n * p->d, rows, dy, drows);
 }
 
+/* relu's gradient jumps where a feature is 0. */
+static void layer(const ls_attention_options *o, ls_layer_form *form)
+{
+    form->input[0].exact = form->input[1].exact = o->value[ACT] == RELU;
+}
+
 static const ls_feature_map map = {.features = features,
                                    .turn = turn,
                                    .floor = least,
@@ -99,6 +105,7 @@ const ls_mechanism ls_cosformer_mechanism = {
     .option = options,
     .check = check,
     .check_step = check_step,
+    .layer = layer,
     .plan = ls_linear_plan,
     .phases = {[LS_NS] = ls_linear_all_keys,
                [LS_CS] = ls_linear_causal,

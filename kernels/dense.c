@@ -397,6 +397,7 @@ static void zero(ls_queue *queue, size_t bytes, void *x)
 
 const ls_dense_ops ls_dense_cpu = {.linear = linear,
                                    .linear_alike = linear_alike,
+                                   .linear_exact = linear,
                                    .linear_backward = linear_backward,
                                    .layer_norm = layer_norm,
                                    .layer_norm_backward = layer_norm_backward,

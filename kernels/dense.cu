@@ -272,15 +272,27 @@ template <int W> __global__ static void fill_rows(int64_t rows, int64_t n, const
     store<W>(y + r * n, j, load<W>(b, j));
 }
 
-static void linear(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
-                   const ls_real *b, ls_real *y)
+static void linear_by(decltype(ls_gemm_batch) multiply, ls_queue *queue, int64_t rows, int64_t in, int64_t out,
+                      const ls_real *x, const ls_real *w, const ls_real *b, ls_real *y)
 {
     if (rows <= 0) return;
     if (b) {
         const auto kernel = wide(out, b, y) ? fill_rows<4> : fill_rows<1>;
         LS_LAUNCH(queue, kernel, row_blocks(rows), LS_THREADS, 0, rows, out, b, y);
     }
-    ls_gemm_batch(queue, 0, 1, rows, out, in, 1, x, in, 0, w, in, 0, b ? 1 : 0, y, out, 0, 1);
+    multiply(queue, 0, 1, rows, out, in, 1, x, in, 0, w, in, 0, b ? 1 : 0, y, out, 0, 1);
+}
+
+static void linear(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
+                   const ls_real *b, ls_real *y)
+{
+    linear_by(ls_gemm_batch, queue, rows, in, out, x, w, b, y);
+}
+
+static void linear_exact(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
+                         const ls_real *b, ls_real *y)
+{
+    linear_by(ls_gemm_batch_exact, queue, rows, in, out, x, w, b, y);
 }
 
 /* A block makes 64 × 64 of y, a thread 4 × 4 of those. Whatever stands in the other rows, an element is the sum of its
@@ -731,6 +743,7 @@ static void zero_rows(ls_queue *queue, int64_t B, int64_t T, int64_t E, int batc
 
 extern "C" const ls_dense_ops ls_dense_cuda = {.linear = linear,
                                                .linear_alike = linear_alike,
+                                               .linear_exact = linear_exact,
                                                .linear_backward = linear_backward,
                                                .layer_norm = layer_norm,
                                                .layer_norm_backward = layer_norm_backward,

@@ -21,6 +21,9 @@ typedef struct ls_dense_ops {
      * Slower: BLAS sums the rows at the edge of its tiles in another order. */
     void (*linear_alike)(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
                          const ls_real *b, ls_real *y);
+    /* The same as linear, in float32 whatever the queue's precision. */
+    void (*linear_exact)(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
+                         const ls_real *b, ls_real *y);
     /* dx = dy w (NULL: not wanted; accumulate_dx: +=), dw += dyᵀ x, db += Σ_rows dy (NULL where there is none). */
     void (*linear_backward)(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
                             const ls_real *dy, ls_real *dx, int accumulate_dx, ls_real *dw, ls_real *db);

@@ -288,6 +288,8 @@ static __global__ void add_domega(ls_slot_sizes s, int64_t c, double scale, cons
     }
 }
 
+/* The gradients dl of logits add up to 0 over the keys: what the bias of the keys gets is what is left of their
+ * products, which are therefore not rounded, here and in read_backward. */
 static ls_status write_backward(ls_pass *p, int phase)
 {
     ls_queue *q = p->queue;
@@ -311,8 +313,8 @@ static ls_status write_backward(ls_pass *p, int phase)
         if (n == 0) break;
         LS_LAUNCH(q, begin_keys, ls_blocks(G * n * LS_WARP, LS_THREADS), LS_THREADS, 0, s, keys_of(p), t, n,
                   (ls_real)p->scale, (const ls_real *)dl, p->own.dk);
-        ls_gemm_heads(q, 0, 0, n, d, R, 1, ls_matrices(s, dl, n, R), ls_matrices(s, p->work[KEYS], R, d), 1,
-                      ls_rows_from(p->own.dk, t), p->B, p->H);
+        ls_gemm_heads_exact(q, 0, 0, n, d, R, 1, ls_matrices(s, dl, n, R), ls_matrices(s, p->work[KEYS], R, d), 1,
+                            ls_rows_from(p->own.dk, t), p->B, p->H);
     }
     LS_LAUNCH(q, add_domega, ls_blocks(G * c * d, LS_THREADS), LS_THREADS, 0, s, c, p->scale, (const double *)domega,
               ls_doubles(p->work[DMU]));
@@ -426,8 +428,8 @@ static ls_status read_backward(ls_pass *p, int phase)
                                     prob, dl);
         ls_slots_sum_cuda(q, s, prob, dout, t, n, room, dvalues, NULL, t > 0);
         ls_slots_sum_cuda(q, s, dl, queries_of(p), t, n, room, da, sum, t > 0);
-        ls_gemm_heads(q, 0, 0, n, d, R, 1, ls_matrices(s, dl, n, R), ls_matrices(s, p->work[KEYS], R, d), 0,
-                      ls_rows_from(p->dq, t), p->B, p->H);
+        ls_gemm_heads_exact(q, 0, 0, n, d, R, 1, ls_matrices(s, dl, n, R), ls_matrices(s, p->work[KEYS], R, d), 0,
+                            ls_rows_from(p->dq, t), p->B, p->H);
         if (n == 0) break;
     }
     LS_LAUNCH(q, share_slots, ls_blocks(G * R * (d + 2), LS_THREADS), LS_THREADS, 0, G * R, d, (const double *)dvalues,

@@ -29,8 +29,9 @@ typedef struct ls_feature_map {
 
 enum { LS_LINEAR_ROWS = 128, LS_LINEAR_CAUSAL_ROWS = 64 }; /* the most rows of a chunk; of a call for one head */
 enum { LS_LINEAR_SHORT = 64 };                             /* the most keys that go to all ranks as they are */
-enum { LS_LINEAR_RISE = 8 };  /* how far c may rise among rows that see their keys from one c */
-enum { LS_LINEAR_WORK = 10 }; /* pass.work[] from here on is the mechanism's own */
+enum { LS_LINEAR_RISE = 8 }; /* how far c may rise among rows that see their keys from one c */
+/* pass.work[] and pass.saved[] from here on are the mechanism's own */
+enum { LS_LINEAR_WORK = 10, LS_LINEAR_SAVED = 1 };
 
 /* The inverse of a denominator D, and whether anything flows to it. */
 LS_BOTH_SIDES ls_real ls_linear_inverse(double D, double floor, int *flows)

@@ -448,8 +448,10 @@ static __global__ void query_gradients(scene x, int64_t slices, ls_view dq, doub
             }
             if (lane == 0) x.delta[rows + r] = delta[u];
         }
-        for (int64_t e = threadIdx.x; e < 2 * x.d; e += LS_PAIR_THREADS)
-            for (int r = 0; r < t.n; r++) dr[e] += (double)(e < x.d ? sum_w : sum_r)[r * x.d + e % x.d];
+        for (int64_t e = threadIdx.x; e < 2 * x.d; e += LS_PAIR_THREADS) {
+            const ls_real *column = e < x.d ? sum_w + e : sum_r + (e - x.d);
+            for (int r = 0; r < t.n; r++) dr[e] += (double)column[r * x.d];
+        }
     }
     __syncthreads();
     for (int64_t e = threadIdx.x; e < 2 * x.d && partial != NULL; e += LS_PAIR_THREADS)
@@ -599,8 +601,10 @@ static __global__ void vector_gradients(scene x, int64_t length, int by_distance
     __syncthreads();
     const int64_t parts = by_distance ? 1 : 2, all = ((int64_t)blockIdx.z * x.B * x.H + g) * x.N;
     for (int i = warp; i < x.rows && row + i < x.N; i += LS_PAIR_WARPS)
-        for (int64_t e = lane; e < parts * x.d; e += LS_WARP)
-            partial[(all + row + i) * parts * x.d + e] = (e < x.d ? sum_k : sum_v)[i * x.d + e % x.d];
+        for (int64_t e = lane; e < parts * x.d; e += LS_WARP) {
+            const ls_real *column = e < x.d ? sum_k + e : sum_v + (e - x.d);
+            partial[(all + row + i) * parts * x.d + e] = column[i * x.d];
+        }
 }
 
 /* CS: R_win of a tile of distances: the queries of a slice, each with the keys at those distances. partial

@@ -159,9 +159,9 @@ typedef struct ls_phase {
     ls_status (*forward)(ls_pass *, int phase); /* NULL: there is just the crossing */
     ls_status (*backward)(ls_pass *, int phase);
     int constant;   /* nothing that crosses has a gradient: no kernel and no adjoint in backward */
-    int of_source;  /* cross attention: depends on keys and values alone, so a state does it once */
-    int keys_alone; /* likewise in any attention: neither kernel reads or writes what is the queries'. of_source is so,
-                       too. A layer then makes q, and goes on from dq, while others' messages travel */
+    int of_source;  /* in a step: depends on keys and values alone, so a state does it once */
+    int keys_alone; /* in a whole pass: neither kernel reads or writes what is the queries'. A layer then makes q, and
+                       goes on from dq, while messages travel */
     int feeds_scan; /* fills only what the next scan sends on: left out where nobody is after this rank */
 } ls_phase;
 
@@ -177,6 +177,7 @@ typedef struct ls_layer_form {
         const char *weight, *bias; /* bias NULL: none */
         int64_t width;
         int alike;      /* rows are rounded or compared: their bits must not depend on ranks, see ls_linear_alike */
+        int exact;      /* where precision rounds, these rows are not: gradients jump where they are nearly 0 */
     } input[4];         /* query, key, value, and extra, which is projected from the query's rows */
     int64_t core_width; /* of the core's rows of output */
     int gelu;           /* of the core's output, before out_proj */

@@ -167,11 +167,12 @@ __global__ static void finish_keys(int64_t n, shape s, const ls_real *rows, ls_r
     }
 }
 
-/* x (n,ld) of each head = W rows. */
+/* x (n,ld) of each head = W rows. They become exponents: not rounded. */
 static void logits(ls_pass *p, int64_t n, const ls_real *rows, ls_real *x, int64_t ld)
 {
     const int64_t m = num_features(p), d = p->d;
-    ls_gemm_batch(p->queue, 0, 1, n, m, d, 1, rows, d, n * d, p->saved[PROJECTION], d, m * d, 0, x, ld, n * ld, p->H);
+    ls_gemm_batch_exact(p->queue, 0, 1, n, m, d, 1, rows, d, n * d, p->saved[PROJECTION], d, m * d, 0, x, ld, n * ld,
+                        p->H);
 }
 
 static void queries(ls_pass *p, int64_t n, const ls_real *rows, ls_real *a)

@@ -5,7 +5,7 @@
 #include "linear.h"
 
 enum ls_performer_option { NUM_FEATURES, EPS, DENOM_MIN, ORTHOGONAL }; /* option[] */
-enum ls_performer_saved { PROJECTION };                                /* saved[] */
+enum ls_performer_saved { PROJECTION = LS_LINEAR_SAVED };              /* saved[] */
 
 static inline int64_t num_features(const ls_pass *p)
 {

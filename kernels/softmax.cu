@@ -16,13 +16,17 @@
  * Tiles start at global positions that are a multiple of 4: four random numbers of dropout come from one call, and
  * belong to four keys of one thread.
  *
- * A queue with bf16 set has kernels for tensor cores of its own, in softmax_tensor.cu, for the calls that they know.
+ * On a queue of precision bf16 the calls that softmax_tensor.cu knows run there, on tensor cores. The kernels here are
+ * then their plain twins, for all other calls, with the same operands rounded to bfloat16: q, k, v, do, and p and ds as
+ * factors. m, l, lse and δ are made of what is not rounded.
  *
  * In a decoding step there is one query: blocks share its keys by chunks, and their statistics are joined. */
 #include "cuda.h"
 #include "rng_inline.h"
 #include "softmax_cuda.h"
 #include "softmax_tiles.h"
+
+#include <cuda_bf16.h>
 
 enum { STEP_CHUNKS = 64, STEP_KEYS = 256 };              /* of a step: at most, and keys at a time */
 enum { LSE };                                            /* saved[] */
@@ -62,6 +66,7 @@ static softmax_call call_of(const ls_pass *p)
     x.scale = (ls_real)p->scale;
     x.causal = p->pattern == LS_CS;
     x.wide = p->d % 4 == 0 && is_wide(x.q) && is_wide(x.k) && is_wide(x.v) && is_wide(x.out);
+    x.narrow = p->queue->precision == LS_BF16;
     if (p->backward) x.wide = x.wide && is_wide(x.dout) && is_wide(x.dq) && is_wide(x.dk) && is_wide(x.dv);
     x.queries = p->query_spans, x.keys = p->visit.spans;
     for (int i = 0; i < x.queries; i++) x.query[i] = p->query_span[i];
@@ -100,8 +105,16 @@ __device__ static inline int staying(int row, int group)
     return row * ACROSS + group;
 }
 
+/* Operands of the products: as they are, or as the tensor cores take them. */
+template <bool EXTRAS> __device__ static inline four narrowed(const softmax_call &p, four x)
+{
+    if (EXTRAS && p.narrow)
+        for (int c = 0; c < 4; c++) x.x[c] = __bfloat162float(__float2bfloat16((float)x.x[c]));
+    return x;
+}
+
 /* to = scale · features [f, f + 64) of the rows of a tile; 0 where there are none, or a row is padded. */
-template <int (*place_in)(int, int)>
+template <int (*place_in)(int, int), bool EXTRAS>
 __device__ static inline void load(four *to, const softmax_call &p, ls_view v, const place &x, const tile &t, int64_t f,
                                    const uint8_t *pad, ls_real scale)
 {
@@ -117,6 +130,7 @@ __device__ static inline void load(four *to, const softmax_call &p, ls_view v, c
                 y = *(const four *)from;
             else
                 for (int c = 0; c < 4; c++) y.x[c] = c < left ? from[c] : 0;
+            y = narrowed<EXTRAS>(p, y);
             for (int c = 0; c < 4; c++) y.x[c] *= scale;
         }
         to[place_in(r, group)] = y;
@@ -170,6 +184,7 @@ __device__ static inline void multiply_rows(const four *s, const four *b, int ro
 
 /* s = a bᵀ over all features: rows of the tile that stays, which is there already if `kept`, and of one that passes.
  * The last slice of the latter is still there afterwards. */
+template <bool EXTRAS>
 __device__ static inline void scores(const softmax_call &p, const place &x, const tile &t, four *stays, four *passes,
                                      ls_view a, const uint8_t *pad_a, ls_real scale_a, int kept, ls_view b,
                                      const uint8_t *pad_b, ls_real scale_b, ls_real s[ROWS][COLUMNS])
@@ -180,8 +195,8 @@ __device__ static inline void scores(const softmax_call &p, const place &x, cons
         for (int j = 0; j < COLUMNS; j++) s[i][j] = 0;
     for (int64_t f = 0; f < p.d; f += TILE) {
         __syncthreads(); /* all have read what was there */
-        if (!kept) load<staying>(stays, p, a, x, x.t, f, pad_a, scale_a);
-        load<passing>(passes, p, b, x, t, f, pad_b, scale_b);
+        if (!kept) load<staying, EXTRAS>(stays, p, a, x, x.t, f, pad_a, scale_a);
+        load<passing, EXTRAS>(passes, p, b, x, t, f, pad_b, scale_b);
         __syncthreads();
         multiply_features(stays, passes, x.t.last, t.last, (int)(ls_min(TILE, p.d - f) + 3) / 4, s);
     }
@@ -294,7 +309,8 @@ struct sum {
 };
 
 /* Logits s of a tile: m, l and out of a thread's rows take them in, and factors becomes D e^(s - m).
- * N: column groups of 64 features that the block makes. EXTRAS: there may be a mask, dropout, weights. */
+ * N: column groups of 64 features that the block makes. EXTRAS: there may be a mask, dropout, weights,
+ * or operands in bfloat16. */
 template <int N, bool EXTRAS>
 __device__ static inline void update_rows(const softmax_call &p, const place &x, const tile &t, int seen,
                                           const ls_real s[ROWS][COLUMNS], ls_real m[ROWS], ls_real l[ROWS],
@@ -325,7 +341,7 @@ __device__ static inline void update_rows(const softmax_call &p, const place &x,
             const four D = dropout(p, x, x.t.row + r, x.t.at + r, t.at + c0, seen);
             for (int j = 0; j < COLUMNS; j++) e.x[j] *= D.x[j];
         }
-        factors[staying(r, c0 / COLUMNS)] = e;
+        factors[staying(r, c0 / COLUMNS)] = narrowed<EXTRAS>(p, e);
     }
 }
 
@@ -359,7 +375,7 @@ __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) forward_kernel
         for (int64_t number = 0; number < tiles; number++) {
             const tile t = tile_in(p.key[span], number);
             ls_real s[ROWS][COLUMNS];
-            scores(p, x, t, stays, passes, p.q, pad_q, p.scale, kept, p.k, NULL, 1, s);
+            scores<EXTRAS>(p, x, t, stays, passes, p.q, pad_q, p.scale, kept, p.k, NULL, 1, s);
             kept = p.d <= TILE;
             const int seen = keys_seen(t, c0, COLUMNS, pad_k);
             mask_scores<EXTRAS>(p, x, t, seen, s);
@@ -367,7 +383,7 @@ __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) forward_kernel
 #pragma unroll
             for (int n = 0; n < N; n++) {
                 __syncthreads();
-                load<passing>(passes, p, p.v, x, t, f0 + n * TILE, NULL, 1);
+                load<passing, EXTRAS>(passes, p, p.v, x, t, f0 + n * TILE, NULL, 1);
                 __syncthreads();
                 multiply_rows(probabilities, passes, x.t.last, t.last, o[n]);
             }
@@ -396,7 +412,8 @@ typedef void (*kernel_table[2][2])(softmax_call);
     }
 static auto kernel_for(const ls_pass *p, const kernel_table &table)
 {
-    const int extras = p->attn_mask != NULL || p->weights != NULL || p->dropout_mask != NULL || draws(p);
+    const int extras = p->attn_mask != NULL || p->weights != NULL || p->dropout_mask != NULL || draws(p) ||
+                       p->queue->precision == LS_BF16;
     return table[slice_width(p) == TILE ? 0 : 1][extras];
 }
 
@@ -489,8 +506,8 @@ __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backwa
         for (int64_t number = 0; number < tiles; number++) {
             const tile t = tile_in(p.key[span], number);
             ls_real dp[ROWS][COLUMNS], s[ROWS][COLUMNS];
-            scores(p, x, t, stays, passes, p.dout, pad_q, 1, 0, p.v, NULL, 1, dp);
-            scores(p, x, t, stays, passes, p.q, pad_q, p.scale, 0, p.k, NULL, 1, s);
+            scores<EXTRAS>(p, x, t, stays, passes, p.dout, pad_q, 1, 0, p.v, NULL, 1, dp);
+            scores<EXTRAS>(p, x, t, stays, passes, p.q, pad_q, p.scale, 0, p.k, NULL, 1, s);
             const int seen = keys_seen(t, c0, COLUMNS, pad_k);
             mask_scores<EXTRAS>(p, x, t, seen, s);
 #pragma unroll
@@ -502,14 +519,14 @@ __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backwa
                 }
                 four ds;
                 for (int j = 0; j < COLUMNS; j++) ds.x[j] = ls_exp(s[i][j] - lse[i]) * (dp[i][j] - delta[i]);
-                gradients[staying(r, c0 / COLUMNS)] = ds;
+                gradients[staying(r, c0 / COLUMNS)] = narrowed<EXTRAS>(p, ds);
             }
             __syncwarp(); /* rows are written and read by the same warp */
 #pragma unroll
             for (int n = 0; n < N; n++) {
                 if (p.d > TILE) { /* else the keys are still there */
                     __syncthreads();
-                    load<passing>(passes, p, p.k, x, t, f0 + n * TILE, NULL, 1);
+                    load<passing, EXTRAS>(passes, p, p.k, x, t, f0 + n * TILE, NULL, 1);
                     __syncthreads();
                 }
                 multiply_rows(gradients, passes, x.t.last, t.last, dq[n]);
@@ -536,8 +553,8 @@ template <int N, bool EXTRAS> __global__ static void __launch_bounds__(THREADS, 
         for (int64_t number = tiles_from(p, q, x.t); number < tiles; number++) {
             const tile t = tile_in(q, number);
             ls_real dp[ROWS][COLUMNS], s[ROWS][COLUMNS];
-            scores(p, x, t, stays, passes, p.v, NULL, 1, 0, p.dout, pad_q, 1, dp);
-            scores(p, x, t, stays, passes, p.k, NULL, 1, 0, p.q, pad_q, p.scale, s);
+            scores<EXTRAS>(p, x, t, stays, passes, p.v, NULL, 1, 0, p.dout, pad_q, 1, dp);
+            scores<EXTRAS>(p, x, t, stays, passes, p.k, NULL, 1, 0, p.q, pad_q, p.scale, s);
 #pragma unroll
             for (int j = 0; j < COLUMNS; j++) {
                 const int c = c0 + j, exists = c >= t.first && c < t.last;
@@ -563,13 +580,14 @@ template <int N, bool EXTRAS> __global__ static void __launch_bounds__(THREADS, 
             /* in two parts through the same shared memory: ds to dk, then D p to dv */
 #pragma unroll
             for (int i = 0; i < ROWS; i++)
-                factors[staying(r0 + i, c0 / COLUMNS)] = {{dp[i][0], dp[i][1], dp[i][2], dp[i][3]}};
+                factors[staying(r0 + i, c0 / COLUMNS)] =
+                    narrowed<EXTRAS>(p, {{dp[i][0], dp[i][1], dp[i][2], dp[i][3]}});
             __syncwarp();
 #pragma unroll
             for (int n = 0; n < N; n++) {
                 if (p.d > TILE) {
                     __syncthreads();
-                    load<passing>(passes, p, p.q, x, t, f0 + n * TILE, pad_q, p.scale);
+                    load<passing, EXTRAS>(passes, p, p.q, x, t, f0 + n * TILE, pad_q, p.scale);
                     __syncthreads();
                 }
                 multiply_rows(factors, passes, x.t.last, t.last, dk[n]);
@@ -577,11 +595,11 @@ template <int N, bool EXTRAS> __global__ static void __launch_bounds__(THREADS, 
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < ROWS; i++)
-                factors[staying(r0 + i, c0 / COLUMNS)] = {{s[i][0], s[i][1], s[i][2], s[i][3]}};
+                factors[staying(r0 + i, c0 / COLUMNS)] = narrowed<EXTRAS>(p, {{s[i][0], s[i][1], s[i][2], s[i][3]}});
 #pragma unroll
             for (int n = 0; n < N; n++) {
                 __syncthreads();
-                load<passing>(passes, p, p.dout, x, t, f0 + n * TILE, pad_q, 1);
+                load<passing, EXTRAS>(passes, p, p.dout, x, t, f0 + n * TILE, pad_q, 1);
                 __syncthreads();
                 multiply_rows(factors, passes, x.t.last, t.last, dv[n]);
             }

@@ -1,5 +1,5 @@
 /* Exact softmax attention with bfloat16 operands on tensor cores: what softmax.cu's three kernels of tiles do, for
- * calls with 32, 64, 96 or 128 features and no mask, dropout or weights, on a queue with bf16 set.
+ * calls with 32, 64, 96 or 128 features and no mask, dropout or weights, on a queue of precision bf16.
  *
  * How the work is divided. A block has 64 rows of the side that stays, each of its four warps 16 of them; tiles of 64
  * rows of the other side pass. Operands are rounded to bfloat16 where they enter shared memory; sums, m, l, lse, δ,
@@ -329,8 +329,8 @@ static void launch(ls_pass *p, void (*kernel)(softmax_call), int blocks, size_t 
 
 static int suits(const ls_pass *p, const softmax_call &x)
 {
-    return p->queue->bf16 && !p->step && x.wide && p->d > 0 && p->d <= 128 && p->d % 32 == 0 && x.attn_mask == NULL &&
-           x.dropout_mask == NULL && x.weights == NULL && !x.draws;
+    return p->queue->precision == LS_BF16 && !p->step && x.wide && p->d > 0 && p->d <= 128 && p->d % 32 == 0 &&
+           x.attn_mask == NULL && x.dropout_mask == NULL && x.weights == NULL && !x.draws;
 }
 
 template <int D> static void forward(ls_pass *p, const softmax_call &x, int blocks)

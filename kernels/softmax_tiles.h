@@ -20,6 +20,7 @@ typedef struct softmax_call {
     ls_real scale;
     int causal;
     int wide;          /* rows may be read and written in fours */
+    int narrow;        /* operands of products are rounded to bfloat16 */
     int queries, keys; /* spans */
     ls_span query[2], key[2];
     ls_real *m, *l; /* (slices,B,H,T) */

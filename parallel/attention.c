@@ -196,6 +196,7 @@ size_t ls_saved_bytes(const ls_saved *saved)
 typedef struct layer {
     const ls_real *x_q, *x_k, *x_v;               /* inputs after the aliases are resolved */
     ls_real *in[4], *o, *active;                  /* projected rows (saved), the core's output (saved), gelu of it */
+    void *narrow[5];                              /* LS_BF16: what is saved of in[] and o; NULL: they are themselves */
     ls_real *din[4], *do_, *dy, *clean, *no_grad; /* gradients of those */
     ls_real *dk, *dv;
     int key_aliased, value_aliased; /* core: key is query, value is one of them: dk, dv are made aside and added */
@@ -400,16 +401,40 @@ static int64_t rows_of(const ls_pass *p, int which)
     return p->B * (which == K_PROJ || which == V_PROJ ? p->S : p->T);
 }
 
+enum { OUTPUT = 4 }; /* in layer.narrow */
+
+/* Rows that are made in forward and needed again in backward. In bf16 they are saved so, unless `exact`. */
+static ls_real *plan_saved(const ls_attention *a, int64_t reals, int exact, void **narrow, ls_arena *saved,
+                           ls_arena *work)
+{
+    *narrow = NULL;
+    if (a->ctx->precision != LS_BF16 || exact) return ls_take(saved, reals);
+    *narrow = ls_arena_take(saved, (size_t)reals * 2);
+    return ls_take(work, reals);
+}
+
+/* From when rows are there, the core sees what backward will see. */
+static void keep_rows(const ls_attention *a, int64_t reals, ls_real *x, void *narrow)
+{
+    if (narrow != NULL) ls_memory_of(&a->ctx->exchange)->narrow(a->ctx->queue, reals, x, narrow);
+}
+
+static void recall_rows(const ls_attention *a, int64_t reals, ls_real *x, const void *narrow)
+{
+    if (narrow != NULL) ls_memory_of(&a->ctx->exchange)->widen(a->ctx->queue, reals, narrow, x);
+}
+
 /* The layer's memory: what it projects becomes what the core sees. Without input projections the core sees the rows. */
 static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, ls_arena *work)
 {
     ls_pass *p = &c->pass;
     const int64_t E = a->options.embed_dim, W = a->form.core_width, T = p->B * p->T, back = p->backward;
     for (int i = 0; i < a->form.inputs; i++) {
-        l->in[i] = ls_take(saved, rows_of(p, i) * a->form.input[i].width);
+        l->in[i] = plan_saved(a, rows_of(p, i) * a->form.input[i].width,
+                              a->form.input[i].exact || a->form.input[i].alike, &l->narrow[i], saved, work);
         l->din[i] = ls_take(work, back * rows_of(p, i) * a->form.input[i].width);
     }
-    l->o = ls_take(saved, T * W);
+    l->o = plan_saved(a, T * W, 0, &l->narrow[OUTPUT], saved, work);
     l->active = ls_take(work, a->form.gelu ? T * W : 0);
     l->do_ = ls_take(work, back * T * W);
     l->dy = ls_take(work, back && p->pad_q != NULL ? T * E : 0);
@@ -461,10 +486,13 @@ static void plan(ls_attention *a, const ls_attention_io *io, ls_call *c, layer *
 void ls_project(const ls_attention *a, int which, int64_t rows, const ls_real *x, const ls_real *params, ls_real *y)
 {
     const ls_real *bias = a->bias[which] < 0 ? NULL : params + a->param[a->bias[which]].offset;
+    const ls_dense_ops *dense = a->ctx->dense;
     const int alike = which != OUT_PROJ && a->form.input[which].alike;
-    (alike ? a->ctx->dense->linear_alike : a->ctx->dense->linear)(a->ctx->queue, rows, ls_projection_in(a, which),
-                                                                  ls_projection_out(a, which), x,
-                                                                  params + a->param[a->weight[which]].offset, bias, y);
+    const int exact = which != OUT_PROJ && a->form.input[which].exact;
+    (alike   ? dense->linear_alike
+     : exact ? dense->linear_exact
+             : dense->linear)(a->ctx->queue, rows, ls_projection_in(a, which), ls_projection_out(a, which), x,
+                              params + a->param[a->weight[which]].offset, bias, y);
 }
 
 void ls_project_out(const ls_attention *a, int64_t rows, const ls_real *o, ls_real *active, const ls_real *params,
@@ -503,6 +531,13 @@ static ls_status reserve_forward(ls_attention *a, const ls_attention_io *io, ls_
     return ls_arena_check(work, a->mechanism->name);
 }
 
+static void make_input(const ls_attention *a, const ls_pass *p, const layer *l, int which, const ls_real *x)
+{
+    const int64_t rows = rows_of(p, which);
+    ls_project(a, which, rows, x, p->params, l->in[which]);
+    keep_rows(a, rows * a->form.input[which].width, l->in[which], l->narrow[which]);
+}
+
 /* What is done to the queries' rows alone, so that it need not be done before something crosses. */
 typedef struct query_rows {
     ls_attention *a;
@@ -515,7 +550,7 @@ typedef struct query_rows {
 static void make_queries(void *of)
 {
     const query_rows *x = of;
-    ls_project(x->a, Q_PROJ, rows_of(x->p, Q_PROJ), x->l->x_q, x->p->params, x->l->in[Q_PROJ]);
+    make_input(x->a, x->p, x->l, Q_PROJ, x->l->x_q);
 }
 
 ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
@@ -542,12 +577,13 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
     const int64_t rows = p->B * p->T;
     const ls_real *const x[] = {l.x_q, l.x_k, l.x_v, l.x_q};
     for (int i = Q_PROJ + 1; i < EXTRA_PROJ + 1; i++)
-        if (ls_has_projection(a, i)) ls_project(a, i, rows_of(p, i), x[i], params, l.in[i]);
+        if (ls_has_projection(a, i)) make_input(a, p, &l, i, x[i]);
     query_rows queries = {.a = a, .p = p, .l = &l};
     if (c.documents != NULL && ls_has_projection(a, Q_PROJ)) make_queries(&queries); /* they cross one by one */
     if (c.documents == NULL && ls_has_projection(a, Q_PROJ)) c.meanwhile = make_queries, c.meanwhile_of = &queries;
     LS_TRY(c.documents != NULL ? ls_packed_forward(&c, keep, &a->ctx->work) : ls_run_forward(&c));
     if (ls_is_layer(a)) {
+        keep_rows(a, rows * a->form.core_width, l.o, l.narrow[OUTPUT]);
         ls_project_out(a, rows, l.o, l.active, params, out);
         if (p->pad_q != NULL)
             a->ctx->dense->zero_rows(a->ctx->queue, p->B, p->T, a->options.embed_dim, batch_first(a), p->pad_q, out,
@@ -662,6 +698,9 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
     }
     int unused = 0;
     const int64_t reals = p->B * p->T * a->form.core_width;
+    for (int i = 0; i < a->form.inputs; i++)
+        recall_rows(a, rows_of(p, i) * a->form.input[i].width, l.in[i], l.narrow[i]);
+    recall_rows(a, reals, l.o, l.narrow[OUTPUT]);
     if (a->form.gelu) dense->gelu(a->ctx->queue, reals, l.o, l.active);
     project_backward(a, OUT_PROJ, p, p->T, NULL, a->form.gelu ? l.active : l.o, dout, l.clean, l.do_, &unused);
     if (a->form.gelu) dense->gelu_backward(a->ctx->queue, reals, l.o, l.do_, l.do_);

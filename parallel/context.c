@@ -10,6 +10,7 @@ static ls_status prepare(const ls_context_options *o, ls_context *c, ls_queue *q
     const int size = c->exchange.comm.size;
     c->seed = o->seed;
     c->device = o->device;
+    c->precision = o->precision;
     c->ops = ls_device_find(o->device);
     c->dense = ls_dense_of(o->device);
     c->queue = queue;
@@ -32,7 +33,7 @@ static ls_status open_queue(const ls_context_options *o, ls_context *c)
         LS_FAIL(LS_ERR_UNSUPPORTED, "context: device cuda: no GPU is visible on this machine: use the CPU device");
     if (number < 0 || number >= devices)
         LS_FAIL(LS_ERR_ARGUMENT, "context: there is no device %d among %d", number, devices);
-    return c->ops->open(number, &c->queue);
+    return c->ops->open(number, o->precision, &c->queue);
 }
 
 static ls_status open_rest(const ls_context_options *o, ls_context *c)
@@ -51,6 +52,14 @@ static ls_status check_options(const ls_context_options *o)
 {
     if (ls_device_find(o->device) == NULL)
         LS_FAIL(LS_ERR_UNSUPPORTED, "context: this build has no CUDA backend: use the CPU device, or build with CUDA");
+    if ((unsigned)o->precision > LS_BF16)
+        LS_FAIL(LS_ERR_ARGUMENT, "context: there is no precision %d", (int)o->precision);
+    if (o->precision != LS_FLOAT32 && sizeof(ls_real) != sizeof(float))
+        LS_FAIL(LS_ERR_UNSUPPORTED, "context: precision %s: this build computes in double: use float32, its default",
+                ls_precision_name(o->precision));
+    if (o->precision != LS_FLOAT32 && o->device != LS_CUDA)
+        LS_FAIL(LS_ERR_UNSUPPORTED, "context: precision %s is for GPUs: use the CUDA device, or float32",
+                ls_precision_name(o->precision));
     if (o->dry_size < 0 || (o->dry_size > 0 && (unsigned)o->dry_rank >= (unsigned)o->dry_size))
         LS_FAIL(LS_ERR_ARGUMENT, "context: there is no rank %d of %d", o->dry_rank, o->dry_size);
     if ((unsigned)o->transport > LS_TRANSPORT_NCCL)
@@ -99,7 +108,8 @@ ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
         free(c);
         return status;
     }
-    status = ls_agree(c, open_rest(options, c));
+    status = ls_agree_alike(c, open_rest(options, c), "context",
+                            ls_sign(LS_SIGNATURE, &options->precision, sizeof options->precision));
     if (status == LS_OK && c->queue != NULL && c->exchange.comm.size > 1) status = open_transport(options, c);
     if (status != LS_OK) {
         ls_context_free(c);
@@ -245,6 +255,12 @@ const char *ls_crossing_name(ls_crossing crossing)
 {
     static const char *const names[] = {"none", "fetch", "gather", "reduce", "scan", "reverse scan", "ring"};
     return (unsigned)crossing < LS_CROSSINGS ? names[crossing] : "unknown";
+}
+
+const char *ls_precision_name(ls_precision precision)
+{
+    static const char *const names[] = {"float32", "tf32", "bf16"};
+    return (unsigned)precision <= LS_BF16 ? names[precision] : "unknown";
 }
 
 ls_status ls_shard_even(const ls_context *ctx, int64_t length, ls_shard *shard)

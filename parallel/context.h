@@ -15,6 +15,7 @@ struct ls_context {
     ls_context *alone; /* this rank by itself, for what crosses nothing */
     uint64_t seed;
     ls_device device;
+    ls_precision precision;
     const ls_device_ops *ops;
     const ls_dense_ops *dense;
     ls_queue *queue; /* NULL on the CPU; alone has the same */

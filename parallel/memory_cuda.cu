@@ -6,6 +6,8 @@ extern "C" {
 #include "statistics.h"
 }
 
+#include <cuda_bf16.h>
+
 enum { WARPS = LS_THREADS / LS_WARP };
 
 static void copy(ls_queue *q, void *to, const void *from, size_t bytes)
@@ -70,6 +72,68 @@ __global__ static void clear_kernel(ls_rows x, int64_t n, const uint8_t *pad)
         char *y = row_of(x, at);
         EACH_LANE(i, x.row_bytes) y[i] = 0;
     }
+}
+
+/* Four numbers at a time. */
+struct alignas(4 * sizeof(ls_real)) wide_four {
+    ls_real x[4];
+};
+struct alignas(8) narrow_four {
+    __nv_bfloat16 x[4];
+};
+
+__global__ static void narrow_kernel(int64_t n, ls_real *x, __nv_bfloat16 *to)
+{
+    LS_EACH(i, (n + 3) / 4)
+    {
+        const int64_t left = ls_min(4, n - 4 * i);
+        wide_four y = {};
+        if (left == 4)
+            y = reinterpret_cast<const wide_four *>(x)[i];
+        else
+            for (int64_t e = 0; e < left; e++) y.x[e] = x[4 * i + e];
+        narrow_four z;
+        for (int e = 0; e < 4; e++) {
+            z.x[e] = __float2bfloat16((float)y.x[e]);
+            y.x[e] = __bfloat162float(z.x[e]);
+        }
+        if (left == 4) {
+            reinterpret_cast<wide_four *>(x)[i] = y;
+            reinterpret_cast<narrow_four *>(to)[i] = z;
+        } else {
+            for (int64_t e = 0; e < left; e++) x[4 * i + e] = y.x[e], to[4 * i + e] = z.x[e];
+        }
+    }
+}
+
+__global__ static void widen_kernel(int64_t n, const __nv_bfloat16 *from, ls_real *x)
+{
+    LS_EACH(i, (n + 3) / 4)
+    {
+        const int64_t left = ls_min(4, n - 4 * i);
+        if (left == 4) {
+            const narrow_four z = reinterpret_cast<const narrow_four *>(from)[i];
+            wide_four y;
+            for (int e = 0; e < 4; e++) y.x[e] = __bfloat162float(z.x[e]);
+            reinterpret_cast<wide_four *>(x)[i] = y;
+        } else {
+            for (int64_t e = 0; e < left; e++) x[4 * i + e] = __bfloat162float(from[4 * i + e]);
+        }
+    }
+}
+
+static void narrow(ls_queue *q, int64_t n, ls_real *x, void *to)
+{
+    if (n > 0)
+        LS_LAUNCH(q, narrow_kernel, ls_blocks((n + 3) / 4, LS_THREADS), LS_THREADS, 0, n, x,
+                  static_cast<__nv_bfloat16 *>(to));
+}
+
+static void widen(ls_queue *q, int64_t n, const void *from, ls_real *x)
+{
+    if (n > 0)
+        LS_LAUNCH(q, widen_kernel, ls_blocks((n + 3) / 4, LS_THREADS), LS_THREADS, 0, n,
+                  static_cast<const __nv_bfloat16 *>(from), x);
 }
 
 /* A single row may be long: it is cut into many. */
@@ -249,5 +313,5 @@ static void vjp_end(ls_queue *q, ls_monoid m, const ls_real *sent, const ls_real
         LS_LAUNCH(q, end_kernel, ls_blocks(m.groups, WARPS), LS_THREADS, 0, m, sent, arrived, dsent);
 }
 
-extern "C" const ls_memory ls_cuda_memory = {copy,       zero,     copy_rows, add_rows,  clear_rows,
-                                             mean_heads, identity, combine,   vjp_begin, vjp_end};
+extern "C" const ls_memory ls_cuda_memory = {copy,  zero,       copy_rows, add_rows, clear_rows, narrow,
+                                             widen, mean_heads, identity,  combine,  vjp_begin,  vjp_end};

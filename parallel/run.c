@@ -589,7 +589,7 @@ static ls_status cross_adjoint(ls_call *c, ls_pass *p, const ls_phase *phase, in
 
 static int sees_queries(const ls_phase *phase, int backward)
 {
-    return (backward ? phase->backward : phase->forward) != NULL && !phase->keys_alone && !phase->of_source;
+    return (backward ? phase->backward : phase->forward) != NULL && !phase->keys_alone;
 }
 
 static void leave_for_later(ls_call *c)

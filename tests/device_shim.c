@@ -6,11 +6,22 @@
 #include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 ls_device test_device(void)
 {
     const char *name = getenv("LONGSPAN_TEST_DEVICE");
     return name != NULL && strcmp(name, "cuda") == 0 ? LS_CUDA : LS_CPU;
+}
+
+ls_precision test_precision(void)
+{
+    const char *name = getenv("LONGSPAN_TEST_PRECISION");
+    if (name == NULL) return LS_FLOAT32;
+    for (int i = LS_FLOAT32; i <= LS_BF16; i++)
+        if (strcmp(name, ls_precision_name((ls_precision)i)) == 0) return (ls_precision)i;
+    fprintf(stderr, "LONGSPAN_TEST_PRECISION=%s is no precision\n", name);
+    exit(2);
 }
 
 /* ------------------------------------------------------------------------------------------------ copies */

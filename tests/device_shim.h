@@ -7,6 +7,8 @@
 
 /* From the environment: LONGSPAN_TEST_DEVICE=cuda, or the CPU. */
 ls_device test_device(void);
+/* From the environment: LONGSPAN_TEST_PRECISION=tf32 or bf16, or float32. */
+ls_precision test_precision(void);
 
 ls_status shim_forward(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
                        const ls_real *params, ls_real *out, ls_saved *saved);

@@ -236,8 +236,8 @@ int problem_run(ls_context *ctx, MPI_Comm comm, const problem *p, const int64_t 
 int problem_run_alone(const problem *p, answer *a); /* on this process alone */
 
 /* a against b: 1 if each tensor agrees within tolerance; otherwise 0 and what differs, by how much. In float, and for
- * mechanisms with FEW_FEATURES alone, the tolerance may be 4 times the error that rounding the inputs anew makes on one
- * rank, as in golden files; how often is told at the end. */
+ * mechanisms with FEW_FEATURES or heads of two features alone, the tolerance may be 4 times the error that rounding the
+ * inputs anew makes on one rank, as in golden files; how often is told at the end. */
 int answer_equal(const problem *p, const answer *a, const answer *b, double tolerance, char *what, size_t size);
 /* The same, bit for bit. */
 int answer_same_bits(const problem *p, const answer *a, const answer *b, char *what, size_t size);

@@ -103,6 +103,9 @@ static const struct {
      LS_ERR_ARGUMENT},
     {"train:\n  learning_rate: 1e-4\n  min_learning_rate: 1e-3\n", "min_learning_rate: 0.001 is above",
      LS_ERR_ARGUMENT},
+    {"train: {precision: bf16}\n", "a.yaml: train.precision: bf16 is for GPUs: it needs device: cuda", LS_ERR_ARGUMENT},
+    {"device: cpu\ntrain: {precision: tf32}\n", "train.precision: tf32 is for GPUs", LS_ERR_ARGUMENT},
+    {"train:\n  precision: fp16\n", "a.yaml:2: train.precision: 'fp16' is not float32, tf32 or bf16", LS_ERR_ARGUMENT},
     {"device: tpu\n", "a.yaml:1: device: 'tpu' is not cpu or cuda", LS_ERR_ARGUMENT},
 };
 
@@ -129,6 +132,11 @@ static void refuses_what_is_not_built(void **state)
         assert_contains(ls_last_error(), "device: cuda: this build has no CUDA backend", "");
     } else {
         assert_int_equal(parse("device: cuda\n", &c), LS_OK);
+        assert_int_equal(c.train.precision, LS_FLOAT32);
+        assert_int_equal(parse("device: cuda\ntrain: {precision: tf32}\n", &c), LS_OK);
+        assert_int_equal(c.train.precision, LS_TF32);
+        assert_int_equal(parse("device: cuda\ntrain: {precision: bf16}\n", &c), LS_OK);
+        assert_int_equal(c.train.precision, LS_BF16);
     }
     if (!ls_has_nccl()) {
         assert_int_equal(parse("parallel: {transport: nccl}\n", &c), LS_ERR_UNSUPPORTED);
@@ -341,6 +349,8 @@ static void every_key_can_be_set(void **state)
         if (strcmp(key->path, "device") == 0) {
             /* understood, but perhaps not in this build */
             assert_int_equal(status, ls_device_find(LS_CUDA) == NULL ? LS_ERR_UNSUPPORTED : LS_OK);
+        } else if (strcmp(key->path, "train.precision") == 0) {
+            assert_int_equal(status, LS_ERR_ARGUMENT); /* understood, and not of the device that is the default */
         } else if (status != LS_OK) {
             fail_msg("%s", ls_last_error());
         }

@@ -12,6 +12,7 @@
 
 #include "dense.h"
 #include "erf.h"
+#include "products.h"
 #include "rng.h"
 
 #ifdef LS_REAL_DOUBLE
@@ -206,6 +207,47 @@ static void test_linear(void **state)
         RUN(linear, rows, in, out, on(x), on(w), NULL, on(y));
         assert_close(rows * out, y, expected, forward_tolerance);
     }
+}
+
+/* The products of linear layers are counted, and listed by shape while someone wants to know; done again they give the
+ * same bits and are not counted. */
+static void test_products(void **state)
+{
+    (void)state;
+    const int64_t rows = 37, in = 5, out = 9;
+    const ls_real *x = noise(rows * in), *w = noise(out * in), *dy = noise(rows * out);
+    ls_real *y = fill(rows * out, NAN), *again = fill(rows * out, NAN), *dx = fill(rows * in, 0);
+    ls_real *dw = fill(out * in, 0);
+    ls_products list = {0};
+    const double before = ls_products_operations(), one = 2.0 * 37 * 5 * 9;
+    RUN(linear, rows, in, out, on(x), on(w), NULL, on(y));
+    assert_true(ls_products_operations() - before == one);
+    ls_products_keep(&list);
+    for (int i = 0; i < 3; i++) RUN(linear, rows, in, out, on(x), on(w), NULL, on(y));
+    RUN(linear_backward, rows, in, out, on(x), on(w), on(dy), on(dx), 1, on(dw), NULL);
+    ls_products_keep(NULL);
+    RUN(linear, rows, in, out, on(x), on(w), NULL, on(y));
+    assert_true(ls_products_operations() - before == 7 * one);
+    assert_int_equal(list.kinds, 3);
+    assert_false(list.short_of_memory);
+    const ls_product *p = &list.kind[0].product;
+    assert_int_equal(list.kind[0].times, 3);
+    assert_int_equal(list.kind[1].times + list.kind[2].times, 2);
+    assert_true(p->m == rows && p->n == out && p->k == in && p->batch == 1);
+    assert_true(!p->transpose_a && p->transpose_b && !p->adds && !p->in_double);
+    for (int i = 1; i < 3; i++) {
+        const ls_product *other = &list.kind[i].product;
+        assert_true(other->m * other->n * other->k == rows * in * out && other->adds && !other->transpose_b);
+    }
+    int64_t a, b, c;
+    ls_product_spans(p, &a, &b, &c);
+    assert_true(a == rows * in && b == out * in && c == rows * out);
+    ls_product_repeat(queue, p, on(x), on(w), on(again));
+    back();
+    assert_same(rows * out, again, y);
+    assert_true(ls_products_operations() - before == 7 * one);
+    ls_products_free(&list);
+    assert_int_equal(list.kinds, 0);
 }
 
 /* By value, and each row's bits again when it stands among fewer rows. */
@@ -818,12 +860,13 @@ int main(void)
     const ls_device where = name != NULL && strcmp(name, "cuda") == 0 ? LS_CUDA : LS_CPU;
     dense = ls_dense_of(where);
     device = ls_device_find(where);
-    if (device == NULL || device->open(0, &queue) != LS_OK) {
+    if (device == NULL || device->open(0, LS_FLOAT32, &queue) != LS_OK) {
         fprintf(stderr, "test_dense: no device: %s\n", device != NULL ? ls_last_error() : "not in this build");
         return 1;
     }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_teardown(test_linear, free_all),
+        cmocka_unit_test_teardown(test_products, free_all),
         cmocka_unit_test_teardown(test_linear_alike, free_all),
         cmocka_unit_test_teardown(test_linear_backward, free_all),
         cmocka_unit_test_teardown(test_layer_norm, free_all),

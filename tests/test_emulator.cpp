@@ -290,14 +290,25 @@ template <typename T> static void close(const std::vector<T> &got, const std::ve
             fail_msg("number %zu is %.9g, not %.9g", i, (double)got[i], expected[i]);
 }
 
-/* Each matrix by rows, lds wider than rows. Of beta = 0, C is NaN before; what is between rows stays. */
+/* To so many bits, the nearest, ties to even. 0: as it is. */
+static double rounded(double x, int bits)
+{
+    int exponent;
+    frexp(x, &exponent);
+    return bits == 0 || x == 0 ? x : ldexp(nearbyint(ldexp(x, bits - exponent)), exponent - bits);
+}
+
+/* Each matrix by rows, lds wider than rows, or, with aligned, multiples of 4. Of beta = 0, C is NaN before; what is
+ * between rows stays. bits: of operands. */
 template <typename T>
 static void check_batch(void (*gemm)(ls_queue *, int, int, int64_t, int64_t, int64_t, double, const T *, int64_t,
                                      int64_t, const T *, int64_t, int64_t, double, T *, int64_t, int64_t, int64_t),
-                        int ta, int tb, int64_t m, int64_t n, int64_t k, double beta, bool shared_b, double allowed)
+                        int ta, int tb, int64_t m, int64_t n, int64_t k, double beta, bool shared_b, double allowed,
+                        int bits = 0, bool aligned = false)
 {
-    const int64_t batch = 3, lda = (ta ? m : k) + 2, ldb = (tb ? k : n) + 1, ldc = n + 3;
-    const int64_t sa = (ta ? k : m) * lda + 1, sb = shared_b ? 0 : (tb ? n : k) * ldb, sc = m * ldc + 2;
+    const int64_t batch = 3, wide_a = ta ? m : k, wide_b = tb ? k : n, ldc = n + 3;
+    const int64_t lda = aligned ? (wide_a + 3) / 4 * 4 : wide_a + 2, ldb = aligned ? (wide_b + 3) / 4 * 4 : wide_b + 1;
+    const int64_t sa = (ta ? k : m) * lda + !aligned, sb = shared_b ? 0 : (tb ? n : k) * ldb, sc = m * ldc + 2;
     const std::vector<T> a = noise<T>((size_t)(sa * batch + 1), 1);
     const std::vector<T> b = noise<T>((size_t)(((tb ? n : k) * ldb) * batch + 1), 2);
     std::vector<T> c = noise<T>((size_t)(sc * batch), 3);
@@ -307,8 +318,8 @@ static void check_batch(void (*gemm)(ls_queue *, int, int, int64_t, int64_t, int
             for (int64_t s = 0; s < n; s++) {
                 double sum = 0;
                 for (int64_t x = 0; x < k; x++)
-                    sum += (double)a[(size_t)(i * sa + (ta ? x * lda + r : r * lda + x))] *
-                           (double)b[(size_t)(i * sb + (tb ? s * ldb + x : x * ldb + s))];
+                    sum += rounded((double)a[(size_t)(i * sa + (ta ? x * lda + r : r * lda + x))], bits) *
+                           rounded((double)b[(size_t)(i * sb + (tb ? s * ldb + x : x * ldb + s))], bits);
                 double *e = &expected[(size_t)(i * sc + r * ldc + s)];
                 *e = 0.5 * sum + beta * *e;
                 if (beta == 0) c[(size_t)(i * sc + r * ldc + s)] = (T)NAN;
@@ -330,6 +341,30 @@ static void test_products(void **)
                             check_batch<ls_real>(ls_gemm_batch, ta, tb, m, n, k, beta, k == 7, tolerance);
                             check_batch<double>(ls_gemm_batch_double, ta, tb, m, n, k, beta, k == 7, 1e-13);
                         }
+}
+
+/* Operands rounded as told and sums not, of products that fit in the queue's memory for bfloat16 and of products that
+ * are cut along m, n, k, or by matrices: A and B have room for 32 × 32. */
+static void test_products_rounded(void **)
+{
+    static_assert(LS_NARROW_SIDE == 32, "the sizes below are for this one");
+    ls_queue *const float32 = q;
+    const int64_t sizes[][3] = {{5, 7, 3}, {32, 32, 32}, {300, 6, 20}, {6, 300, 20}, {70, 100, 50}, {40, 9, 200}};
+    for (ls_precision precision : {LS_TF32, LS_BF16}) {
+        const int bits = sizeof(ls_real) == sizeof(double) ? 0 : precision == LS_BF16 ? 8 : 11;
+        assert_int_equal(ls_cuda_device.open(0, precision, &q), LS_OK);
+        for (const auto &size : sizes)
+            for (int how = 0; how < 16; how++) {
+                const int ta = how & 1, tb = how >> 1 & 1;
+                const bool shared = how & 4, aligned = how & 8;
+                for (double beta : {0.0, -0.5})
+                    check_batch<ls_real>(ls_gemm_batch, ta, tb, size[0], size[1], size[2], beta, shared, tolerance,
+                                         bits, aligned);
+                check_batch<ls_real>(ls_gemm_batch_exact, ta, tb, size[0], size[1], size[2], 1, shared, tolerance);
+            }
+        ls_cuda_device.close(q);
+    }
+    q = float32;
 }
 
 /* (B,H,n,d) in memory as (B,H,n,d), (B,n,H,d) or (H,B,n,d). */
@@ -441,6 +476,7 @@ static int ends_by(void (*act)(), char *said, size_t room)
         signal(SIGABRT, SIG_DFL);
         dup2(ends[1], 2);
         act();
+        ls_cuda_device.wait(q); /* work is done no sooner */
         _exit(0);
     }
     ::close(ends[1]);
@@ -525,7 +561,7 @@ static void test_devices(void **)
     assert_int_equal(ls_cuda_device.count(&devices), LS_OK);
     assert_int_equal(devices, 1);
     ls_queue *other = q;
-    assert_int_equal(ls_cuda_device.open(1, &other), LS_ERR_ARGUMENT);
+    assert_int_equal(ls_cuda_device.open(1, LS_FLOAT32, &other), LS_ERR_ARGUMENT);
     assert_null(other);
     assert_non_null(strstr(ls_last_error(), "no device 1"));
     ls_cuda_device.close(NULL);
@@ -533,7 +569,7 @@ static void test_devices(void **)
 
 static int open_queue(void **)
 {
-    return ls_cuda_device.open(0, &q) != LS_OK;
+    return ls_cuda_device.open(0, LS_FLOAT32, &q) != LS_OK;
 }
 
 static int close_queue(void **)
@@ -546,10 +582,12 @@ static int close_queue(void **)
 int main()
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_shuffles),   cmocka_unit_test(test_parts_of_warps),    cmocka_unit_test(test_barriers),
-        cmocka_unit_test(test_reductions), cmocka_unit_test(test_launches),          cmocka_unit_test(test_products),
-        cmocka_unit_test(test_copies),     cmocka_unit_test(test_products_of_heads), cmocka_unit_test(test_allocations),
-        cmocka_unit_test(test_crashes),    cmocka_unit_test(test_devices),
+        cmocka_unit_test(test_shuffles),    cmocka_unit_test(test_parts_of_warps),
+        cmocka_unit_test(test_barriers),    cmocka_unit_test(test_reductions),
+        cmocka_unit_test(test_launches),    cmocka_unit_test(test_products),
+        cmocka_unit_test(test_copies),      cmocka_unit_test(test_products_of_heads),
+        cmocka_unit_test(test_allocations), cmocka_unit_test(test_crashes),
+        cmocka_unit_test(test_devices),     cmocka_unit_test(test_products_rounded),
     };
     return cmocka_run_group_tests(tests, open_queue, close_queue);
 }

@@ -3,7 +3,10 @@
  *
  * Tolerance: relative error max|a-b| / max|b| per tensor, 1e-5 in float (or 4 times the error that the file itself
  * states for a naive float32 evaluation, where that is more), 1e-10 in double. A gradient that is zero but for rounding
- * in the file (below 1e-9 of the largest gradient) is measured against the largest gradient. */
+ * in the file (below 1e-9 of the largest gradient) is measured against the largest gradient.
+ *
+ * With LONGSPAN_TEST_PRECISION, on a GPU: 2e-2 for bf16, and an eighth of it for tf32, which has three bits more; and
+ * the largest error of each file must be one that float32 does not make, or nothing was rounded. */
 #include "harness.h"
 
 #include <dirent.h>
@@ -21,6 +24,11 @@
 #define TOLERANCE 1e-5
 #define FLOAT_ERRORS 4.0
 #endif
+
+static const double rounded_tolerance[] = {[LS_TF32] = 2.5e-3, [LS_BF16] = 2e-2};
+static const double least_rounded[] = {[LS_TF32] = 2e-5, [LS_BF16] = 1e-4};
+static double worst; /* relative error of this file so far, and whose it is */
+static char worst_name[400];
 
 enum { MAX_NAMES = 4096 };
 
@@ -439,6 +447,10 @@ static void compare(const char *name, const tensor *want, int64_t count, const l
         if (!(difference <= 1e300)) break;
     }
     const double error = difference <= 0 ? 0 : most > 0 ? difference / most : INFINITY;
+    if (error > worst) {
+        worst = error;
+        snprintf(worst_name, sizeof worst_name, "%s, %s", here.doing, name);
+    }
     if (!(error <= tolerance)) complain("%s: error %.2e > %.1e", name, error, tolerance);
 }
 
@@ -446,8 +458,9 @@ static void compare_case(hid_t group, const problem *p, const answer *a)
 {
     /* other hardware rounds other sums: a GPU may be as far again */
     const double room = getenv("LONGSPAN_TEST_GPU") != NULL ? 2 : 1;
-    const double for_out = room * fmax(TOLERANCE, FLOAT_ERRORS * attribute_or_zero(group, "f32_err_out"));
-    const double for_grad = room * fmax(TOLERANCE, FLOAT_ERRORS * attribute_or_zero(group, "f32_err_grad"));
+    double for_out = room * fmax(TOLERANCE, FLOAT_ERRORS * attribute_or_zero(group, "f32_err_out"));
+    double for_grad = room * fmax(TOLERANCE, FLOAT_ERRORS * attribute_or_zero(group, "f32_err_grad"));
+    if (test_precision() != LS_FLOAT32) for_out = for_grad = rounded_tolerance[test_precision()];
     tensor t = read_tensor(group, "outputs", "out");
     if (t.x == NULL)
         complain("the file has no outputs/out");
@@ -579,10 +592,17 @@ int main(int argc, char **argv)
             broken++;
             continue;
         }
+        worst = 0;
         names groups = members(file, ".");
         for (int g = 0; g < groups.count; g++) {
             watchdog(240);
             if (run_case(file, files.name[i], groups.name[g]) == SKIPPED) skipped++;
+        }
+        if (here.rank == 0 && worst > 0) printf("largest relative error %.2e: %s\n", worst, worst_name);
+        if (test_precision() != LS_FLOAT32 && !(worst > least_rounded[test_precision()])) {
+            if (here.rank == 0)
+                printf("FAILED: %s: %s rounds nothing\n", files.name[i], ls_precision_name(test_precision()));
+            broken++;
         }
         names_free(&groups);
         H5Fclose(file);

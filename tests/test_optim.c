@@ -354,7 +354,7 @@ int main(void)
     const ls_device where = name != NULL && strcmp(name, "cuda") == 0 ? LS_CUDA : LS_CPU;
     ops = ls_adam_of(where);
     device = ls_device_find(where);
-    if (device == NULL || device->open(0, &queue) != LS_OK) {
+    if (device == NULL || device->open(0, LS_FLOAT32, &queue) != LS_OK) {
         fprintf(stderr, "test_optim: no device: %s\n", device != NULL ? ls_last_error() : "not in this build");
         return 1;
     }

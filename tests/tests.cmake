@@ -26,7 +26,8 @@ function(longspan_emulated name)
     ${PROJECT_SOURCE_DIR}/tests/emulator/emulator.cpp ${PROJECT_SOURCE_DIR}/tests/emulator/softmax_tensor.cpp)
   longspan_library(${name})
   set_target_properties(${name} PROPERTIES CXX_STANDARD 20 CXX_STANDARD_REQUIRED ON CXX_EXTENSIONS OFF)
-  target_compile_definitions(${name} PUBLIC LS_CUDA_BACKEND)
+  # and so little memory for operands in bfloat16 that products are cut
+  target_compile_definitions(${name} PUBLIC LS_CUDA_BACKEND LS_NARROW_SIDE=32)
   target_include_directories(${name} BEFORE PUBLIC ${PROJECT_SOURCE_DIR}/tests/emulator)
   target_compile_options(${name} PRIVATE
     "$<$<COMPILE_LANGUAGE:CXX>:-O2;-Wno-unknown-pragmas;-Wno-deprecated-enum-enum-conversion>")
@@ -39,6 +40,9 @@ trainer_library(trainer_emulated longspan_emulated)
 
 set(mpirun ${MPIEXEC_EXECUTABLE} --oversubscribe --allow-run-as-root --bind-to none)
 set(test_environment OMPI_MCA_mpi_yield_when_idle=1;OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMP_NUM_THREADS=1;OPENBLAS_NUM_THREADS=1)
+
+# single copies read another process past its protection of device memory
+set(emulated_environment LONGSPAN_TEST_DEVICE=cuda LONGSPAN_TEST_EVERY=9 OMPI_MCA_btl_vader_single_copy_mechanism=none)
 
 # longspan_test(NAME [DOUBLE] [HDF5] [RANKS 1 2 ...] [ARGS ...] [EMULATED 1 2 ...] [EMULATED_DOUBLE 1 2 ...]): programs
 # test_NAME and, with DOUBLE, test_NAME_double, each run once for every rank count. EMULATED: test_NAME_emulated, and
@@ -67,9 +71,7 @@ function(longspan_test name)
       else()
         set(library longspan_${library})
       endif()
-      # single copies read another process past its protection of device memory
-      list(APPEND environment LONGSPAN_TEST_DEVICE=cuda LONGSPAN_TEST_EVERY=9
-        OMPI_MCA_btl_vader_single_copy_mechanism=none)
+      list(APPEND environment ${emulated_environment})
     elseif(variant MATCHES "_double$")
       set(library longspan_double)
     elseif(T_TRAINER)
@@ -106,20 +108,36 @@ longspan_test(golden DOUBLE HDF5 SOURCES ${harness} RANKS 1 2 3 5 ARGS ${golden}
 longspan_test(gradients DOUBLE SOURCES ${harness} RANKS 1 2 EMULATED_DOUBLE 1)
 longspan_test(probsparse DOUBLE SOURCES ${harness} RANKS 1 3 EMULATED 1 3 EMULATED_DOUBLE 1 3)
 longspan_test(laws DOUBLE SOURCES ${harness} RANKS 1 2 3 4 5 7 EMULATED 1 2 3)
+longspan_test(precision DOUBLE SOURCES ${harness} RANKS 1 EMULATED 1 2 EMULATED_DOUBLE 1)
+
+# golden files with operands rounded, on the emulated GPU
+foreach(run bf16_1 bf16_3 tf32_1)
+  string(REGEX MATCH "([a-z0-9]+)_([0-9])" match ${run})
+  set(test golden_emulated_${run})
+  add_test(NAME ${test} COMMAND ${mpirun} -n ${CMAKE_MATCH_2} $<TARGET_FILE:test_golden_emulated> ${golden})
+  set_tests_properties(${test} PROPERTIES ENVIRONMENT
+    "${test_environment};${emulated_environment};LONGSPAN_TEST_PRECISION=${CMAKE_MATCH_1}" TIMEOUT 1500
+    PROCESSORS ${CMAKE_MATCH_2})
+endforeach()
 
 # ---- the same programs on a GPU, where this build has CUDA and there is one: otherwise they are skipped. Several ranks
 # share it by way of host memory.
 if(LONGSPAN_HAS_CUDA)
-  foreach(name golden laws)
+  foreach(run golden golden_bf16 golden_tf32 laws precision)
     foreach(ranks 1 2 4)
-      set(test ${name}_gpu_${ranks})
+      set(test ${run}_gpu_${ranks})
+      string(REGEX MATCH "^([a-z]+)_?(.*)$" match ${run})
+      set(name ${CMAKE_MATCH_1})
+      set(environment ${test_environment} LONGSPAN_TEST_DEVICE=cuda LONGSPAN_TEST_GPU=1)
+      if(CMAKE_MATCH_2)
+        list(APPEND environment LONGSPAN_TEST_PRECISION=${CMAKE_MATCH_2})
+      endif()
       set(arguments)
       if(name STREQUAL golden)
         set(arguments ${golden})
       endif()
       add_test(NAME ${test} COMMAND ${mpirun} -n ${ranks} $<TARGET_FILE:test_${name}> ${arguments})
-      set_tests_properties(${test} PROPERTIES ENVIRONMENT
-        "${test_environment};LONGSPAN_TEST_DEVICE=cuda;LONGSPAN_TEST_GPU=1" TIMEOUT 1500
+      set_tests_properties(${test} PROPERTIES ENVIRONMENT "${environment}" TIMEOUT 1500
         PROCESSORS ${ranks} LABELS gpu SKIP_RETURN_CODE 77)
     endforeach()
   endforeach()
@@ -153,6 +171,11 @@ set_target_properties(longspan_program_emulated PROPERTIES OUTPUT_NAME longspan_
 target_link_libraries(longspan_program_emulated PRIVATE trainer_emulated longspan_flags)
 add_test(NAME train_device COMMAND ${PROJECT_SOURCE_DIR}/tests/train_device.sh $<TARGET_FILE:longspan_program>
   $<TARGET_FILE:longspan_program_emulated> ${PROJECT_BINARY_DIR}/tests/train_device)
+add_test(NAME bench COMMAND ${PROJECT_SOURCE_DIR}/tests/bench.py $<TARGET_FILE:longspan_program>
+  $<TARGET_FILE:longspan_program_emulated> ${PROJECT_BINARY_DIR}/tests/bench)
+# the formulas that GPUs are compared with; skipped where there is no PyTorch
+add_test(NAME bench_formulas COMMAND ${PROJECT_SOURCE_DIR}/scripts/bench-gpu-vs-torch --self-test)
+set_tests_properties(bench_formulas PROPERTIES SKIP_RETURN_CODE 77 TIMEOUT 600)
 add_test(NAME faults COMMAND ${PROJECT_SOURCE_DIR}/tests/faults.sh $<TARGET_FILE:longspan_program>
   ${PROJECT_BINARY_DIR}/tests/faults)
 add_test(NAME readme COMMAND ${PROJECT_SOURCE_DIR}/tests/readme.py $<TARGET_FILE:longspan_program>
@@ -161,4 +184,4 @@ add_test(NAME install COMMAND ${PROJECT_SOURCE_DIR}/tests/install.sh ${PROJECT_B
 if(LONGSPAN_SANITIZE) # what links a sanitized library must be built so itself
   list(APPEND test_environment "CFLAGS=-fsanitize=${LONGSPAN_SANITIZE}")
 endif()
-set_tests_properties(train_equality train_device faults install readme PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 1500)
+set_tests_properties(train_equality train_device bench faults install readme PROPERTIES ENVIRONMENT "${test_environment}" TIMEOUT 1500)

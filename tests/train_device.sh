@@ -57,6 +57,24 @@ train 2 "$gpu" gpu_two --set device=cuda
 same cpu gpu
 same cpu gpu_two
 
+# ---- bf16: near float32, and not the same; on two ranks, too
+near() { # A B
+  paste -d' ' <(losses "$1") <(losses "$2") | awk -v a="$1" -v b="$2" '
+    { d = ($2 > $5 ? $2 - $5 : $5 - $2) / $2; if (d > worst) worst = d }
+    $1 != $4 || !(d <= 2e-2) { print "step " $1 ": " $0; bad = 1 }
+    END { printf "  %-10s %-10s largest relative difference of losses %.1e\n", a, b, worst
+          exit bad || NR != 6 || !(worst > 1e-5) }' || fail "$1 and $2 differ, or are the same"
+}
+train 1 "$gpu" bf16 --set device=cuda --set train.precision=bf16
+train 2 "$gpu" bf16_two --set device=cuda --set train.precision=bf16
+near gpu bf16
+near gpu bf16_two
+"$cpu" train run.yaml --set run.directory=refused --set train.precision=bf16 >refused.log 2>&1 && fail "bf16 on the CPU"
+grep -q 'train.precision: bf16 is for GPUs' refused.log || fail "bf16 on the CPU: $(cat refused.log)"
+"$cpu" eval bf16/best.h5 --split valid | grep -q '^result' || fail "eval of a bf16 checkpoint without a GPU"
+"$gpu" eval bf16/best.h5 --split valid --set device=cpu | grep -q '^result' || fail "eval of a bf16 checkpoint on the CPU"
+"$gpu" eval bf16/best.h5 --split valid | grep -q '^result' || fail "eval in bf16"
+
 # ---- a checkpoint of one device goes on on the other
 for way in "cpu cpu gpu cuda" "gpu gpu cpu cpu"; do
   read -r from _ to device <<<"$way"

@@ -71,8 +71,7 @@ static ls_transport transport_of(const config *c)
                                        : LS_TRANSPORT_AUTO;
 }
 
-/* A rank's number on its machine says which GPU is its own; where there are fewer, ranks share. */
-static ls_status choose_device(const ranks *r, ls_device device, int *number)
+ls_status ranks_device(const ranks *r, ls_device device, int *number)
 {
     int devices = 1, place = 0;
     MPI_Comm here;
@@ -99,8 +98,9 @@ ls_status ranks_split(ranks *r, const config *c, int64_t sequence)
     r->groups = (int)(r->size / sequence);
     ls_context_options o = {.device = strcmp(c->device, "cuda") == 0 ? LS_CUDA : LS_CPU,
                             .transport = transport_of(c),
+                            .precision = c->train.precision,
                             .seed = c->train.seed};
-    LS_TRY(choose_device(r, o.device, &o.device_number));
+    LS_TRY(ranks_device(r, o.device, &o.device_number));
     MPI_Comm comm;
     LS_TRY(agree(r, mpi(MPI_Comm_split(r->comm, r->group, r->rank, &comm), "splitting the ranks")));
     o.comm = comm;
@@ -109,6 +109,7 @@ ls_status ranks_split(ranks *r, const config *c, int64_t sequence)
     LS_TRY(agree(r, status));
     if (o.device == LS_CPU) return LS_OK;
     o.comm = r->comm;
+    o.precision = LS_FLOAT32; /* it only adds up: no memory for operands in bfloat16 */
     return ls_context_create(&o, &r->gradients);
 }
 
@@ -319,12 +320,16 @@ ls_status checkpoint_config_everywhere(const ranks *r, const char *path, const c
         if (status == LS_OK) size = strlen(text);
     }
     status = share(r, status, &text, &size);
-    const char **all = malloc(((size_t)nset + 2) * sizeof *all);
+    const char **all = malloc(((size_t)nset + 3) * sizeof *all);
     if (status == LS_OK && all == NULL) status = ls_fail(LS_ERR_MEMORY, "%s: no memory", path);
     if (status == LS_OK) {
         /* where a model was trained is not where it has to be used */
-        const int here = has_gpu() ? 0 : 2;
-        if (here > 0) all[0] = "device=cpu", all[1] = "parallel.transport=auto";
+        const int gpu = has_gpu();
+        int on_cpu = !gpu;
+        for (int i = 0; i < nset; i++)
+            if (strncmp(set[i], "device=", 7) == 0) on_cpu = !gpu || strcmp(set[i] + 7, "cpu") == 0;
+        const int here = on_cpu ? 3 : 0;
+        if (on_cpu) all[0] = "device=cpu", all[1] = "parallel.transport=auto", all[2] = "train.precision=float32";
         for (int i = 0; i < nset; i++) all[here + i] = set[i];
         status = config_parse(path, text, size, all, here + nset, c);
     }

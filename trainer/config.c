@@ -16,6 +16,7 @@ static const char *const truth[] = {"false", "true", NULL};
 static const char *const activations[] = {"gelu", "relu", NULL};
 static const char *const schedules[] = {"cosine", "inverse_sqrt", "constant", NULL};
 static const char *const transports[] = {"auto", "mpi", "nccl", NULL};
+static const char *const precisions[] = {"float32", "tf32", "bf16", NULL};
 static const char *const devices[] = {"cpu", "cuda", NULL};
 
 #define FIELD(member) offsetof(config, member), sizeof(((config *)0)->member)
@@ -84,6 +85,8 @@ static const config_key fixed[] = {
     {"train.keep", KEY_WHOLE, FIELD(train.keep), "[1, 1e12]", NULL, "2", "recent checkpoints kept (best.h5 is always)"},
     {"train.recompute", KEY_WORD, FIELD(train.recompute), NULL, truth, "false",
      "layers run forward again in backward: less memory"},
+    {"train.precision", KEY_WORD, FIELD(train.precision), NULL, precisions, "float32",
+     "of products on a GPU: what operands are rounded to; sums are float32"},
     {"parallel.sequence", KEY_WHOLE, FIELD(parallel.sequence), "[0, 1e9]", NULL, "0",
      "ranks that share each sequence; 0: all"},
     {"parallel.transport", KEY_TEXT, FIELD(parallel.transport), NULL, transports, "auto", "between ranks"},
@@ -484,6 +487,9 @@ static ls_status check_device(const config *c)
         if (ls_mechanism_find(used[i]->mechanism)->cuda == NULL)
             LS_FAIL(LS_ERR_UNSUPPORTED, "%s: %s has no CUDA kernels in this version: use device: cpu", places[i],
                     used[i]->mechanism);
+    if (!cuda && c->train.precision != LS_FLOAT32)
+        LS_FAIL(LS_ERR_ARGUMENT, "train.precision: %s is for GPUs: it needs device: cuda",
+                precisions[c->train.precision]);
     if (strcmp(c->parallel.transport, "nccl") != 0) return LS_OK;
     if (!ls_has_nccl()) LS_FAIL(LS_ERR_UNSUPPORTED, "parallel.transport: nccl: this build has no NCCL transport");
     if (!cuda) LS_FAIL(LS_ERR_ARGUMENT, "parallel.transport: nccl carries tensors of GPUs: it needs device: cuda");

@@ -43,6 +43,7 @@ typedef struct config {
         int64_t evaluate_every, evaluate_documents; /* steps (0: only at the end); documents of valid (0: all) */
         int64_t save_every, keep;                   /* steps (0: only at the end); recent checkpoints kept */
         int recompute;                              /* layers run forward again in backward: less memory */
+        ls_precision precision;                     /* of products, on a GPU */
     } train;
     struct {
         int64_t sequence;  /* ranks that share each sequence; 0: all of them */

@@ -26,7 +26,7 @@ static void plan_step(decoder *d)
     d->w.rstd = ls_take(&d->arena, rows);
     d->w.logits = ls_take(&d->arena, rows * d->m->V);
     d->token = ls_arena_take(&d->arena, (size_t)rows * sizeof *d->token);
-    d->w.hidden = ls_take(&d->arena, ls_min(HIDDEN_ROWS, rows) * d->m->F);
+    d->w.hidden = ls_take(&d->arena, ls_min(wide_rows(d->m), rows) * d->m->F);
 }
 
 static ls_status allocate(decoder *d)

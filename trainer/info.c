@@ -9,7 +9,8 @@
 static const char usage[] =
     "usage: longspan info [options]\n"
     "\n"
-    "Shows version, number type, devices, transports, the MPI library, and the mechanisms with their options.\n"
+    "Shows version, number type, devices, precisions, transports, the MPI library, and the mechanisms with their "
+    "options.\n"
     "\n"
     "  --config   the keys of a configuration instead, each with default, range and a line of help\n"
     "  --markdown the tables of README.md: mechanisms, their options, the keys of a configuration\n"
@@ -23,6 +24,12 @@ static const char *const number_type = sizeof(ls_real) == sizeof(float) ? "float
 static const char *const *device_names(void)
 {
     static const char *const cpu[] = {"cpu", NULL}, *const both[] = {"cpu", "cuda", NULL};
+    return ls_device_find(LS_CUDA) == NULL ? cpu : both;
+}
+
+static const char *const *precision_names(void)
+{
+    static const char *const cpu[] = {"float32", NULL}, *const both[] = {"float32", "tf32", "bf16", NULL};
     return ls_device_find(LS_CUDA) == NULL ? cpu : both;
 }
 
@@ -122,6 +129,7 @@ static void print_text(ls_context *ctx)
     printf("%-12s%s\n%-12s%s\n", "version", LS_VERSION_STRING, "numbers", number_type);
     print_list("devices", device_names());
     print_devices();
+    print_list("precisions", precision_names());
     print_list("transports", transport_names());
     printf("%-12s%s (MPI %d.%d)\n\n", "MPI", library, version, subversion);
     printf("Mechanisms. Patterns: NS, CS noncausal and causal self attention, NC, CC noncausal and causal cross "
@@ -264,9 +272,10 @@ static ls_status print_json(void)
         if (key->words != NULL) json_object_set_new(object, "words", json_list(key->words));
         json_array_append_new(keys, object);
     }
-    json_t *all = json_pack("{s:s, s:s, s:o, s:o, s:s, s:o, s:o}", "version", LS_VERSION_STRING, "numbers", number_type,
-                            "devices", json_list(device_names()), "transports", json_list(transport_names()), "mpi",
-                            library, "mechanisms", mechanisms, "config", keys);
+    json_t *all =
+        json_pack("{s:s, s:s, s:o, s:o, s:o, s:s, s:o, s:o}", "version", LS_VERSION_STRING, "numbers", number_type,
+                  "devices", json_list(device_names()), "precisions", json_list(precision_names()), "transports",
+                  json_list(transport_names()), "mpi", library, "mechanisms", mechanisms, "config", keys);
     const int failed = all == NULL || json_dumpf(all, stdout, JSON_INDENT(2)) != 0;
     json_decref(all);
     if (failed) LS_FAIL(LS_ERR_IO, "info: the JSON cannot be written");

@@ -34,6 +34,7 @@ static void plan(model *m, const pass *p, int64_t source, int64_t target)
     ls_arena *a = &m->arena;
     workspace *w = &m->w;
     const int64_t rows = ls_max(source, target), E = m->E, gradient = p->keep != KEEP_NOTHING;
+    const int64_t wide = ls_min(wide_rows(m), ls_max(rows, 1));
     *w = (workspace){0};
     w->sums = ls_arena_take(a, LS_LOSS_SUMS * sizeof *w->sums);
     const int64_t on_device = m->queue != NULL;
@@ -42,9 +43,9 @@ static void plan(model *m, const pass *p, int64_t source, int64_t target)
     w->pad[0] = ls_arena_take(a, (size_t)(on_device * source));
     w->pad[1] = ls_arena_take(a, (size_t)(on_device * target));
     /* The narrow ones first, so that a rank without rows has pointers that are not NULL. */
-    w->hidden = ls_take(a, HIDDEN_ROWS * m->F);
-    w->active = ls_take(a, HIDDEN_ROWS * m->F);
-    w->logits = ls_take(a, LOGIT_ROWS * m->V);
+    w->hidden = ls_take(a, wide * m->F);
+    w->active = ls_take(a, wide * m->F);
+    w->logits = ls_take(a, wide * m->V);
     w->mean = ls_take(a, rows);
     w->rstd = ls_take(a, rows);
     w->normed = ls_take(a, rows * E);
@@ -53,7 +54,7 @@ static void plan(model *m, const pass *p, int64_t source, int64_t target)
     plan_stack(m, &m->encoder, a, p->keep, source);
     plan_stack(m, &m->decoder, a, p->keep, target);
     if (gradient) {
-        w->dhidden = ls_take(a, HIDDEN_ROWS * m->F);
+        w->dhidden = ls_take(a, wide * m->F);
         w->dnormed = ls_take(a, rows * E);
         w->dkey = ls_take(a, source * E);
         w->dmemory = ls_take(a, source * E);
@@ -143,8 +144,8 @@ static void norm_backward(const model *m, const pass *p, norm_params n, int64_t 
 void ffn_forward(const model *m, const workspace *w, const ffn_params *f, const ls_real *params, int64_t rows)
 {
     const int64_t E = m->E, F = m->F;
-    for (int64_t row = 0; row < rows; row += HIDDEN_ROWS) {
-        const int64_t n = ls_min(HIDDEN_ROWS, rows - row);
+    for (int64_t row = 0; row < rows; row += wide_rows(m)) {
+        const int64_t n = ls_min(wide_rows(m), rows - row);
         m->dense->linear(m->queue, n, E, F, w->normed + row * E, params + f->weight0, params + f->bias0, w->hidden);
         if (m->c.model.activation == ACTIVATION_RELU)
             m->dense->relu(m->queue, n * F, w->hidden, w->hidden);
@@ -160,8 +161,8 @@ static void ffn_backward(const model *m, const pass *p, const ffn_params *f, int
     const workspace *w = &m->w;
     const ls_real *params = p->params;
     const int64_t E = m->E, F = m->F;
-    for (int64_t row = 0; row < rows; row += HIDDEN_ROWS) {
-        const int64_t n = ls_min(HIDDEN_ROWS, rows - row), relu = m->c.model.activation == ACTIVATION_RELU;
+    for (int64_t row = 0; row < rows; row += wide_rows(m)) {
+        const int64_t n = ls_min(wide_rows(m), rows - row), relu = m->c.model.activation == ACTIVATION_RELU;
         const ls_real *normed = w->normed + row * E;
         m->dense->linear(m->queue, n, E, F, normed, params + f->weight0, params + f->bias0, w->hidden);
         (relu ? m->dense->relu : m->dense->gelu)(m->queue, n * F, w->hidden, w->active);
@@ -331,8 +332,8 @@ static void output_loss(model *m, const pass *p, double grad_scale)
     const int64_t rows = rows_of(p->b, &p->b->target), E = m->E;
     const int gradient = p->dparams != NULL;
     m->dense->zero(m->queue, LS_LOSS_SUMS * sizeof *w->sums, w->sums);
-    for (int64_t row = 0; row < rows; row += LOGIT_ROWS) {
-        const int64_t n = ls_min(LOGIT_ROWS, rows - row);
+    for (int64_t row = 0; row < rows; row += wide_rows(m)) {
+        const int64_t n = ls_min(wide_rows(m), rows - row);
         const ls_real *x = m->decoder.x[m->decoder.blocks] + row * E;
         output_logits(m, w, p->params, n, x, w->normed, w->logits);
         m->dense->cross_entropy(m->queue, n, m->V, w->logits, p->label + row, m->c.train.label_smoothing, grad_scale,

@@ -12,10 +12,11 @@
 #include "dense.h"
 #include "model.h"
 
-/* Rows at a time through what is wider than the model: hidden units (F) and logits (V). Enough for a matrix product to
- * be efficient, few enough to stay in a cache: with E = 128, F = 512, chunks of 256 to 512 rows are 15 % faster than
- * all rows at once, which about pays for computing the hidden units twice. */
-enum { HIDDEN_ROWS = 512, LOGIT_ROWS = 512 };
+/* Rows at a time through what is wider than the model: hidden units (F) and logits (V). On a CPU enough for a matrix
+ * product to be efficient, few enough to stay in a cache: with E = 128, F = 512, chunks of 256 to 512 rows are 15 %
+ * faster than all rows at once, which about pays for computing the hidden units twice. A GPU wants products large
+ * enough for all of it. */
+enum { CPU_ROWS = 512, GPU_ROWS = 16384 };
 
 /* Offsets in the flat vector of parameters. */
 typedef struct norm_params {
@@ -50,8 +51,8 @@ typedef enum { KEEP_NOTHING, KEEP_LAYERS, KEEP_BLOCKS } keeping;
 /* Scratch rows (rows, E) and what is narrower or wider than them. */
 typedef struct workspace {
     ls_real *normed, *branch, *mean, *rstd;
-    ls_real *hidden, *active; /* (HIDDEN_ROWS, F) */
-    ls_real *logits;          /* (LOGIT_ROWS, V) */
+    ls_real *hidden, *active; /* (wide_rows, F) */
+    ls_real *logits;          /* (wide_rows, V) */
     ls_real *dnormed, *dhidden, *dkey;
     ls_real *memory, *dmemory, *dtarget; /* encoder output, its gradient; the running gradient of the decoder */
     double *sums;                        /* (LS_LOSS_SUMS): what the loss adds to */
@@ -89,6 +90,11 @@ struct model {
     workspace w;
 };
 
+static inline int64_t wide_rows(const model *m)
+{
+    return m->queue == NULL ? CPU_ROWS : GPU_ROWS;
+}
+
 /* One call: what every block of both stacks sees. */
 typedef struct pass {
     const batch *b;                                    /* on the host */
@@ -107,7 +113,7 @@ ls_status pass_begin(model *m, pass *p, int with_target);
 ls_status encoder_forward(model *m, const pass *p);
 /* Collective: embeddings and blocks; the last x waits for its norm and the logits, which go by in chunks. */
 ls_status decoder_forward(model *m, const pass *p);
-/* rows <= LOGIT_ROWS: normed (rows,E) = norm x, logits (rows,V) = normed Wᵀ. */
+/* rows <= wide_rows: normed (rows,E) = norm x, logits (rows,V) = normed Wᵀ. */
 void output_logits(const model *m, const workspace *w, const ls_real *params, int64_t rows, const ls_real *x,
                    ls_real *normed, ls_real *logits);
 /* branch (rows,E) = W1 act(W0 normed + b0) + b1. */

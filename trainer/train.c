@@ -1,13 +1,10 @@
 /* `longspan train`: refuses what it can before anything is created, then takes steps until the last one or a signal.
  *
- * One step: every rank knows the whole global batch and how many labels it has. Groups take contiguous runs of it, and
- * work through them in `accumulation` micro-batches; loss and gradient are scaled by the labels of the whole batch, so
- * that one all-reduce of the gradients, with a few scalars at their end, makes the sums of a single rank. All ranks
- * then make the same update. Nothing outlives a step but training_state, which is what a checkpoint holds: so a run
- * that was resumed is the run that was not interrupted. */
+ * Every rank knows the whole global batch of a step, see step.h, and how many labels it has. Nothing outlives a step
+ * but training_state, which is what a checkpoint holds: so a run that was resumed is the run that was not interrupted.
+ */
 #include "metrics.h"
-#include "real.h"
-#include "trainer.h"
+#include "step.h"
 
 #include <errno.h>
 #include <getopt.h>
@@ -35,8 +32,6 @@ static const char usage[] =
     "  --help             this text\n";
 
 enum { PATH_SIZE = 1200 };
-/* What travels behind the gradients in their all-reduce. */
-enum { TAIL_LOSS, TAIL_NLL, TAIL_TOKENS, TAIL_STOP, TAIL };
 
 typedef struct train_options {
     const char *file, *resume;
@@ -60,11 +55,7 @@ typedef struct run {
     char *config_text;
     char resume[PATH_SIZE]; /* the checkpoint to go on from, or "" */
     dataset *data;
-    model *m;
-    int64_t count;   /* of parameters */
-    ls_real *grads;  /* (count + TAIL), like the arrays of s where the tensors are */
-    double *squares; /* (LS_SQUARES), likewise: the first is Σ gradient² */
-    training_state s;
+    stepper w;
     int64_t *index;                 /* (batch): documents of the step */
     int64_t max_source, max_target; /* what they are cut to at the step */
     batch b;
@@ -165,23 +156,11 @@ static ls_status open_data(run *t)
 
 static ls_status allocate(run *t)
 {
-    LS_TRY(agree(t->r, model_create(t->r->sequence, &t->c, &t->m)));
-    t->count = model_count(t->m);
-    const size_t n = (size_t)t->count;
-    void *squares = NULL;
-    t->grads = device_reals(t->r, t->count + TAIL);
-    t->s.params = device_reals(t->r, t->count);
-    t->s.adam_m = device_reals(t->r, t->count);
-    t->s.adam_v = device_reals(t->r, t->count);
-    const ls_status had = ls_device_alloc(t->r->sequence, LS_SQUARES * sizeof *t->squares, &squares);
-    t->squares = squares;
+    LS_TRY(stepper_create(t->r, &t->c, &t->w));
     t->index = malloc((size_t)t->c.train.batch * sizeof *t->index);
     ls_status status = LS_OK;
-    if (had != LS_OK || t->grads == NULL || t->s.params == NULL || t->s.adam_m == NULL || t->s.adam_v == NULL ||
-        t->index == NULL) {
-        status = ls_fail(LS_ERR_MEMORY, "no memory for %lld parameters with gradients and optimizer, %.0f MiB",
-                         (long long)t->count, 4.0 * (double)n * sizeof(ls_real) / 1048576);
-    }
+    if (t->index == NULL)
+        status = ls_fail(LS_ERR_MEMORY, "no memory for a list of %lld documents", (long long)t->c.train.batch);
     return agree(t->r, status);
 }
 
@@ -249,13 +228,13 @@ static ls_status resume(run *t)
     config before;
     LS_TRY(checkpoint_config_everywhere(t->r, t->resume, NULL, 0, &before));
     LS_TRY(agree(t->r, check_same_run(t, &before)));
-    LS_TRY(load_everywhere(t->r, t->resume, t->m, &t->s));
-    if (t->s.data_digest != dataset_digest(t->data)) {
+    LS_TRY(load_everywhere(t->r, t->resume, t->w.m, &t->w.s));
+    if (t->w.s.data_digest != dataset_digest(t->data)) {
         LS_FAIL(LS_ERR_ARGUMENT, "%s: was trained on another data set than %s (digest %016llx, here %016llx)",
-                t->resume, t->c.data.path, (unsigned long long)t->s.data_digest,
+                t->resume, t->c.data.path, (unsigned long long)t->w.s.data_digest,
                 (unsigned long long)dataset_digest(t->data));
     }
-    if (t->s.samples != t->s.step * t->c.train.batch || t->s.seed != t->c.train.seed) {
+    if (t->w.s.samples != t->w.s.step * t->c.train.batch || t->w.s.seed != t->c.train.seed) {
         LS_FAIL(LS_ERR_FORMAT, "%s: step, samples and seed contradict its configuration: not written by Longspan",
                 t->resume);
     }
@@ -264,16 +243,10 @@ static ls_status resume(run *t)
 
 static ls_status start(run *t)
 {
-    const size_t bytes = (size_t)t->count * sizeof(ls_real);
-    ls_real *first = malloc(bytes);
-    if (first == NULL) LS_FAIL(LS_ERR_MEMORY, "no memory for the first values of %lld parameters", (long long)t->count);
-    t->s.seed = t->c.train.seed;
-    t->s.data_digest = dataset_digest(t->data);
-    t->s.best_nll = INFINITY;
-    model_init(t->m, t->c.train.seed, first);
-    const ls_status status = ls_device_write(t->r->sequence, t->s.params, first, bytes);
-    free(first);
-    return status;
+    t->w.s.seed = t->c.train.seed;
+    t->w.s.data_digest = dataset_digest(t->data);
+    t->w.s.best_nll = INFINITY;
+    return stepper_init(&t->w);
 }
 
 static ls_status make_directories(const char *path)
@@ -298,7 +271,7 @@ static ls_status create_run(run *t)
     const char *directory = t->c.run.directory;
     LS_TRY(make_directories(directory));
     LS_TRY(write_file(directory, "config.yaml", t->config_text, strlen(t->config_text)));
-    return metrics_open(directory, t->s.step, &t->log);
+    return metrics_open(directory, t->w.s.step, &t->log);
 }
 
 /* ------------------------------------------------------------------------------------------------ plan */
@@ -319,7 +292,7 @@ static void print_plan(const run *t)
     const config *c = &t->c;
     const int share = ls_context_size(t->r->sequence), groups = t->r->groups;
     const int64_t pieces = groups * c->train.accumulation;
-    const double mib = (double)t->count * sizeof(ls_real) / 1048576;
+    const double mib = (double)t->w.count * sizeof(ls_real) / 1048576;
     printf("plan of %s\n", c->run.directory);
     printf("  %-16s%d in %d group%s of %d: each group has its own sequences, its ranks share each of them\n", "ranks",
            t->r->size, groups, groups == 1 ? "" : "s", share);
@@ -329,7 +302,7 @@ static void print_plan(const run *t)
     print_shards("longest target", cut(dataset_longest(t->data, "train", 1), c->data.max_target) + 1, share);
     printf("  %-16s%lld train, %lld valid\n", "documents", (long long)dataset_documents(t->data, "train"),
            (long long)dataset_documents(t->data, "valid"));
-    printf("  %-16s%lld parameters in %d tensors\n", "model", (long long)t->count, model_num_tensors(t->m));
+    printf("  %-16s%lld parameters in %d tensors\n", "model", (long long)t->w.count, model_num_tensors(t->w.m));
     printf("  %-16sparameters %.1f MiB, gradients %.1f MiB, optimizer %.1f MiB on each rank; activations come on top\n",
            "memory", mib, mib, 2 * mib);
     if (t->resume[0] != 0) printf("  %-16sfrom %s\n", "goes on", t->resume);
@@ -366,21 +339,16 @@ static ls_status gradient(run *t, int64_t labels, model_loss *sum)
 {
     const config *c = &t->c;
     const ranks *r = t->r;
-    const int64_t pieces = r->groups * c->train.accumulation;
     for (int64_t a = 0; a < c->train.accumulation; a++) {
-        const int64_t piece = r->group * c->train.accumulation + a;
-        const int64_t lo = c->train.batch * piece / pieces, hi = c->train.batch * (piece + 1) / pieces;
+        int64_t lo, hi;
+        stepper_piece(&t->w, a, &lo, &hi);
         if (lo == hi) continue;
         LS_TRY(
             ls_agree(r->sequence, dataset_read(t->data, "train", t->index + lo, hi - lo, t->max_source, t->max_target,
                                                ls_context_rank(r->sequence), ls_context_size(r->sequence), &t->b)));
-        t->b.sample = (uint64_t)(t->s.samples + lo);
-        t->b.draw = (uint64_t)t->s.step + 1;
-        model_loss loss;
-        LS_TRY(model_gradient(t->m, &t->b, t->s.params, 1.0 / (double)labels, t->grads, &loss));
-        sum->loss += loss.loss;
-        sum->nll += loss.nll;
-        sum->tokens += loss.tokens;
+        t->b.sample = (uint64_t)(t->w.s.samples + lo);
+        t->b.draw = (uint64_t)t->w.s.step + 1;
+        LS_TRY(stepper_add(&t->w, &t->b, labels, sum));
     }
     return LS_OK;
 }
@@ -406,10 +374,10 @@ static ls_status take_step(run *t, int *stop)
 {
     const config *c = &t->c;
     const double begin = seconds_now();
-    const int64_t step = t->s.step + 1;
+    const int64_t step = t->w.s.step + 1;
     ls_status status = t->late;
     if (status == LS_OK) {
-        status = dataset_order(t->data, c->train.seed, c->train.batch, t->s.samples, c->train.batch, t->index);
+        status = dataset_order(t->data, c->train.seed, c->train.batch, t->w.s.samples, c->train.batch, t->index);
     }
     LS_TRY(agree(t->r, status));
     t->max_source = c->data.max_source, t->max_target = c->data.max_target;
@@ -419,66 +387,52 @@ static ls_status take_step(run *t, int *stop)
     }
     const int64_t labels = labels_of(t);
     model_loss mine = {0};
-    ls_context *device = t->r->sequence;
-    device->dense->zero(device->queue, (size_t)(t->count + TAIL) * sizeof *t->grads, t->grads);
+    stepper_begin(&t->w);
     status = gradient(t, labels, &mine);
     if (status == LS_OK) status = rehearse(t, step, &mine);
     LS_TRY(agree(t->r, status));
 
-    ls_real tail[TAIL];
-    double squares;
-    tail[TAIL_LOSS] = (ls_real)(mine.loss / (double)labels);
-    tail[TAIL_NLL] = (ls_real)(mine.nll / (double)labels);
-    tail[TAIL_TOKENS] = (ls_real)((double)mine.tokens / (double)labels); /* all ranks together: 1 */
-    tail[TAIL_STOP] = stop_wanted != 0;
-    /* the queues of both contexts wait for each other: model_gradient has waited for its own */
-    LS_TRY(agree(t->r, ls_device_write(t->r->gradients, t->grads + t->count, tail, sizeof tail)));
-    LS_TRY(ls_all_reduce_sum(t->r->gradients, t->grads, t->count + TAIL));
-    LS_TRY(agree(t->r, ls_device_read(t->r->gradients, tail, t->grads + t->count, sizeof tail)));
-    const ls_adam_ops *adam = ls_adam_of(device->device);
-    adam->squares(device->queue, t->count, t->grads, t->squares);
-    LS_TRY(agree(t->r, ls_device_read(device, &squares, t->squares, sizeof squares)));
-    const double loss = (double)tail[TAIL_LOSS], norm = sqrt(squares);
-    if (!isfinite(loss) || !isfinite(norm)) {
+    step_sums sums;
+    LS_TRY(stepper_sum(&t->w, labels, &mine, stop_wanted != 0, &sums));
+    const double norm = sqrt(sums.squares);
+    if (!isfinite(sums.loss) || !isfinite(norm)) {
         LS_FAIL(
             LS_ERR_NONFINITE,
             "step %lld: the loss is %g and the norm of the gradient %g: stopped before the weights changed; the last "
             "checkpoint is of step %lld (a lower train.learning_rate or train.clip_norm may help)",
-            (long long)step, loss, norm, (long long)t->saved);
+            (long long)step, sums.loss, norm, (long long)t->saved);
     }
-    if (!(fabs((double)tail[TAIL_TOKENS] - 1) < 1e-3)) {
+    if (!(fabs(sums.tokens - 1) < 1e-3)) {
         LS_FAIL(LS_ERR_INTERNAL, "step %lld: the ranks together saw %g of the %lld labels", (long long)step,
-                (double)tail[TAIL_TOKENS], (long long)labels);
+                sums.tokens, (long long)labels);
     }
     const double rate = schedule_rate(c, step);
-    adamw_step(adam, device->queue, c, t->m, step, rate, t->squares, t->grads, t->s.params, t->s.adam_m, t->s.adam_v);
-    t->s.step = step;
-    t->s.samples += c->train.batch;
-    *stop = tail[TAIL_STOP] > 0;
+    stepper_update(&t->w, rate);
+    *stop = sums.stop;
 
     struct rusage use;
     getrusage(RUSAGE_SELF, &use);
     const uint64_t sent = bytes_sent(t->r);
-    uint64_t counts[2] = {sent - t->sent, (uint64_t)use.ru_maxrss * 1024}, sums[2] = {0};
+    uint64_t counts[2] = {sent - t->sent, (uint64_t)use.ru_maxrss * 1024}, all[2] = {0};
     t->sent = sent;
-    if (MPI_Reduce(counts, sums, 2, MPI_UINT64_T, MPI_SUM, 0, t->r->comm) != MPI_SUCCESS) {
+    if (MPI_Reduce(counts, all, 2, MPI_UINT64_T, MPI_SUM, 0, t->r->comm) != MPI_SUCCESS) {
         LS_FAIL(LS_ERR_COMM, "mpi: adding up the bytes of step %lld failed", (long long)step);
     }
     const double seconds = seconds_now() - begin;
     t->seconds += seconds;
     t->tokens += labels;
-    t->peak_memory = sums[1];
+    t->peak_memory = all[1];
     const step_metrics line = {.step = step,
                                .steps = c->train.steps,
-                               .samples = t->s.samples,
+                               .samples = t->w.s.samples,
                                .tokens = labels,
-                               .loss = loss,
-                               .nll = (double)tail[TAIL_NLL],
+                               .loss = sums.loss,
+                               .nll = sums.nll,
                                .grad_norm = norm,
                                .rate = rate,
                                .seconds = seconds,
-                               .bytes_exchanged = sums[0],
-                               .peak_memory = sums[1],
+                               .bytes_exchanged = all[0],
+                               .peak_memory = all[1],
                                .order = XXH3_64bits(t->index, (size_t)c->train.batch * sizeof *t->index)};
     if (t->r->rank == 0) t->late = metrics_step(t->log, &line);
     return LS_OK;
@@ -490,30 +444,30 @@ static ls_status save(run *t, int best)
 {
     ls_status status = t->late;
     if (status == LS_OK && t->r->rank == 0) {
-        status = save_state(t->r, &t->c, best, t->m, t->config_text, &t->s);
+        status = save_state(t->r, &t->c, best, t->w.m, t->config_text, &t->w.s);
     }
     LS_TRY(agree(t->r, status));
-    if (!best) t->saved = t->s.step;
+    if (!best) t->saved = t->w.s.step;
     return LS_OK;
 }
 
 static ls_status evaluate(run *t)
 {
-    t->evaluated = t->s.step;
+    t->evaluated = t->w.s.step;
     if (dataset_documents(t->data, "valid") == 0) return LS_OK;
     const double begin = seconds_now();
     const evaluation_choice choice = {.split = "valid", .documents = t->c.train.evaluate_documents};
-    LS_TRY(evaluate_split(t->r, &t->c, t->data, t->m, t->s.params, &choice, &t->last));
-    const evaluation_metrics line = {.step = t->s.step,
+    LS_TRY(evaluate_split(t->r, &t->c, t->data, t->w.m, t->w.s.params, &choice, &t->last));
+    const evaluation_metrics line = {.step = t->w.s.step,
                                      .tokens = t->last.tokens,
                                      .documents = t->last.documents,
                                      .nll = t->last.nll,
                                      .bits_per_byte = bits_per_byte(t->last.nll),
                                      .seconds = seconds_now() - begin,
-                                     .best = t->last.nll < t->s.best_nll};
+                                     .best = t->last.nll < t->w.s.best_nll};
     if (t->r->rank == 0 && t->late == LS_OK) t->late = metrics_evaluation(t->log, &line);
     if (!line.best) return LS_OK;
-    t->s.best_nll = t->last.nll;
+    t->w.s.best_nll = t->last.nll;
     return save(t, 1);
 }
 
@@ -526,23 +480,23 @@ static ls_status loop(run *t)
 {
     const config *c = &t->c;
     int stop = 0;
-    t->evaluated = t->saved = t->s.step;
+    t->evaluated = t->saved = t->w.s.step;
     t->sent = bytes_sent(t->r);
-    while (t->s.step < c->train.steps && !stop) {
+    while (t->w.s.step < c->train.steps && !stop) {
         LS_TRY(take_step(t, &stop));
-        const int last = t->s.step == c->train.steps;
-        if (due(t->s.step, c->train.evaluate_every) || last) LS_TRY(evaluate(t));
-        if (due(t->s.step, c->train.save_every) || last || stop) LS_TRY(save(t, 0));
+        const int last = t->w.s.step == c->train.steps;
+        if (due(t->w.s.step, c->train.evaluate_every) || last) LS_TRY(evaluate(t));
+        if (due(t->w.s.step, c->train.save_every) || last || stop) LS_TRY(save(t, 0));
     }
     LS_TRY(agree(t->r, t->late));
     if (t->r->rank != 0) return LS_OK;
     metrics_close(t->log);
     t->log = NULL;
-    if (t->s.step < c->train.steps) {
+    if (t->w.s.step < c->train.steps) {
         printf("stopped by a signal after step %lld of %lld; the checkpoint is in %s: go on with --resume auto\n",
-               (long long)t->s.step, (long long)c->train.steps, c->run.directory);
+               (long long)t->w.s.step, (long long)c->train.steps, c->run.directory);
     } else {
-        printf("done: step %lld", (long long)t->s.step);
+        printf("done: step %lld", (long long)t->w.s.step);
         if (t->last.tokens > 0) {
             printf(", valid %.4f nats per token, %.4f bits per byte", t->last.nll, bits_per_byte(t->last.nll));
         }
@@ -577,9 +531,9 @@ static ls_status train(const train_options *o, run *t)
         if (t->r->rank == 0) print_plan(t);
         return LS_OK;
     }
-    if (t->s.step >= t->c.train.steps) {
+    if (t->w.s.step >= t->c.train.steps) {
         if (t->r->rank == 0) {
-            printf("nothing to do: %s is at step %lld of %lld\n", t->resume, (long long)t->s.step,
+            printf("nothing to do: %s is at step %lld of %lld\n", t->resume, (long long)t->w.s.step,
                    (long long)t->c.train.steps);
         }
         return LS_OK;
@@ -613,13 +567,8 @@ int command_train(int argc, char **argv, ranks *r)
     metrics_close(t.log); /* ends a progress line before the error */
     const int code = report_error(r, status);
     batch_free(&t.b);
-    model_free(t.m);
+    stepper_free(&t.w);
     dataset_close(t.data);
-    device_free(r, t.grads);
-    device_free(r, t.s.params);
-    device_free(r, t.s.adam_m);
-    device_free(r, t.s.adam_v);
-    if (t.squares != NULL) ls_device_free(r->sequence, t.squares);
     free(t.index);
     free(t.config_text);
     free(o.set.item);

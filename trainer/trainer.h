@@ -41,6 +41,9 @@ int command_info(int argc, char **argv, ranks *r);
 /* Collective: splits world into groups of `sequence` ranks (0: all) and makes r->sequence and r->gradients, on the
  * device that the configuration asks for; on a GPU each rank takes the one of its number on its machine. */
 ls_status ranks_split(ranks *r, const config *c, int64_t sequence);
+/* Collective: which device of that kind is this rank's. A rank's number on its machine says which GPU is its own; where
+ * there are fewer, ranks share. */
+ls_status ranks_device(const ranks *r, ls_device device, int *number);
 void ranks_close(ranks *r); /* collective: what ranks_split made */
 /* Local: n reals where the tensors are, all 0; NULL: no memory. Given back by device_free. */
 ls_real *device_reals(const ranks *r, int64_t n);
@@ -61,7 +64,8 @@ ls_status load_everywhere(const ranks *r, const char *path, const model *m, trai
 ls_status save_state(const ranks *r, const config *c, int best, const model *m, const char *config_text,
                      const training_state *s);
 /* Collective: the configuration that a checkpoint holds, with each "section.key=value" of set applied. Its
- * device: the CPU where this machine has no GPU for this build. */
+ * device: the CPU where this machine has no GPU for this build, or set says so; then precision and transport are those
+ * of the CPU unless set says otherwise. */
 ls_status checkpoint_config_everywhere(const ranks *r, const char *path, const char *const *set, int nset, config *c);
 /* Alone: DIRECTORY/NAME has these bytes, or what it had before; never a part. */
 ls_status write_file(const char *directory, const char *name, const char *bytes, size_t size);

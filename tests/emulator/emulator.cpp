@@ -4,6 +4,7 @@
  * block run on it, one call each. A thread that waits keeps its worker; then another goes on: first a thread of the
  * same warp that may, then the next that has not begun, on another worker, then one of another warp. */
 #include <cublas_v2.h>
+#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cblas.h>
@@ -779,6 +780,15 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device)
     return cudaSuccess;
 }
 
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device)
+{
+    cudaDeviceProp properties;
+    const cudaError_t error = cudaGetDeviceProperties(&properties, device);
+    if (error != cudaSuccess || attribute != cudaDevAttrComputeCapabilityMajor) return keep(cudaErrorInvalidValue);
+    *value = properties.major;
+    return cudaSuccess;
+}
+
 cudaError_t cudaDeviceSynchronize()
 {
     run_all_streams();
@@ -984,10 +994,45 @@ template <typename T> bool fits(const T *x, int64_t rows, int64_t columns, int64
            emulator::is_allocated(x + (batch - 1) * stride, (size_t)((columns - 1) * ld + rows) * sizeof *x);
 }
 
-template <typename T>
+/* A matrix as OpenBLAS takes it: as it is, or rounded, in memory that lives as long as the batch. */
+struct as_it_is {
+    template <typename T> const T *operator()(const T *x, int, int, int, std::vector<T> &) const
+    {
+        return x;
+    }
+};
+struct as_tf32 {
+    const float *operator()(const float *x, int rows, int columns, int ld, std::vector<float> &room) const
+    {
+        room.resize((size_t)columns * (size_t)ld);
+        for (int j = 0; j < columns; j++)
+            for (int i = 0; i < rows; i++) {
+                const size_t at = (size_t)j * (size_t)ld + (size_t)i;
+                uint32_t bits;
+                memcpy(&bits, x + at, sizeof bits);
+                if (x[at] == x[at]) bits = (bits + 0xfff + (bits >> 13 & 1)) & ~(uint32_t)0x1fff;
+                memcpy(&room[at], &bits, sizeof bits);
+            }
+        return room.data();
+    }
+};
+struct as_bf16 {
+    const float *operator()(const __nv_bfloat16 *x, int rows, int columns, int ld, std::vector<float> &room) const
+    {
+        room.resize((size_t)columns * (size_t)ld);
+        for (int j = 0; j < columns; j++)
+            for (int i = 0; i < rows; i++) {
+                const size_t at = (size_t)j * (size_t)ld + (size_t)i;
+                room[at] = __bfloat162float(x[at]);
+            }
+        return room.data();
+    }
+};
+
+template <typename E, typename T, typename F>
 cublasStatus_t batch_of(cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int m, int n, int k,
-                        const T *alpha, const T *a, int lda, int64_t stride_a, const T *b, int ldb, int64_t stride_b,
-                        const T *beta, T *c, int ldc, int64_t stride_c, int batch)
+                        const T *alpha, const E *a, int lda, int64_t stride_a, const E *b, int ldb, int64_t stride_b,
+                        const T *beta, T *c, int ldc, int64_t stride_c, int batch, F taken)
 {
     const int a_rows = op_a == CUBLAS_OP_N ? m : k, b_rows = op_b == CUBLAS_OP_N ? k : n;
     if (m < 0 || n < 0 || k < 0 || batch < 0 || lda < (a_rows > 1 ? a_rows : 1) || ldb < (b_rows > 1 ? b_rows : 1) ||
@@ -1001,12 +1046,14 @@ cublasStatus_t batch_of(cublasHandle_t handle, cublasOperation_t op_a, cublasOpe
     const T by = *alpha, keeps = *beta;        /* the host's, which may be gone later */
     give(handle->stream, [=] {
         const emulator::device_access open;
+        std::vector<T> room_a, room_b;
         for (int i = 0; i < batch; i++) {
             T *ci = c + i * stride_c;
             if (keeps == 0)
                 for (int j = 0; j < n; j++) memset(ci + (int64_t)j * ldc, 0, (size_t)m * sizeof *ci);
             gemm(op_a == CUBLAS_OP_N ? CblasNoTrans : CblasTrans, op_b == CUBLAS_OP_N ? CblasNoTrans : CblasTrans, m, n,
-                 k, by, a + i * stride_a, lda, b + i * stride_b, ldb, keeps, ci, ldc);
+                 k, by, taken(a + i * stride_a, a_rows, op_a == CUBLAS_OP_N ? k : m, lda, room_a), lda,
+                 taken(b + i * stride_b, b_rows, op_b == CUBLAS_OP_N ? n : k, ldb, room_b), ldb, keeps, ci, ldc);
         }
     });
     return CUBLAS_STATUS_SUCCESS;
@@ -1018,7 +1065,7 @@ cublasStatus_t batch_of(cublasHandle_t handle, cublasOperation_t op_a, cublasOpe
                                       int n, int k, const T *alpha, const T *a, int lda, const T *b, int ldb,          \
                                       const T *beta, T *c, int ldc)                                                    \
     {                                                                                                                  \
-        return batch_of(handle, op_a, op_b, m, n, k, alpha, a, lda, 0, b, ldb, 0, beta, c, ldc, 0, 1);                 \
+        return batch_of(handle, op_a, op_b, m, n, k, alpha, a, lda, 0, b, ldb, 0, beta, c, ldc, 0, 1, as_it_is());     \
     }                                                                                                                  \
     cublasStatus_t cublas##name##gemmStridedBatched(                                                                   \
         cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int m, int n, int k, const T *alpha,    \
@@ -1026,7 +1073,26 @@ cublasStatus_t batch_of(cublasHandle_t handle, cublasOperation_t op_a, cublasOpe
         int ldc, long long stride_c, int batch)                                                                        \
     {                                                                                                                  \
         return batch_of(handle, op_a, op_b, m, n, k, alpha, a, lda, stride_a, b, ldb, stride_b, beta, c, ldc,          \
-                        stride_c, batch);                                                                              \
+                        stride_c, batch, as_it_is());                                                                  \
     }
 GEMM(S, float)
 GEMM(D, double)
+
+cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int m,
+                                          int n, int k, const void *alpha, const void *a, cudaDataType a_type, int lda,
+                                          long long stride_a, const void *b, cudaDataType b_type, int ldb,
+                                          long long stride_b, const void *beta, void *c, cudaDataType c_type, int ldc,
+                                          long long stride_c, int batch, cublasComputeType_t compute, cublasGemmAlgo_t)
+{
+    const float *by = static_cast<const float *>(alpha), *keeps = static_cast<const float *>(beta);
+    float *to = static_cast<float *>(c);
+    if (a_type != b_type || c_type != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (a_type == CUDA_R_16BF && compute == CUBLAS_COMPUTE_32F)
+        return batch_of(handle, op_a, op_b, m, n, k, by, static_cast<const __nv_bfloat16 *>(a), lda, stride_a,
+                        static_cast<const __nv_bfloat16 *>(b), ldb, stride_b, keeps, to, ldc, stride_c, batch,
+                        as_bf16());
+    if (a_type == CUDA_R_32F && compute == CUBLAS_COMPUTE_32F_FAST_TF32)
+        return batch_of(handle, op_a, op_b, m, n, k, by, static_cast<const float *>(a), lda, stride_a,
+                        static_cast<const float *>(b), ldb, stride_b, keeps, to, ldc, stride_c, batch, as_tf32());
+    return CUBLAS_STATUS_NOT_SUPPORTED;
+}

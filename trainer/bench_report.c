@@ -1,0 +1,96 @@
+/* The table of `longspan bench`, and the same as CSV. */
+#include "bench.h"
+
+#include <string.h>
+
+static const char *const letters[] = {"NS", "CS", "NC", "CC"};
+
+int bench_ranks(const bench *b)
+{
+    return b->dry > 0 ? (int)b->dry : b->r->size;
+}
+
+void bench_print_header(const bench *b, const ceilings *top)
+{
+    static const char form[] = "%-26s %8s | %8s %8s | %8s %8s %8s %6s | %6s %6s | %9s %10s | %8s %8s\n";
+    const int ranks_here = bench_ranks(b);
+    if (b->r->rank != 0) return;
+    printf("batch %lld, embed_dim %lld, %lld heads, %d rank%s, %s; medians of %lld, in seconds\n", (long long)b->batch,
+           (long long)b->embed_dim, (long long)b->heads, ranks_here, ranks_here == 1 ? "" : "s", top->ctx->ops->name,
+           (long long)b->repeat);
+    printf("square products of side %lld, copies of %lld MiB\n", (long long)top->side,
+           (long long)(top->reals * (int64_t)sizeof *top->x >> 20));
+    printf("%s\n", b->dry > 0 ? "time, memory and bytes are those of the middle rank alone; nothing was sent\n" : "");
+    printf(form, "mechanism", "length", "core fwd", "core bwd", "layer", "alone", "core", "ratio", "sgemm", "copy",
+           "MiB", "KiB sent", "sgemm", "copy");
+    printf(form, "", "", "", "", "fwd+bwd", "proj.", "fwd+bwd", "l/p", "share", "share", "", "", "Gflop/s", "GB/s");
+    if (b->csv != NULL)
+        fputs("mechanism,pattern,options,length,ranks,batch,embed_dim,heads,core_forward,core_backward,layer_forward,"
+              "layer_backward,projections,sgemm_seconds_per_gflop,peak_memory_bytes,bytes_sent,messages,device,"
+              "copy_seconds_per_gbyte,share_of_product_rate,share_of_bandwidth,share_of_bandwidth_forward,"
+              "share_of_bandwidth_backward,precision\n",
+              b->csv);
+}
+
+/* Operations of exact softmax: 2 products forward, 5 backward; a triangle counts half. */
+static double softmax_gflop(const bench *b, ls_pattern pattern, int64_t length)
+{
+    const double pairs = (double)length * (double)length * (pattern == LS_CS ? 0.5 : 1);
+    return 7 * 2 * pairs * (double)(b->embed_dim * b->batch) * 1e-9;
+}
+
+static void write_share(FILE *file, double share)
+{
+    if (share > 0)
+        fprintf(file, ",%.6g", share);
+    else
+        fputs(",", file);
+}
+
+static void write_line(const bench *b, const bench_case *c, int64_t length, const bench_figures *f,
+                       const double share[4])
+{
+    fprintf(b->csv, "%s,%s,\"%s\",%lld,%d,%lld,%lld,%lld", c->mechanism, letters[c->pattern], c->options,
+            (long long)length, bench_ranks(b), (long long)b->batch, (long long)b->embed_dim, (long long)b->heads);
+    for (int k = 0; k <= SGEMM; k++) fprintf(b->csv, ",%.6g", f->seconds[k]);
+    fprintf(b->csv, ",%.0f,%.0f,%.0f", f->peak_memory, f->bytes_sent, f->messages);
+    fprintf(b->csv, ",%s,%.6g", b->device == LS_CUDA ? "cuda" : "cpu", f->seconds[COPY]);
+    for (int k = 0; k < 4; k++) write_share(b->csv, share[k]);
+    fprintf(b->csv, ",%s\n", ls_precision_name(b->precision));
+    fflush(b->csv);
+}
+
+/* 0: there is no such share. */
+static void percent(char text[16], double share)
+{
+    text[0] = 0;
+    if (share > 0) snprintf(text, 16, share < 0.1 ? "%.1f%%" : "%.0f%%", 100 * share);
+}
+
+void bench_print_figures(const bench *b, const bench_case *c, int64_t length, const bench_figures *f)
+{
+    const double *s = f->seconds, layer = s[LAYER_FORWARD] + s[LAYER_BACKWARD];
+    const double core = s[CORE_FORWARD] + s[CORE_BACKWARD];
+    /* a dry rank measures its own bytes, ranks together all of theirs; the ceilings are those of one rank */
+    const double copy = 1e-9 * s[COPY] / (b->dry > 0 ? 1 : b->r->size);
+    double share[4] = {0}; /* of products; of copies: both ways, forward, backward */
+    char name[64], products[16], copies[16];
+    if (b->r->rank != 0) return;
+    if (core > 0) {
+        if (strcmp(c->mechanism, "softmax") == 0)
+            share[0] = softmax_gflop(b, c->pattern, length) * s[SGEMM] / core / bench_ranks(b);
+        share[1] = (f->bytes_forward + f->bytes_backward) * copy / core;
+        share[2] = f->bytes_forward * copy / s[CORE_FORWARD];
+        share[3] = f->bytes_backward * copy / s[CORE_BACKWARD];
+    }
+    snprintf(name, sizeof name, "%s %s %s", c->mechanism, letters[c->pattern], c->options);
+    percent(products, share[0]);
+    percent(copies, share[1]);
+    const int digits = b->device == LS_CPU ? 4 : 6; /* a GPU's times are short */
+    printf("%-26s %8lld | %8.*f %8.*f | %8.*f %8.*f %8.*f %6.2f | %6s %6s | %9.1f %10.1f | %8.1f %8.1f\n", name,
+           (long long)length, digits, s[CORE_FORWARD], digits, s[CORE_BACKWARD], digits, layer, digits, s[PROJECTIONS],
+           digits, core, layer / s[PROJECTIONS], products, copies, f->peak_memory / 1048576, f->bytes_sent / 1024,
+           1 / s[SGEMM], 1 / s[COPY]);
+    fflush(stdout);
+    if (b->csv != NULL) write_line(b, c, length, f, share);
+}
