@@ -42,7 +42,11 @@ set(mpirun ${MPIEXEC_EXECUTABLE} --oversubscribe --allow-run-as-root --bind-to n
 set(test_environment OMPI_MCA_mpi_yield_when_idle=1;OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMP_NUM_THREADS=1;OPENBLAS_NUM_THREADS=1)
 
 # single copies read another process past its protection of device memory
-set(emulated_environment LONGSPAN_TEST_DEVICE=cuda LONGSPAN_TEST_EVERY=9 OMPI_MCA_btl_vader_single_copy_mechanism=none)
+set(every 9) # one setting in so many: fibers are slow, and slower under sanitizers
+if(LONGSPAN_SANITIZE)
+  set(every 45)
+endif()
+set(emulated_environment LONGSPAN_TEST_DEVICE=cuda LONGSPAN_TEST_EVERY=${every} OMPI_MCA_btl_vader_single_copy_mechanism=none)
 
 # longspan_test(NAME [DOUBLE] [HDF5] [RANKS 1 2 ...] [ARGS ...] [EMULATED 1 2 ...] [EMULATED_DOUBLE 1 2 ...]): programs
 # test_NAME and, with DOUBLE, test_NAME_double, each run once for every rank count. EMULATED: test_NAME_emulated, and
@@ -120,16 +124,31 @@ foreach(run bf16_1 bf16_3 tf32_1)
     PROCESSORS ${CMAKE_MATCH_2})
 endforeach()
 
+# golden files with work memory full of NaN, and with streams that run at any time that their events allow
+foreach(run poisoned_1 poisoned_3 order_3)
+  string(REGEX MATCH "[0-9]" ranks ${run})
+  set(test golden_emulated_${run})
+  set(setting LONGSPAN_POISON=1)
+  if(run MATCHES order)
+    set(setting LONGSPAN_EMULATOR_ORDER=7)
+  endif()
+  add_test(NAME ${test} COMMAND ${mpirun} -n ${ranks} $<TARGET_FILE:test_golden_emulated> ${golden})
+  set_tests_properties(${test} PROPERTIES ENVIRONMENT "${test_environment};${emulated_environment};${setting}"
+    TIMEOUT 1500 PROCESSORS ${ranks})
+endforeach()
+
 # ---- the same programs on a GPU, where this build has CUDA and there is one: otherwise they are skipped. Several ranks
 # share it by way of host memory.
 if(LONGSPAN_HAS_CUDA)
-  foreach(run golden golden_bf16 golden_tf32 laws precision)
+  foreach(run golden golden_bf16 golden_tf32 golden_poisoned laws laws_poisoned precision)
     foreach(ranks 1 2 4)
       set(test ${run}_gpu_${ranks})
       string(REGEX MATCH "^([a-z]+)_?(.*)$" match ${run})
       set(name ${CMAKE_MATCH_1})
       set(environment ${test_environment} LONGSPAN_TEST_DEVICE=cuda LONGSPAN_TEST_GPU=1)
-      if(CMAKE_MATCH_2)
+      if(CMAKE_MATCH_2 STREQUAL poisoned)
+        list(APPEND environment LONGSPAN_POISON=1)
+      elseif(CMAKE_MATCH_2)
         list(APPEND environment LONGSPAN_TEST_PRECISION=${CMAKE_MATCH_2})
       endif()
       set(arguments)
@@ -140,6 +159,16 @@ if(LONGSPAN_HAS_CUDA)
       set_tests_properties(${test} PROPERTIES ENVIRONMENT "${environment}" TIMEOUT 1500
         PROCESSORS ${ranks} LABELS gpu SKIP_RETURN_CODE 77)
     endforeach()
+  endforeach()
+  find_program(COMPUTE_SANITIZER compute-sanitizer HINTS ${CUDAToolkit_BIN_DIR})
+  foreach(tool memcheck racecheck initcheck synccheck)
+    if(NOT COMPUTE_SANITIZER)
+      continue()
+    endif()
+    add_test(NAME ${tool}_gpu COMMAND ${COMPUTE_SANITIZER} --tool ${tool} --error-exitcode 1
+      $<TARGET_FILE:test_golden> ${golden})
+    set_tests_properties(${tool}_gpu PROPERTIES TIMEOUT 3000 LABELS gpu SKIP_RETURN_CODE 77 ENVIRONMENT
+      "${test_environment};LONGSPAN_TEST_DEVICE=cuda;LONGSPAN_TEST_GPU=1;LONGSPAN_TEST_EVERY=9")
   endforeach()
 endif()
 
@@ -171,6 +200,12 @@ set_target_properties(longspan_program_emulated PROPERTIES OUTPUT_NAME longspan_
 target_link_libraries(longspan_program_emulated PRIVATE trainer_emulated longspan_flags)
 add_test(NAME train_device COMMAND ${PROJECT_SOURCE_DIR}/tests/train_device.sh $<TARGET_FILE:longspan_program>
   $<TARGET_FILE:longspan_program_emulated> ${PROJECT_BINARY_DIR}/tests/train_device)
+if(LONGSPAN_HAS_CUDA)
+  add_test(NAME train_device_gpu COMMAND ${PROJECT_SOURCE_DIR}/tests/train_device.sh $<TARGET_FILE:longspan_program>
+    $<TARGET_FILE:longspan_program> ${PROJECT_BINARY_DIR}/tests/train_device_gpu)
+  set_tests_properties(train_device_gpu PROPERTIES ENVIRONMENT "${test_environment};LONGSPAN_TEST_GPU=1" TIMEOUT 1500
+    LABELS gpu SKIP_RETURN_CODE 77)
+endif()
 add_test(NAME bench COMMAND ${PROJECT_SOURCE_DIR}/tests/bench.py $<TARGET_FILE:longspan_program>
   $<TARGET_FILE:longspan_program_emulated> ${PROJECT_BINARY_DIR}/tests/bench)
 # the formulas that GPUs are compared with; skipped where there is no PyTorch
