@@ -7,8 +7,10 @@
 
 #ifdef LS_REAL_DOUBLE
 #define GEMM cblas_dgemm
+#define TRMM cblas_dtrmm
 #else
 #define GEMM cblas_sgemm
+#define TRMM cblas_strmm
 #endif
 
 static void count(int in_double, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, int64_t lda,
@@ -58,6 +60,16 @@ void ls_gemm_double(int transpose_a, int transpose_b, int64_t m, int64_t n, int6
     count(1, transpose_a, transpose_b, m, n, k, lda, ldb, beta, ldc);
     cblas_dgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans,
                 (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb, beta, c, (blasint)ldc);
+}
+
+void ls_trmm(int transpose, int64_t m, int64_t n, const ls_real *l, int64_t ldl, ls_real *b, int64_t ldb)
+{
+    if (m <= 0 || n <= 0) return;
+    if (ls_products_count_triangle(m, n))
+        ls_product_list(&(ls_product){
+            .m = m, .n = n, .k = m, .lda = ldl, .ldc = ldb, .batch = 1, .transpose_a = transpose, .triangle = 1});
+    TRMM(CblasRowMajor, CblasLeft, CblasLower, transpose ? CblasTrans : CblasNoTrans, CblasNonUnit, (blasint)m,
+         (blasint)n, 1, l, (blasint)ldl, b, (blasint)ldb);
 }
 
 void ls_gemm_single_thread(void)

@@ -77,6 +77,13 @@ static void recall_state(linear *x, chunk k)
     for (int64_t i = 0; i < x->F * (x->d + 1); i++) x->running[i] = (double)from[1 + i];
 }
 
+/* to (n,width) = op(w) rows, w (n,n) lower triangular */
+static void within(int transpose, int64_t n, int64_t width, const ls_real *w, const ls_real *rows, ls_real *to)
+{
+    memcpy(to, rows, (size_t)(n * width) * sizeof *to);
+    ls_trmm(transpose, n, width, w, n, to, width);
+}
+
 /* Piece [i, i + n) of a chunk: out, not yet divided. */
 static void apply_piece(const linear *x, int64_t i, int64_t n)
 {
@@ -86,7 +93,7 @@ static void apply_piece(const linear *x, int64_t i, int64_t n)
         const double past = dot(F, x->A + (i + j) * F, x->z);
         set_inverse(x, i + j, past + weigh(n, apart_within(x, j), x->w + j * n));
     }
-    ls_gemm(0, 0, n, d, n, 1, x->w, n, x->v + i * d, d, 0, x->out + i * d, d);
+    within(0, n, d, x->w, x->v + i * d, x->out + i * d);
     ls_gemm(0, 0, n, d, F, 1, x->A + i * F, F, x->S, d, 1, x->out + i * d, d);
 }
 
@@ -136,10 +143,14 @@ static void piece_backward(const linear *x, int64_t i, int64_t n)
     ls_gemm(0, 1, n, n, d, 1, dout, d, x->v + i * d, d, 0, x->dw, n);
     ls_gemm(0, 1, n, F, d, 1, dout, d, x->S, d, 0, x->dA + i * F, F);
     for (int64_t j = 0; j < n; j++) row_backward(x, i, n, j);
-    turn_backward(x, i, n, x->dA, 0, x->da);
-    ls_gemm(0, 0, n, r, n, 1, x->dw, n, x->b + i * r, r, 1, x->da + i * r, r);
-    ls_gemm(1, 0, n, r, n, 1, x->dw, n, x->a + i * r, r, 0, x->db + i * r, r);
-    ls_gemm(1, 0, n, d, n, 1, x->w, n, dout, d, 0, x->out + i * d, d);
+    if (F == r) { /* dA is da */
+        ls_gemm(0, 0, n, r, n, 1, x->dw, n, x->b + i * r, r, 1, x->da + i * r, r);
+    } else {
+        within(0, n, r, x->dw, x->b + i * r, x->da + i * r);
+        turn_backward(x, i, n, x->dA, 1, x->da);
+    }
+    within(1, n, r, x->dw, x->a + i * r, x->db + i * r);
+    within(1, n, d, x->w, dout, x->out + i * d);
     straighten(x, i, n);
     make_up(x, i, n, x->da);
 }
