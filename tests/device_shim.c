@@ -91,11 +91,18 @@ static int on_host(const ls_attention *a)
     return a == NULL || a->ctx->device == LS_CPU;
 }
 
-/* A shape that the library will refuse before it looks at any tensor. */
-static int is_broken(const ls_attention_shape *shape)
+/* Not this rank's: its rows need not be there. */
+static int is_foreign(const ls_attention *a, const ls_shard *s)
 {
-    return shape->batch <= 0 || shape->queries == NULL || shape->queries->bounds == NULL ||
-           (shape->keys != NULL && shape->keys->bounds == NULL);
+    return s->bounds == NULL || s->size != ls_context_size(a->ctx) || s->rank != ls_context_rank(a->ctx) ||
+           s->lo != s->bounds[s->rank] || s->lo + s->n != s->bounds[s->rank + 1];
+}
+
+/* A shape that the library will refuse before it looks at any tensor. */
+static int is_broken(const ls_attention *a, const ls_attention_shape *shape)
+{
+    return shape->batch <= 0 || shape->queries == NULL || is_foreign(a, shape->queries) ||
+           (shape->keys != NULL && is_foreign(a, shape->keys));
 }
 
 static int64_t out_width(const ls_attention *a)
@@ -128,7 +135,7 @@ static ls_attention_io to_device(copies *c, const ls_attention *a, const ls_atte
 ls_status shim_forward(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
                        const ls_real *params, ls_real *out, ls_saved *saved)
 {
-    if (on_host(a) || is_broken(shape)) return ls_attention_forward(a, shape, io, params, out, saved);
+    if (on_host(a) || is_broken(a, shape)) return ls_attention_forward(a, shape, io, params, out, saved);
     copies c = {.ctx = a->ctx};
     const ls_attention_io d = to_device(&c, a, shape, io);
     const ls_real *p = reals(&c, params, a->reals, 0);
@@ -140,7 +147,7 @@ ls_status shim_backward(ls_attention *a, const ls_attention_shape *shape, const 
                         const ls_real *params, const ls_real *out, const ls_real *dout, ls_saved *saved,
                         const ls_attention_grads *grads)
 {
-    if (on_host(a) || is_broken(shape)) return ls_attention_backward(a, shape, io, params, out, dout, saved, grads);
+    if (on_host(a) || is_broken(a, shape)) return ls_attention_backward(a, shape, io, params, out, dout, saved, grads);
     copies c = {.ctx = a->ctx};
     const ls_attention_io d = to_device(&c, a, shape, io);
     const ls_shard *keys = shape->keys != NULL ? shape->keys : shape->queries;

@@ -1065,7 +1065,7 @@ typedef struct call {
 } call;
 
 /* Wrong shards and shapes of a call, on the ranks that say so. Names the fault, or NULL past the last. */
-static const char *spoil_call(int fault, int bad, call *c, const ls_shard *of_one, const ls_shard *longer)
+static const char *spoil_call(int fault, int bad, call *c, const ls_shard *of_one)
 {
     ls_shard *shard = &c->shard;
     *shard = *c->shape.queries;
@@ -1103,9 +1103,11 @@ static const char *spoil_call(int fault, int bad, call *c, const ls_shard *of_on
         shard->lo += 1;
         if (bad) *which = shard;
         return "a shard whose lo contradicts its bounds";
-    case 8: /* consistent in itself, but not what the others have */
-        if (here.size == 1) shard->length += 1;
-        if (bad) *which = here.size == 1 ? shard : longer;
+    case 8:                 /* consistent in itself, but not what the others have */
+        shard->length += 1; /* rank 0 has one more, and so this one, the last, as many as its memory has */
+        for (int i = 1; here.size > 1 && i <= shard->size; i++) shard->bounds[i] += 1;
+        if (here.size > 1) shard->lo += 1;
+        if (bad) *which = shard;
         return "a shard of another length than the others";
     case 9:
         if (bad) c->params = NULL;
@@ -1136,14 +1138,13 @@ static void refused_calls(const char *mechanism, ls_pattern pattern, ls_level le
     const int bad = !alone || here.rank == here.size - 1;
     int status = same_status(here.comm, ls_attention_create(here.all, &p.options, &attention));
     if (status == LS_OK) status = same_status(here.comm, ls_saved_create(attention, &saved));
-    ls_shard of_one = {0}, longer = {0};
+    ls_shard of_one = {0};
     if (status == LS_OK) status = (int)ls_shard_even(here.one, p.T, &of_one);
-    if (status == LS_OK) status = (int)ls_shard_even(here.all, p.T + here.size, &longer);
     for (int fault = 0; status == LS_OK; fault++) {
         pieces x;
         if (pieces_make(here.all, here.comm, &p, NULL, NULL, &x) != LS_OK) break;
         call c = {.shape = x.shape, .io = x.io, .params = p.params, .out = x.out};
-        const char *name = spoil_call(fault, bad, &c, &of_one, &longer);
+        const char *name = spoil_call(fault, bad, &c, &of_one);
         if (name == NULL) {
             pieces_free(&x);
             break;
@@ -1206,7 +1207,7 @@ static void refused_calls(const char *mechanism, ls_pattern pattern, ls_level le
     fine = fine && answer_equal(&p, &a, &b, LAW_TOLERANCE, text, sizeof text);
     verdict(fine, "refusal: %s: after refusals the context computes something else%s", p.text, text);
     answer_free(&a), answer_free(&b);
-    ls_shard_free(&of_one), ls_shard_free(&longer);
+    ls_shard_free(&of_one);
     if (saved != NULL) ls_saved_free(saved);
     if (attention != NULL) ls_attention_free(attention);
     problem_free(&p);
