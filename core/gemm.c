@@ -4,6 +4,7 @@
 
 #include <cblas.h>
 #include <string.h>
+#include <strings.h>
 
 #ifdef LS_REAL_DOUBLE
 #define GEMM cblas_dgemm
@@ -75,4 +76,27 @@ void ls_trmm(int transpose, int64_t m, int64_t n, const ls_real *l, int64_t ldl,
 void ls_gemm_single_thread(void)
 {
     openblas_set_num_threads(1);
+}
+
+const char *ls_blas_kernels(void)
+{
+    return openblas_get_corename();
+}
+
+const char *ls_blas_better_kernels(void)
+{
+#if defined __GNUC__ && defined __x86_64__
+    static const char *const with_avx2[] = {"Haswell", "Excavator", "Zen", "SkylakeX", "Cooperlake", "SapphireRapids"};
+    const char *chosen = ls_blas_kernels();
+    for (size_t i = 0; i < sizeof with_avx2 / sizeof *with_avx2; i++)
+        if (strcasecmp(chosen, with_avx2[i]) == 0) return NULL;
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return NULL;
+    const int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512cd") &&
+                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                       __builtin_cpu_supports("avx512vl");
+    return avx512 ? "SkylakeX" : "Haswell";
+#else
+    return NULL;
+#endif
 }

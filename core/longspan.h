@@ -60,6 +60,16 @@ const char *ls_status_name(ls_status status);
 /* The message of the last failure on this thread: one sentence. Valid until the next failing call on this thread. */
 const char *ls_last_error(void);
 
+/* ------------------------------------------------------------------------------------------------ BLAS */
+
+/* Which kernels OpenBLAS chose for this processor when it was loaded, e.g. "SkylakeX". */
+const char *ls_blas_kernels(void);
+/* OpenBLAS takes a processor newer than itself for one of 2004, and its products are then several times slower than they
+ * could be. Returns the kernels that it should have chosen, or NULL when its choice is fine. It reads its choice from the
+ * environment when it is loaded, so a program has to set OPENBLAS_CORETYPE to this and start itself anew, before MPI_Init,
+ * as `longspan` does; or its user sets it once for all. */
+const char *ls_blas_better_kernels(void);
+
 /* ------------------------------------------------------------------------------------------------ context */
 
 typedef struct ls_context ls_context;

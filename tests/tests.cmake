@@ -213,6 +213,10 @@ add_test(NAME bench_formulas COMMAND ${PROJECT_SOURCE_DIR}/scripts/bench-gpu-vs-
 set_tests_properties(bench_formulas PROPERTIES SKIP_RETURN_CODE 77 TIMEOUT 600)
 add_test(NAME faults COMMAND ${PROJECT_SOURCE_DIR}/tests/faults.sh $<TARGET_FILE:longspan_program>
   ${PROJECT_BINARY_DIR}/tests/faults)
+# the program has started itself anew where OpenBLAS did not know the processor
+add_test(NAME blas_kernels COMMAND longspan_program info)
+set_tests_properties(blas_kernels PROPERTIES ENVIRONMENT "${test_environment}" PASS_REGULAR_EXPRESSION "OpenBLAS, its kernels for"
+  FAIL_REGULAR_EXPRESSION "slow: this processor can do more")
 add_test(NAME readme COMMAND ${PROJECT_SOURCE_DIR}/tests/readme.py $<TARGET_FILE:longspan_program>
   ${PROJECT_SOURCE_DIR}/README.md)
 add_test(NAME install COMMAND ${PROJECT_SOURCE_DIR}/tests/install.sh ${PROJECT_BINARY_DIR} ${PROJECT_SOURCE_DIR})

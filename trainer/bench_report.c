@@ -18,8 +18,10 @@ void bench_print_header(const bench *b, const ceilings *top)
     printf("batch %lld, embed_dim %lld, %lld heads, %d rank%s, %s; medians of %lld, in seconds\n", (long long)b->batch,
            (long long)b->embed_dim, (long long)b->heads, ranks_here, ranks_here == 1 ? "" : "s", top->ctx->ops->name,
            (long long)b->repeat);
-    printf("square products of side %lld, copies of %lld MiB\n", (long long)top->side,
+    printf("square products of side %lld, copies of %lld MiB", (long long)top->side,
            (long long)(top->reals * (int64_t)sizeof *top->x >> 20));
+    if (b->device == LS_CPU) printf(", OpenBLAS kernels for %s", ls_blas_kernels());
+    printf("\n");
     printf("%s\n", b->dry > 0 ? "time, memory and bytes are those of the middle rank alone; nothing was sent\n" : "");
     printf(form, "mechanism", "length", "core fwd", "core bwd", "layer", "alone", "core", "ratio", "sgemm", "copy",
            "MiB", "KiB sent", "sgemm", "copy");

@@ -9,8 +9,8 @@
 static const char usage[] =
     "usage: longspan info [options]\n"
     "\n"
-    "Shows version, number type, devices, precisions, transports, the MPI library, and the mechanisms with their "
-    "options.\n"
+    "Shows version, number type, devices, precisions, transports, the MPI and BLAS libraries, and the mechanisms with "
+    "their options.\n"
     "\n"
     "  --config   the keys of a configuration instead, each with default, range and a line of help\n"
     "  --markdown the tables of README.md: mechanisms, their options, the keys of a configuration\n"
@@ -131,7 +131,11 @@ static void print_text(ls_context *ctx)
     print_devices();
     print_list("precisions", precision_names());
     print_list("transports", transport_names());
-    printf("%-12s%s (MPI %d.%d)\n\n", "MPI", library, version, subversion);
+    printf("%-12s%s (MPI %d.%d)\n", "MPI", library, version, subversion);
+    printf("%-12sOpenBLAS, its kernels for %s\n", "BLAS", ls_blas_kernels());
+    if (ls_blas_better_kernels() != NULL)
+        printf("%-12sslow: this processor can do more, set OPENBLAS_CORETYPE=%s\n", "", ls_blas_better_kernels());
+    printf("\n");
     printf("Mechanisms. Patterns: NS, CS noncausal and causal self attention, NC, CC noncausal and causal cross "
            "attention;\n"
            "* can also decode token by token. Then what crosses ranks in a forward pass, and a layer's parameters.\n");
@@ -272,10 +276,10 @@ static ls_status print_json(void)
         if (key->words != NULL) json_object_set_new(object, "words", json_list(key->words));
         json_array_append_new(keys, object);
     }
-    json_t *all =
-        json_pack("{s:s, s:s, s:o, s:o, s:o, s:s, s:o, s:o}", "version", LS_VERSION_STRING, "numbers", number_type,
-                  "devices", json_list(device_names()), "precisions", json_list(precision_names()), "transports",
-                  json_list(transport_names()), "mpi", library, "mechanisms", mechanisms, "config", keys);
+    json_t *all = json_pack("{s:s, s:s, s:o, s:o, s:o, s:s, s:s, s:o, s:o}", "version", LS_VERSION_STRING, "numbers",
+                            number_type, "devices", json_list(device_names()), "precisions",
+                            json_list(precision_names()), "transports", json_list(transport_names()), "mpi", library,
+                            "blas", ls_blas_kernels(), "mechanisms", mechanisms, "config", keys);
     const int failed = all == NULL || json_dumpf(all, stdout, JSON_INDENT(2)) != 0;
     json_decref(all);
     if (failed) LS_FAIL(LS_ERR_IO, "info: the JSON cannot be written");

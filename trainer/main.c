@@ -2,7 +2,9 @@
  * Longspan that ends the program. Runs under mpirun, srun, or alone. */
 #include "trainer.h"
 
+#include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static const struct {
     const char *name, *summary;
@@ -53,9 +55,19 @@ static int dispatch(int argc, char **argv, ranks *r)
                                    near ? " (did you mean " : "", near ? near : "", near ? "?)" : ""));
 }
 
+/* OpenBLAS reads its environment when it is loaded, so a better choice of its kernels takes a new start. Where that
+ * fails, or the user has chosen, this one goes on. */
+static void choose_blas_kernels(char **argv)
+{
+    const char *better = ls_blas_better_kernels();
+    if (better == NULL || getenv("OPENBLAS_CORETYPE") != NULL) return;
+    if (setenv("OPENBLAS_CORETYPE", better, 1) == 0) execv("/proc/self/exe", argv);
+}
+
 int main(int argc, char **argv)
 {
     int provided;
+    choose_blas_kernels(argv);
     if (MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided) != MPI_SUCCESS) return EXIT_COMM;
     ranks r = {.groups = 1};
     MPI_Comm_dup(MPI_COMM_WORLD, &r.comm);
