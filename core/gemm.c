@@ -3,15 +3,12 @@
 #include "products.h"
 
 #include <cblas.h>
-#include <string.h>
 #include <strings.h>
 
 #ifdef LS_REAL_DOUBLE
 #define GEMM cblas_dgemm
-#define TRMM cblas_dtrmm
 #else
 #define GEMM cblas_sgemm
-#define TRMM cblas_strmm
 #endif
 
 static void count(int in_double, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, int64_t lda,
@@ -41,10 +38,6 @@ void ls_gemm(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, 
         return;
     }
     count(0, transpose_a, transpose_b, m, n, k, lda, ldb, beta, ldc);
-    if (beta == 0) { /* BLAS clears C number by number, which small products feel */
-        for (int64_t i = 0; i < m; i++) memset(c + i * ldc, 0, (size_t)n * sizeof *c);
-        beta = 1;
-    }
     GEMM(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans, (blasint)m,
          (blasint)n, (blasint)k, (ls_real)alpha, a, (blasint)lda, b, (blasint)ldb, (ls_real)beta, c, (blasint)ldc);
 }
@@ -63,14 +56,20 @@ void ls_gemm_double(int transpose_a, int transpose_b, int64_t m, int64_t n, int6
                 (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb, beta, c, (blasint)ldc);
 }
 
-void ls_trmm(int transpose, int64_t m, int64_t n, const ls_real *l, int64_t ldl, ls_real *b, int64_t ldb)
+/* Of four quarters the one above the diagonal is left out. For the small matrices that come here BLAS's own triangular
+ * product is slower on some processors: it has to copy operands, and works in place. */
+void ls_gemm_lower(int transpose, int64_t m, int64_t n, const ls_real *l, int64_t ldl, const ls_real *b, int64_t ldb,
+                   double beta, ls_real *c, int64_t ldc)
 {
-    if (m <= 0 || n <= 0) return;
-    if (ls_products_count_triangle(m, n))
-        ls_product_list(&(ls_product){
-            .m = m, .n = n, .k = m, .lda = ldl, .ldc = ldb, .batch = 1, .transpose_a = transpose, .triangle = 1});
-    TRMM(CblasRowMajor, CblasLeft, CblasLower, transpose ? CblasTrans : CblasNoTrans, CblasNonUnit, (blasint)m,
-         (blasint)n, 1, l, (blasint)ldl, b, (blasint)ldb);
+    const int64_t half = m < 32 ? m : m / 2, rest = m - half;
+    const ls_real *low = l + half * ldl;
+    if (transpose) {
+        ls_gemm(1, 0, half, n, m, 1, l, ldl, b, ldb, beta, c, ldc);
+        ls_gemm(1, 0, rest, n, rest, 1, low + half, ldl, b + half * ldb, ldb, beta, c + half * ldc, ldc);
+    } else {
+        ls_gemm(0, 0, half, n, half, 1, l, ldl, b, ldb, beta, c, ldc);
+        ls_gemm(0, 0, rest, n, m, 1, low, ldl, b, ldb, beta, c + half * ldc, ldc);
+    }
 }
 
 void ls_gemm_single_thread(void)

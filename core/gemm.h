@@ -12,9 +12,10 @@ void ls_gemm(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, 
 void ls_gemm_double(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha, const double *a,
                     int64_t lda, const double *b, int64_t ldb, double beta, double *c, int64_t ldc);
 
-/* B (m,n) := op(L) B in place, L (m,m) lower triangular: what stands above its diagonal is not read. Half the work of a
- * product. */
-void ls_trmm(int transpose, int64_t m, int64_t n, const ls_real *l, int64_t ldl, ls_real *b, int64_t ldb);
+/* C (m,n) = op(L) B + beta C, L (m,m) lower triangular, with zeros above its diagonal: three quarters of the product.
+ */
+void ls_gemm_lower(int transpose, int64_t m, int64_t n, const ls_real *l, int64_t ldl, const ls_real *b, int64_t ldb,
+                   double beta, ls_real *c, int64_t ldc);
 
 /* One thread per rank: called once when a context is made, since a rank is the unit of parallelism. */
 void ls_gemm_single_thread(void);

@@ -33,12 +33,6 @@ int ls_products_count(int64_t m, int64_t n, int64_t k, int64_t batch)
     return tally.list != NULL;
 }
 
-int ls_products_count_triangle(int64_t m, int64_t n)
-{
-    tally.operations += (double)(m + 1) * (double)m * (double)n;
-    return tally.list != NULL;
-}
-
 /* Kinds are few (tens), and come in the same turns again and again: the search goes on from where the last one ended.
  */
 void ls_product_list(const ls_product *p)
@@ -74,8 +68,7 @@ static int64_t span(int64_t rows, int64_t columns, int64_t ld, int64_t stride, i
 void ls_product_spans(const ls_product *p, int64_t *a, int64_t *b, int64_t *c)
 {
     *a = span(p->transpose_a ? p->k : p->m, p->transpose_a ? p->m : p->k, p->lda, p->stride_a, p->batch);
-    *b = p->triangle ? 0
-                     : span(p->transpose_b ? p->n : p->k, p->transpose_b ? p->k : p->n, p->ldb, p->stride_b, p->batch);
+    *b = span(p->transpose_b ? p->n : p->k, p->transpose_b ? p->k : p->n, p->ldb, p->stride_b, p->batch);
     *c = span(p->m, p->n, p->ldc, p->stride_c, p->batch);
 }
 
@@ -83,9 +76,7 @@ static void repeat_on_cpu(const ls_product *p, const void *a, const void *b, voi
 {
     const int ta = (int)p->transpose_a, tb = (int)p->transpose_b;
     const double beta = p->adds ? 1 : 0;
-    if (p->triangle)
-        ls_trmm(ta, p->m, p->n, a, p->lda, c, p->ldc);
-    else if (p->in_double)
+    if (p->in_double)
         ls_gemm_double(ta, tb, p->m, p->n, p->k, 1, a, p->lda, b, p->ldb, beta, c, p->ldc);
     else
         ls_gemm(ta, tb, p->m, p->n, p->k, 1, a, p->lda, b, p->ldb, beta, c, p->ldc);

@@ -8,11 +8,10 @@
 #include "device.h"
 
 /* C_i (m,n) = op(A_i) op(B_i), i < batch, `adds`: to what C held; row-major, ld* between rows, stride_* between
- * matrices. `exact`: not rounded, whatever the queue's precision.
- * `triangle`: C (m,n) = op(A) C, A (m,m) lower triangular; there is no B. */
+ * matrices. `exact`: not rounded, whatever the queue's precision. */
 typedef struct ls_product {
     int64_t m, n, k, lda, ldb, ldc, batch, stride_a, stride_b, stride_c;
-    int64_t transpose_a, transpose_b, adds, exact, in_double, triangle;
+    int64_t transpose_a, transpose_b, adds, exact, in_double;
 } ls_product;
 
 typedef struct ls_products {
@@ -41,7 +40,6 @@ void ls_product_repeat(ls_queue *queue, const ls_product *p, const void *a, cons
 
 /* Counts 2 m n k batch operations; 1: someone keeps a list, and wants to be told of the product by ls_product_list. */
 int ls_products_count(int64_t m, int64_t n, int64_t k, int64_t batch);
-int ls_products_count_triangle(int64_t m, int64_t n); /* (m + 1) m n operations */
 void ls_product_list(const ls_product *p);
 /* In gemm_cuda.cu. */
 void ls_product_repeat_cuda(ls_queue *queue, const ls_product *p, const void *a, const void *b, void *c);

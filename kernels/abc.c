@@ -291,6 +291,11 @@ static ls_status apply_backward(ls_pass *p, int phase)
 
 /* ------------------------------------------------------------------------------------------------ apply, causal */
 
+/* The recurrences are written for any R and d, and compiled once more for USUAL_SLOTS and USUAL_WIDTH, where the short
+ * loops become a few instructions: for that all of it has to be inline. */
+#define SIZED static inline __attribute__((always_inline))
+enum { USUAL_SLOTS = 16, USUAL_WIDTH = 64 };
+
 /* The running elements of one (b,h), apart by kind so that the loops over slots become vector code. */
 typedef struct running {
     double *m, *s, *x; /* (R), (R), (R,d) */
@@ -304,8 +309,8 @@ static running state_of(const ls_pass *p, int which)
 
 /* One pass over the rows of a state, x (R,d): x_r += give_r row, and of what they are then dot_r = x_r·q. Four slots at
  * a time share the loads of row and q. */
-static void give_and_dot(int64_t R, int64_t d, const double *give, const double *row, double *restrict x,
-                         const double *q, double *dot)
+SIZED void give_and_dot(int64_t R, int64_t d, const double *give, const double *row, double *restrict x,
+                        const double *q, double *dot)
 {
     int64_t r = 0;
     for (; r + 4 <= R; r += 4, x += 4 * d) {
@@ -332,8 +337,8 @@ static void give_and_dot(int64_t R, int64_t d, const double *give, const double 
 }
 
 /* The same, and sum = Σ_r take_r x_r. */
-static void give_dot_and_take(int64_t R, int64_t d, const double *give, const double *row, double *restrict x,
-                              const double *q, double *dot, const double *take, double *restrict sum)
+SIZED void give_dot_and_take(int64_t R, int64_t d, const double *give, const double *row, double *restrict x,
+                             const double *q, double *dot, const double *take, double *restrict sum)
 {
     int64_t r = 0;
     for (int64_t i = 0; i < d; i++) sum[i] = 0;
@@ -364,7 +369,7 @@ static void give_dot_and_take(int64_t R, int64_t d, const double *give, const do
 }
 
 /* sum (d) = Σ_r w_r x_r */
-static void combine(int64_t R, int64_t d, const double *w, const double *x, double *restrict sum)
+SIZED void combine(int64_t R, int64_t d, const double *w, const double *x, double *restrict sum)
 {
     int64_t r = 0;
     for (int64_t i = 0; i < d; i++) sum[i] = 0;
@@ -377,12 +382,12 @@ static void combine(int64_t R, int64_t d, const double *w, const double *x, doub
         for (int64_t i = 0; i < d; i++) sum[i] += w[r] * x[i];
 }
 
-static void widen(int64_t n, const ls_real *x, double *y)
+SIZED void widen(int64_t n, const ls_real *x, double *y)
 {
     for (int64_t i = 0; i < n; i++) y[i] = (double)x[i];
 }
 
-static void narrow(int64_t n, const double *x, ls_real *y)
+SIZED void narrow(int64_t n, const double *x, ls_real *y)
 {
     for (int64_t i = 0; i < n; i++) y[i] = (ls_real)x[i];
 }
@@ -401,7 +406,7 @@ static void raise_maxima(int64_t R, int64_t d, const ls_real *logit, running y)
 }
 
 /* One key, its logits (R), is about to join: e (R) is what its row counts in each slot, 0 where it is padded. */
-static void weigh(int64_t R, int64_t d, const ls_real *logit, int is_padded, running y, double *e)
+SIZED void weigh(int64_t R, int64_t d, const ls_real *logit, int is_padded, running y, double *e)
 {
     int higher = 0;
     for (int64_t r = 0; r < R; r++) higher |= (double)logit[r] > y.m[r];
@@ -467,17 +472,17 @@ static scratch scratch_of(const ls_pass *p)
 }
 
 /* A row of the queries' side, 0 where it is padded. */
-static void widen_query(const ls_pass *p, ls_view v, int64_t b, int64_t h, int64_t t, double *row)
+SIZED void widen_query(const ls_pass *p, int64_t d, ls_view v, int64_t b, int64_t h, int64_t t, double *row)
 {
     if (padded(p->pad_q, b * p->T + t))
-        for (int64_t i = 0; i < p->d; i++) row[i] = 0;
+        for (int64_t i = 0; i < d; i++) row[i] = 0;
     else
-        widen(p->d, ls_row(v, b, h, t), row);
+        widen(d, ls_row(v, b, h, t), row);
 }
 
 /* prob (R) = softmax_r(logit), logit (R) = scale q·K̃_r at the present state, from the dot products q·x_r; both are
  * exact to double's rounding but for the exponential, whose relative error does no harm. */
-static void look(int64_t R, double scale, running y, double *logit, double *prob)
+SIZED void look(int64_t R, double scale, running y, double *logit, double *prob)
 {
     double top = -INFINITY, sum = 0;
     for (int64_t r = 0; r < R; r++) {
@@ -490,28 +495,25 @@ static void look(int64_t R, double scale, running y, double *logit, double *prob
 }
 
 /* Row i of the chunk joins the state of the keys, which its query then sees: w.logit, w.prob. */
-static void join_keys(ls_pass *p, int64_t b, int64_t h, int64_t t, int64_t i, scratch w)
+SIZED void join_keys(ls_pass *p, int64_t R, int64_t d, int64_t b, int64_t h, int64_t t, int64_t i, scratch w)
 {
-    const int64_t R = slots(p), d = p->d;
     const running keys = state_of(p, 0);
     weigh(R, d, p->work[LOGITS] + i * R, padded(p->own.pad, b * p->S + t + i), keys, w.e);
     widen(d, p->work[ROWS_A] + i * d, w.row);
-    widen_query(p, p->q, b, h, t + i, w.q);
+    widen_query(p, d, p->q, b, h, t + i, w.q);
     give_and_dot(R, d, w.e, w.row, keys.x, w.q, w.logit);
     look(R, p->scale, keys, w.logit, w.prob);
 }
 
 /* Its value is about to join: w.e, w.row. */
-static void weigh_values(ls_pass *p, int64_t b, int64_t t, int64_t i, scratch w)
+SIZED void weigh_values(ls_pass *p, int64_t R, int64_t d, int64_t b, int64_t t, int64_t i, scratch w)
 {
-    const int64_t R = slots(p);
-    weigh(R, p->d, p->work[DLOGITS] + i * R, padded(p->own.pad, b * p->S + t + i), state_of(p, 1), w.e);
-    widen(p->d, p->work[ROWS_B] + i * p->d, w.row);
+    weigh(R, d, p->work[DLOGITS] + i * R, padded(p->own.pad, b * p->S + t + i), state_of(p, 1), w.e);
+    widen(d, p->work[ROWS_B] + i * d, w.row);
 }
 
-static ls_status apply_causal(ls_pass *p, int phase)
+SIZED void apply_causal_sized(ls_pass *p, int64_t R, int64_t d, int phase)
 {
-    const int64_t R = slots(p), d = p->d;
     const running values = state_of(p, 1);
     const scratch w = scratch_of(p);
     for (int64_t b = 0; b < p->B; b++)
@@ -523,8 +525,8 @@ static ls_status apply_causal(ls_pass *p, int phase)
                 for (int64_t i = 0; i < n; i++) {
                     ask_for(p->q, b, h, t + i + AHEAD, p->T, d);
                     ask_for(p->out, b, h, t + i + AHEAD, p->T, d);
-                    join_keys(p, b, h, t, i, w);
-                    weigh_values(p, b, t, i, w);
+                    join_keys(p, R, d, b, h, t, i, w);
+                    weigh_values(p, R, d, b, t, i, w);
                     for (int64_t r = 0; r < R; r++) w.take[r] = values.s[r] > 0 ? w.prob[r] / values.s[r] : 0;
                     give_dot_and_take(R, d, w.e, w.row, values.x, w.row, w.logit, w.take, w.sum);
                     if (padded(p->pad_q, b * p->T + t + i))
@@ -534,6 +536,19 @@ static ls_status apply_causal(ls_pass *p, int phase)
                 }
             }
         }
+}
+
+static int is_usual(const ls_pass *p)
+{
+    return slots(p) == USUAL_SLOTS && p->d == USUAL_WIDTH;
+}
+
+static ls_status apply_causal(ls_pass *p, int phase)
+{
+    if (is_usual(p))
+        apply_causal_sized(p, USUAL_SLOTS, USUAL_WIDTH, phase);
+    else
+        apply_causal_sized(p, slots(p), p->d, phase);
     return LS_OK;
 }
 
@@ -550,9 +565,8 @@ static ls_real *reals_of(const ls_pass *p, int64_t t)
 /* The trace of a query, and dq: with dp_r = do·Ṽ_r and dlogit = p (dp - Σ p dp),
  *   the gradient of x_r of K̃ is g q, g = scale dlogit / s, and that of s is -dlogit logit / s, since dK̃·K̃ = dlogit
  * logit; the gradient of x_r of Ṽ is do p / s, and that of s is -dp p / s. */
-static void trace_query(ls_pass *p, const scratch w, double *trace, double *dq)
+SIZED void trace_query(ls_pass *p, int64_t R, int64_t d, const scratch w, double *trace, double *dq)
 {
-    const int64_t R = slots(p), d = p->d;
     const running keys = state_of(p, 0), values = state_of(p, 1);
     double mean = 0, *dp = trace + DS_V * R; /* do·x_r, made when the value joined */
     for (int64_t r = 0; r < R; r++) {
@@ -571,9 +585,8 @@ static void trace_query(ls_pass *p, const scratch w, double *trace, double *dq)
 }
 
 /* Pass 1, forward in time: the states again; dq, and of each query what its slots' gradients are made of. */
-static void causal_queries(ls_pass *p, int phase, int64_t b, int64_t h)
+SIZED void causal_queries(ls_pass *p, int64_t R, int64_t d, int phase, int64_t b, int64_t h)
 {
-    const int64_t R = slots(p), d = p->d;
     const running keys = state_of(p, 0), values = state_of(p, 1);
     const scratch w = scratch_of(p);
     load_state(p, phase, b, h);
@@ -585,9 +598,9 @@ static void causal_queries(ls_pass *p, int phase, int64_t b, int64_t h)
             ask_for(p->q, b, h, t + i + AHEAD, p->T, d);
             ask_for(p->dout, b, h, t + i + AHEAD, p->T, d);
             ask_for(p->dq, b, h, t + i + AHEAD, p->T, d);
-            join_keys(p, b, h, t, i, w);
-            weigh_values(p, b, t, i, w);
-            widen_query(p, p->dout, b, h, t + i, w.q);
+            join_keys(p, R, d, b, h, t, i, w);
+            weigh_values(p, R, d, b, t, i, w);
+            widen_query(p, d, p->dout, b, h, t + i, w.q);
             give_and_dot(R, d, w.e, w.row, values.x, w.q, trace + DS_V * R);
             ls_real *reals = reals_of(p, t + i);
             memcpy(reals + A * R, p->work[LOGITS] + i * R, (size_t)R * sizeof *reals);
@@ -600,7 +613,7 @@ static void causal_queries(ls_pass *p, int phase, int64_t b, int64_t h)
                 ls_zero(ls_row(p->dq, b, h, t + i), d);
                 continue;
             }
-            trace_query(p, w, trace, w.sum);
+            trace_query(p, R, d, w, trace, w.sum);
             narrow(d, w.sum, ls_row(p->dq, b, h, t + i));
         }
     }
@@ -609,8 +622,8 @@ static void causal_queries(ls_pass *p, int phase, int64_t b, int64_t h)
 /* One position of a state's gradient y, time running backward: its query gives `give` (R) of s and give_row (R) times
  * row of x. Then its key takes, with e = e^(logit - m), m the state's maximum there: w.sum (d), and da (R) of the
  * logits. */
-static void exchange_row(int64_t R, int64_t d, const double *give, const double *give_row, const ls_real *logit,
-                         const ls_real *m, int is_padded, running y, const scratch w, ls_real *da)
+SIZED void exchange_row(int64_t R, int64_t d, const double *give, const double *give_row, const ls_real *logit,
+                        const ls_real *m, int is_padded, running y, const scratch w, ls_real *da)
 {
 #pragma omp simd
     for (int64_t r = 0; r < R; r++) w.e[r] = is_padded ? 0 : (double)ls_exp(logit[r] - m[r]);
@@ -653,9 +666,8 @@ static void prefix_backward(ls_pass *p, int phase, int64_t b, int64_t h, const l
 }
 
 /* Pass 2, backward in time: the gradient of the state is gathered from the queries, and each key takes its share. */
-static void causal_keys(ls_pass *p, int phase, int64_t b, int64_t h)
+SIZED void causal_keys(ls_pass *p, int64_t R, int64_t d, int phase, int64_t b, int64_t h)
 {
-    const int64_t R = slots(p), d = p->d;
     const running keys = state_of(p, 0), values = state_of(p, 1);
     const scratch w = scratch_of(p);
     ls_real *k = p->work[ROWS_A], *v = p->work[ROWS_B], *da = p->work[LOGITS], *db = p->work[DLOGITS];
@@ -679,12 +691,12 @@ static void causal_keys(ls_pass *p, int phase, int64_t b, int64_t h)
             }
             later = reals;
             const int nothing = padded(p->own.pad, b * p->S + t + i);
-            widen_query(p, p->q, b, h, t + i, w.q);
+            widen_query(p, d, p->q, b, h, t + i, w.q);
             widen(d, k + i * d, w.row);
             exchange_row(R, d, trace + DS_K * R, trace + DLOGIT * R, reals + A * R, reals + M_K * R, nothing, keys, w,
                          da + i * R);
             narrow(d, w.sum, ls_row(p->own.dk, b, h, t + i));
-            widen_query(p, p->dout, b, h, t + i, w.q);
+            widen_query(p, d, p->dout, b, h, t + i, w.q);
             widen(d, v + i * d, w.row);
             exchange_row(R, d, trace + DS_V * R, trace + P_V * R, reals + B * R, reals + M_V * R, nothing, values, w,
                          db + i * R);
@@ -699,13 +711,21 @@ static void causal_keys(ls_pass *p, int phase, int64_t b, int64_t h)
     prefix_backward(p, phase, b, h, later);
 }
 
-static ls_status apply_causal_backward(ls_pass *p, int phase)
+SIZED void causal_backward(ls_pass *p, int64_t R, int64_t d, int phase)
 {
     for (int64_t b = 0; b < p->B; b++)
         for (int64_t h = 0; h < p->H; h++) {
-            causal_queries(p, phase, b, h);
-            causal_keys(p, phase, b, h);
+            causal_queries(p, R, d, phase, b, h);
+            causal_keys(p, R, d, phase, b, h);
         }
+}
+
+static ls_status apply_causal_backward(ls_pass *p, int phase)
+{
+    if (is_usual(p))
+        causal_backward(p, USUAL_SLOTS, USUAL_WIDTH, phase);
+    else
+        causal_backward(p, slots(p), p->d, phase);
     return LS_OK;
 }
 

@@ -34,10 +34,10 @@ void ls_linear_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[QUERIES] = ls_take(work, 2 * ROWS * r);
     p->work[KEYS] = ls_take(work, 2 * ROWS * r);
     p->work[TURNED] = ls_take(work, F > r ? 3 * ROWS * F : 0);
-    p->work[STAGE] = ls_take(work, (p->backward ? STAGED : OUT + 1) * p->H * stage_rows(p) * d);
+    p->work[STAGE] = ls_take(work, (p->backward ? STAGED : OUT + 1) * stage_reals(p));
     p->work[WEIGHTS] = ls_take(work, 2 * CAUSAL_ROWS * CAUSAL_ROWS);
-    p->work[STATE] = ls_take(work, 2 * F * (d + 1));
-    p->work[DOUBLES] = ls_arena_take(work, (size_t)((p->H + sweeps) * F * (d + 1) + 2 * ROWS) * sizeof(double));
+    p->work[STATE] = ls_take(work, 3 * F * (d + 1) + r);
+    p->work[DOUBLES] = ls_arena_take(work, (size_t)(p->H * F * (d + 1) + 2 * ROWS) * sizeof(double));
     p->work[SMALL] = ls_take(work, (SMALLS + 1) * ROWS + p->H + 1);
     p->work[TRACE] = ls_take(work, sweeps ? stage_rows(p) * (3 + r) : 0);
 }

@@ -2,6 +2,11 @@
  * and the sweeps of backward: linear.c. */
 #include "linear_rows.h"
 
+/* Rows of a chunk: twice as many make states half as often, and pairs twice as many. */
+enum { CHUNK = 32 };
+_Static_assert(BLOCK % CHUNK == 0 && (int)CHUNK <= (int)CAUSAL_ROWS,
+               "a block is whole chunks, for which there is room");
+
 /* a and b of a chunk, not yet turned, b not yet exponentiated. */
 static void load_causal(const linear *x, chunk k)
 {
@@ -19,13 +24,12 @@ static void find_maxima(const linear *x, int64_t n, ls_real before)
     }
 }
 
-/* Rows [i, i + n) made ready: a and b seen from c at their end, A and B, and S, z from the running state, which was
- * seen from c until now. */
+/* Rows [i, i + n) made ready: a and b seen from c at their end, B, and S, z from the running state, which was seen from
+ * c until now. */
 static void load_piece(linear *x, int64_t i, int64_t n)
 {
     exponentiate(x, i, n, x->c[i + n - 1]);
     make_up(x, i, n, x->a);
-    turn(x, i, n, x->a, x->A);
     turn(x, i, n, x->b, x->B);
     round_running(x);
 }
@@ -68,39 +72,38 @@ static void keep_state(linear *x, chunk k)
     memcpy(to + 1, x->S, (size_t)(x->F * (x->d + 1)) * sizeof *to); /* z lies behind S */
 }
 
-/* The running state of number H := what was kept. */
-static void recall_state(linear *x, chunk k)
+/* S, z := what was kept, S as (d,F); it goes on from there within the block alone. Returns its c. */
+static ls_real recall_state(linear *x, chunk k)
 {
-    const ls_real *from = kept_state(x, k);
-    turn_to(x, x->p->H);
-    x->seen_from[x->p->H] = from[0];
-    for (int64_t i = 0; i < x->F * (x->d + 1); i++) x->running[i] = (double)from[1 + i];
-}
-
-/* to (n,width) = op(w) rows, w (n,n) lower triangular */
-static void within(int transpose, int64_t n, int64_t width, const ls_real *w, const ls_real *rows, ls_real *to)
-{
-    memcpy(to, rows, (size_t)(n * width) * sizeof *to);
-    ls_trmm(transpose, n, width, w, n, to, width);
+    const int64_t F = x->F, d = x->d;
+    const ls_real *from = kept_state(x, k), *S = from + 1, *z = S + F * d;
+    x->running = NULL;
+    x->rounded = x->across = 1, x->changed = 0;
+    for (int64_t f = 0; f < F; f++)
+        for (int64_t i = 0; i < d; i++) x->base[i * F + f] = S[f * d + i];
+    memcpy(x->base + F * d, z, (size_t)F * sizeof *z);
+    memcpy(x->S, x->base, (size_t)(F * (d + 1)) * sizeof *z);
+    return from[0];
 }
 
 /* Piece [i, i + n) of a chunk: out, not yet divided. */
 static void apply_piece(const linear *x, int64_t i, int64_t n)
 {
     const int64_t d = x->d, F = x->F;
+    turn(x, i, n, x->a, x->A);
     multiply(x, i, n);
     for (int64_t j = 0; j < n; j++) {
         const double past = dot(F, x->A + (i + j) * F, x->z);
         set_inverse(x, i + j, past + weigh(n, apart_within(x, j), x->w + j * n));
     }
-    within(0, n, d, x->w, x->v + i * d, x->out + i * d);
+    ls_gemm_lower(0, n, d, x->w, n, x->v + i * d, d, 0, x->out + i * d, d);
     ls_gemm(0, 0, n, d, F, 1, x->A + i * F, F, x->S, d, 1, x->out + i * d, d);
 }
 
 ls_status ls_linear_causal_forward(ls_pass *p, int phase)
 {
     linear x = begin(p);
-    const walk w = {.rows = p->T, .step = CAUSAL_ROWS, .reads = HAS_Q | HAS_K | HAS_V, .writes = HAS_OUT};
+    const walk w = {.rows = p->T, .step = CHUNK, .reads = HAS_Q | HAS_K | HAS_V, .writes = HAS_OUT};
     for (int64_t b = 0; b < p->B; b++) {
         load_prefixes(&x, phase, b);
         for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
@@ -120,18 +123,29 @@ ls_status ls_linear_causal_forward(ls_pass *p, int phase)
     return LS_OK;
 }
 
-/* Row j of a piece that starts at row i of its chunk. w, dw, dA hold a·b, do·v, S do: they become w / D, the gradient
- * of a·b, and what A gets from the past. */
+/* to (r) = s sines + c cosines of a row (F) of turned features at position `at`; or itself, where none are. */
+static const ls_real *turn_back(const linear *x, int64_t at, const ls_real *turned, ls_real *to)
+{
+    const int64_t r = x->r;
+    const ls_real s = x->sine[at], c = x->cosine[at];
+    if (x->F == r) return turned;
+    for (int64_t f = 0; f < r; f++) to[f] = s * turned[f] + c * turned[r + f];
+    return to;
+}
+
+/* Row j of a piece that starts at row i of its chunk. w, dw, dA hold a·b, do·v, S do: w and dw become w / D and the
+ * gradient of a·b, and da what a gets from the past. With A·z = a·z', z' being z turned back, the rest needs no A. */
 static void row_backward(const linear *x, int64_t i, int64_t n, int64_t j)
 {
-    const int64_t F = x->F, at = i + j;
-    ls_real *w = x->w + j * n, *dw = x->dw + j * n, *A = x->A + at * F, *dA = x->dA + at * F;
-    const double D = weigh(n, apart_within(x, j), w) + dot(F, A, x->z);
+    const int64_t r = x->r, at = i + j;
+    ls_real *w = x->w + j * n, *dw = x->dw + j * n, *a = x->a + at * r, *da = x->da + at * r;
+    const ls_real *z = turn_back(x, at, x->z, x->turned_z), *past = turn_back(x, at, x->dA + at * x->F, da);
+    const double D = weigh(n, apart_within(x, j), w) + dot(r, a, z);
     set_inverse(x, at, D);
     const ls_real by = x->inverse[at];
-    const ls_real delta = x->flows[at] > 0 ? (ls_real)((dot(n, w, dw) + dot(F, A, dA)) / D) : 0;
+    const ls_real delta = x->flows[at] > 0 ? (ls_real)((dot(n, w, dw) + dot(r, a, past)) / D) : 0;
     weigh_backward(n, apart_within(x, j), by, delta, w, dw);
-    for (int64_t f = 0; f < F; f++) dA[f] = by * (dA[f] - delta * x->z[f]);
+    for (int64_t f = 0; f < r; f++) da[f] = by * (past[f] - delta * z[f]);
     x->delta[at] = delta;
 }
 
@@ -141,16 +155,11 @@ static void piece_backward(const linear *x, int64_t i, int64_t n)
     const ls_real *dout = x->dout + i * d;
     multiply(x, i, n);
     ls_gemm(0, 1, n, n, d, 1, dout, d, x->v + i * d, d, 0, x->dw, n);
-    ls_gemm(0, 1, n, F, d, 1, dout, d, x->S, d, 0, x->dA + i * F, F);
+    ls_gemm(0, 0, n, F, d, 1, dout, d, x->S, F, 0, x->dA + i * F, F);
     for (int64_t j = 0; j < n; j++) row_backward(x, i, n, j);
-    if (F == r) { /* dA is da */
-        ls_gemm(0, 0, n, r, n, 1, x->dw, n, x->b + i * r, r, 1, x->da + i * r, r);
-    } else {
-        within(0, n, r, x->dw, x->b + i * r, x->da + i * r);
-        turn_backward(x, i, n, x->dA, 1, x->da);
-    }
-    within(1, n, r, x->dw, x->a + i * r, x->db + i * r);
-    within(1, n, d, x->w, dout, x->out + i * d);
+    ls_gemm_lower(0, n, r, x->dw, n, x->b + i * r, r, 1, x->da + i * r, r);
+    ls_gemm_lower(1, n, r, x->dw, n, x->a + i * r, r, 0, x->db + i * r, r);
+    ls_gemm_lower(1, n, d, x->w, n, dout, d, 0, x->out + i * d, d);
     straighten(x, i, n);
     make_up(x, i, n, x->da);
 }
@@ -175,7 +184,7 @@ static void recall_rows(const linear *x, chunk k)
 /* Chunk t of a block made ready; its db is kept from sweep to sweep. */
 static void stand_at_chunk(linear *x, chunk *k)
 {
-    k->n = ls_min(CAUSAL_ROWS, k->hi - k->t);
+    k->n = ls_min(CHUNK, k->hi - k->t);
     stand_at(x, k);
     x->db = x->all_db + (k->t - k->lo) * x->r;
     if (x->F == x->r) x->dB = x->db;
@@ -185,14 +194,14 @@ static void stand_at_chunk(linear *x, chunk *k)
 /* Sweep 1 through a block of one head, forward in time: dq, and of db and dv what comes from within chunks. */
 static void sweep_past(linear *x, chunk k)
 {
-    const int64_t state = x->p->H;
-    recall_state(x, k);
+    ls_real *seen_from = x->seen_from + x->p->H;
+    *seen_from = recall_state(x, k);
     for (k.t = k.lo; k.t < k.hi; k.t += k.n) {
         stand_at_chunk(x, &k);
-        find_maxima(x, k.n, x->seen_from[state]);
+        find_maxima(x, k.n, *seen_from);
         for (int64_t i = 0, end; i < k.n; i = end) {
             end = end_of_piece(x, i, k.n);
-            see_from(x, state, x->c[end - 1]);
+            see_from(x, x->p->H, x->c[end - 1]);
             load_piece(x, i, end - i);
             piece_backward(x, i, end - i);
             if (k.t + end < k.hi) gather(x, end - i, x->B + i * x->F, x->v + i * x->d, NULL, 1);
@@ -207,19 +216,21 @@ static void sweep_past(linear *x, chunk k)
 static void sweep_future(linear *x, chunk k)
 {
     turn_to(x, k.h);
-    for (k.t = k.lo + (k.hi - k.lo - 1) / CAUSAL_ROWS * CAUSAL_ROWS; k.t >= k.lo; k.t -= CAUSAL_ROWS) {
+    for (k.t = k.lo + (k.hi - k.lo - 1) / CHUNK * CHUNK; k.t >= k.lo; k.t -= CHUNK) {
         stand_at_chunk(x, &k);
         recall_rows(x, k);
         for (int64_t end = k.n, i; end > 0; end = i) {
             i = start_of_piece(x, end);
             see_gradient_from(x, k.h, x->c[end - 1]);
             load_piece(x, i, end - i);
+            turn(x, i, end - i, x->a, x->A);
             take_gradients(x, i, end - i, 1);
             scale_rows(end - i, x->F, x->inverse + i, x->A + i * x->F);
             give_gradients(x, i, end - i, 1);
         }
         finish_keys(x, k);
     }
+    fold(x);
 }
 
 ls_status ls_linear_causal_backward(ls_pass *p, int phase)
@@ -231,7 +242,7 @@ ls_status ls_linear_causal_backward(ls_pass *p, int phase)
     for (int64_t b = 0; b < p->B; b++) {
         clear_running(&x);
         for (chunk k = before_all(&x, &w, b); next_block(&x, &w, &k);)
-            for (k.h = 0; k.h < p->H; k.h++) {
+            for (; k.h < k.last; k.h++) {
                 sweep_past(&x, k);
                 sweep_future(&x, k);
             }

@@ -28,21 +28,23 @@ typedef struct linear {
     double turn, floor;
     ls_real *a, *da, *b, *db;                  /* (n,r) */
     ls_real *A, *dA, *B, *dB;                  /* (n,F); dA and dB are the same memory where ω ≠ 0 */
-    ls_real *stage[STAGED];                    /* (H,block,d) */
-    int64_t block;                             /* rows of the stage */
+    ls_real *stage[STAGED];                    /* (heads,block,d) */
+    int64_t heads, block;                      /* heads and rows of the stage */
     ls_real *q, *k, *v, *dout, *out, *dq, *dk; /* (n,d) the present chunk on the stage */
     ls_real *w, *dw;                           /* (n,n) */
-    ls_real *S, *z, *change, *sum;             /* (F,d), (F): the state as products want it; what a chunk adds to it */
-    double *running, *all_running;             /* (F,d) then (F), of each head: the state as it is summed. CS backward:
-                                                * the gradients of states, and last the state of the head under way */
-    int rounded;                               /* S, z are the running state */
-    double *step;                              /* (n,2) sin kω, cos kω */
-    ls_real *top, *c, *inverse, *delta;        /* (n) */
-    ls_real *flows;                            /* (n) 0 where the floor is taken */
-    ls_real *sine, *cosine;                    /* (n) */
-    ls_real *apart;                            /* (2n) cos (n-1)ω, .., cos 0, then zeros: what is later is not seen */
-    ls_real *seen_from;                        /* (H + 1) c that a running state is seen from */
-    ls_real *all_c, *all_inverse, *all_delta;  /* (block) of the head under way, from sweep to sweep; and (block,r): */
+    /* (F,d) then (F): the state as products want it; what it was at the start of the block; what was added since */
+    ls_real *S, *z, *base, *change, *sum;
+    double *running, *all_running; /* (F,d) then (F), of each head: the state, summed from block to block; or NULL */
+    int rounded, changed;          /* S, z, base are the running state; change, sum hold something */
+    int across;                    /* S, base, change lie as (d,F) */
+    double *step;                  /* (n,2) sin kω, cos kω */
+    ls_real *top, *c, *inverse, *delta;       /* (n) */
+    ls_real *flows;                           /* (n) 0 where the floor is taken */
+    ls_real *sine, *cosine;                   /* (n) */
+    ls_real *turned_z;                        /* (r) */
+    ls_real *apart;                           /* (2n) cos (n-1)ω, .., cos 0, then zeros: what is later is not seen */
+    ls_real *seen_from;                       /* (H + 1) c that a running state is seen from */
+    ls_real *all_c, *all_inverse, *all_delta; /* (block) of the head under way, from sweep to sweep; and (block,r): */
     ls_real *all_db;
 } linear;
 
@@ -72,6 +74,19 @@ static inline int64_t stage_rows(const ls_pass *p)
     return ls_min(ls_max(blocks, 1) * BLOCK, ls_max(p->T, p->S));
 }
 
+/* Heads of a block, side by side in memory: a stretch of SIDE_BY_SIDE reals is read about as fast as a whole row, and
+ * the stage stays in a core's own cache. */
+enum { SIDE_BY_SIDE = 256 };
+static inline int64_t stage_heads(const ls_pass *p)
+{
+    return ls_min(ls_max(SIDE_BY_SIDE / p->d, 1), p->H);
+}
+
+static inline int64_t stage_reals(const ls_pass *p)
+{
+    return stage_heads(p) * stage_rows(p) * p->d;
+}
+
 /* CS: a state as it is kept, [c][S (F,d)][z (F)]. */
 static inline int64_t kept_reals(const ls_pass *p)
 {
@@ -96,10 +111,12 @@ static inline linear begin(ls_pass *p)
     x.B = turns ? x.A + ROWS * x.F : x.b;
     x.dA = turns ? x.B + ROWS * x.F : x.da;
     x.dB = turns ? x.dA : x.db;
-    x.block = stage_rows(p);
-    for (int i = 0; i < (p->backward ? STAGED : OUT + 1); i++) x.stage[i] = p->work[STAGE] + i * p->H * x.block * x.d;
+    x.heads = stage_heads(p), x.block = stage_rows(p);
+    for (int i = 0; i < (p->backward ? STAGED : OUT + 1); i++) x.stage[i] = p->work[STAGE] + i * stage_reals(p);
     x.w = p->work[WEIGHTS], x.dw = x.w + CAUSAL_ROWS * CAUSAL_ROWS;
-    x.S = p->work[STATE], x.z = x.S + x.F * x.d, x.change = x.z + x.F, x.sum = x.change + x.F * x.d;
+    const int64_t state = x.F * (x.d + 1);
+    x.S = p->work[STATE], x.base = x.S + state, x.change = x.base + state;
+    x.z = x.S + x.F * x.d, x.sum = x.change + x.F * x.d, x.turned_z = x.change + state;
     x.step = (double *)(void *)p->work[DOUBLES], x.all_running = x.step + 2 * ROWS;
     ls_real **const small[SMALLS] = {&x.top, &x.c, &x.inverse, &x.delta, &x.flows, &x.sine, &x.cosine, &x.apart};
     for (int i = 0; i < SMALLS; i++) *small[i] = p->work[SMALL] + i * ROWS;
@@ -118,8 +135,9 @@ static inline linear begin(ls_pass *p)
 
 /* ------------------------------------------------------------------------------------------------ walking */
 
-/* A kernel walks through the rows of one batch row: blocks of rows, in each all heads, of each chunk by chunk. So
- * tensors are read and written row by row, as they lie in memory, and products find the rows of a head side by side. */
+/* A kernel walks through the rows of one batch row: blocks of rows, in each some heads after others, of each chunk by
+ * chunk. So tensors are read and written row by row, as they lie in memory, and products find the rows of a head side
+ * by side. */
 typedef struct walk {
     int64_t rows, step;     /* all of them, of a chunk */
     unsigned reads, writes; /* sets of staged tensors */
@@ -135,10 +153,16 @@ enum {
     HAS_DK = 1 << DK
 };
 
-/* Rows [t, t + n) of (b,h), in the block [lo, hi). */
+/* Rows [t, t + n) of (b,h), in the block of rows [lo, hi) of heads [first, last). */
 typedef struct chunk {
-    int64_t b, h, t, n, lo, hi;
+    int64_t b, h, t, n, lo, hi, first, last;
 } chunk;
+
+/* A block's row of head h on the stage. */
+static inline ls_real *staged(const linear *x, const chunk *k, int tensor, int64_t h, int64_t t)
+{
+    return x->stage[tensor] + ((h - k->first) * x->block + t - k->lo) * x->d;
+}
 
 static inline int of_keys(int tensor)
 {
@@ -160,8 +184,8 @@ static inline void read_block(const linear *x, const chunk *k, int tensor)
     const uint8_t *pad = of_keys(tensor) ? p->own.pad : p->pad_q;
     const int64_t rows = of_keys(tensor) ? p->S : p->T;
     for (int64_t t = k->lo; t < k->hi; t++)
-        for (int64_t h = 0; h < p->H; h++) {
-            ls_real *to = x->stage[tensor] + (h * x->block + t - k->lo) * x->d;
+        for (int64_t h = k->first; h < k->last; h++) {
+            ls_real *to = staged(x, k, tensor, h, t);
             if (ls_is_padded(pad, k->b * rows + t))
                 ls_zero(to, x->d);
             else
@@ -173,8 +197,8 @@ static inline void write_block(const linear *x, const chunk *k, int tensor, int 
 {
     const ls_view v = view_of(x->p, tensor);
     for (int64_t t = k->lo; t < k->hi; t++)
-        for (int64_t h = 0; h < x->p->H; h++) {
-            const ls_real *from = x->stage[tensor] + (h * x->block + t - k->lo) * x->d;
+        for (int64_t h = k->first; h < k->last; h++) {
+            const ls_real *from = staged(x, k, tensor, h, t);
             ls_real *to = ls_row(v, k->b, h, t);
             if (add)
                 ls_axpy(x->d, 1, from, to);
@@ -188,14 +212,20 @@ static inline int next_block(const linear *x, const walk *w, chunk *k)
 {
     for (int i = 0; i < STAGED && k->hi > k->lo; i++)
         if (w->writes >> i & 1) write_block(x, k, i, w->adds);
-    if (w->backward ? k->lo == 0 : k->hi == w->rows) return 0;
-    if (w->backward) {
-        k->hi = k->lo;
-        k->lo = (k->hi - 1) / x->block * x->block;
+    if (k->last < x->p->H) {
+        k->first = k->last;
     } else {
-        k->lo = k->hi;
-        k->hi = ls_min(k->lo + x->block, w->rows);
+        if (w->backward ? k->lo == 0 : k->hi == w->rows) return 0;
+        k->first = 0;
+        if (w->backward) {
+            k->hi = k->lo;
+            k->lo = (k->hi - 1) / x->block * x->block;
+        } else {
+            k->lo = k->hi;
+            k->hi = ls_min(k->lo + x->block, w->rows);
+        }
     }
+    k->h = k->first, k->last = ls_min(k->first + x->heads, x->p->H);
     for (int i = 0; i < STAGED; i++)
         if (w->reads >> i & 1) read_block(x, k, i);
     return 1;
@@ -204,7 +234,7 @@ static inline int next_block(const linear *x, const walk *w, chunk *k)
 static inline chunk before_all(const linear *x, const walk *w, int64_t b)
 {
     const int64_t at = w->backward ? w->rows : 0;
-    return (chunk){.b = b, .h = x->p->H, .lo = at, .hi = at};
+    return (chunk){.b = b, .h = x->p->H, .lo = at, .hi = at, .first = x->p->H, .last = x->p->H};
 }
 
 /* Is it the first of its head in the block? */
@@ -217,15 +247,21 @@ static inline int begins(const chunk *k)
 static inline void stand_at(linear *x, const chunk *k)
 {
     ls_real **const rows[STAGED] = {&x->q, &x->k, &x->v, &x->dout, &x->out, &x->dq, &x->dk};
-    for (int i = 0; i < STAGED && x->stage[i] != NULL; i++)
-        *rows[i] = x->stage[i] + (k->h * x->block + k->t - k->lo) * x->d;
+    for (int i = 0; i < STAGED && x->stage[i] != NULL; i++) *rows[i] = staged(x, k, i, k->h, k->t);
 }
 
 /* The running state is that of head h. */
 static inline void turn_to(linear *x, int64_t h)
 {
     x->running = x->all_running + h * x->F * (x->d + 1);
-    x->rounded = 0;
+    x->rounded = x->changed = x->across = 0;
+}
+
+/* What was added in a block goes to the running state. */
+static inline void fold(linear *x)
+{
+    for (int64_t i = 0; i < x->F * (x->d + 1) && x->changed; i++) x->running[i] += (double)x->change[i];
+    x->rounded = x->changed = 0;
 }
 
 /* To the next chunk; 0 after the last. */
@@ -234,10 +270,8 @@ static inline int go_on(linear *x, const walk *w, chunk *k)
     if (k->h < x->p->H && k->t + k->n != k->hi) {
         k->t += w->step;
     } else {
-        if (++k->h >= x->p->H) {
-            if (!next_block(x, w, k)) return 0;
-            k->h = 0;
-        }
+        fold(x);
+        if (++k->h >= k->last && !next_block(x, w, k)) return 0;
         k->t = k->lo;
         turn_to(x, k->h);
     }
@@ -428,16 +462,29 @@ static inline void clear_running(const linear *x)
 
 static inline void round_running(linear *x) /* to S, z */
 {
-    for (int64_t i = 0; i < x->F * (x->d + 1) && !x->rounded; i++) x->S[i] = (ls_real)x->running[i];
+    const int64_t reals = x->F * (x->d + 1);
+    for (int64_t i = 0; i < reals && !x->rounded; i++) x->base[i] = (ls_real)x->running[i];
+    for (int64_t i = 0; i < reals && !x->rounded; i++) x->S[i] = x->base[i] + (x->changed ? x->change[i] : 0);
     x->rounded = 1;
+}
+
+/* What features of exponentials have in a state (F,d) or (d,F), and (F) behind it. */
+static inline void scale_state(const linear *x, ls_real factor, ls_real *state)
+{
+    const int64_t e = x->exponentials, F = x->F, d = x->d;
+    for (int64_t i = 0; i < (x->across ? 0 : e * d); i++) state[i] *= factor;
+    for (int64_t i = 0; i < (x->across ? d : 0); i++)
+        for (int64_t f = 0; f < e; f++) state[i * F + f] *= factor;
+    for (int64_t f = 0; f < e; f++) state[F * d + f] *= factor;
 }
 
 static inline void scale_running(linear *x, double factor)
 {
-    x->rounded = 0;
     double *z = x->running + x->F * x->d;
-    for (int64_t i = 0; i < x->exponentials * x->d; i++) x->running[i] *= factor;
-    for (int64_t f = 0; f < x->exponentials; f++) z[f] *= factor;
+    for (int64_t i = 0; i < x->exponentials * x->d && x->running != NULL; i++) x->running[i] *= factor;
+    for (int64_t f = 0; f < x->exponentials && x->running != NULL; f++) z[f] *= factor;
+    if (x->changed) scale_state(x, (ls_real)factor, x->change);
+    if (x->rounded) scale_state(x, (ls_real)factor, x->base), scale_state(x, (ls_real)factor, x->S);
 }
 
 /* The running state of a head, seen from c = `to` from now on. */
@@ -455,16 +502,19 @@ static inline void see_gradient_from(linear *x, int64_t h, ls_real to)
 }
 
 /* The running S += Σ_i rows_i matrix_iᵀ, z += Σ_i weight_i rows_i; rows (n,F), matrix (n,d). weight NULL: 1. round: S,
- * z are then what is running, too. */
+ * z, which were rounded, are then what is running, too. */
 static inline void gather(linear *x, int64_t n, const ls_real *rows, const ls_real *matrix, const ls_real *weight,
                           int round)
 {
     const int64_t F = x->F, d = x->d;
-    ls_gemm(1, 0, F, d, n, 1, rows, F, matrix, d, 0, x->change, d);
-    ls_zero(x->sum, F);
+    if (x->across)
+        ls_gemm(1, 0, d, F, n, 1, matrix, d, rows, F, x->changed, x->change, F);
+    else
+        ls_gemm(1, 0, F, d, n, 1, rows, F, matrix, d, x->changed, x->change, d);
+    if (!x->changed) ls_zero(x->sum, F);
     for (int64_t i = 0; i < n; i++) ls_axpy(F, weight == NULL ? 1 : weight[i], rows + i * F, x->sum);
-    for (int64_t i = 0; i < F * (d + 1) && !round; i++) x->running[i] += (double)x->change[i];
-    for (int64_t i = 0; i < F * (d + 1) && round; i++) x->S[i] = (ls_real)(x->running[i] += (double)x->change[i]);
+    for (int64_t i = 0; i < F * (d + 1) && round; i++) x->S[i] = x->base[i] + x->change[i];
+    x->changed = 1;
     x->rounded = round;
 }
 
