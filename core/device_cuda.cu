@@ -311,7 +311,7 @@ static ls_status wait(ls_queue *q)
 {
     LS_TRY(failed(cudaSetDevice(q->device), q->device, "cudaSetDevice"));
     LS_TRY(failed(cudaStreamSynchronize(q->stream), q->device, "what was queued"));
-    return kept(q, "a product");
+    return ls_launched(q, "a product or a launch");
 }
 
 ls_status ls_launched(ls_queue *q, const char *what)

@@ -518,12 +518,26 @@ static ls_status find_documents(ls_attention *a, const ls_attention_io *io, cons
                              c->documents);
 }
 
+/* Of all ranks' exchange and, for documents that lie on one rank, of its own. */
+static void measure_wires(ls_context *ctx)
+{
+    ls_exchange_plan_begin(&ctx->exchange);
+    ls_exchange_plan_begin(&ctx->alone->exchange);
+}
+static ls_status reserve_wires(ls_context *ctx)
+{
+    LS_TRY(ls_exchange_reserve(&ctx->exchange));
+    return ls_exchange_reserve(&ctx->alone->exchange);
+}
+
 static ls_status reserve_forward(ls_attention *a, const ls_attention_io *io, ls_arena *keep, ls_call *c, layer *l)
 {
     ls_arena *work = &a->ctx->work;
     ls_arena_measure(keep);
     ls_arena_measure(work);
+    measure_wires(a->ctx);
     plan(a, io, c, l, keep, work);
+    LS_TRY(reserve_wires(a->ctx));
     LS_TRY(ls_arena_reserve(keep, a->mechanism->name));
     LS_TRY(ls_arena_reserve(work, a->mechanism->name));
     plan(a, io, c, l, keep, work);
@@ -633,7 +647,9 @@ static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *sha
     ls_arena nothing = {0}, *work = &a->ctx->work; /* saved is as forward left it: only work is measured */
     ls_arena_measure(&nothing);
     ls_arena_measure(work);
+    measure_wires(a->ctx);
     plan(a, io, c, l, &nothing, work);
+    LS_TRY(reserve_wires(a->ctx));
     LS_TRY(ls_arena_reserve(work, name));
     ls_arena_replay(&saved->arena);
     plan(a, io, c, l, &saved->arena, work);

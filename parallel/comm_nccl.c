@@ -343,5 +343,6 @@ ls_status ls_comm_nccl(MPI_Comm mpi, const ls_device_ops *ops, ls_queue *queue, 
 done:
     give_up(n); /* without waiting for the others, who have failed, too */
     close_nccl(comm);
+    *comm = (ls_comm){0}; /* there is nothing to close any more */
     return status;
 }

@@ -11,7 +11,10 @@ static ls_status add(ls_exchange *x, void *data, size_t bytes, int peer, int rec
     if (x->listed == x->list_capacity) {
         const int capacity = x->list_capacity ? 2 * x->list_capacity : 16;
         ls_message *grown = realloc(x->list, (size_t)capacity * sizeof *grown);
-        if (grown == NULL) LS_FAIL(LS_ERR_MEMORY, "exchange: no memory for %d messages", capacity);
+        if (grown == NULL) {
+            x->listed = 0; /* what was listed is not sent with the next group */
+            LS_FAIL(LS_ERR_MEMORY, "exchange: no memory for %d messages", capacity);
+        }
         x->list = grown;
         x->list_capacity = capacity;
     }
@@ -54,9 +57,27 @@ void ls_exchange_work(ls_exchange *x)
     if (work != NULL) work(x->meanwhile_of);
 }
 
+void ls_exchange_plan_begin(ls_exchange *x)
+{
+    ls_arena_measure(&x->wire);
+}
+
+void ls_exchange_plan(ls_exchange *x, size_t out, size_t in)
+{
+    if (!x->wire.measuring) return;
+    ls_arena_take(&x->wire, out), ls_arena_take(&x->wire, in);
+    ls_arena_release(&x->wire, 0);
+}
+
+ls_status ls_exchange_reserve(ls_exchange *x)
+{
+    return ls_arena_reserve(&x->wire, "exchange: message buffers");
+}
+
 void ls_exchange_close(ls_exchange *x)
 {
     x->comm.ops->forget(&x->pending);
+    x->comm.ops->forget(&x->sums);
     x->comm.ops->close(&x->comm);
     free(x->list);
     ls_arena_free(&x->wire);

@@ -13,9 +13,9 @@ typedef struct ls_exchange {
     const ls_memory *memory; /* of the device where the tensors are; NULL: the CPU */
     ls_queue *queue;
     ls_traffic traffic;
-    ls_arena wire; /* message buffers; only grows */
-    ls_pending pending;
-    ls_message *list; /* of one group of messages */
+    ls_arena wire;            /* message buffers; only grows */
+    ls_pending pending, sums; /* sums: of the ring's gradients, which travel beside its blocks */
+    ls_message *list;         /* of one group of messages */
     int listed, list_capacity;
     void (*meanwhile)(void *of); /* local work for the next time that messages travel; NULL: none */
     void *meanwhile_of;
@@ -34,6 +34,11 @@ ls_status ls_exchange_add(ls_exchange *x, void *data, size_t bytes, int peer, in
 ls_status ls_exchange_add_host(ls_exchange *x, void *data, size_t bytes, int peer, int receive);
 ls_status ls_exchange_begin(ls_exchange *x, ls_crossing kind, ls_pending *pending);
 ls_status ls_exchange_end(ls_exchange *x, ls_pending *pending);
+/* The wire is reserved before a call is agreed on, so that no rank lacks memory while others wait for its messages:
+ * ls_exchange_plan_begin, plan (of one group after the other; between other times it does nothing), then _reserve. */
+void ls_exchange_plan_begin(ls_exchange *x);
+void ls_exchange_plan(ls_exchange *x, size_t out, size_t in);
+ls_status ls_exchange_reserve(ls_exchange *x);
 /* Does what was left to be done meanwhile, unless it was done already: end does so first of all. */
 void ls_exchange_work(ls_exchange *x);
 
@@ -56,6 +61,8 @@ ls_status ls_gather_adjoint(ls_exchange *x, const int64_t *count, const ls_real 
  * says what every rank wants, [lo, lo + n), n = 0: nothing. `from` holds this rank's shard. n tensors in one go. */
 ls_status ls_fetch(ls_exchange *x, const ls_shard *shard, const ls_span *want, const ls_rows *from, const ls_rows *to,
                    int tensors);
+/* What it takes of the wire, and its adjoint takes as much: a row of all tensors has row_bytes. */
+void ls_fetch_plan(ls_exchange *x, const ls_shard *shard, const ls_span *want, size_t row_bytes);
 /* Adjoint: the rows of `to` are added to those of `from` at their owners, in rank order. Tensors of ls_real only. */
 ls_status ls_fetch_adjoint(ls_exchange *x, const ls_shard *shard, const ls_span *want, const ls_rows *from,
                            const ls_rows *to, int tensors);

@@ -124,6 +124,18 @@ static ls_status travel(ls_exchange *x, const ls_shard *shard, const ls_span *wa
     return LS_OK;
 }
 
+void ls_fetch_plan(ls_exchange *x, const ls_shard *shard, const ls_span *want, size_t bytes)
+{
+    const int rank = x->comm.rank;
+    size_t out = 0, in = 0;
+    for (int p = 0; p < x->comm.size; p++) {
+        if (p == rank) continue;
+        out += bytes * (size_t)rows_between(shard, want, rank, p);
+        in += bytes * (size_t)rows_between(shard, want, p, rank);
+    }
+    ls_exchange_plan(x, out, in);
+}
+
 ls_status ls_fetch(ls_exchange *x, const ls_shard *shard, const ls_span *want, const ls_rows *from, const ls_rows *to,
                    int tensors)
 {

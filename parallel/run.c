@@ -203,6 +203,29 @@ static void plan_gather(ls_call *c, int i, const ls_phase *phase, ls_arena *save
     g->dall = ls_take(work, back * g->total);
 }
 
+/* Of what crosses in this call, lists apart: their wire is agreed on when they are known. */
+static void plan_wire(const ls_call *c)
+{
+    const ls_pass *p = &c->pass;
+    const ls_phase *phases = c->mechanism->phases[p->pattern];
+    ls_exchange *x = &c->ctx->exchange;
+    const size_t one = sizeof(ls_real), row = (size_t)(p->B * p->H * p->d) * one;
+    if (c->placement.on) /* q, k, v and two masks */
+        ls_fetch_plan(x, c->keys, c->placement.want, 3 * row + 2 * (size_t)p->B);
+    for (int i = 0; phases[i].name != NULL; i++) {
+        if (!ls_is_needed(p, &phases[i])) continue;
+        const size_t extra = phases[i].fetches & LS_EXTRA ? (size_t)(p->B * p->extra_width) * one : 0;
+        if (phases[i].crossing == LS_FETCH && phases[i].wanted == NULL)
+            ls_fetch_plan(x, c->keys, c->reach.want, 2 * row + extra + (size_t)p->B);
+        if (phases[i].crossing == LS_GATHER && p->backward && !phases[i].constant)
+            ls_exchange_plan(x, (size_t)(p->gathered[i].count * c->keys->size) * one, 0);
+        if (phases[i].monoid != NULL) {
+            const size_t bytes = (size_t)ls_monoid_size(p->summary[i].monoid) * one;
+            ls_exchange_plan(x, bytes, bytes);
+        }
+    }
+}
+
 void ls_run_plan(ls_call *c, ls_arena *saved, ls_arena *work)
 {
     ls_pass *user = &c->pass;
@@ -225,6 +248,7 @@ void ls_run_plan(ls_call *c, ls_arena *saved, ls_arena *work)
         s->dsent = ls_take(work, back * n);
         s->dgot = ls_take(work, back * n);
     }
+    plan_wire(c);
     ls_pass p = placed(c);
     ls_plan_mechanism(c->mechanism, &p, saved, work);
     memcpy(user->saved, p.saved, sizeof p.saved);
@@ -349,8 +373,6 @@ static ls_status ring_backward(ls_call *c, ls_pass *p, const ls_phase *phase, in
     char *here = c->ring.block[0], *next = c->ring.block[1];
     ls_real *making = c->ring.gradient[0], *arriving = c->ring.gradient[1], *leaving = c->ring.gradient[2];
     const ls_memory *memory = ls_memory_of(x);
-    ls_pending sums = {0};
-    ls_status status = LS_OK;
     start_ring(c, p, phase);
     if (size == 1) {
         p->visit.dk = p->own.dk, p->visit.dv = p->own.dv;
@@ -361,32 +383,33 @@ static ls_status ring_backward(ls_call *c, ls_pass *p, const ls_phase *phase, in
     for (int step = 0; step < size; step++) {
         const int owner = (rank + size - step) % size, more = step + 1 < size;
         if (step > 0) see_block(c, p, phase, owner, here, &p->visit);
-        if (more) LS_TRY_GOTO(pass_block(c, p, phase, owner, here, next, &x->pending));
+        if (more) LS_TRY(pass_block(c, p, phase, owner, here, next, &x->pending));
         const int64_t n = p->visit.n, reals = per_row * n;
         p->visit.dk = contiguous(making, p->H, n, p->d);
         p->visit.dv = contiguous(making + reals / 2, p->H, n, p->d);
         memory->zero(c->ctx->queue, making, (size_t)reals * sizeof *making);
-        LS_TRY_GOTO(ls_run_kernel(c->mechanism, p, phase - i, i, 1));
+        const ls_status status = ls_run_kernel(c->mechanism, p, phase - i, i, 1);
         if (step > 0) { /* the sum so far, from the rank that had this block before */
-            LS_TRY_GOTO(ls_exchange_end(x, &sums));
+            LS_TRY(ls_exchange_end(x, &x->sums));
             const ls_rows sum = {(char *)making, reals * (int64_t)sizeof *making, 1, 1, 0, 0, 0};
             ls_rows other = sum;
             other.p = (char *)arriving;
             memory->add_rows(c->ctx->queue, sum, other, 1);
         }
-        if (more) LS_TRY_GOTO(ls_exchange_end(x, &x->pending));
+        if (more) LS_TRY(ls_exchange_end(x, &x->pending));
+        LS_TRY(status);  /* with no message left open */
         ls_block coming; /* the gradient that the left rank has just made: of the block that comes here next */
         describe_block(c, (owner + size - 1) % size, &coming);
         ls_real *swap = leaving;
         leaving = making, making = swap;
         x->traffic.predicted[LS_RING] += (uint64_t)reals * sizeof *leaving;
-        LS_TRY_GOTO(ls_exchange_add(x, arriving, (size_t)(per_row * coming.n) * sizeof *arriving, left, 1));
-        LS_TRY_GOTO(ls_exchange_add(x, leaving, (size_t)reals * sizeof *leaving, right, 0));
-        LS_TRY_GOTO(ls_exchange_begin(x, LS_RING, &sums));
+        LS_TRY(ls_exchange_add(x, arriving, (size_t)(per_row * coming.n) * sizeof *arriving, left, 1));
+        LS_TRY(ls_exchange_add(x, leaving, (size_t)reals * sizeof *leaving, right, 0));
+        LS_TRY(ls_exchange_begin(x, LS_RING, &x->sums));
         char *swap_block = here;
         here = next, next = swap_block;
     }
-    LS_TRY_GOTO(ls_exchange_end(x, &sums)); /* home again: this rank's own block has been everywhere */
+    LS_TRY(ls_exchange_end(x, &x->sums)); /* home again: this rank's own block has been everywhere */
     const ls_real *const home[] = {arriving, arriving + per_row / 2 * p->own.n};
     const ls_view to[] = {p->own.dk, p->own.dv};
     for (int t = 0; t < 2; t++)
@@ -394,9 +417,7 @@ static ls_status ring_backward(ls_call *c, ls_pass *p, const ls_phase *phase, in
             c->ctx->queue, ls_rows_of_view(to[t], p->B, p->H, p->d),
             ls_rows_of_view(contiguous((ls_real *)(uintptr_t)home[t], p->H, p->own.n, p->d), p->B, p->H, p->d),
             p->own.n);
-done:
-    x->comm.ops->forget(&sums);
-    return status;
+    return LS_OK;
 }
 
 /* ------------------------------------------------------------------------------------------------ placement */

@@ -198,6 +198,8 @@ static void plan_call(const ls_attention *a, ls_pass *p, buffers *m, ls_arena *a
         if (phases[i].monoid == NULL || !ls_is_needed(p, &phases[i])) continue;
         ls_summary *s = &p->summary[i];
         s->monoid = phases[i].monoid(p);
+        const size_t bytes = (size_t)ls_monoid_size(s->monoid) * sizeof *s->sent;
+        ls_exchange_plan(&a->ctx->exchange, bytes, bytes);
         s->sent = ls_take(arena, ls_monoid_size(s->monoid));
         s->got = ls_take(arena, ls_monoid_size(s->monoid));
     }
@@ -208,7 +210,9 @@ static ls_status reserve_call(const ls_attention *a, ls_pass *p, buffers *m)
 {
     ls_arena *work = &a->ctx->work;
     ls_arena_measure(work);
+    ls_exchange_plan_begin(&a->ctx->exchange);
     plan_call(a, p, m, work);
+    LS_TRY(ls_exchange_reserve(&a->ctx->exchange));
     LS_TRY(ls_arena_reserve(work, a->mechanism->name));
     plan_call(a, p, m, work);
     return ls_arena_check(work, a->mechanism->name);

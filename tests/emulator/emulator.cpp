@@ -37,7 +37,7 @@ namespace
 
 const size_t REGION = (size_t)16 << 30; /* of addresses; pages are the system's as they are used */
 const size_t ALIGN = 256, BEHIND = 256; /* bytes of a known value behind each allocation */
-const size_t PAGE = 4096;
+const size_t PAGE = 4096, HUGE_PAGE = 2 << 20;
 const unsigned char FRESH = 0xff, GUARD = 0xff; /* a reader behind the end finds NaN, too */
 
 unsigned char *region;
@@ -80,9 +80,10 @@ void open_memory(bool open)
 
 cudaError_t reserve_region()
 {
-    void *got = mmap(NULL, REGION, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *got = mmap(NULL, REGION + HUGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (got == MAP_FAILED) return cudaErrorInitializationError;
-    region = static_cast<unsigned char *>(got);
+    region = reinterpret_cast<unsigned char *>(round_up(reinterpret_cast<size_t>(got), HUGE_PAGE));
+    madvise(region, REGION, MADV_HUGEPAGE); /* the fewer pages, the shorter mprotect's walk */
     key = pkey_alloc(0, PKEY_DISABLE_ACCESS);
     if (key >= 0 && pkey_mprotect(region, REGION, PROT_NONE, key) != 0) die("pkey_mprotect of device memory failed");
     return cudaSuccess;
