@@ -64,10 +64,10 @@ const char *ls_last_error(void);
 
 /* Which kernels OpenBLAS chose for this processor when it was loaded, e.g. "SkylakeX". */
 const char *ls_blas_kernels(void);
-/* OpenBLAS takes a processor newer than itself for one of 2004, and its products are then several times slower than they
- * could be. Returns the kernels that it should have chosen, or NULL when its choice is fine. It reads its choice from the
- * environment when it is loaded, so a program has to set OPENBLAS_CORETYPE to this and start itself anew, before MPI_Init,
- * as `longspan` does; or its user sets it once for all. */
+/* OpenBLAS takes a processor newer than itself for one of 2004, and its products are then several times slower than
+ * they could be. Returns the kernels that it should have chosen, or NULL when its choice is fine. It reads its choice
+ * from the environment when it is loaded, so a program has to set OPENBLAS_CORETYPE to this and start itself anew,
+ * before MPI_Init, as `longspan` does; or its user sets it once for all. */
 const char *ls_blas_better_kernels(void);
 
 /* ------------------------------------------------------------------------------------------------ context */
@@ -299,7 +299,7 @@ typedef struct ls_attention_io {
                       * step; same on all ranks */
 
     /* Random numbers given instead of drawn. Each belongs to one mechanism, the others refuse it. */
-    const ls_real *features; /* performer: (H,m,d), the same on every rank */
+    const ls_real *features; /* performer: (H,m,d), the same on every rank, in every step and for its source */
     const ls_real *noise;    /* lara: (B,H,landmarks,d), the same on every rank; taken as training noise */
     const int32_t *samples;  /* probsparse: for this rank's queries the global keys to sample, (T,U) or, with
                               * samples_per_batch, (B,T,U), of which row b uses its first U_b = min(f ceil(ln n), n)

@@ -7,12 +7,13 @@
  * D: dropout. A block's tile updates, for each query, m = max s, l = Σ e^(s-m) and out = Σ D e^(s-m) v. Nothing of size
  * T·S is kept unless weights are asked for.
  *
- * Backward, from lse_i = m_i + ln l_i and δ_i = do_i·o_i:
- *   p = e^(s - lse),  dv_j += Σ_i D p do_i,  ds = p (D do_i·v_j - δ_i),  dq_i += scale Σ_j ds k_j,  dk_j += scale Σ_i
- * ds q_i
+ * Backward, from m_i, l_i and δ_i = do_i·o_i:
+ *   p = e^(s - m) / l,  dv_j += Σ_i D p do_i,  ds = p (D do_i·v_j - δ_i),  dq_i += scale Σ_j ds k_j,  dk_j += scale
+ * Σ_i ds q_i
+ * m + ln l in one number would lose l where logits are large, and the p of a row would not sum to 1.
  *
- * saved: lse (B,H,T). State of a step: keys and values so far, spread over ranks; (m, l, out) are then summed by
- * softsum. */
+ * saved: m (B,H,T), then 1 / l. State of a step: keys and values so far, spread over ranks; (m, l, out) are then summed
+ * by softsum. */
 #include "softmax.h"
 #include "gemm.h"
 #include "rng.h"
@@ -21,14 +22,15 @@
 
 extern const ls_cuda_mechanism ls_softmax_cuda;
 
-enum { TQ = 128, TK = 256 };                                                           /* tile of queries, of keys */
-enum { LSE };                                                                          /* saved[] */
-enum { MAXIMUM, SUM, DELTA = LS_SOFTMAX_DELTA, SCORES, DSCORES, QUERIES, DOUT, DROP }; /* work[] */
+enum { TQ = 128, TK = 256 }; /* tile of queries, of keys */
+static const ls_real WHOLE = sizeof(ls_real) == sizeof(float) ? (ls_real)4e-7 : (ls_real)1e-15; /* rounding of a sum */
+enum { TOP };                                                                                   /* saved[] */
+enum { MAXIMUM, SUM, DELTA = LS_SOFTMAX_DELTA, SCORES, DSCORES, QUERIES, DOUT, DROP };          /* work[] */
 
 void ls_softmax_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
     const int64_t rows = p->B * p->H * p->T;
-    p->saved[LSE] = ls_take(saved, rows);
+    p->saved[TOP] = ls_take(saved, 2 * rows);
     p->work[MAXIMUM] = ls_take(work, rows);
     p->work[SUM] = ls_take(work, rows);
     p->work[DELTA] = ls_take(work, rows);
@@ -151,7 +153,7 @@ static void forward_tile(ls_pass *p, const tile *t)
         }
         *l += ls_row_exp(t->nk, *m, s);
         const ls_real *D = dropout_row(p, t, i);
-        for (int64_t j = 0; D != NULL && j < t->nk; j++) s[j] *= D[j];
+        for (int64_t j = 0; D != NULL && j < t->nk; j++) s[j] = s[j] > 0 ? s[j] * D[j] : 0;
     }
     const ls_view v = p->visit.v;
     ls_gemm(0, 0, t->nq, p->d, t->nk, 1, p->work[SCORES], TK, ls_row(v, t->b, t->h, t->k0), v.st, 1,
@@ -165,8 +167,17 @@ ls_status ls_softmax_visit(ls_pass *p, int phase)
     return LS_OK;
 }
 
-/* out /= l, lse = m + ln l. A row that saw no key, or is padded, gives 0; its lse is +inf, so that p = 0 in backward.
- */
+/* Of row r: m, and 1 / l. Of one that saw no key, or is padded, m is +inf, so that p = 0 in backward. */
+static ls_real *top_of(const ls_pass *p, int64_t r)
+{
+    return p->saved[TOP] + r;
+}
+static ls_real *inverse_of(const ls_pass *p, int64_t r)
+{
+    return p->saved[TOP] + p->B * p->H * p->T + r;
+}
+
+/* out /= l. A row that saw no key, or is padded, gives 0. */
 ls_status ls_softmax_finish(ls_pass *p, int phase)
 {
     (void)phase;
@@ -177,11 +188,12 @@ ls_status ls_softmax_finish(ls_pass *p, int phase)
                 const ls_real l = p->work[SUM][row];
                 ls_real *out = ls_row(p->out, b, h, t);
                 const int dead = l == 0 || is_padded(p->pad_q, b * p->T + t);
-                p->saved[LSE][row] = dead ? INFINITY : ls_statistics_log(p->work[MAXIMUM][row], l);
+                const ls_real top = dead ? INFINITY : p->work[MAXIMUM][row], inverse = dead ? 0 : 1 / l;
+                *top_of(p, row) = top, *inverse_of(p, row) = inverse;
                 for (int64_t e = 0; e < p->d; e++) out[e] = dead ? 0 : out[e] / l;
                 if (p->weights == NULL) continue;
                 ls_real *w = p->weights + row * p->all_keys;
-                for (int64_t j = 0; j < p->all_keys; j++) w[j] = dead ? 0 : ls_exp(w[j] - p->saved[LSE][row]);
+                for (int64_t j = 0; j < p->all_keys; j++) w[j] = dead ? 0 : inverse * ls_exp(w[j] - top);
             }
     return LS_OK;
 }
@@ -208,6 +220,21 @@ static void load_gradients(ls_pass *p, const tile *t)
     ls_clean_rows(p->dout, t->b, t->h, t->q0, t->nq, p->d, p->pad_q, p->T, 1, p->work[DOUT]);
 }
 
+/* A row of scores s and of do·v becomes D p and ds. Where the tile has all that the row sees (Σ p = 1), δ is taken from
+ * it, Σ p D do·v: that of the output is the same but for rounding, of which nothing else is left where p is 1. */
+static void row_backward(int64_t n, ls_real top, ls_real inverse, ls_real delta, const ls_real *D, ls_real *restrict s,
+                         ls_real *restrict ds)
+{
+    ls_real mass = 0, flow = 0;
+    for (int64_t j = 0; j < n; j++) s[j] = inverse * ls_exp(s[j] - top);
+    for (int64_t j = 0; D != NULL && j < n; j++) ds[j] *= s[j] > 0 ? D[j] : 0;
+#pragma omp simd reduction(+ : mass, flow)
+    for (int64_t j = 0; j < n; j++) mass += s[j], flow += s[j] * ds[j];
+    if (mass > 1 - WHOLE && mass < 1 + WHOLE) delta = flow / mass;
+    for (int64_t j = 0; j < n; j++) ds[j] = s[j] * (ds[j] - delta);
+    for (int64_t j = 0; D != NULL && j < n; j++) s[j] *= s[j] > 0 ? D[j] : 0;
+}
+
 static void backward_tile(ls_pass *p, const tile *t)
 {
     const ls_block *v = &p->visit;
@@ -216,20 +243,13 @@ static void backward_tile(ls_pass *p, const tile *t)
     scores(p, t);
     ls_gemm(0, 1, t->nq, t->nk, d, 1, p->work[DOUT], d, ls_row(v->v, t->b, t->h, t->k0), v->v.st, 0, ds, TK);
     for (int64_t i = 0; i < t->nq; i++) {
-        const ls_real lse = p->saved[LSE][row + i], delta = p->work[DELTA][row + i];
+        const ls_real top = *top_of(p, row + i), inverse = *inverse_of(p, row + i), delta = p->work[DELTA][row + i];
         const ls_real *D = dropout_row(p, t, i);
         ls_real *si = s + i * TK, *di = ds + i * TK;
-        if (D == NULL)
-            for (int64_t j = 0; j < t->nk; j++) {
-                si[j] = ls_exp(si[j] - lse);
-                di[j] = si[j] * (di[j] - delta);
-            }
+        if (top == INFINITY) /* whatever the masks hold */
+            ls_zero(si, t->nk), ls_zero(di, t->nk);
         else
-            for (int64_t j = 0; j < t->nk; j++) {
-                const ls_real prob = ls_exp(si[j] - lse);
-                di[j] = prob * (D[j] * di[j] - delta);
-                si[j] = prob * D[j];
-            }
+            row_backward(t->nk, top, inverse, delta, D, si, di);
     }
     ls_gemm(1, 0, t->nk, d, t->nq, 1, s, TK, p->work[DOUT], d, 1, ls_row(v->dv, t->b, t->h, t->k0), v->dv.st);
     ls_gemm(1, 0, t->nk, d, t->nq, 1, ds, TK, p->work[QUERIES], d, 1, ls_row(v->dk, t->b, t->h, t->k0), v->dk.st);

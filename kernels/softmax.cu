@@ -18,7 +18,7 @@
  *
  * On a queue of precision bf16 the calls that softmax_tensor.cu knows run there, on tensor cores. The kernels here are
  * then their plain twins, for all other calls, with the same operands rounded to bfloat16: q, k, v, do, and p and ds as
- * factors. m, l, lse and δ are made of what is not rounded.
+ * factors. m, l and δ are made of what is not rounded.
  *
  * In a decoding step there is one query: blocks share its keys by chunks, and their statistics are joined. */
 #include "cuda.h"
@@ -29,7 +29,7 @@
 #include <cuda_bf16.h>
 
 enum { STEP_CHUNKS = 64, STEP_KEYS = 256 };              /* of a step: at most, and keys at a time */
-enum { LSE };                                            /* saved[] */
+enum { TOP };                                            /* saved[] */
 enum { MAXIMUM, SUM, DELTA = LS_SOFTMAX_DELTA, CHUNKS }; /* work[] */
 
 struct alignas(4 * sizeof(ls_real)) four {
@@ -71,7 +71,8 @@ static softmax_call call_of(const ls_pass *p)
     x.queries = p->query_spans, x.keys = p->visit.spans;
     for (int i = 0; i < x.queries; i++) x.query[i] = p->query_span[i];
     for (int i = 0; i < x.keys; i++) x.key[i] = p->visit.span[i];
-    x.m = p->work[MAXIMUM], x.l = p->work[SUM], x.lse = p->saved[LSE], x.delta = p->work[DELTA];
+    x.m = p->work[MAXIMUM], x.l = p->work[SUM], x.delta = p->work[DELTA];
+    x.top = p->saved[TOP], x.inverse = x.top + p->B * p->H * p->T;
     x.attn_mask = p->attn_mask, x.mask_per_head = p->attn_mask_per_head;
     x.dropout_mask = p->dropout_mask;
     x.weights = p->weights;
@@ -84,7 +85,7 @@ static softmax_call call_of(const ls_pass *p)
 void ls_softmax_plan_cuda(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
     const int64_t rows = p->B * p->H * p->T;
-    p->saved[LSE] = ls_take(saved, rows);
+    p->saved[TOP] = ls_take(saved, 2 * rows);
     p->work[MAXIMUM] = ls_take(work, slices_of(p) * rows);
     p->work[SUM] = ls_take(work, slices_of(p) * rows);
     p->work[DELTA] = ls_take(work, rows);
@@ -422,8 +423,8 @@ static int blocks_of(const ls_pass *p, const ls_span *span, int spans)
     return (int)(tiles_of(span, spans) * p->B * p->H * slices_of(p));
 }
 
-/* out /= l, lse = m + ln l. A row that saw no key, or is padded, gives 0; its lse is +inf, so that p = 0 in backward.
- * A warp has a row. */
+/* out /= l; m and 1 / l are kept. A row that saw no key, or is padded, gives 0; its m is +inf, so that p = 0 in
+ * backward. A warp has a row. */
 __global__ static void finish_kernel(softmax_call p)
 {
     const int lane = threadIdx.x % LS_WARP;
@@ -433,13 +434,13 @@ __global__ static void finish_kernel(softmax_call p)
         const int64_t b = row / p.T / p.H, t = row % p.T;
         const ls_real l = p.l[row];
         const int dead = l == 0 || ls_is_padded(p.pad_q, b * p.T + t);
-        const ls_real lse = dead ? INFINITY : ls_statistics_log(p.m[row], l);
-        if (lane == 0) p.lse[row] = lse;
+        const ls_real top = dead ? INFINITY : p.m[row], inverse = dead ? 0 : 1 / l;
+        if (lane == 0) p.top[row] = top, p.inverse[row] = inverse;
         ls_real *out = ls_row(p.out, b, row / p.T % p.H, t);
         for (int64_t e = lane; e < p.d; e += LS_WARP) out[e] = dead ? 0 : out[e] / l;
         if (p.weights == NULL) continue;
         ls_real *w = p.weights + row * p.all_keys;
-        for (int64_t j = lane; j < p.all_keys; j += LS_WARP) w[j] = dead ? 0 : ls_exp(w[j] - lse);
+        for (int64_t j = lane; j < p.all_keys; j += LS_WARP) w[j] = dead ? 0 : inverse * ls_exp(w[j] - top);
     }
 }
 
@@ -483,7 +484,7 @@ ls_status ls_softmax_finish_backward_cuda(ls_pass *p, int phase)
     return ls_launched(p->queue, "softmax: finish backward");
 }
 
-/* dq_i += scale Σ_j ds_ij k_j, ds = p (D do_i·v_j - δ_i), p = e^(s - lse). */
+/* dq_i += scale Σ_j ds_ij k_j, ds = p (D do_i·v_j - δ_i), p = e^(s - m) / l. */
 template <int N, bool EXTRAS>
 __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backward_kernel(softmax_call p)
 {
@@ -494,11 +495,11 @@ __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backwa
     const uint8_t *pad_q = p.pad_q != NULL ? p.pad_q + x.b * p.T : NULL;
     const uint8_t *pad_k = p.pad_k != NULL ? p.pad_k + x.b * p.n : NULL;
     ls_real dq[N][ROWS][COLUMNS] = {};
-    ls_real lse[ROWS], delta[ROWS];
+    ls_real top[ROWS], delta[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
         const int r = r0 + i, exists = r >= x.t.first && r < x.t.last;
-        lse[i] = exists ? p.lse[row + r] : INFINITY;
+        top[i] = exists ? p.top[row + r] : INFINITY;
         delta[i] = exists ? p.delta[row + r] : 0;
     }
     for (int span = 0; span < p.keys; span++) {
@@ -513,12 +514,15 @@ __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backwa
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 const int r = r0 + i;
-                if (EXTRAS && (p.draws || (p.dropout_mask != NULL && r >= x.t.first && r < x.t.last))) {
+                if (EXTRAS && (p.draws || (p.dropout_mask != NULL && top[i] != INFINITY))) {
                     const four D = dropout(p, x, x.t.row + r, x.t.at + r, t.at + c0, seen);
                     for (int j = 0; j < COLUMNS; j++) dp[i][j] *= D.x[j];
                 }
                 four ds;
-                for (int j = 0; j < COLUMNS; j++) ds.x[j] = ls_exp(s[i][j] - lse[i]) * (dp[i][j] - delta[i]);
+                for (int j = 0; j < COLUMNS; j++) {
+                    const ls_real e = ls_exp(s[i][j] - top[i]); /* p l */
+                    ds.x[j] = EXTRAS && top[i] == INFINITY ? 0 : e * (dp[i][j] - delta[i]);
+                }
                 gradients[staying(r, c0 / COLUMNS)] = narrowed<EXTRAS>(p, ds);
             }
             __syncwarp(); /* rows are written and read by the same warp */
@@ -532,6 +536,14 @@ __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backwa
                 multiply_rows(gradients, passes, x.t.last, t.last, dq[n]);
             }
         }
+    }
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        const int r = r0 + i;
+        const ls_real inverse = r >= x.t.first && r < x.t.last ? p.inverse[row + r] : 0;
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            for (int c = 0; c < COLUMNS; c++) dq[n][i][c] *= inverse;
     }
 #pragma unroll
     for (int n = 0; n < N; n++) add_rows(p, p.dq, x, f0 + n * TILE, p.scale, dq[n]);
@@ -559,19 +571,21 @@ template <int N, bool EXTRAS> __global__ static void __launch_bounds__(THREADS, 
             for (int j = 0; j < COLUMNS; j++) {
                 const int c = c0 + j, exists = c >= t.first && c < t.last;
                 const int64_t row = x.head * p.T + t.row + c;
-                const ls_real lse = exists ? p.lse[row] : INFINITY, delta = exists ? p.delta[row] : 0;
-                const ls_real *mask = EXTRAS && p.attn_mask != NULL && exists ? mask_row(p, x, t.row + c) : NULL;
+                const ls_real top = exists ? p.top[row] : INFINITY, inverse = exists ? p.inverse[row] : 0;
+                const ls_real delta = exists ? p.delta[row] : 0;
+                const int lives = top != INFINITY; /* else masks may hold anything */
+                const ls_real *mask = EXTRAS && p.attn_mask != NULL && lives ? mask_row(p, x, t.row + c) : NULL;
 #pragma unroll
                 for (int half = 0; half < ROWS; half += 4) {
                     four D = {{1, 1, 1, 1}};
-                    if (EXTRAS && (p.draws || (p.dropout_mask != NULL && exists)))
+                    if (EXTRAS && (p.draws || (p.dropout_mask != NULL && lives)))
                         D = dropout(p, x, t.row + c, t.at + c, x.t.at + r0 + half, seen >> half);
 #pragma unroll
                     for (int i = half; i < half + 4; i++) {
                         const int64_t key = x.t.at + r0 + i;
                         const int visible = (seen >> i & 1) && (!p.causal || key <= t.at + c);
                         if (mask != NULL && visible) s[i][j] += mask[key];
-                        const ls_real prob = visible ? ls_exp(s[i][j] - lse) : 0;
+                        const ls_real prob = visible ? inverse * ls_exp(s[i][j] - top) : 0;
                         dp[i][j] = prob * (D.x[i - half] * dp[i][j] - delta);
                         s[i][j] = prob * D.x[i - half];
                     }

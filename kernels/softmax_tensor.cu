@@ -2,7 +2,7 @@
  * calls with 32, 64, 96 or 128 features and no mask, dropout or weights, on a queue of precision bf16.
  *
  * How the work is divided. A block has 64 rows of the side that stays, each of its four warps 16 of them; tiles of 64
- * rows of the other side pass. Operands are rounded to bfloat16 where they enter shared memory; sums, m, l, lse, δ,
+ * rows of the other side pass. Operands are rounded to bfloat16 where they enter shared memory; sums, m, l, δ,
  * exponentials and everything in device memory are floats.
  *
  * Which element of a matrix a thread holds of a fragment is found out with a matrix whose elements are their own
@@ -121,15 +121,20 @@ __device__ static inline void load_seen(uint8_t *seen, const tile &t, const uint
     if (r < TILE) seen[r] = r >= t.first && r < t.last && !ls_is_padded(pad, t.row + r);
 }
 
-/* lse and δ of the queries of a tile; +inf where there are none, so that p = 0. */
-__device__ static inline void load_statistics(float *lse, float *delta, const softmax_call &p, const place &x,
-                                              const tile &t)
+struct statistics {
+    float top[TILE], inverse[TILE], delta[TILE];
+};
+
+/* m, 1 / l and δ of the queries of a tile; +inf and 0 where there are none, so that p = 0. */
+__device__ static inline void load_statistics(statistics &to, const softmax_call &p, const place &x, const tile &t)
 {
     const int r = threadIdx.x;
     if (r >= TILE) return;
     const int exists = r >= t.first && r < t.last;
-    lse[r] = exists ? p.lse[x.head * p.T + t.row + r] : INFINITY;
-    delta[r] = exists ? p.delta[x.head * p.T + t.row + r] : 0;
+    const int64_t row = x.head * p.T + t.row + r;
+    to.top[r] = exists ? p.top[row] : INFINITY;
+    to.inverse[r] = exists ? p.inverse[row] : 0;
+    to.delta[r] = exists ? p.delta[row] : 0;
 }
 
 __device__ static inline const uint8_t *pads_of(const uint8_t *pad, int64_t b, int64_t n)
@@ -224,7 +229,7 @@ template <int D> __global__ static void __launch_bounds__(THREADS) forward_kerne
 template <int D> __global__ static void __launch_bounds__(THREADS) queries_backward_kernel(softmax_call p)
 {
     __shared__ uint8_t seen[TILE];
-    __shared__ float lse[TILE], delta[TILE];
+    __shared__ statistics of;
     narrow *q = (narrow *)tensor_memory, *dout = q + of_width<D>::TILE_SIZE, *k = dout + of_width<D>::TILE_SIZE;
     narrow *v = k + of_width<D>::TILE_SIZE, *gradients = v + of_width<D>::TILE_SIZE; /* (64,FACTOR_ROW) */
     const place x = place_of(p, p.query, p.queries, 1);
@@ -233,7 +238,7 @@ template <int D> __global__ static void __launch_bounds__(THREADS) queries_backw
     const spots at = find_spots((float *)gradients);
     load<D>(q, p, p.q, x, x.t, pad_q);
     load<D>(dout, p, p.dout, x, x.t, pad_q);
-    load_statistics(lse, delta, p, x, x.t);
+    load_statistics(of, p, x, x.t);
     sums dq[of_width<D>::PARTS_WIDE];
     for (int n = 0; n < of_width<D>::PARTS_WIDE; n++) wmma::fill_fragment(dq[n], 0);
     for (int span = 0; span < p.keys; span++) {
@@ -254,8 +259,8 @@ template <int D> __global__ static void __launch_bounds__(THREADS) queries_backw
                 for (int e = 0; e < SPOTS; e++) {
                     const int i = r0 + at.row[e], j = n * PART + at.column[e];
                     const int visible = seen[j] && (!p.causal || t.at + j <= x.t.at + i);
-                    const float prob = visible ? __expf(p.scale * s[n].x[e] - lse[i]) : 0;
-                    gradients[i * FACTOR_ROW + j] = __float2bfloat16(prob * (dp[n].x[e] - delta[i]));
+                    const float prob = visible ? of.inverse[i] * __expf(p.scale * s[n].x[e] - of.top[i]) : 0;
+                    gradients[i * FACTOR_ROW + j] = __float2bfloat16(prob * (dp[n].x[e] - of.delta[i]));
                 }
             __syncwarp();
             multiply_rows<D>(gradients + r0 * FACTOR_ROW, FACTOR_ROW, k, dq);
@@ -268,7 +273,7 @@ template <int D> __global__ static void __launch_bounds__(THREADS) queries_backw
 template <int D> __global__ static void __launch_bounds__(THREADS) keys_backward_kernel(softmax_call p)
 {
     __shared__ uint8_t seen[TILE];
-    __shared__ float lse[TILE], delta[TILE];
+    __shared__ statistics of;
     narrow *k = (narrow *)tensor_memory, *v = k + of_width<D>::TILE_SIZE, *q = v + of_width<D>::TILE_SIZE;
     narrow *dout = q + of_width<D>::TILE_SIZE, *factors = dout + of_width<D>::TILE_SIZE; /* (64,FACTOR_ROW) */
     const place x = place_of(p, p.key, p.keys, 0);
@@ -287,7 +292,7 @@ template <int D> __global__ static void __launch_bounds__(THREADS) keys_backward
             __syncthreads();
             load<D>(q, p, p.q, x, t, pad_q);
             load<D>(dout, p, p.dout, x, t, pad_q);
-            load_statistics(lse, delta, p, x, t);
+            load_statistics(of, p, x, t);
             __syncthreads();
             sums s[PARTS], dp[PARTS];
             multiply_features<D>(k + r0 * of_width<D>::ROW, q, s);
@@ -298,8 +303,8 @@ template <int D> __global__ static void __launch_bounds__(THREADS) keys_backward
                 for (int e = 0; e < SPOTS; e++) {
                     const int j = r0 + at.row[e], i = n * PART + at.column[e];
                     const int visible = seen[j] && (!p.causal || x.t.at + j <= t.at + i);
-                    const float prob = visible ? __expf(p.scale * s[n].x[e] - lse[i]) : 0;
-                    dp[n].x[e] = prob * (dp[n].x[e] - delta[i]);
+                    const float prob = visible ? of.inverse[i] * __expf(p.scale * s[n].x[e] - of.top[i]) : 0;
+                    dp[n].x[e] = prob * (dp[n].x[e] - of.delta[i]);
                     factors[j * FACTOR_ROW + i] = __float2bfloat16(prob);
                 }
             __syncwarp();

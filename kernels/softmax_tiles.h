@@ -23,8 +23,8 @@ typedef struct softmax_call {
     int narrow;        /* operands of products are rounded to bfloat16 */
     int queries, keys; /* spans */
     ls_span query[2], key[2];
-    ls_real *m, *l; /* (slices,B,H,T) */
-    ls_real *lse, *delta;
+    ls_real *m, *l;                 /* (slices,B,H,T) */
+    ls_real *top, *inverse, *delta; /* of queries: m, 1 / l, δ; m = +inf and 0 where p shall be 0 */
     const ls_real *attn_mask, *dropout_mask;
     int mask_per_head, draws;
     ls_real *weights;

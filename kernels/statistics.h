@@ -32,10 +32,4 @@ LS_BOTH_SIDES ls_statistics_joined ls_statistics_join(ls_real m, ls_real l, ls_r
     return x;
 }
 
-/* ln Σ e^x of a sum that is not of nothing. */
-LS_BOTH_SIDES ls_real ls_statistics_log(ls_real m, ls_real l)
-{
-    return m + (ls_real)log((double)l);
-}
-
 #endif

@@ -290,6 +290,22 @@ static ls_status check_packed(const ls_attention *a, const ls_attention_io *io)
     return LS_OK;
 }
 
+ls_status ls_check_given(const ls_attention *a, const ls_attention_io *io)
+{
+    const struct {
+        const void *given;
+        int kind;
+        const char *what;
+    } random[] = {{io->features, LS_GIVEN_FEATURES, "features"},
+                  {io->noise, LS_GIVEN_NOISE, "noise"},
+                  {io->samples, LS_GIVEN_SAMPLES, "samples"},
+                  {io->selected, LS_GIVEN_SAMPLES, "selected"}};
+    for (int i = 0; i < 4; i++)
+        if (random[i].given != NULL && a->mechanism->draws != random[i].kind)
+            LS_FAIL(LS_ERR_UNSUPPORTED, "%s: %s are not supported", a->mechanism->name, random[i].what);
+    return LS_OK;
+}
+
 static ls_status check_call(const ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
                             const ls_real *params, const ls_real *out)
 {
@@ -315,17 +331,7 @@ static ls_status check_call(const ls_attention *a, const ls_attention_shape *sha
     const int wants_weights = io->need_weights || io->need_head_weights;
     if ((io->attn_mask != NULL || io->dropout_mask != NULL || wants_weights) && !a->mechanism->has_weights)
         LS_FAIL(LS_ERR_UNSUPPORTED, "%s: attn_mask, dropout_mask and need_weights are not supported", name);
-    const struct {
-        const void *given;
-        int kind;
-        const char *what;
-    } random[] = {{io->features, LS_GIVEN_FEATURES, "features"},
-                  {io->noise, LS_GIVEN_NOISE, "noise"},
-                  {io->samples, LS_GIVEN_SAMPLES, "samples"},
-                  {io->selected, LS_GIVEN_SAMPLES, "selected"}};
-    for (int i = 0; i < 4; i++)
-        if (random[i].given != NULL && a->mechanism->draws != random[i].kind)
-            LS_FAIL(LS_ERR_UNSUPPORTED, "%s: %s are not supported", name, random[i].what);
+    LS_TRY(ls_check_given(a, io));
     if (io->samples != NULL && io->num_samples < 0)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: num_samples %lld is negative", name, (long long)io->num_samples);
     if (wants_weights && io->weights == NULL && shape->queries->n > 0)

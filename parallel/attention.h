@@ -44,6 +44,9 @@ ls_view ls_view_rows(const ls_attention *a, const ls_real *p, int64_t B, int64_t
 /* What a core gives: like ls_view_of, or rows of form.core_width. */
 ls_view ls_view_out(const ls_attention *a, const ls_real *p, int64_t B, int64_t n);
 
+/* Refuses random numbers that the mechanism does not take. */
+ls_status ls_check_given(const ls_attention *a, const ls_attention_io *io);
+
 /* The pass of a call without its tensors: problem, options, streams. */
 void ls_pass_begin(const ls_attention *a, int64_t B, int64_t T, int64_t S, const ls_real *params, ls_pass *pass);
 

@@ -235,7 +235,9 @@ static ls_status reserve_source(ls_attention *a, ls_state *s, const ls_attention
     if (n > 0 && (io->key == NULL || (a->options.level == LS_LEVEL_CORE && io->value == NULL)))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: key or value of the source is NULL", name);
     if (a->reals > 0 && params == NULL) LS_FAIL(LS_ERR_ARGUMENT, "%s: params is NULL", name);
+    LS_TRY(ls_check_given(a, io));
     ls_pass_begin(a, s->batch, 0, n, params, p);
+    p->given_features = io->features;
     p->all_keys = shape->keys->length;
     p->own.pad = io->key_padding_mask;
     p->own.spans = 1;
@@ -305,8 +307,10 @@ static ls_status reserve_step(ls_attention *a, ls_state *s, const ls_attention_i
         LS_FAIL(LS_ERR_UNSUPPORTED, "%s: segments are not supported in a step: give each document a state", name);
     if (io->attn_mask != NULL || io->dropout_mask != NULL || io->need_weights || io->need_head_weights)
         LS_FAIL(LS_ERR_UNSUPPORTED, "%s: attn_mask, dropout_mask and need_weights are not supported in a step", name);
+    LS_TRY(ls_check_given(a, io));
     ls_pass_begin(a, s->batch, 1, is_cross(a) ? 0 : 1, params, p);
     p->step = 1;
+    p->given_features = io->features;
     p->pad_q = io->query_padding_mask;
     p->own.pad = is_cross(a) ? NULL : io->key_padding_mask;
     if (!is_cross(a)) {

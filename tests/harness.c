@@ -375,6 +375,15 @@ static ls_real *draw_mask(draw *r, int64_t groups, int64_t T, int64_t S)
     return mask;
 }
 
+static double option_of(const ls_attention_options *o, const char *name)
+{
+    int count = 0;
+    const ls_option_info *info = ls_mechanism_options(o->mechanism, &count);
+    for (int i = 0; i < count; i++)
+        if (strcmp(info[i].name, name) == 0) return o->value[i];
+    return 0;
+}
+
 ls_status problem_draw(const setting *s, problem *p)
 {
     static const char *const alias_name[] = {"none", "value", "all", "value NULL", "all NULL"};
@@ -441,6 +450,10 @@ ls_status problem_draw(const setting *s, problem *p)
         p->dropout_mask = NEW(ls_real, p->B * p->H * p->T * p->S);
         for (int64_t i = 0; i < p->B * p->H * p->T * p->S; i++)
             p->dropout_mask[i] = draw_uniform(&r) < 0.25 ? 0 : (ls_real)(1 / 0.75);
+    }
+    if (strcmp(s->row->mechanism, "performer") == 0 && s->seed % 3 == 0) {
+        p->n_features = p->H * (int64_t)option_of(&p->options, "num_features") * p->d;
+        p->features = draw_tensor(&r, p->n_features, 1.0);
     }
     return LS_OK;
 }

@@ -401,7 +401,7 @@ static int feed(ls_attention *attention, ls_state *state, const problem *p, int6
         pad = NEW(uint8_t, p->B);
         for (int64_t b = 0; b < p->B; b++) pad[b] = p->pad_q[b * p->T + t];
     }
-    ls_attention_io io = {.query = query, .sample = p->sample};
+    ls_attention_io io = {.query = query, .sample = p->sample, .features = p->features};
     if (!is_cross(p)) {
         io.key = key != NULL ? key : by_null ? NULL : query;
         io.value = value != NULL ? value : by_null ? NULL : io.key;
@@ -421,7 +421,8 @@ static int give_source(ls_attention *attention, ls_state *state, const problem *
     int status = pieces_make(here.all, here.comm, p, queries, keys, &x);
     if (status == LS_OK) {
         const ls_attention_shape shape = {.batch = p->B, .queries = NULL, .keys = &x.keys};
-        const ls_attention_io io = {.key = x.io.key, .value = x.io.value, .key_padding_mask = x.io.key_padding_mask};
+        const ls_attention_io io = {
+            .key = x.io.key, .value = x.io.value, .key_padding_mask = x.io.key_padding_mask, .features = p->features};
         status = same_status(here.comm, ls_state_source(attention, state, &shape, &io, p->params));
         const int64_t n = p->B * p->heads * x.keys.n * p->width;
         for (int64_t i = 0; i < n; i++) {
