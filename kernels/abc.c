@@ -9,7 +9,9 @@
  *
  * Gradients treat m as a constant: K̃ = x/s gives dx = dK̃/s, ds = -dK̃·K̃/s, and a key gets, with e = e^(a - m),
  *   de = ds + k·dx,  da = e de,  dk = Σ_r e dx_r + da φ_kᵀ,  dφ_k += kᵀ da   (and the same for v, b, φ_v)
- * Nothing is saved but the summaries: the backward pass makes a, b and the probabilities anew.
+ * Nothing is saved but the summaries, and in CS the state at the start of each block of rows: the backward pass makes
+ * a, b and the probabilities anew. In CS it goes from the last block to the first, and in each forward for what queries
+ * see, then backward for what keys get.
  *
  * Where few keys are left the slots are nearly alike, and the gradients are small differences of large numbers. So what
  * a softmax cannot see is taken out before it can round: over all keys, slots and rows are taken from their common
@@ -24,6 +26,7 @@ enum { SLOTS };                                                                 
 enum { PHI_K, PHI_V };                                                          /* param[] */
 enum { CHUNK = 256 };                                                           /* rows worked on at a time */
 enum { SUMS = 0, APPLY = 1 };                                                   /* phases */
+enum { STATES };                                                                /* saved[]: doubles */
 enum { ROWS_A, ROWS_B, LOGITS, DLOGITS, SLOT_KEYS, SLOT_VALUES, TRACE, STATE }; /* work[]; STATE holds doubles */
 
 static const ls_option_info options[] = {
@@ -50,6 +53,20 @@ static ls_monoid summary(const ls_pass *p)
     return (ls_monoid){.groups = p->B * p->H * 2 * slots(p), .has_max = 1, .scaled = 1 + p->d};
 }
 
+/* CS: rows of a block, whose start is a state that is kept, of so many doubles: they are no more than the trace. */
+static int64_t block_rows(const ls_pass *p)
+{
+    return CHUNK * ls_max(1, (p->d + CHUNK - 1) / CHUNK);
+}
+static int64_t blocks_of(const ls_pass *p)
+{
+    return (p->T + block_rows(p) - 1) / block_rows(p);
+}
+static int64_t state_doubles(const ls_pass *p)
+{
+    return 2 * slots(p) * (p->d + 2);
+}
+
 /* Per position, what the second pass of the causal backward needs of the first: R doubles of each, then R reals. */
 enum { DLOGIT, DS_K, P_V, DS_V, DOUBLES };
 enum { A, B, M_K, M_V, REALS };
@@ -60,19 +77,25 @@ static size_t trace_bytes(int64_t R)
     return (size_t)R * (DOUBLES * sizeof(double) + REALS * sizeof(ls_real));
 }
 
+static int64_t traced_rows(const ls_pass *p)
+{
+    return ls_min(p->T, block_rows(p));
+}
+
 static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
-    (void)saved;
     const int64_t R = slots(p), d = p->d;
+    const int causal = p->pattern == LS_CS && !p->step, traced = causal && p->backward;
+    const size_t state = (size_t)state_doubles(p) * sizeof(double);
+    p->saved[STATES] = ls_arena_take(saved, causal ? (size_t)(p->B * p->H * blocks_of(p)) * state : 0);
     p->work[ROWS_A] = ls_take(work, CHUNK * d);
     p->work[ROWS_B] = ls_take(work, CHUNK * d);
     p->work[LOGITS] = ls_take(work, CHUNK * R);
     p->work[DLOGITS] = ls_take(work, CHUNK * R);
     p->work[SLOT_KEYS] = ls_take(work, R * (d + 2) + 8 * R + 6 * d); /* or short rows of doubles, see scratch */
     p->work[SLOT_VALUES] = ls_take(work, R * (d + 2) + R + d);
-    p->work[STATE] = ls_arena_take(work, (size_t)(2 * R * (d + 2)) * sizeof(double));
-    const int traced = p->pattern == LS_CS && p->backward;
-    p->work[TRACE] = ls_arena_take(work, traced ? (size_t)p->T * trace_bytes(R) : 0);
+    p->work[STATE] = ls_arena_take(work, (traced ? 2 : 1) * state);
+    p->work[TRACE] = ls_arena_take(work, traced ? (size_t)(traced_rows(p) + 1) * trace_bytes(R) : 0);
 }
 
 /* The elements of (b,h): which = 0 for keys, 1 for values. */
@@ -307,6 +330,19 @@ static running state_of(const ls_pass *p, int which)
     return (running){at, at + slots(p), at + 2 * slots(p)};
 }
 
+/* Backward: the gradient of that state. */
+static running gradient_of(const ls_pass *p, int which)
+{
+    return state_of(p, 2 + which);
+}
+
+/* Where the state at the start of the block of row t is kept. */
+static double *kept_state(const ls_pass *p, int64_t b, int64_t h, int64_t t)
+{
+    const int64_t block = (b * p->H + h) * blocks_of(p) + t / block_rows(p);
+    return (double *)(void *)p->saved[STATES] + block * state_doubles(p);
+}
+
 /* One pass over the rows of a state, x (R,d): x_r += give_r row, and of what they are then dot_r = x_r·q. Four slots at
  * a time share the loads of row and q. */
 SIZED void give_and_dot(int64_t R, int64_t d, const double *give, const double *row, double *restrict x,
@@ -430,11 +466,6 @@ static void ask_for(ls_view v, int64_t b, int64_t h, int64_t t, int64_t n, int64
     for (int64_t i = 0; i < d; i += line) __builtin_prefetch(ls_row(v, b, h, t) + i);
 }
 
-static void ask_for_bytes(const void *from, size_t bytes)
-{
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i);
-}
-
 static void load_state(ls_pass *p, int phase, int64_t b, int64_t h)
 {
     const int64_t R = slots(p), d = p->d;
@@ -521,6 +552,8 @@ SIZED void apply_causal_sized(ls_pass *p, int64_t R, int64_t d, int phase)
             load_state(p, phase, b, h);
             for (int64_t t = 0; t < p->T; t += CHUNK) {
                 const int64_t n = ls_min(CHUNK, p->T - t);
+                if (!p->step && t % block_rows(p) == 0)
+                    memcpy(kept_state(p, b, h, t), p->work[STATE], (size_t)state_doubles(p) * sizeof(double));
                 load_keys(p, b, h, t, n);
                 for (int64_t i = 0; i < n; i++) {
                     ask_for(p->q, b, h, t + i + AHEAD, p->T, d);
@@ -552,14 +585,15 @@ static ls_status apply_causal(ls_pass *p, int phase)
     return LS_OK;
 }
 
-static double *trace_of(const ls_pass *p, int64_t t)
+/* Of row i of the block under way; there is one more, for what is kept of the block after it. */
+static double *trace_of(const ls_pass *p, int64_t i)
 {
-    return (double *)(void *)((char *)p->work[TRACE] + (size_t)t * trace_bytes(slots(p)));
+    return (double *)(void *)((char *)p->work[TRACE] + (size_t)i * trace_bytes(slots(p)));
 }
 
-static ls_real *reals_of(const ls_pass *p, int64_t t)
+static ls_real *reals_of(const ls_pass *p, int64_t i)
 {
-    return (ls_real *)(void *)(trace_of(p, t) + DOUBLES * slots(p));
+    return (ls_real *)(void *)(trace_of(p, i) + DOUBLES * slots(p));
 }
 
 /* The trace of a query, and dq: with dp_r = do·Ṽ_r and dlogit = p (dp - Σ p dp),
@@ -584,17 +618,18 @@ SIZED void trace_query(ls_pass *p, int64_t R, int64_t d, const scratch w, double
     combine(R, d, trace + DLOGIT * R, keys.x, dq);
 }
 
-/* Pass 1, forward in time: the states again; dq, and of each query what its slots' gradients are made of. */
-SIZED void causal_queries(ls_pass *p, int64_t R, int64_t d, int phase, int64_t b, int64_t h)
+/* Pass 1 through the block [lo, hi), forward in time: the states again; dq, and of each query what its slots' gradients
+ * are made of. */
+SIZED void causal_queries(ls_pass *p, int64_t R, int64_t d, int64_t b, int64_t h, int64_t lo, int64_t hi)
 {
     const running keys = state_of(p, 0), values = state_of(p, 1);
     const scratch w = scratch_of(p);
-    load_state(p, phase, b, h);
-    for (int64_t t = 0; t < p->T; t += CHUNK) {
-        const int64_t n = ls_min(CHUNK, p->T - t);
+    memcpy(p->work[STATE], kept_state(p, b, h, lo), (size_t)state_doubles(p) * sizeof(double));
+    for (int64_t t = lo; t < hi; t += CHUNK) {
+        const int64_t n = ls_min(CHUNK, hi - t);
         load_keys(p, b, h, t, n);
         for (int64_t i = 0; i < n; i++) {
-            double *trace = trace_of(p, t + i);
+            double *trace = trace_of(p, t - lo + i);
             ask_for(p->q, b, h, t + i + AHEAD, p->T, d);
             ask_for(p->dout, b, h, t + i + AHEAD, p->T, d);
             ask_for(p->dq, b, h, t + i + AHEAD, p->T, d);
@@ -602,7 +637,7 @@ SIZED void causal_queries(ls_pass *p, int64_t R, int64_t d, int phase, int64_t b
             weigh_values(p, R, d, b, t, i, w);
             widen_query(p, d, p->dout, b, h, t + i, w.q);
             give_and_dot(R, d, w.e, w.row, values.x, w.q, trace + DS_V * R);
-            ls_real *reals = reals_of(p, t + i);
+            ls_real *reals = reals_of(p, t - lo + i);
             memcpy(reals + A * R, p->work[LOGITS] + i * R, (size_t)R * sizeof *reals);
             memcpy(reals + B * R, p->work[DLOGITS] + i * R, (size_t)R * sizeof *reals);
             narrow(R, keys.m, reals + M_K * R);
@@ -654,7 +689,7 @@ static void prefix_backward(ls_pass *p, int phase, int64_t b, int64_t h, const l
     for (int which = 0; which < 2; which++) {
         const ls_real *got = elements(p, p->summary[phase].got, b, h, which);
         ls_real *to = elements(p, p->summary[phase].dgot, b, h, which);
-        const running y = state_of(p, which);
+        const running y = gradient_of(p, which);
         for (int64_t r = 0; r < R; r++, got += d + 2, to += d + 2) {
             const double weight =
                 first == NULL || got[0] == -INFINITY ? 0 : (double)ls_exp(got[0] - first[(which ? M_V : M_K) * R + r]);
@@ -665,22 +700,21 @@ static void prefix_backward(ls_pass *p, int phase, int64_t b, int64_t h, const l
     }
 }
 
-/* Pass 2, backward in time: the gradient of the state is gathered from the queries, and each key takes its share. */
-SIZED void causal_keys(ls_pass *p, int64_t R, int64_t d, int phase, int64_t b, int64_t h)
+/* Pass 2 through the block [lo, hi), backward in time: the gradient of the state is gathered from the queries, and each
+ * key takes its share. later: reals of the row after it, or NULL; returns those of its first row. */
+SIZED const ls_real *causal_keys(ls_pass *p, int64_t R, int64_t d, int64_t b, int64_t h, int64_t lo, int64_t hi,
+                                 const ls_real *later)
 {
-    const running keys = state_of(p, 0), values = state_of(p, 1);
+    const running keys = gradient_of(p, 0), values = gradient_of(p, 1);
     const scratch w = scratch_of(p);
     ls_real *k = p->work[ROWS_A], *v = p->work[ROWS_B], *da = p->work[LOGITS], *db = p->work[DLOGITS];
-    for (int64_t i = 0; i < R * (d + 2); i++) keys.m[i] = values.m[i] = 0; /* m, s and x lie together */
-    const ls_real *later = NULL;
-    for (int64_t end = p->T; end > 0;) {
-        const int64_t n = (end - 1) % CHUNK + 1, t = end - n;
+    for (int64_t end = hi; end > lo;) {
+        const int64_t n = (end - lo - 1) % CHUNK + 1, t = end - n;
         ls_clean_rows(p->own.k, b, h, t, n, d, p->own.pad, p->S, 1, k);
         ls_clean_rows(p->own.v, b, h, t, n, d, p->own.pad, p->S, 1, v);
         for (int64_t i = n - 1; i >= 0; i--) {
-            const double *trace = trace_of(p, t + i);
-            const ls_real *reals = reals_of(p, t + i);
-            if (t + i >= AHEAD) ask_for_bytes(trace_of(p, t + i - AHEAD), trace_bytes(R));
+            const double *trace = trace_of(p, t - lo + i);
+            const ls_real *reals = reals_of(p, t - lo + i);
             ask_for(p->q, b, h, t + i - AHEAD, p->T, d);
             ask_for(p->dout, b, h, t + i - AHEAD, p->T, d);
             ask_for(p->own.dk, b, h, t + i - AHEAD, p->T, d);
@@ -708,15 +742,23 @@ SIZED void causal_keys(ls_pass *p, int64_t R, int64_t d, int phase, int64_t b, i
         ls_gemm(1, 0, d, R, n, 1, v, d, db, R, 1, phi(p, PHI_V, p->dparams), R);
         end = t;
     }
-    prefix_backward(p, phase, b, h, later);
+    return later;
 }
 
 SIZED void causal_backward(ls_pass *p, int64_t R, int64_t d, int phase)
 {
     for (int64_t b = 0; b < p->B; b++)
         for (int64_t h = 0; h < p->H; h++) {
-            causal_queries(p, R, d, phase, b, h);
-            causal_keys(p, R, d, phase, b, h);
+            const ls_real *later = NULL;
+            for (int64_t i = 0; i < state_doubles(p); i++) gradient_of(p, 0).m[i] = 0; /* all of both lies together */
+            for (int64_t hi = p->T, lo; hi > 0; hi = lo) {
+                lo = (hi - 1) / block_rows(p) * block_rows(p);
+                causal_queries(p, R, d, b, h, lo, hi);
+                later = causal_keys(p, R, d, b, h, lo, hi, later);
+                ls_real *kept = reals_of(p, traced_rows(p));
+                later = memcpy(kept, later, (size_t)(REALS * R) * sizeof *kept);
+            }
+            prefix_backward(p, phase, b, h, later);
         }
 }
 
