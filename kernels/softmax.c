@@ -22,10 +22,9 @@
 
 extern const ls_cuda_mechanism ls_softmax_cuda;
 
-enum { TQ = 128, TK = 256 }; /* tile of queries, of keys */
-static const ls_real WHOLE = sizeof(ls_real) == sizeof(float) ? (ls_real)4e-7 : (ls_real)1e-15; /* rounding of a sum */
-enum { TOP };                                                                                   /* saved[] */
-enum { MAXIMUM, SUM, DELTA = LS_SOFTMAX_DELTA, SCORES, DSCORES, QUERIES, DOUT, DROP };          /* work[] */
+enum { TQ = 128, TK = 256 };                                                           /* tile of queries, of keys */
+enum { TOP };                                                                          /* saved[] */
+enum { MAXIMUM, SUM, DELTA = LS_SOFTMAX_DELTA, SCORES, DSCORES, QUERIES, DOUT, DROP }; /* work[] */
 
 void ls_softmax_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
@@ -230,7 +229,7 @@ static void row_backward(int64_t n, ls_real top, ls_real inverse, ls_real delta,
     for (int64_t j = 0; D != NULL && j < n; j++) ds[j] *= s[j] > 0 ? D[j] : 0;
 #pragma omp simd reduction(+ : mass, flow)
     for (int64_t j = 0; j < n; j++) mass += s[j], flow += s[j] * ds[j];
-    if (mass > 1 - WHOLE && mass < 1 + WHOLE) delta = flow / mass;
+    if (ls_statistics_whole(mass)) delta = flow / mass;
     for (int64_t j = 0; j < n; j++) ds[j] = s[j] * (ds[j] - delta);
     for (int64_t j = 0; D != NULL && j < n; j++) s[j] *= s[j] > 0 ? D[j] : 0;
 }

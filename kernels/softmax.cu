@@ -484,7 +484,9 @@ ls_status ls_softmax_finish_backward_cuda(ls_pass *p, int phase)
     return ls_launched(p->queue, "softmax: finish backward");
 }
 
-/* dq_i += scale Σ_j ds_ij k_j, ds = p (D do_i·v_j - δ_i), p = e^(s - m) / l. */
+/* Where a tile has all the keys that a row sees, δ is taken from it, as in row_backward of softmax.c, and left for
+ * keys_backward_kernel. Not in bf16: the tensor cores' twin does not.
+ *   dq_i += scale Σ_j ds_ij k_j, ds = p (D do_i·v_j - δ_i), p = e^(s - m) / l. */
 template <int N, bool EXTRAS>
 __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backward_kernel(softmax_call p)
 {
@@ -518,11 +520,20 @@ __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backwa
                     const four D = dropout(p, x, x.t.row + r, x.t.at + r, t.at + c0, seen);
                     for (int j = 0; j < COLUMNS; j++) dp[i][j] *= D.x[j];
                 }
-                four ds;
+                const int lives = top[i] != INFINITY; /* else masks may hold anything */
+                four e, ds;                           /* e: p l */
+                ls_real mass = 0, flow = 0;
                 for (int j = 0; j < COLUMNS; j++) {
-                    const ls_real e = ls_exp(s[i][j] - top[i]); /* p l */
-                    ds.x[j] = EXTRAS && top[i] == INFINITY ? 0 : e * (dp[i][j] - delta[i]);
+                    e.x[j] = lives ? ls_exp(s[i][j] - top[i]) : 0;
+                    if (EXTRAS && !lives) dp[i][j] = 0;
+                    mass += e.x[j], flow += e.x[j] * dp[i][j];
                 }
+                mass = across(mass, sum()), flow = across(flow, sum());
+                if (lives && !p.narrow && ls_statistics_whole(mass * p.inverse[row + r])) {
+                    delta[i] = flow / mass;
+                    if (c0 == 0) p.delta[row + r] = delta[i];
+                }
+                for (int j = 0; j < COLUMNS; j++) ds.x[j] = e.x[j] * (dp[i][j] - delta[i]);
                 gradients[staying(r, c0 / COLUMNS)] = narrowed<EXTRAS>(p, ds);
             }
             __syncwarp(); /* rows are written and read by the same warp */

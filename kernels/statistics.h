@@ -32,4 +32,11 @@ LS_BOTH_SIDES ls_statistics_joined ls_statistics_join(ls_real m, ls_real l, ls_r
     return x;
 }
 
+/* Are probabilities that sum to `mass` all of a row's, but for the rounding of the sum? */
+LS_BOTH_SIDES int ls_statistics_whole(ls_real mass)
+{
+    const ls_real off = mass - 1, most = sizeof(ls_real) == sizeof(float) ? (ls_real)4e-7 : (ls_real)1e-15;
+    return off < most && off > -most;
+}
+
 #endif
