@@ -48,6 +48,7 @@ int report_error(const ranks *r, ls_status status)
 ls_status agree(const ranks *r, ls_status mine)
 {
     char message[1024];
+    if (mine == LS_ERR_COMM) return mine; /* the others may never come here: main ends them */
     snprintf(message, sizeof message, "%s", ls_last_error());
     const ls_status all = ls_agree(r->world, mine);
     if (all != LS_OK && all == mine && r->rank == 0) return ls_fail(mine, "%s", message);
