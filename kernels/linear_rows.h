@@ -480,9 +480,11 @@ static inline void scale_state(const linear *x, ls_real factor, ls_real *state)
 
 static inline void scale_running(linear *x, double factor)
 {
-    double *z = x->running + x->F * x->d;
-    for (int64_t i = 0; i < x->exponentials * x->d && x->running != NULL; i++) x->running[i] *= factor;
-    for (int64_t f = 0; f < x->exponentials && x->running != NULL; f++) z[f] *= factor;
+    if (x->running != NULL) {
+        double *z = x->running + x->F * x->d;
+        for (int64_t i = 0; i < x->exponentials * x->d; i++) x->running[i] *= factor;
+        for (int64_t f = 0; f < x->exponentials; f++) z[f] *= factor;
+    }
     if (x->changed) scale_state(x, (ls_real)factor, x->change);
     if (x->rounded) scale_state(x, (ls_real)factor, x->base), scale_state(x, (ls_real)factor, x->S);
 }
