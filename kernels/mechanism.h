@@ -162,7 +162,8 @@ typedef struct ls_phase {
     int of_source;  /* in a step: depends on keys and values alone, so a state does it once */
     int keys_alone; /* in a whole pass: neither kernel reads or writes what is the queries'. A layer then makes q, and
                        goes on from dq, while messages travel */
-    int feeds_scan; /* fills only what the next scan sends on: left out where nobody is after this rank */
+    int feeds_scan; /* > 0: fills only what the scan so many phases on sends: left out where nobody is after this rank
+                     */
 } ls_phase;
 
 static inline int ls_is_needed(const ls_pass *p, const ls_phase *phase)

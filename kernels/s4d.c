@@ -43,7 +43,9 @@
  *   ends backward:  what later ranks want. d sent leaves the shard, outputs have no part; s again begins with got,
  *                   for the scan carried got, too, over this shard. d got is left alone: that is the scan's adjoint.
  *
- * So every pair (γ', s) is met once, by the owner of the position. */
+ * So every pair (γ', s) is met once, by the owner of the position. In ends backward γ' only fades from chunk to chunk,
+ * so γ_λ = γ' S with γ' at the shard's end and S = ∂(state there)/∂λ, which apply backward makes by the way; du is to
+ * be made no further than γ' is seen. */
 #include "lanes.h"
 #include "tile.h"
 
@@ -59,8 +61,8 @@ enum { BLOCK = 512 };                                 /* features worked on at a
 enum { FROM_LEFT, FROM_RIGHT };                       /* directions: of s, of r */
 enum { ENTERING, LEAVING };                           /* the states of a sweep: s or r, and γ' of one */
 enum { LAMBDA, POWER, BETA };                         /* saved[]: complex doubles (E,N/2) of λ, a, β */
-enum { DESK, DLAMBDA, DW };                           /* work[]: complex doubles (E,N/2), (n_ssm,N/2) */
-enum { ENDS_LEFT = 1, SCAN_LEFT, ENDS_RIGHT, SCAN_RIGHT }; /* phases; CS has the first three */
+enum { DESK, DLAMBDA, DW, SLOPES };                   /* work[]: complex doubles (E,N/2), (n_ssm,N/2); reals */
+enum { ENDS_LEFT = 1, ENDS_RIGHT };                   /* phases, see scan_of */
 
 static const ls_option_info options[] = {
     {"state_size", "N", 16, 2, 1024, 1, "reals of state for each feature: N/2 complex modes"},
@@ -107,12 +109,14 @@ typedef struct group {
     double *decay;                    /* (2, N, LANES) a^n, and a^(what is left after the last whole chunk) */
     double *state;                    /* (2, directions, N, LANES) the states of a sweep */
     double *border[2];                /* (pieces, N, LANES) states at the pieces, of the sweep that goes first */
+    double *slope_end, *fade;         /* (directions, N, LANES) S; (N, LANES) a^(positions to the end), from the left */
     double *dlambda, *dweight, *dtap; /* (N, LANES), (directions, channels, N, LANES), (channels, 2n - 1, LANES) */
 } group;
 
 /* All memory for a block of features. Buffers without group are used by one after the other. */
 typedef struct desk {
     int64_t N, n, channels, directions;
+    int several;                        /* 1: states leave for other ranks */
     int64_t places, groups;             /* groups there is room for, groups in use */
     group *group;                       /* (places) */
     ls_lanes *u, *du;                   /* (places, STRIDE) rows of a piece */
@@ -166,9 +170,12 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     const size_t lanes = sizeof(ls_lanes), doubles = LS_LANES * sizeof(double), z = sizeof(double complex);
     for (int i = LAMBDA; i <= BETA; i++) p->saved[i] = ls_arena_take(saved, (size_t)(E * N / 2) * z);
     p->work[DLAMBDA] = ls_arena_take(work, (size_t)(back * E * N / 2) * z);
+    const int several = p->T < p->all_queries;
+    const int64_t rows = (E + LS_LANES - 1) / LS_LANES * LS_LANES;
+    p->work[SLOPES] = ls_arena_take(work, (size_t)(back * several * directions * p->B * rows * N) * sizeof(double));
     p->work[DW] = ls_arena_take(work, (size_t)(back * (int64_t)p->option[SETS] * N / 2) * z);
     desk *place = ls_arena_take(work, sizeof *place);
-    desk k = {.N = N, .n = n, .channels = channels, .directions = directions, .places = places};
+    desk k = {.N = N, .n = n, .channels = channels, .directions = directions, .several = several, .places = places};
     k.group = ls_arena_take(work, (size_t)places * sizeof *k.group);
     for (int64_t i = 0; i < places; i++) {
         group g = {0};
@@ -182,6 +189,8 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
         g.dweight = ls_arena_take(work, (size_t)(back * directions * channels * N) * doubles);
         g.dtap = ls_arena_take(work, (size_t)(back * taps) * doubles);
         g.border[0] = ls_arena_take(work, (size_t)((back || both) * pieces * N) * doubles);
+        g.slope_end = ls_arena_take(work, (size_t)(back * several * directions * N) * doubles);
+        g.fade = ls_arena_take(work, (size_t)(back * several * N) * doubles);
         g.border[1] = ls_arena_take(work, (size_t)(back * both * pieces * N) * doubles);
         if (k.group != NULL) k.group[i] = g;
     }
@@ -198,6 +207,12 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     k.products = ls_arena_take(work, (size_t)(back * n * n) * lanes);
     if (place != NULL) *place = k;
     p->work[DESK] = (ls_real *)(void *)place;
+}
+
+/* The phase before which a direction's states cross. */
+static int scan_of(const ls_pass *p, int direction)
+{
+    return p->pattern == LS_NS ? ENDS_RIGHT + 1 + direction : ENDS_LEFT + 1;
 }
 
 static ls_monoid carried(const ls_pass *p)
@@ -488,12 +503,25 @@ static ls_entries toeplitz(const desk *k, const group *g, int64_t channel)
     return (ls_entries){g->taps + channel * (2 * k->n - 1) + k->n - 1, -1, 1};
 }
 
+/* States fade, where nothing comes in, until they are denormal numbers, with which arithmetic is a hundred times as
+ * slow. They become 0 before, and so early that products with a part of them are normal numbers. */
+static double seen_or_zero(double x)
+{
+    return fabs(x) < (double)LS_REAL_MIN / (double)LS_REAL_EPS ? 0 : x;
+}
+
+/* a^(positions of the piece's chunks). */
+static const double *decay_of(const desk *k, const group *g, const piece *x)
+{
+    return g->decay + (x->length == k->n ? 0 : k->N * LS_LANES);
+}
+
 /* The state passes the chunks of a piece: before (chunks, N) = state as it comes, im times sign;
  * state := a^n state + local. */
 static void chain(const desk *k, const group *g, const piece *x, int descending, double *state, const ls_lanes *local,
                   ls_real sign, ls_lanes *before)
 {
-    const double *decay = g->decay + (x->length == k->n ? 0 : k->N * LS_LANES);
+    const double *decay = decay_of(k, g, x);
     for (int64_t i = 0; i < x->chunks; i++) {
         const int64_t c = (descending ? x->chunks - 1 - i : i) * k->N;
         const ls_real *in = (const ls_real *)(const void *)(local + c);
@@ -502,7 +530,7 @@ static void chain(const desk *k, const group *g, const piece *x, int descending,
 #pragma omp simd
             for (int64_t re = m; re < m + LS_LANES; re++) {
                 const int64_t im = re + LS_LANES;
-                const double s = state[re], t = state[im];
+                const double s = seen_or_zero(state[re]), t = seen_or_zero(state[im]);
                 out[re] = (ls_real)s;
                 out[im] = sign * (ls_real)t;
                 state[re] = decay[re] * s - decay[im] * t + (double)in[re];
@@ -579,8 +607,7 @@ static void apply_block(const ls_pass *p, const desk *k, int64_t b)
     const int both = k->directions == 2;
     for (int d = 0; d < k->directions; d++)
         for (int64_t i = 0; i < k->groups; i++)
-            read_state(p, k, &k->group[i], b, p->summary[d ? SCAN_RIGHT : SCAN_LEFT].got, 1,
-                       state_of(k, &k->group[i], ENTERING, d));
+            read_state(p, k, &k->group[i], b, p->summary[scan_of(p, d)].got, 1, state_of(k, &k->group[i], ENTERING, d));
     for (int64_t j = pieces - 1; both && j >= 0; j--) {
         const piece x = piece_at(p, j);
         load(p, k, features(p->q, first), b, &x, k->u);
@@ -617,9 +644,9 @@ static ls_status apply(ls_pass *p, int phase)
 /* The state that this shard alone would leave behind. */
 static ls_status ends(ls_pass *p, int phase)
 {
-    const int direction = phase == ENDS_LEFT ? FROM_LEFT : FROM_RIGHT;
+    const int direction = phase == ENDS_RIGHT ? FROM_RIGHT : FROM_LEFT;
     const int64_t pieces = count_pieces(p);
-    const ls_summary *s = &p->summary[phase + 1];
+    const ls_summary *s = &p->summary[scan_of(p, direction)];
     desk *k = desk_of(p);
     for (int64_t first = 0; first < p->d; first += BLOCK) {
         open_block(p, k, first, 0);
@@ -654,16 +681,47 @@ static void look_back_all(const desk *k, int64_t i, const piece *x, int directio
         look_back(k, i, x, direction, c, k->group[i].power, k->seen + c * PIECE * k->N);
 }
 
-/* γ of a direction passes a piece against it; k->leaving = γ' of the states that leave its chunks, in gradient form. It
- * grows by V in `seen`, or, NULL, by nothing: then it is what comes after the shard. */
-static void leave(const desk *k, int64_t i, const piece *x, int direction, const ls_lanes *seen)
+/* γ of a direction passes a piece against it and grows by V, in k->seen; k->leaving = γ' of the states that leave its
+ * chunks, in gradient form. */
+static void leave(const desk *k, int64_t i, const piece *x, int direction)
 {
     const group *g = &k->group[i];
-    if (seen == NULL) zero_lanes(k->local, x->chunks * k->N);
-    for (int64_t c = 0; seen != NULL && c < k->channels; c++)
-        weigh(k, x->chunks, g->weight + (direction * k->channels + c) * k->N, seen + c * PIECE * k->N, 1, c > 0,
+    for (int64_t c = 0; c < k->channels; c++)
+        weigh(k, x->chunks, g->weight + (direction * k->channels + c) * k->N, k->seen + c * PIECE * k->N, 1, c > 0,
               k->local);
     chain(k, g, x, direction == FROM_LEFT, state_of(k, g, LEAVING, direction), k->local, -1, k->leaving[direction]);
+}
+
+/* du of what states that leave a piece's chunks are wanted for. */
+static void leaving_inputs(const desk *k, int64_t i, const piece *x, int direction)
+{
+    ls_lanes_product(x->chunks, x->length, k->N, matrix(k->leaving[direction], k->N),
+                     ls_transposed(on_leaving(k, k->group[i].power, direction, x->length)), 1,
+                     matrix(k->du + i * STRIDE, x->length));
+}
+
+/* S goes over a piece, from its last chunk to its first, k->mixed = what the chunks add to it where they are left. From
+ * the right that is the way of the state, S := a^n S + mixed; from the left S += a^(positions after the chunk) mixed.
+ */
+static void add_slopes(const desk *k, const group *g, const piece *x, int direction)
+{
+    const double *decay = decay_of(k, g, x);
+    double *sum = g->slope_end + direction * k->N * LS_LANES, *faded = direction == FROM_LEFT ? g->fade : sum;
+    for (int64_t c = x->chunks - 1; c >= 0; c--) {
+        const ls_real *in = (const ls_real *)(const void *)(k->mixed + c * k->N);
+        for (int64_t m = 0; m < k->N * LS_LANES; m += 2 * LS_LANES) {
+#pragma omp simd
+            for (int64_t re = m; re < m + LS_LANES; re++) {
+                const int64_t im = re + LS_LANES;
+                const double s = seen_or_zero(faded[re]), t = seen_or_zero(faded[im]);
+                const double x_re = (double)in[re], x_im = (double)in[im];
+                faded[re] = decay[re] * s - decay[im] * t;
+                faded[im] = decay[re] * t + decay[im] * s;
+                sum[re] += direction == FROM_LEFT ? s * x_re - t * x_im : x_re;
+                sum[im] += direction == FROM_LEFT ? s * x_im + t * x_re : x_im;
+            }
+        }
+    }
 }
 
 /* What meets where states leave: du, and γ_λ of the steps up to there. */
@@ -671,12 +729,12 @@ static void leaving_gradients(const desk *k, int64_t i, const piece *x, int dire
 {
     const group *g = &k->group[i];
     const int64_t n = x->length;
-    ls_lanes_product(x->chunks, n, k->N, matrix(k->leaving[direction], k->N),
-                     ls_transposed(on_leaving(k, g->power, direction, n)), 1, matrix(k->du + i * STRIDE, n));
+    leaving_inputs(k, i, x, direction);
     ls_lanes_product(x->chunks, k->N, n, matrix(k->u + i * STRIDE, n), on_leaving(k, g->slope, direction, n), 0,
                      matrix(k->mixed, k->N));
     weigh(k, x->chunks, g->slope + n * k->N, k->entering[direction], 1, 1, k->mixed);
     correlate(k, x->chunks, k->leaving[direction], -1, k->mixed, g->dlambda);
+    if (k->several) add_slopes(k, g, x, direction);
 }
 
 /* What meets where outputs look at entering states: γ_W, and γ_λ of the steps from there. */
@@ -722,7 +780,21 @@ static void write_gradients(const ls_pass *p, const desk *k, int64_t b, int dire
 {
     for (int64_t i = 0; i < k->groups; i++)
         write_state(p, k, &k->group[i], b, state_of(k, &k->group[i], LEAVING, direction), -1,
-                    p->summary[direction == FROM_LEFT ? SCAN_LEFT : SCAN_RIGHT].dgot);
+                    p->summary[scan_of(p, direction)].dgot);
+}
+
+/* Before a batch row: nothing after its last chunk. */
+static void open_slopes(const desk *k, const group *g)
+{
+    zero_doubles(g->slope_end, k->directions * k->N);
+    for (int64_t i = 0; i < k->N * LS_LANES; i++) g->fade[i] = i / LS_LANES % 2 == 0;
+}
+
+/* S of a batch row and direction, (N, LANES), for ends backward. */
+static double *slopes_of(const ls_pass *p, const desk *k, const group *g, int64_t b, int direction)
+{
+    const int64_t lanes = (p->d + LS_LANES - 1) / LS_LANES * LS_LANES;
+    return (double *)(void *)p->work[SLOPES] + ((direction * p->B + b) * lanes + g->first) * k->N;
 }
 
 /* One piece of pass 2, all its states known at the borders. */
@@ -732,7 +804,7 @@ static void piece_backward(const desk *k, int64_t i, const piece *x)
     for (int d = 0; d < k->directions; d++) {
         look_back_all(k, i, x, d);
         enter(k, i, x, d);
-        leave(k, i, x, d, k->seen);
+        leave(k, i, x, d);
         entering_gradients(k, i, x, d);
         leaving_gradients(k, i, x, d);
     }
@@ -746,10 +818,10 @@ static void apply_block_backward(const ls_pass *p, const desk *k, int64_t b)
     const int both = k->directions == 2;
     for (int d = 0; d < k->directions; d++)
         for (int64_t i = 0; i < k->groups; i++) {
-            read_state(p, k, &k->group[i], b, p->summary[d ? SCAN_RIGHT : SCAN_LEFT].got, 1,
-                       state_of(k, &k->group[i], ENTERING, d));
+            read_state(p, k, &k->group[i], b, p->summary[scan_of(p, d)].got, 1, state_of(k, &k->group[i], ENTERING, d));
             zero_doubles(state_of(k, &k->group[i], LEAVING, d), k->N);
         }
+    for (int64_t i = 0; k->several && i < k->groups; i++) open_slopes(k, &k->group[i]);
     for (int64_t j = 0; j < pieces; j++) {
         const piece x = piece_at(p, j);
         load(p, k, features(p->q, first), b, &x, k->u);
@@ -760,7 +832,7 @@ static void apply_block_backward(const ls_pass *p, const desk *k, int64_t b)
             if (!both) continue;
             keep(k, &k->group[i], 1, j, state_of(k, &k->group[i], LEAVING, FROM_RIGHT));
             look_back_all(k, i, &x, FROM_RIGHT);
-            leave(k, i, &x, FROM_RIGHT, k->seen);
+            leave(k, i, &x, FROM_RIGHT);
         }
     }
     if (both) write_gradients(p, k, b, FROM_RIGHT);
@@ -776,6 +848,10 @@ static void apply_block_backward(const ls_pass *p, const desk *k, int64_t b)
         store(p, k, k->du, b, &x, features(p->dq, first));
     }
     write_gradients(p, k, b, FROM_LEFT);
+    for (int d = 0; k->several && d < k->directions; d++)
+        for (int64_t i = 0; i < k->groups; i++)
+            memcpy(slopes_of(p, k, &k->group[i], b, d), k->group[i].slope_end + d * k->N * LS_LANES,
+                   (size_t)(k->N * LS_LANES) * sizeof(double));
 }
 
 /* The sums of one feature become gradients of C and D, and of λ and w as far as they are known. */
@@ -824,33 +900,38 @@ static ls_status apply_backward(ls_pass *p, int phase)
     return LS_OK;
 }
 
-static void ends_block_backward(const ls_pass *p, const desk *k, int64_t b, int direction, const ls_summary *s)
+/* γ' fades away from the end where the state leaves; du gets its part. 0: nothing is left of it. */
+static int fade(const desk *k, const piece *x, int direction)
+{
+    int left = 0;
+    zero_lanes(k->local, x->chunks * k->N);
+    for (int64_t i = 0; i < k->groups; i++) {
+        const group *g = &k->group[i];
+        double *state = state_of(k, g, LEAVING, direction);
+        chain(k, g, x, direction == FROM_LEFT, state, k->local, -1, k->leaving[direction]);
+        leaving_inputs(k, i, x, direction);
+        for (int64_t m = 0; m < k->N * LS_LANES; m++) left |= seen_or_zero(state[m]) != 0;
+    }
+    return left;
+}
+
+static void ends_block_backward(const ls_pass *p, const desk *k, int64_t b, int direction)
 {
     const int64_t pieces = count_pieces(p), first = k->group[0].first;
     for (int64_t i = 0; i < k->groups; i++) {
-        read_state(p, k, &k->group[i], b, s->got, 1, state_of(k, &k->group[i], ENTERING, direction));
-        read_state(p, k, &k->group[i], b, s->dsent, -1, state_of(k, &k->group[i], LEAVING, direction));
+        const group *g = &k->group[i];
+        double *state = state_of(k, g, LEAVING, direction);
+        read_state(p, k, g, b, p->summary[scan_of(p, direction)].dsent, -1, state);
+        const double *slopes = slopes_of(p, k, g, b, direction);
+        for (int64_t lane = 0; lane < g->width; lane++)
+            for (int64_t m = 0; m < k->N; m += 2)
+                complex_of(p->work[DLAMBDA])[((g->first + lane) * k->N + m) / 2] +=
+                    get(state + m * LS_LANES, lane) * get(slopes + m * LS_LANES, lane);
     }
-    for (int64_t j = 0; j < pieces; j++) { /* pass 1, with the state */
-        const int64_t at = direction == FROM_LEFT ? j : pieces - 1 - j;
-        const piece x = piece_at(p, at);
-        load(p, k, features(p->q, first), b, &x, k->u);
-        for (int64_t i = 0; i < k->groups; i++) {
-            keep(k, &k->group[i], 0, at, state_of(k, &k->group[i], ENTERING, direction));
-            enter(k, i, &x, direction);
-        }
-    }
-    for (int64_t j = 0; j < pieces; j++) { /* pass 2, against it */
-        const int64_t at = direction == FROM_LEFT ? pieces - 1 - j : j;
-        const piece x = piece_at(p, at);
-        load(p, k, features(p->q, first), b, &x, k->u);
+    for (int64_t j = 0, left = 1; left && j < pieces; j++) {
+        const piece x = piece_at(p, direction == FROM_LEFT ? pieces - 1 - j : j);
         load(p, k, features(p->dq, first), b, &x, k->du);
-        for (int64_t i = 0; i < k->groups; i++) {
-            recall(k, &k->group[i], 0, at, state_of(k, &k->group[i], ENTERING, direction));
-            enter(k, i, &x, direction);
-            leave(k, i, &x, direction, NULL);
-            leaving_gradients(k, i, &x, direction);
-        }
+        left = fade(k, &x, direction);
         store(p, k, k->du, b, &x, features(p->dq, first));
     }
 }
@@ -858,15 +939,10 @@ static void ends_block_backward(const ls_pass *p, const desk *k, int64_t b, int 
 static ls_status ends_backward(ls_pass *p, int phase)
 {
     desk *k = desk_of(p);
+    if (!k->several) return LS_OK; /* all others have no rows */
     for (int64_t first = 0; first < p->d; first += BLOCK) {
         open_block(p, k, first, 0);
-        for (int64_t b = 0; b < p->B; b++)
-            ends_block_backward(p, k, b, phase == ENDS_LEFT ? FROM_LEFT : FROM_RIGHT, &p->summary[phase + 1]);
-        for (const group *g = k->group; g < k->group + k->groups; g++)
-            for (int64_t lane = 0; lane < g->width; lane++)
-                for (int64_t m = 0; m < k->N; m += 2)
-                    complex_of(p->work[DLAMBDA])[((g->first + lane) * k->N + m) / 2] +=
-                        get(g->dlambda + m * LS_LANES, lane);
+        for (int64_t b = 0; b < p->B; b++) ends_block_backward(p, k, b, phase == ENDS_RIGHT ? FROM_RIGHT : FROM_LEFT);
     }
     return LS_OK;
 }
@@ -881,9 +957,9 @@ static const ls_phase causal[] = {
 };
 static const ls_phase bidirectional[] = {
     {.name = "decays", .forward = decays, .backward = decays_backward},
-    {.name = "ends from the left", .forward = ends, .backward = ends_backward, .feeds_scan = 1},
+    {.name = "ends from the left", .forward = ends, .backward = ends_backward, .feeds_scan = 2},
+    {.name = "ends from the right", .forward = ends, .backward = ends_backward, .feeds_scan = 2},
     {.name = "carry", .crossing = LS_SCAN, .monoid = carried},
-    {.name = "ends from the right", .forward = ends, .backward = ends_backward, .feeds_scan = 1},
     {.name = "apply", .crossing = LS_REVERSE_SCAN, .monoid = carried, .forward = apply, .backward = apply_backward},
     {.name = NULL},
 };

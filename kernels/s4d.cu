@@ -27,16 +27,16 @@ extern "C" {
 namespace
 {
 
-enum { STATE_SIZE, CHANNELS, SETS };                       /* option[] */
-enum { LOG_DT, LOG_W_RE, W_IM, C_, D_ };                   /* param[] */
-enum { CHUNK = 64, AHEAD = 8, FEATURES = 128 };            /* positions; read at a time; features of a block */
-enum { MODES = 8, SLOPES = 4 };                            /* of a pass; where z runs along */
-enum { MOST_STRIPS = 128 };                                /* about, of all batch rows together */
-enum { FROM_LEFT, FROM_RIGHT };                            /* directions */
-enum { LAMBDA, POWER, BETA };                              /* saved[]: complex doubles (E,N/2) of λ, a, β */
-enum { STATES, STATES_RIGHT, GRADS, GRADS_RIGHT };         /* work[]: complex doubles (B,chunks,N/2,E) */
-enum { DLAMBDA = GRADS_RIGHT + 1, DW, STRIPS };            /* complex doubles (E,N/2), twice; (strips,sums,E) */
-enum { ENDS_LEFT = 1, SCAN_LEFT, ENDS_RIGHT, SCAN_RIGHT }; /* phases; CS has the first three */
+enum { STATE_SIZE, CHANNELS, SETS };               /* option[] */
+enum { LOG_DT, LOG_W_RE, W_IM, C_, D_ };           /* param[] */
+enum { CHUNK = 64, AHEAD = 8, FEATURES = 128 };    /* positions; read at a time; features of a block */
+enum { MODES = 8, SLOPES = 4 };                    /* of a pass; where z runs along */
+enum { MOST_STRIPS = 128 };                        /* about, of all batch rows together */
+enum { FROM_LEFT, FROM_RIGHT };                    /* directions */
+enum { LAMBDA, POWER, BETA };                      /* saved[]: complex doubles (E,N/2) of λ, a, β */
+enum { STATES, STATES_RIGHT, GRADS, GRADS_RIGHT }; /* work[]: complex doubles (B,chunks,N/2,E) */
+enum { DLAMBDA = GRADS_RIGHT + 1, DW, STRIPS };    /* complex doubles (E,N/2), twice; (strips,sums,E) */
+enum { ENDS_LEFT = 1, ENDS_RIGHT };                /* phases, see summary_of */
 
 /* ------------------------------------------------------------------------------------------------ complex numbers */
 
@@ -454,17 +454,17 @@ static void make_states(ls_pass *p, int direction, ls_real *from, ls_real *to, l
 
 static int direction_of(int phase)
 {
-    return phase == ENDS_LEFT ? FROM_LEFT : FROM_RIGHT;
+    return phase == ENDS_RIGHT ? FROM_RIGHT : FROM_LEFT;
 }
 
 static ls_summary *summary_of(ls_pass *p, int direction)
 {
-    return &p->summary[direction == FROM_LEFT ? SCAN_LEFT : SCAN_RIGHT];
+    return &p->summary[directions(p) == 2 ? ENDS_RIGHT + 1 + direction : ENDS_LEFT + 1];
 }
 
 static ls_status ends(ls_pass *p, int phase)
 {
-    const ls_summary *s = &p->summary[phase + 1];
+    const ls_summary *s = summary_of(p, direction_of(phase));
     make_states(p, direction_of(phase), NULL, s->sent, s->sent + ls_monoid_size(s->monoid) - 1);
     return ls_launched(p->queue, "s4d: ends");
 }
@@ -788,7 +788,7 @@ static ls_status ends_backward(ls_pass *p, int phase)
     const rows dy = {p->dout, p->pad_q, p->T}, du = {p->dq, p->pad_q, p->T};
     const meeting none = {NULL, NULL}, mine = {states_of(p, d), grads_of(p, d)};
     if (blocks == 0) return LS_OK;
-    scan(p, d == FROM_LEFT, 1, {p->summary[phase + 1].dsent, -1}, {NULL, 0}, NULL, grads_of(p, d));
+    scan(p, d == FROM_LEFT, 1, {summary_of(p, d)->dsent, -1}, {NULL, 0}, NULL, grads_of(p, d));
     LS_LAUNCH(p->queue, make_input_gradients, blocks, FEATURES, 0, y, 0, dy, d == FROM_LEFT ? mine.grads : none.grads,
               d == FROM_LEFT ? none.grads : mine.grads, du);
     make_strips(p, 0, d == FROM_LEFT ? mine : none, d == FROM_LEFT ? none : mine);

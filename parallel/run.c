@@ -576,8 +576,8 @@ static ls_status fetch_lists_adjoint(ls_call *c, const ls_pass *p, const ls_phas
 /* What a phase makes for the ranks after this one is not made where there are none. */
 static int is_needless(const ls_call *c, const ls_phase *phase)
 {
-    return phase->feeds_scan &&
-           (phase[1].crossing == LS_SCAN ? c->keys->rank == c->keys->size - 1 : c->keys->rank == 0);
+    return phase->feeds_scan > 0 &&
+           (phase[phase->feeds_scan].crossing == LS_SCAN ? c->keys->rank == c->keys->size - 1 : c->keys->rank == 0);
 }
 
 static ls_status cross(ls_call *c, ls_pass *p, const ls_phase *phase, int i)
@@ -634,7 +634,8 @@ static ls_status walk_forward(ls_call *c)
         const ls_phase *phase = &phases[i];
         if (!ls_is_needed(&p, phase)) continue;
         if (is_needless(c, phase)) {
-            ls_memory_of(&c->ctx->exchange)->identity(p.queue, p.summary[i + 1].monoid, p.summary[i + 1].sent);
+            const ls_summary *s = &p.summary[i + phase->feeds_scan];
+            ls_memory_of(&c->ctx->exchange)->identity(p.queue, s->monoid, s->sent);
             continue;
         }
         LS_TRY(cross(c, &p, phase, i));
