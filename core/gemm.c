@@ -7,9 +7,17 @@
 
 #ifdef LS_REAL_DOUBLE
 #define GEMM cblas_dgemm
+#define TRANSPOSE cblas_domatcopy
 #else
 #define GEMM cblas_sgemm
+#define TRANSPOSE cblas_somatcopy
 #endif
+
+/* OpenBLAS's kernels for AVX-512 take small products as they lie; above SMALL multiplications they copy operands first,
+ * which for an inner matrix that stays in cache anyway is a third slower, and so is B transposed at any size. Such
+ * products go in pieces of rows, and B is transposed before: at most INNER reals, where enough rows use it, more if it
+ * does not lie together. */
+enum { SMALL = 1000000, INNER = 16384, FEWEST = 16, MANY = 64, APART = 16 };
 
 static void count(int in_double, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, int64_t lda,
                   int64_t ldb, double beta, int64_t ldc)
@@ -28,6 +36,24 @@ static void count(int in_double, int transpose_a, int transpose_b, int64_t m, in
                                   .in_double = in_double});
 }
 
+static int takes_small_products(void)
+{
+    static int known = -1;
+    if (known < 0) {
+        const char *kernels = ls_blas_kernels();
+        known = strcasecmp(kernels, "SkylakeX") == 0 || strcasecmp(kernels, "Cooperlake") == 0 ||
+                strcasecmp(kernels, "SapphireRapids") == 0;
+    }
+    return known;
+}
+
+/* Pieces of m rows, of about the same size, a multiple of 16 if that fits, of no more than `most` >= 61. */
+static int64_t piece_of_rows(int64_t m, int64_t most)
+{
+    const int64_t pieces = (m + most - 1) / most, rows = (m + pieces - 1) / pieces, even = (rows + 15) / 16 * 16;
+    return even <= most ? even : rows;
+}
+
 void ls_gemm(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha, const ls_real *a,
              int64_t lda, const ls_real *b, int64_t ldb, double beta, ls_real *c, int64_t ldc)
 {
@@ -38,8 +64,21 @@ void ls_gemm(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, 
         return;
     }
     count(0, transpose_a, transpose_b, m, n, k, lda, ldb, beta, ldc);
-    GEMM(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans, (blasint)m,
-         (blasint)n, (blasint)k, (ls_real)alpha, a, (blasint)lda, b, (blasint)ldb, (ls_real)beta, c, (blasint)ldc);
+    int64_t rows = m;
+    if (n * k <= INNER && takes_small_products()) {
+        if (transpose_b && !transpose_a && n >= FEWEST && m >= (ldb == k ? FEWEST : MANY) && 4 * m >= k) {
+            static _Thread_local ls_real turned[INNER + APART * INNER / FEWEST];
+            TRANSPOSE(
+                CblasRowMajor, CblasTrans, (blasint)n, (blasint)k, 1, b, (blasint)ldb, turned,
+                (blasint)(n + APART)); /* not a power of two apart, where rows would meet in one place of a cache */
+            b = turned, ldb = n + APART, transpose_b = 0;
+        }
+        if (!transpose_b && m * n * k > SMALL) rows = piece_of_rows(m, SMALL / (n * k));
+    }
+    for (int64_t i = 0; i < m; i += rows)
+        GEMM(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans,
+             (blasint)(m - i < rows ? m - i : rows), (blasint)n, (blasint)k, (ls_real)alpha,
+             a + i * (transpose_a ? 1 : lda), (blasint)lda, b, (blasint)ldb, (ls_real)beta, c + i * ldc, (blasint)ldc);
 }
 
 void ls_gemm_double(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha, const double *a,

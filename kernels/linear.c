@@ -36,8 +36,9 @@ void ls_linear_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[TURNED] = ls_take(work, F > r ? 3 * ROWS * F : 0);
     p->work[STAGE] = ls_take(work, (p->backward ? STAGED : OUT + 1) * stage_reals(p));
     p->work[WEIGHTS] = ls_take(work, 2 * CAUSAL_ROWS * CAUSAL_ROWS);
-    p->work[STATE] = ls_take(work, 3 * F * (d + 1) + r);
-    p->work[DOUBLES] = ls_arena_take(work, (size_t)(p->H * F * (d + 1) + 2 * ROWS) * sizeof(double));
+    p->work[STATE] = ls_take(work, F * (d + 1) + r);
+    p->work[RUNNING] = ls_take(work, part_reals(F, d) + 2 * p->H * F * (d + 1));
+    p->work[DOUBLES] = ls_arena_take(work, (size_t)(2 * ROWS) * sizeof(double));
     p->work[SMALL] = ls_take(work, (SMALLS + 1) * ROWS + p->H + 1);
     p->work[TRACE] = ls_take(work, sweeps ? stage_rows(p) * (3 + r) : 0);
 }
@@ -63,16 +64,23 @@ static ls_status kernel_sums(ls_pass *p, int phase)
     linear x = begin(p);
     const walk w = {.rows = p->S, .step = ROWS, .reads = HAS_K | HAS_V};
     for (int64_t b = 0; b < p->B; b++) {
-        clear_running(&x);
+        clear_sums(&x);
         for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
             load_keys(&x, k);
             if (x.exponentials > 0) see_from(&x, k.h, highest(x.seen_from[k.h], k.n, x.top));
             load_all(&x, k, x.seen_from[k.h]);
-            gather(&x, k.n, x.B, x.v, NULL, 0);
+            gather(&x, k.n, x.B, x.v, NULL);
         }
         for (int64_t h = 0; h < p->H; h++) pack(&x, h, x.seen_from[h], element(&x, p->summary[phase + 1].sent, b, h));
     }
     return LS_OK;
+}
+
+/* Products use what arrived. */
+static void read_state(linear *x, const ls_real *element)
+{
+    unpack(x, element, x->own);
+    use(x, x->own);
 }
 
 /* CS: the causal kernel wrote dk and dv before, so this adds. */
@@ -84,7 +92,7 @@ static ls_status kernel_sums_backward(ls_pass *p, int phase)
         .rows = p->S, .step = ROWS, .reads = HAS_K | HAS_V, .writes = HAS_DK | HAS_OUT, .adds = p->pattern == LS_CS};
     for (int64_t b = 0; b < p->B; b++)
         for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
-            if (begins(&k)) unpack(&x, element(&x, s->dsent, b, k.h));
+            if (begins(&k)) read_state(&x, element(&x, s->dsent, b, k.h));
             load_keys(&x, k);
             load_all(&x, k, element(&x, s->sent, b, k.h)[0]); /* c, where there is one */
             take_gradients(&x, 0, k.n, 0);
@@ -108,7 +116,7 @@ static ls_status kernel_apply(ls_pass *p, int phase)
     const walk w = {.rows = p->T, .step = ROWS, .reads = HAS_Q, .writes = HAS_OUT};
     for (int64_t b = 0; b < p->B; b++)
         for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
-            if (begins(&k)) unpack(&x, element(&x, p->summary[phase].got, b, k.h));
+            if (begins(&k)) read_state(&x, element(&x, p->summary[phase].got, b, k.h));
             load_turned_queries(&x, k);
             ls_gemm(0, 0, k.n, x.d, x.F, 1, x.A, x.F, x.S, x.d, 0, x.out, x.d);
             for (int64_t i = 0; i < k.n; i++) set_inverse(&x, i, dot(x.F, x.A + i * x.F, x.z));
@@ -122,9 +130,10 @@ static void divide(const linear *x, int64_t n)
 {
     for (int64_t i = 0; i < n; i++) {
         ls_real *A = x->A + i * x->F, *dA = x->dA + i * x->F;
-        const double D = dot(x->F, A, x->z);
+        double D, cross;
+        two_dots(x->F, A, x->z, dA, &D, &cross);
         set_inverse(x, i, D);
-        const ls_real by = x->inverse[i], delta = x->flows[i] > 0 ? (ls_real)(dot(x->F, A, dA) / D) : 0;
+        const ls_real by = x->inverse[i], delta = x->flows[i] > 0 ? (ls_real)(cross / D) : 0;
         for (int64_t f = 0; f < x->F; f++) {
             dA[f] = by * (dA[f] - delta * x->z[f]);
             A[f] *= by;
@@ -139,13 +148,13 @@ static ls_status kernel_apply_backward(ls_pass *p, int phase)
     const ls_summary *s = &p->summary[phase];
     const walk w = {.rows = p->T, .step = ROWS, .reads = HAS_Q | HAS_DOUT, .writes = HAS_DQ};
     for (int64_t b = 0; b < p->B; b++) {
-        clear_running(&x);
+        clear_sums(&x);
         for (chunk k = before_all(&x, &w, b); go_on(&x, &w, &k);) {
-            if (begins(&k)) unpack(&x, element(&x, s->got, b, k.h));
+            if (begins(&k)) read_state(&x, element(&x, s->got, b, k.h));
             load_turned_queries(&x, k);
             ls_gemm(0, 1, k.n, x.F, x.d, 1, x.dout, x.d, x.S, x.d, 0, x.dA, x.F);
             divide(&x, k.n);
-            give_gradients(&x, 0, k.n, 0);
+            give_gradients(&x, 0, k.n);
             turn_backward(&x, 0, k.n, x.dA, 0, x.da);
             straighten(&x, 0, k.n);
             finish_queries(&x, k);

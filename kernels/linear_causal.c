@@ -24,14 +24,13 @@ static void find_maxima(const linear *x, int64_t n, ls_real before)
     }
 }
 
-/* Rows [i, i + n) made ready: a and b seen from c at their end, B, and S, z from the running state, which was seen from
- * c until now. */
+/* Rows [i, i + n) made ready: a and b seen from c at their end, B, and S, z, which are the sum so far. */
 static void load_piece(linear *x, int64_t i, int64_t n)
 {
     exponentiate(x, i, n, x->c[i + n - 1]);
     make_up(x, i, n, x->a);
     turn(x, i, n, x->b, x->B);
-    round_running(x);
+    use(x, x->sum);
 }
 
 /* w (n,n) = a·b of a piece, whole. */
@@ -46,13 +45,13 @@ static const ls_real *apart_within(const linear *x, int64_t i)
     return x->apart + ROWS - 1 - i;
 }
 
-/* The running states := the prefixes. */
-static void load_prefixes(const linear *x, int phase, int64_t b)
+/* The sums begin with the prefixes. */
+static void load_prefixes(linear *x, int phase, int64_t b)
 {
-    const int64_t reals = x->F * (x->d + 1);
+    clear_sums(x);
     for (int64_t h = 0; h < x->p->H; h++) {
-        x->seen_from[h] = unpack(x, element(x, x->p->summary[phase].got, b, h));
-        for (int64_t i = 0; i < reals; i++) x->all_running[h * reals + i] = (double)x->S[i];
+        turn_to(x, h);
+        x->seen_from[h] = unpack(x, element(x, x->p->summary[phase].got, b, h), x->sum);
     }
 }
 
@@ -63,26 +62,23 @@ static ls_real *kept_state(const linear *x, chunk k)
     return p->step ? NULL : p->saved[STATES] + ((k.b * blocks_of(p) + k.lo / x->block) * p->H + k.h) * kept_reals(p);
 }
 
-static void keep_state(linear *x, chunk k)
+static void keep_state(const linear *x, chunk k)
 {
     ls_real *to = kept_state(x, k);
     if (to == NULL) return;
-    round_running(x);
     to[0] = x->seen_from[k.h];
-    memcpy(to + 1, x->S, (size_t)(x->F * (x->d + 1)) * sizeof *to); /* z lies behind S */
+    memcpy(to + 1, x->sum, (size_t)state_reals(x) * sizeof *to);
 }
 
-/* S, z := what was kept, S as (d,F); it goes on from there within the block alone. Returns its c. */
+/* The sum is what was kept, as (d,F), and grows within the block alone. Returns its c. */
 static ls_real recall_state(linear *x, chunk k)
 {
     const int64_t F = x->F, d = x->d;
     const ls_real *from = kept_state(x, k), *S = from + 1, *z = S + F * d;
-    x->running = NULL;
-    x->rounded = x->across = 1, x->changed = 0;
+    x->sum = x->own, x->rest = NULL, x->across = 1;
     for (int64_t f = 0; f < F; f++)
-        for (int64_t i = 0; i < d; i++) x->base[i * F + f] = S[f * d + i];
-    memcpy(x->base + F * d, z, (size_t)F * sizeof *z);
-    memcpy(x->S, x->base, (size_t)(F * (d + 1)) * sizeof *z);
+        for (int64_t i = 0; i < d; i++) x->own[i * F + f] = S[f * d + i];
+    memcpy(x->own + F * d, z, (size_t)F * sizeof *z);
     return from[0];
 }
 
@@ -115,7 +111,7 @@ ls_status ls_linear_causal_forward(ls_pass *p, int phase)
                 see_from(&x, k.h, x.c[end - 1]);
                 load_piece(&x, i, end - i);
                 apply_piece(&x, i, end - i);
-                gather(&x, end - i, x.B + i * x.F, x.v + i * x.d, NULL, 1);
+                gather(&x, end - i, x.B + i * x.F, x.v + i * x.d, NULL);
             }
             scale_rows(k.n, x.d, x.inverse, x.out);
         }
@@ -140,10 +136,12 @@ static void row_backward(const linear *x, int64_t i, int64_t n, int64_t j)
     const int64_t r = x->r, at = i + j;
     ls_real *w = x->w + j * n, *dw = x->dw + j * n, *a = x->a + at * r, *da = x->da + at * r;
     const ls_real *z = turn_back(x, at, x->z, x->turned_z), *past = turn_back(x, at, x->dA + at * x->F, da);
-    const double D = weigh(n, apart_within(x, j), w) + dot(r, a, z);
+    double here, before, from_before;
+    two_dots(r, a, z, past, &before, &from_before);
+    const double D = weigh_and_dot(n, apart_within(x, j), w, dw, &here) + before;
     set_inverse(x, at, D);
     const ls_real by = x->inverse[at];
-    const ls_real delta = x->flows[at] > 0 ? (ls_real)((dot(n, w, dw) + dot(r, a, past)) / D) : 0;
+    const ls_real delta = x->flows[at] > 0 ? (ls_real)((here + from_before) / D) : 0;
     weigh_backward(n, apart_within(x, j), by, delta, w, dw);
     for (int64_t f = 0; f < r; f++) da[f] = by * (past[f] - delta * z[f]);
     x->delta[at] = delta;
@@ -204,7 +202,7 @@ static void sweep_past(linear *x, chunk k)
             see_from(x, x->p->H, x->c[end - 1]);
             load_piece(x, i, end - i);
             piece_backward(x, i, end - i);
-            if (k.t + end < k.hi) gather(x, end - i, x->B + i * x->F, x->v + i * x->d, NULL, 1);
+            if (k.t + end < k.hi) gather(x, end - i, x->B + i * x->F, x->v + i * x->d, NULL);
         }
         finish_queries(x, k);
         keep_rows(x, k);
@@ -226,11 +224,10 @@ static void sweep_future(linear *x, chunk k)
             turn(x, i, end - i, x->a, x->A);
             take_gradients(x, i, end - i, 1);
             scale_rows(end - i, x->F, x->inverse + i, x->A + i * x->F);
-            give_gradients(x, i, end - i, 1);
+            give_gradients(x, i, end - i);
         }
         finish_keys(x, k);
     }
-    fold(x);
 }
 
 ls_status ls_linear_causal_backward(ls_pass *p, int phase)
@@ -240,7 +237,7 @@ ls_status ls_linear_causal_backward(ls_pass *p, int phase)
     const walk w = {
         .rows = p->T, .reads = HAS_Q | HAS_K | HAS_V | HAS_DOUT, .writes = HAS_DQ | HAS_DK | HAS_OUT, .backward = 1};
     for (int64_t b = 0; b < p->B; b++) {
-        clear_running(&x);
+        clear_sums(&x);
         for (chunk k = before_all(&x, &w, b); next_block(&x, &w, &k);)
             for (; k.h < k.last; k.h++) {
                 sweep_past(&x, k);

@@ -146,9 +146,10 @@ static void pairs_backward(const linear *x, int phase, chunk k, int64_t i, int64
     for (int64_t j = 0; j < n; j++) {
         const ls_real *apart = apart_from_all(x, k.t + i + j);
         ls_real *w = x->w + j * S, *dw = x->dw + j * S;
-        const double D = weigh(S, apart, w);
+        double cross;
+        const double D = weigh_and_dot(S, apart, w, dw, &cross);
         set_inverse(x, i + j, D);
-        const ls_real delta = x->flows[i + j] > 0 ? (ls_real)(dot(S, w, dw) / D) : 0;
+        const ls_real delta = x->flows[i + j] > 0 ? (ls_real)(cross / D) : 0;
         weigh_backward(S, apart, x->inverse[i + j], delta, w, dw);
     }
     ls_gemm(0, 0, n, r, S, 1, x->dw, S, x->b, r, 0, x->da + i * r, r);

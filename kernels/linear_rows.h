@@ -10,8 +10,9 @@
 
 enum { ROWS = LS_LINEAR_ROWS, CAUSAL_ROWS = LS_LINEAR_CAUSAL_ROWS, BLOCK = 256 };
 enum { SHORT = LS_LINEAR_SHORT, RISE = LS_LINEAR_RISE };
-enum { QUERIES, KEYS, TURNED, STAGE, WEIGHTS, STATE, DOUBLES, SMALL, TRACE, ALL_WORK }; /* work[] */
-enum { STATES, ALL_SAVED };                                                             /* saved[] */
+enum { PART = 2048 }; /* reals of a state that grow at a time, in a core's first cache */
+enum { QUERIES, KEYS, TURNED, STAGE, WEIGHTS, STATE, RUNNING, DOUBLES, SMALL, TRACE, ALL_WORK }; /* work[] */
+enum { STATES, ALL_SAVED };                                                                      /* saved[] */
 _Static_assert((int)ALL_WORK <= (int)LS_LINEAR_WORK, "work[] of linear attention overlaps that of its mechanism");
 _Static_assert((int)ALL_SAVED <= (int)LS_LINEAR_SAVED, "saved[] of linear attention overlaps that of its mechanism");
 _Static_assert((int)SHORT <= (int)CAUSAL_ROWS, "a short sequence of keys is one chunk");
@@ -32,16 +33,17 @@ typedef struct linear {
     int64_t heads, block;                      /* heads and rows of the stage */
     ls_real *q, *k, *v, *dout, *out, *dq, *dk; /* (n,d) the present chunk on the stage */
     ls_real *w, *dw;                           /* (n,n) */
-    /* (F,d) then (F): the state as products want it; what it was at the start of the block; what was added since */
-    ls_real *S, *z, *base, *change, *sum;
-    double *running, *all_running; /* (F,d) then (F), of each head: the state, summed from block to block; or NULL */
-    int rounded, changed;          /* S, z, base are the running state; change, sum hold something */
-    int across;                    /* S, base, change lie as (d,F) */
-    double *step;                  /* (n,2) sin kω, cos kω */
+    /* States are (F,d), then (F). One that grows from chunk to chunk is a pair: what is rounded off is kept beside it,
+     * and taken into account next time (Kahan's sum). */
+    ls_real *S, *z;           /* what products use: `own`, or one that grows */
+    ls_real *sum, *rest;      /* what grows; the amount by which it is too large, or NULL: only within a block */
+    ls_real *own, *turned_z;  /* a state that is not a head's; (r) */
+    ls_real *all_sums, *part; /* (H,2) pairs of all heads; what a state grows by, PART or (F) */
+    int across;               /* own lies as (d,F) */
+    double *step;             /* (n,2) sin kω, cos kω */
     ls_real *top, *c, *inverse, *delta;       /* (n) */
     ls_real *flows;                           /* (n) 0 where the floor is taken */
     ls_real *sine, *cosine;                   /* (n) */
-    ls_real *turned_z;                        /* (r) */
     ls_real *apart;                           /* (2n) cos (n-1)ω, .., cos 0, then zeros: what is later is not seen */
     ls_real *seen_from;                       /* (H + 1) c that a running state is seen from */
     ls_real *all_c, *all_inverse, *all_delta; /* (block) of the head under way, from sweep to sweep; and (block,r): */
@@ -98,6 +100,16 @@ static inline int64_t blocks_of(const ls_pass *p)
     return p->T == 0 ? 0 : (p->T - 1) / stage_rows(p) + 1;
 }
 
+static inline int64_t part_reals(int64_t F, int64_t d)
+{
+    return ls_max(PART, ls_max(F, d));
+}
+
+static inline int64_t state_reals(const linear *x)
+{
+    return x->F * (x->d + 1);
+}
+
 static inline linear begin(ls_pass *p)
 {
     const ls_feature_map *map = map_of(p);
@@ -114,10 +126,9 @@ static inline linear begin(ls_pass *p)
     x.heads = stage_heads(p), x.block = stage_rows(p);
     for (int i = 0; i < (p->backward ? STAGED : OUT + 1); i++) x.stage[i] = p->work[STAGE] + i * stage_reals(p);
     x.w = p->work[WEIGHTS], x.dw = x.w + CAUSAL_ROWS * CAUSAL_ROWS;
-    const int64_t state = x.F * (x.d + 1);
-    x.S = p->work[STATE], x.base = x.S + state, x.change = x.base + state;
-    x.z = x.S + x.F * x.d, x.sum = x.change + x.F * x.d, x.turned_z = x.change + state;
-    x.step = (double *)(void *)p->work[DOUBLES], x.all_running = x.step + 2 * ROWS;
+    x.own = p->work[STATE], x.turned_z = x.own + state_reals(&x);
+    x.part = p->work[RUNNING], x.all_sums = x.part + part_reals(x.F, x.d);
+    x.step = (double *)(void *)p->work[DOUBLES];
     ls_real **const small[SMALLS] = {&x.top, &x.c, &x.inverse, &x.delta, &x.flows, &x.sine, &x.cosine, &x.apart};
     for (int i = 0; i < SMALLS; i++) *small[i] = p->work[SMALL] + i * ROWS;
     x.seen_from = p->work[SMALL] + (SMALLS + 1) * ROWS; /* apart, the last, has twice the room */
@@ -250,18 +261,18 @@ static inline void stand_at(linear *x, const chunk *k)
     for (int i = 0; i < STAGED && x->stage[i] != NULL; i++) *rows[i] = staged(x, k, i, k->h, k->t);
 }
 
-/* The running state is that of head h. */
+/* What grows is the state of head h. */
 static inline void turn_to(linear *x, int64_t h)
 {
-    x->running = x->all_running + h * x->F * (x->d + 1);
-    x->rounded = x->changed = x->across = 0;
+    x->sum = x->all_sums + 2 * h * state_reals(x);
+    x->rest = x->sum + state_reals(x);
+    x->across = 0;
 }
 
-/* What was added in a block goes to the running state. */
-static inline void fold(linear *x)
+/* Products use this state. */
+static inline void use(linear *x, ls_real *state)
 {
-    for (int64_t i = 0; i < x->F * (x->d + 1) && x->changed; i++) x->running[i] += (double)x->change[i];
-    x->rounded = x->changed = 0;
+    x->S = state, x->z = state + x->F * x->d;
 }
 
 /* To the next chunk; 0 after the last. */
@@ -270,7 +281,6 @@ static inline int go_on(linear *x, const walk *w, chunk *k)
     if (k->h < x->p->H && k->t + k->n != k->hi) {
         k->t += w->step;
     } else {
-        fold(x);
         if (++k->h >= k->last && !next_block(x, w, k)) return 0;
         k->t = k->lo;
         turn_to(x, k->h);
@@ -312,6 +322,18 @@ static inline double dot(int64_t n, const ls_real *x, const ls_real *y)
     return s;
 }
 
+/* Σ x y and Σ x z in one pass: a row has a few such sums, and each alone would wait for its own additions. */
+static inline void two_dots(int64_t n, const ls_real *x, const ls_real *y, const ls_real *z, double *xy, double *xz)
+{
+    double s = 0, t = 0;
+#pragma omp simd reduction(+ : s, t)
+    for (int64_t i = 0; i < n; i++) {
+        s += (double)x[i] * (double)y[i];
+        t += (double)x[i] * (double)z[i];
+    }
+    *xy = s, *xz = t;
+}
+
 /* Row i of what a denominator was found for: its inverse, and whether anything flows to it. */
 static inline void set_inverse(const linear *x, int64_t i, double D)
 {
@@ -327,10 +349,12 @@ static inline void straighten(const linear *x, int64_t i, int64_t n)
     for (; n > 0; i++, n--) {
         const ls_real *a = x->a + i * x->r;
         ls_real *da = x->da + i * x->r;
-        const double square = dot(x->r, a, a);
-        if (x->flows[i] == 0 || !(square > 0)) continue;
-        const double along = dot(x->r, a, da) / square;
-        for (int64_t f = 0; f < x->r; f++) da[f] = (ls_real)((double)da[f] - along * (double)a[f]);
+        double square, along;
+        if (x->flows[i] == 0) continue;
+        two_dots(x->r, a, a, da, &square, &along);
+        if (!(square > 0)) continue;
+        const ls_real by = (ls_real)(along / square);
+        for (int64_t f = 0; f < x->r; f++) da[f] -= by * a[f];
     }
 }
 
@@ -430,94 +454,98 @@ static inline ls_real *element(const linear *x, ls_real *summaries, int64_t b, i
     return summaries + (b * x->p->H + h) * ((x->exponentials > 0) + x->F * (x->d + 1));
 }
 
-/* S, z := what arrived. Returns its c. */
-static inline ls_real unpack(const linear *x, const ls_real *element)
+/* state := what arrived. Returns its c. */
+static inline ls_real unpack(const linear *x, const ls_real *element, ls_real *state)
 {
     const ls_real *row = element + (x->exponentials > 0);
     for (int64_t f = 0; f < x->F; f++, row += x->d + 1) {
-        memcpy(x->S + f * x->d, row, (size_t)x->d * sizeof *row);
-        x->z[f] = row[x->d];
+        memcpy(state + f * x->d, row, (size_t)x->d * sizeof *row);
+        state[x->F * x->d + f] = row[x->d];
     }
     return x->exponentials > 0 ? element[0] : 0;
 }
 
-/* The running state of head h goes on its way, with c. */
-static inline void pack(const linear *x, int64_t h, ls_real c, ls_real *element)
+/* The sum of head h goes on its way, with c. */
+static inline void pack(linear *x, int64_t h, ls_real c, ls_real *element)
 {
-    const double *running = x->all_running + h * x->F * (x->d + 1);
     ls_real *row = element + (x->exponentials > 0);
+    turn_to(x, h);
     if (x->exponentials > 0) element[0] = c;
     for (int64_t f = 0; f < x->F; f++, row += x->d + 1) {
-        for (int64_t i = 0; i < x->d; i++) row[i] = (ls_real)running[f * x->d + i];
-        row[x->d] = (ls_real)running[x->F * x->d + f];
+        memcpy(row, x->sum + f * x->d, (size_t)x->d * sizeof *row);
+        row[x->d] = x->sum[x->F * x->d + f];
     }
 }
 
 /* Of all heads. */
-static inline void clear_running(const linear *x)
+static inline void clear_sums(const linear *x)
 {
-    for (int64_t i = 0; i < x->p->H * x->F * (x->d + 1); i++) x->all_running[i] = 0;
+    ls_zero(x->all_sums, 2 * x->p->H * state_reals(x));
     for (int64_t h = 0; h < x->p->H; h++) x->seen_from[h] = -INFINITY;
 }
 
-static inline void round_running(linear *x) /* to S, z */
+/* n neighbours of a sum, x - rest in truth, times a factor. */
+static inline void scale_sums(int64_t n, double factor, ls_real *x, ls_real *rest)
 {
-    const int64_t reals = x->F * (x->d + 1);
-    for (int64_t i = 0; i < reals && !x->rounded; i++) x->base[i] = (ls_real)x->running[i];
-    for (int64_t i = 0; i < reals && !x->rounded; i++) x->S[i] = x->base[i] + (x->changed ? x->change[i] : 0);
-    x->rounded = 1;
+    for (int64_t i = 0; i < n; i++) {
+        const double y = ((double)x[i] - (rest != NULL ? (double)rest[i] : 0)) * factor;
+        x[i] = (ls_real)y;
+        if (rest != NULL) rest[i] = (ls_real)((double)x[i] - y);
+    }
 }
 
-/* What features of exponentials have in a state (F,d) or (d,F), and (F) behind it. */
-static inline void scale_state(const linear *x, ls_real factor, ls_real *state)
+/* What features of exponentials have in the sum. */
+static inline void scale_sum(const linear *x, double factor)
 {
     const int64_t e = x->exponentials, F = x->F, d = x->d;
-    for (int64_t i = 0; i < (x->across ? 0 : e * d); i++) state[i] *= factor;
-    for (int64_t i = 0; i < (x->across ? d : 0); i++)
-        for (int64_t f = 0; f < e; f++) state[i * F + f] *= factor;
-    for (int64_t f = 0; f < e; f++) state[F * d + f] *= factor;
+    ls_real *z = x->sum + F * d, *rest_z = x->rest != NULL ? x->rest + F * d : NULL;
+    if (!x->across) scale_sums(e * d, factor, x->sum, x->rest);
+    for (int64_t i = 0; i < d && x->across; i++) scale_sums(e, factor, x->sum + i * F, NULL);
+    scale_sums(e, factor, z, rest_z);
 }
 
-static inline void scale_running(linear *x, double factor)
-{
-    if (x->running != NULL) {
-        double *z = x->running + x->F * x->d;
-        for (int64_t i = 0; i < x->exponentials * x->d; i++) x->running[i] *= factor;
-        for (int64_t f = 0; f < x->exponentials; f++) z[f] *= factor;
-    }
-    if (x->changed) scale_state(x, (ls_real)factor, x->change);
-    if (x->rounded) scale_state(x, (ls_real)factor, x->base), scale_state(x, (ls_real)factor, x->S);
-}
-
-/* The running state of a head, seen from c = `to` from now on. */
+/* The sum of a head, seen from c = `to` from now on. */
 static inline void see_from(linear *x, int64_t h, ls_real to)
 {
-    if (x->exponentials > 0 && x->seen_from[h] != to) scale_running(x, ls_linear_change(x->seen_from[h], to));
+    if (x->exponentials > 0 && x->seen_from[h] != to) scale_sum(x, ls_linear_change(x->seen_from[h], to));
     x->seen_from[h] = to;
 }
 
 /* The same for the gradient of a state, which goes the other way. */
 static inline void see_gradient_from(linear *x, int64_t h, ls_real to)
 {
-    if (x->exponentials > 0 && x->seen_from[h] != to) scale_running(x, ls_linear_change(to, x->seen_from[h]));
+    if (x->exponentials > 0 && x->seen_from[h] != to) scale_sum(x, ls_linear_change(to, x->seen_from[h]));
     x->seen_from[h] = to;
 }
 
-/* The running S += Σ_i rows_i matrix_iᵀ, z += Σ_i weight_i rows_i; rows (n,F), matrix (n,d). weight NULL: 1. round: S,
- * z, which were rounded, are then what is running, too. */
-static inline void gather(linear *x, int64_t n, const ls_real *rows, const ls_real *matrix, const ls_real *weight,
-                          int round)
+/* n neighbours of a sum grow by `by`. */
+static inline void add_to_sum(int64_t n, const ls_real *restrict by, ls_real *restrict x, ls_real *restrict rest)
 {
-    const int64_t F = x->F, d = x->d;
-    if (x->across)
-        ls_gemm(1, 0, d, F, n, 1, matrix, d, rows, F, x->changed, x->change, F);
-    else
-        ls_gemm(1, 0, F, d, n, 1, rows, F, matrix, d, x->changed, x->change, d);
-    if (!x->changed) ls_zero(x->sum, F);
-    for (int64_t i = 0; i < n; i++) ls_axpy(F, weight == NULL ? 1 : weight[i], rows + i * F, x->sum);
-    for (int64_t i = 0; i < F * (d + 1) && round; i++) x->S[i] = x->base[i] + x->change[i];
-    x->changed = 1;
-    x->rounded = round;
+    for (int64_t i = 0; i < n; i++) {
+        const ls_real more = by[i] - rest[i], grown = x[i] + more;
+        rest[i] = (grown - x[i]) - more;
+        x[i] = grown;
+    }
+}
+
+/* The sum's S += Σ_i rows_i matrix_iᵀ, z += Σ_i weight_i rows_i; rows (n,F), matrix (n,d). weight NULL: 1. */
+static inline void gather(const linear *x, int64_t n, const ls_real *rows, const ls_real *matrix, const ls_real *weight)
+{
+    const int64_t F = x->F, d = x->d, most = x->rest != NULL ? ls_max(PART / d, 1) : F;
+    ls_real *z = x->sum + F * d, *more = x->rest != NULL ? x->part : z;
+    if (x->across) ls_gemm(1, 0, d, F, n, 1, matrix, d, rows, F, 1, x->sum, F);
+    for (int64_t f = 0; f < F && !x->across; f += most) {
+        const int64_t some = ls_min(most, F - f);
+        if (x->rest == NULL) {
+            ls_gemm(1, 0, some, d, n, 1, rows + f, F, matrix, d, 1, x->sum + f * d, d);
+            continue;
+        }
+        ls_gemm(1, 0, some, d, n, 1, rows + f, F, matrix, d, 0, x->part, d);
+        add_to_sum(some * d, x->part, x->sum + f * d, x->rest + f * d);
+    }
+    if (x->rest != NULL) ls_zero(more, F);
+    for (int64_t i = 0; i < n; i++) ls_axpy(F, weight == NULL ? 1 : weight[i], rows + i * F, more);
+    if (x->rest != NULL) add_to_sum(F, more, z, x->rest + F * d);
 }
 
 /* What the keys of rows [i, i + n) get from S, z, which are gradients here: db, and dv. kept: 0, or 1 to add. */
@@ -537,11 +565,11 @@ static inline void scale_rows(int64_t n, int64_t width, const ls_real *by, ls_re
         for (int64_t e = 0; e < width; e++) rows[i * width + e] *= by[i];
 }
 
-/* The running state, a gradient, gets what queries owe it: rows of A were divided by D. */
-static inline void give_gradients(linear *x, int64_t i, int64_t n, int round)
+/* The sum, a gradient, gets what queries owe it: rows of A were divided by D. */
+static inline void give_gradients(const linear *x, int64_t i, int64_t n)
 {
     for (int64_t k = i; k < i + n; k++) x->delta[k] = -x->delta[k];
-    gather(x, n, x->A + i * x->F, x->dout + i * x->d, x->delta + i, round);
+    gather(x, n, x->A + i * x->F, x->dout + i * x->d, x->delta + i);
 }
 
 /* ------------------------------------------------------------------------------------------------ pairs */
@@ -552,6 +580,21 @@ static inline double weigh(int64_t n, const ls_real *apart, ls_real *w)
     double sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; j++) sum += (double)(w[j] *= apart[j]);
+    return sum;
+}
+
+/* The same, and Σ w dw. */
+static inline double weigh_and_dot(int64_t n, const ls_real *apart, ls_real *restrict w, const ls_real *restrict dw,
+                                   double *cross)
+{
+    double sum = 0, s = 0;
+#pragma omp simd reduction(+ : sum, s)
+    for (int64_t j = 0; j < n; j++) {
+        w[j] *= apart[j];
+        sum += (double)w[j];
+        s += (double)w[j] * (double)dw[j];
+    }
+    *cross = s;
     return sum;
 }
 
