@@ -105,6 +105,7 @@ endfunction()
 
 set(harness ${PROJECT_SOURCE_DIR}/tests/harness.c ${PROJECT_SOURCE_DIR}/tests/device_shim.c)
 set(golden ${PROJECT_SOURCE_DIR}/tests/golden)
+longspan_test(gemm DOUBLE)
 longspan_test(dense DOUBLE EMULATED 1 EMULATED_DOUBLE 1)
 longspan_test(exchange DOUBLE RANKS 1 2 3 4 5 7)
 longspan_test(golden DOUBLE HDF5 SOURCES ${harness} RANKS 1 2 3 5 ARGS ${golden}
