@@ -48,7 +48,7 @@ typedef enum ls_status {
     LS_ERR_ARGUMENT,    /* an argument, option or shape is impossible */
     LS_ERR_UNSUPPORTED, /* the mechanism has no such pattern, or this build lacks the backend */
     LS_ERR_MEMORY,      /* memory could not be had */
-    LS_ERR_COMM,        /* the transport failed */
+    LS_ERR_COMM,        /* the transport failed, or this rank did while others wait for it: end the job */
     LS_ERR_IO,          /* a file or directory cannot be read or written */
     LS_ERR_FORMAT,      /* a file is not what it should be: wrong kind, version, digest or content */
     LS_ERR_NONFINITE,   /* a loss or gradient is not finite */

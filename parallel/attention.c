@@ -601,7 +601,7 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
     query_rows queries = {.a = a, .p = p, .l = &l};
     if (c.documents != NULL && ls_has_projection(a, Q_PROJ)) make_queries(&queries); /* they cross one by one */
     if (c.documents == NULL && ls_has_projection(a, Q_PROJ)) c.meanwhile = make_queries, c.meanwhile_of = &queries;
-    LS_TRY(c.documents != NULL ? ls_packed_forward(&c, keep, &a->ctx->work) : ls_run_forward(&c));
+    LS_TRY(ls_alone(a->ctx, c.documents != NULL ? ls_packed_forward(&c, keep, &a->ctx->work) : ls_run_forward(&c)));
     if (ls_is_layer(a)) {
         keep_rows(a, rows * a->form.core_width, l.o, l.narrow[OUTPUT]);
         ls_project_out(a, rows, l.o, l.active, params, out);
@@ -693,7 +693,8 @@ static void finish_queries(void *of)
 
 static ls_status run_core_backward(ls_call *c, ls_saved *saved)
 {
-    return c->documents != NULL ? ls_packed_backward(c, &saved->arena, &c->ctx->work) : ls_run_backward(c);
+    return ls_alone(c->ctx,
+                    c->documents != NULL ? ls_packed_backward(c, &saved->arena, &c->ctx->work) : ls_run_backward(c));
 }
 
 ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,

@@ -221,6 +221,7 @@ static ls_status name_who_differs(ls_comm *comm, const char *what, int64_t signa
 ls_status ls_agree_alike(ls_context *ctx, ls_status mine, const char *what, uint64_t signature)
 {
     ls_comm *comm = &ctx->exchange.comm;
+    ctx->agreed = 0;
     if (comm->size == 1) return mine;
     const int64_t sign = (int64_t)(signature >> 1); /* not negative, so that its negative exists */
     int64_t least[3] = {mine == LS_OK ? comm->size : comm->rank, sign, -sign};
@@ -233,12 +234,23 @@ ls_status ls_agree_alike(ls_context *ctx, ls_status mine, const char *what, uint
     } message = {mine, ""};
     if (comm->rank == first) strncpy(message.text, ls_last_error(), sizeof message.text - 1);
     LS_TRY(ls_comm_broadcast(comm, &message, (int)sizeof message, first));
+    ctx->agreed = 1;
     return ls_fail((ls_status)message.code, "rank %d: %s", first, message.text);
 }
 
 ls_status ls_agree(ls_context *ctx, ls_status mine)
 {
     return ls_agree_alike(ctx, mine, "", 0);
+}
+
+ls_status ls_alone(ls_context *ctx, ls_status mine)
+{
+    const ls_comm *comm = &ctx->exchange.comm;
+    char text[800] = "";
+    if (ctx->agreed || comm->size == 1 || (mine != LS_ERR_MEMORY && mine != LS_ERR_INTERNAL)) return mine;
+    strncpy(text, ls_last_error(), sizeof text - 1);
+    return ls_fail(LS_ERR_COMM, "rank %d of %d: %s: the others are left waiting, end the job", comm->rank, comm->size,
+                   text);
 }
 
 ls_status ls_all_reduce_sum(ls_context *ctx, ls_real *x, int64_t n)

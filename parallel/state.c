@@ -270,10 +270,10 @@ ls_status ls_state_source(ls_attention *a, ls_state *s, const ls_attention_shape
         if (!ls_is_needed(&p, &phases[i])) continue;
         if (keeps(a, phases, i)) {
             s->monoid[i] = phases[i].monoid(&p);
-            LS_TRY(ls_reduce(&a->ctx->exchange, s->monoid[i], p.summary[i].sent, s->summary[i]));
+            LS_TRY(ls_alone(a->ctx, ls_reduce(&a->ctx->exchange, s->monoid[i], p.summary[i].sent, s->summary[i])));
             p.summary[i].got = s->summary[i];
         }
-        if (phases[i].of_source) LS_TRY(ls_run_kernel(a->mechanism, &p, phases, i, 0));
+        if (phases[i].of_source) LS_TRY(ls_alone(a->ctx, ls_run_kernel(a->mechanism, &p, phases, i, 0)));
     }
     if (rings(&p, phases)) {
         const ls_memory *memory = ls_memory_of(&a->ctx->exchange);
@@ -493,8 +493,8 @@ ls_status ls_attention_step(ls_attention *a, ls_state *s, const ls_attention_io 
             if (keeps(a, phases, i)) p.summary[i].got = s->summary[i];
             continue;
         }
-        LS_TRY(cross_step(a, s, &p, phases, i));
-        LS_TRY(ls_run_kernel(a->mechanism, &p, phases, i, 0));
+        LS_TRY(ls_alone(a->ctx, cross_step(a, s, &p, phases, i)));
+        LS_TRY(ls_alone(a->ctx, ls_run_kernel(a->mechanism, &p, phases, i, 0)));
     }
     for (int i = 0; phases[i].name != NULL; i++)
         if (phases[i].crossing == LS_SCAN && ls_is_needed(&p, &phases[i]))

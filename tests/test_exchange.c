@@ -705,6 +705,22 @@ static void test_agree(void **unused)
     assert_true(all(ls_agree(ctx, LS_OK) != LS_OK) == 0);
 }
 
+/* A rank that fails while messages travel leaves the others waiting, unless all were told. */
+static void test_alone(void **unused)
+{
+    (void)unused;
+    assert_true(all(ls_agree(ctx, LS_OK) != LS_OK) == 0);
+    const ls_status lost = size == 1 ? LS_ERR_MEMORY : LS_ERR_COMM;
+    const ls_status status = ls_alone(ctx, ls_fail(LS_ERR_MEMORY, "no memory for rows"));
+    assert_true(all(status != lost || strstr(ls_last_error(), "no memory for rows") == NULL) == 0);
+    assert_true(all(ls_alone(ctx, LS_OK) != LS_OK || ls_alone(ctx, LS_ERR_ARGUMENT) != LS_ERR_ARGUMENT) == 0);
+    const ls_status told = ls_agree(ctx, rank == 0 ? ls_fail(LS_ERR_MEMORY, "no memory for a list") : LS_OK);
+    assert_true(all(told != LS_ERR_MEMORY || ls_alone(ctx, told) != LS_ERR_MEMORY) == 0);
+    assert_true(all(ls_agree(ctx, LS_OK) != LS_OK) == 0);
+    assert_true(all(ls_alone(ctx, ls_fail(LS_ERR_INTERNAL, "no such kernel")) !=
+                    (size == 1 ? LS_ERR_INTERNAL : LS_ERR_COMM)) == 0);
+}
+
 int main(int argc, char **argv)
 {
     MPI_Init(&argc, &argv);
@@ -723,6 +739,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_requests_fail_together),
         cmocka_unit_test(test_volumes),
         cmocka_unit_test(test_agree),
+        cmocka_unit_test(test_alone),
     };
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     ls_context_free(ctx);
