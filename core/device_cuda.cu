@@ -73,26 +73,28 @@ static void describe(int number, char *text, size_t size)
 static int opened; /* the device last opened: whose memory alloc gives */
 
 /* What is copied to the device passes through pinned memory of the queue, so that the caller's may be used again at
- * once and nobody waits for the work before: pieces, used one after the other. Each waits for its own copy alone, which
- * is the one before the last sixteen. */
-enum { PIECES = 16 };
-static const size_t LARGEST_PIECE = (size_t)8 << 20;
+ * once and nobody waits for the work before: pieces, used one after the other in a ring. A piece is used again when its
+ * copy is through. Where that of the oldest is not, the ring gets one more, until all have MOST_PINNED bytes; only then
+ * the host waits for the oldest. So what a host gives at most ahead of its GPU is what has passed through them. */
+static const size_t LEAST_PIECE = (size_t)4 << 10, LARGEST_PIECE = (size_t)8 << 20, MOST_PINNED = (size_t)128 << 20;
 struct bounce_piece {
     void *memory;
     size_t bytes;
     cudaEvent_t copied;
 };
 struct ls_bounce {
-    bounce_piece piece[PIECES];
-    int next;
+    bounce_piece *piece;
+    int count, capacity, next; /* next: the oldest, or where the ring begins anew */
+    size_t bytes;              /* of all */
 };
 
 static void free_bounce(ls_bounce *b)
 {
-    for (int i = 0; b != NULL && i < PIECES; i++) {
+    for (int i = 0; b != NULL && i < b->count; i++) {
         if (b->piece[i].memory != NULL) cudaFreeHost(b->piece[i].memory);
         if (b->piece[i].copied != NULL) cudaEventDestroy(b->piece[i].copied);
     }
+    if (b != NULL) free(b->piece);
     free(b);
 }
 
@@ -252,7 +254,8 @@ static ls_status follow(ls_queue *q, ls_mark *place)
 
 static ls_status reach(ls_queue *q, ls_mark *place)
 {
-    return failed(cudaEventSynchronize(reinterpret_cast<cudaEvent_t>(place)), q->device, "what was queued");
+    LS_TRY(failed(cudaEventSynchronize(reinterpret_cast<cudaEvent_t>(place)), q->device, "what was queued"));
+    return ls_launched(q, "a product or a launch");
 }
 
 static void unmark(ls_mark *place)
@@ -260,22 +263,85 @@ static void unmark(ls_mark *place)
     if (place != NULL) cudaEventDestroy(reinterpret_cast<cudaEvent_t>(place));
 }
 
-/* The next piece, of at least so many bytes. */
-static ls_status take_piece(ls_queue *q, size_t bytes, bounce_piece **piece)
+/* One more piece, before the oldest. */
+static ls_status add_piece(ls_queue *q)
 {
-    if (q->bounce == NULL) q->bounce = static_cast<ls_bounce *>(calloc(1, sizeof *q->bounce));
-    if (q->bounce == NULL) LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for copies to it", q->device);
-    bounce_piece *p = *piece = &q->bounce->piece[q->bounce->next];
-    q->bounce->next = (q->bounce->next + 1) % PIECES;
-    if (p->copied != NULL)
-        LS_TRY(failed(cudaEventSynchronize(p->copied), q->device, "a copy to it, or what was queued before,"));
-    if (p->bytes >= bytes) return LS_OK;
+    ls_bounce *b = q->bounce;
+    if (b->count == b->capacity) {
+        const int capacity = b->capacity > 0 ? 2 * b->capacity : 16;
+        void *grown = realloc(b->piece, (size_t)capacity * sizeof *b->piece);
+        if (grown == NULL) LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for copies to it", q->device);
+        b->piece = static_cast<bounce_piece *>(grown);
+        b->capacity = capacity;
+    }
+    memmove(b->piece + b->next + 1, b->piece + b->next, (size_t)(b->count - b->next) * sizeof *b->piece);
+    b->piece[b->next] = bounce_piece{NULL, 0, NULL};
+    b->count++;
+    return LS_OK;
+}
+
+static void drop_oldest(ls_bounce *b)
+{
+    const bounce_piece p = b->piece[b->next];
+    release_host(p.memory);
+    if (p.copied != NULL) cudaEventDestroy(p.copied);
+    b->bytes -= p.bytes;
+    b->count--;
+    memmove(b->piece + b->next, b->piece + b->next + 1, (size_t)(b->count - b->next) * sizeof *b->piece);
+    if (b->next == b->count) b->next = 0;
+}
+
+static ls_status grow_piece(ls_queue *q, bounce_piece *p, size_t bytes)
+{
     release_host(p->memory);
+    q->bounce->bytes -= p->bytes;
     p->memory = alloc_host(bytes);
     p->bytes = p->memory == NULL ? 0 : bytes;
+    q->bounce->bytes += p->bytes;
     if (p->memory == NULL)
         LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for copies to it of %.1f MiB", q->device,
                 (double)bytes / 1048576.0);
+    return LS_OK;
+}
+
+/* Whether its copy is through. */
+static ls_status ask_piece(ls_queue *q, const bounce_piece *p, int *through)
+{
+    const cudaError_t error = p->copied == NULL ? cudaSuccess : cudaEventQuery(p->copied);
+    *through = error == cudaSuccess;
+    if (error != cudaErrorNotReady) return failed(error, q->device, "a copy to it, or what was queued before,");
+    cudaGetLastError(); /* it is none */
+    return LS_OK;
+}
+
+/* The next piece, of at least so many bytes. Sizes are powers of two, so that pieces soon are large enough for all. */
+static ls_status take_piece(ls_queue *q, size_t bytes, bounce_piece **piece)
+{
+    if (cudaPeekAtLastError() != cudaSuccess) return ls_launched(q, "a launch"); /* ask_piece would forget it */
+    if (q->bounce == NULL) q->bounce = static_cast<ls_bounce *>(calloc(1, sizeof *q->bounce));
+    if (q->bounce == NULL) LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for copies to it", q->device);
+    ls_bounce *b = q->bounce;
+    size_t room = LEAST_PIECE;
+    while (room < bytes) room *= 2;
+    for (int found = 0; !found;) {
+        int through = 0;
+        if (b->count > 0) LS_TRY(ask_piece(q, &b->piece[b->next], &through));
+        const size_t own = through ? b->piece[b->next].bytes : 0;
+        found = own >= bytes;
+        if (found) continue;
+        if (b->count == 0 || b->bytes - own + room <= MOST_PINNED) {
+            if (!through) LS_TRY(add_piece(q));
+            LS_TRY(grow_piece(q, &b->piece[b->next], room));
+            found = 1;
+        } else if (through) {
+            drop_oldest(b);
+        } else {
+            LS_TRY(failed(cudaEventSynchronize(b->piece[b->next].copied), q->device,
+                          "a copy to it, or what was queued before,"));
+        }
+    }
+    *piece = &b->piece[b->next];
+    b->next = (b->next + 1) % b->count;
     return LS_OK;
 }
 
