@@ -23,7 +23,7 @@ typedef struct ls_device_ops {
     void *(*alloc_host)(size_t bytes); /* host memory from which copies to and from the device are fast (pinned) */
     void (*release_host)(void *);
     void (*poison)(void *, size_t bytes); /* NaN in every number, once nobody uses it: to find errors, slow */
-    /* `from` may be used again at once. Waits for no work, unless 128 MiB of such copies have not been reached yet. */
+    /* `from` may be used again at once. Waits for no work, unless 128 MiB of such copies are still to come. */
     ls_status (*to_device)(ls_queue *, void *to, const void *from, size_t bytes);
     ls_status (*to_host)(ls_queue *, void *to, const void *from, size_t bytes); /* waits */
     /* The same for memory from alloc_host, begun and not waited for: it stays as it is until a mark after is reached */

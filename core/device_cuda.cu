@@ -73,28 +73,34 @@ static void describe(int number, char *text, size_t size)
 static int opened; /* the device last opened: whose memory alloc gives */
 
 /* What is copied to the device passes through pinned memory of the queue, so that the caller's may be used again at
- * once and nobody waits for the work before: pieces, used one after the other in a ring. A piece is used again when its
- * copy is through. Where that of the oldest is not, the ring gets one more, until all have MOST_PINNED bytes; only then
- * the host waits for the oldest. So what a host gives at most ahead of its GPU is what has passed through them. */
-static const size_t LEAST_PIECE = (size_t)4 << 10, LARGEST_PIECE = (size_t)8 << 20, MOST_PINNED = (size_t)128 << 20;
+ * once and nobody waits for the work before: pieces of a few sizes, those of a size used one after the other in a ring.
+ * A piece is used again when its copy is through. Where that of the oldest is not, its ring gets one more, until it has
+ * MOST_PINNED bytes; only then the host waits for the oldest. */
+static const size_t PIECE_BYTES[] = {(size_t)4 << 10, (size_t)64 << 10, (size_t)1 << 20, (size_t)8 << 20};
+static const size_t LARGEST_PIECE = (size_t)8 << 20, MOST_PINNED = (size_t)128 << 20;
+enum { PIECE_SIZES = sizeof PIECE_BYTES / sizeof *PIECE_BYTES };
 struct bounce_piece {
     void *memory;
-    size_t bytes;
     cudaEvent_t copied;
 };
-struct ls_bounce {
+struct bounce_ring {
     bounce_piece *piece;
-    int count, capacity, next; /* next: the oldest, or where the ring begins anew */
-    size_t bytes;              /* of all */
+    int count, capacity, next; /* next: the oldest */
+};
+struct ls_bounce {
+    bounce_ring ring[PIECE_SIZES];
 };
 
 static void free_bounce(ls_bounce *b)
 {
-    for (int i = 0; b != NULL && i < b->count; i++) {
-        if (b->piece[i].memory != NULL) cudaFreeHost(b->piece[i].memory);
-        if (b->piece[i].copied != NULL) cudaEventDestroy(b->piece[i].copied);
+    for (int k = 0; b != NULL && k < PIECE_SIZES; k++) {
+        bounce_ring *r = &b->ring[k];
+        for (int i = 0; i < r->count; i++) {
+            if (r->piece[i].memory != NULL) cudaFreeHost(r->piece[i].memory);
+            if (r->piece[i].copied != NULL) cudaEventDestroy(r->piece[i].copied);
+        }
+        free(r->piece);
     }
-    if (b != NULL) free(b->piece);
     free(b);
 }
 
@@ -264,84 +270,46 @@ static void unmark(ls_mark *place)
 }
 
 /* One more piece, before the oldest. */
-static ls_status add_piece(ls_queue *q)
+static ls_status add_piece(ls_queue *q, bounce_ring *r, size_t bytes)
 {
-    ls_bounce *b = q->bounce;
-    if (b->count == b->capacity) {
-        const int capacity = b->capacity > 0 ? 2 * b->capacity : 16;
-        void *grown = realloc(b->piece, (size_t)capacity * sizeof *b->piece);
+    if (r->count == r->capacity) {
+        const int capacity = r->capacity > 0 ? 2 * r->capacity : 16;
+        void *grown = realloc(r->piece, (size_t)capacity * sizeof *r->piece);
         if (grown == NULL) LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for copies to it", q->device);
-        b->piece = static_cast<bounce_piece *>(grown);
-        b->capacity = capacity;
+        r->piece = static_cast<bounce_piece *>(grown);
+        r->capacity = capacity;
     }
-    memmove(b->piece + b->next + 1, b->piece + b->next, (size_t)(b->count - b->next) * sizeof *b->piece);
-    b->piece[b->next] = bounce_piece{NULL, 0, NULL};
-    b->count++;
-    return LS_OK;
-}
-
-static void drop_oldest(ls_bounce *b)
-{
-    const bounce_piece p = b->piece[b->next];
-    release_host(p.memory);
-    if (p.copied != NULL) cudaEventDestroy(p.copied);
-    b->bytes -= p.bytes;
-    b->count--;
-    memmove(b->piece + b->next, b->piece + b->next + 1, (size_t)(b->count - b->next) * sizeof *b->piece);
-    if (b->next == b->count) b->next = 0;
-}
-
-static ls_status grow_piece(ls_queue *q, bounce_piece *p, size_t bytes)
-{
-    release_host(p->memory);
-    q->bounce->bytes -= p->bytes;
-    p->memory = alloc_host(bytes);
-    p->bytes = p->memory == NULL ? 0 : bytes;
-    q->bounce->bytes += p->bytes;
-    if (p->memory == NULL)
+    void *memory = alloc_host(bytes);
+    if (memory == NULL)
         LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for copies to it of %.1f MiB", q->device,
                 (double)bytes / 1048576.0);
+    memmove(r->piece + r->next + 1, r->piece + r->next, (size_t)(r->count - r->next) * sizeof *r->piece);
+    r->piece[r->next] = bounce_piece{memory, NULL};
+    r->count++;
     return LS_OK;
 }
 
-/* Whether its copy is through. */
-static ls_status ask_piece(ls_queue *q, const bounce_piece *p, int *through)
-{
-    const cudaError_t error = p->copied == NULL ? cudaSuccess : cudaEventQuery(p->copied);
-    *through = error == cudaSuccess;
-    if (error != cudaErrorNotReady) return failed(error, q->device, "a copy to it, or what was queued before,");
-    cudaGetLastError(); /* it is none */
-    return LS_OK;
-}
-
-/* The next piece, of at least so many bytes. Sizes are powers of two, so that pieces soon are large enough for all. */
+/* The next piece, of at least so many bytes. */
 static ls_status take_piece(ls_queue *q, size_t bytes, bounce_piece **piece)
 {
-    if (cudaPeekAtLastError() != cudaSuccess) return ls_launched(q, "a launch"); /* ask_piece would forget it */
+    const char *const what = "a copy to it, or what was queued before,";
+    int k = 0;
+    while (PIECE_BYTES[k] < bytes) k++;
     if (q->bounce == NULL) q->bounce = static_cast<ls_bounce *>(calloc(1, sizeof *q->bounce));
     if (q->bounce == NULL) LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for copies to it", q->device);
-    ls_bounce *b = q->bounce;
-    size_t room = LEAST_PIECE;
-    while (room < bytes) room *= 2;
-    for (int found = 0; !found;) {
-        int through = 0;
-        if (b->count > 0) LS_TRY(ask_piece(q, &b->piece[b->next], &through));
-        const size_t own = through ? b->piece[b->next].bytes : 0;
-        found = own >= bytes;
-        if (found) continue;
-        if (b->count == 0 || b->bytes - own + room <= MOST_PINNED) {
-            if (!through) LS_TRY(add_piece(q));
-            LS_TRY(grow_piece(q, &b->piece[b->next], room));
-            found = 1;
-        } else if (through) {
-            drop_oldest(b);
-        } else {
-            LS_TRY(failed(cudaEventSynchronize(b->piece[b->next].copied), q->device,
-                          "a copy to it, or what was queued before,"));
-        }
-    }
-    *piece = &b->piece[b->next];
-    b->next = (b->next + 1) % b->count;
+    bounce_ring *r = &q->bounce->ring[k];
+    const cudaEvent_t copied = r->count > 0 ? r->piece[r->next].copied : NULL;
+    if (cudaPeekAtLastError() != cudaSuccess) return ls_launched(q, "a launch"); /* not to be forgotten below */
+    const cudaError_t oldest = copied == NULL ? cudaSuccess : cudaEventQuery(copied);
+    const int busy = oldest == cudaErrorNotReady;
+    if (busy) cudaGetLastError(); /* it is none */
+    if (!busy) LS_TRY(failed(oldest, q->device, what));
+    if (r->count == 0 || (busy && (size_t)(r->count + 1) * PIECE_BYTES[k] <= MOST_PINNED))
+        LS_TRY(add_piece(q, r, PIECE_BYTES[k]));
+    else if (busy)
+        LS_TRY(failed(cudaEventSynchronize(copied), q->device, what));
+    *piece = &r->piece[r->next];
+    r->next = (r->next + 1) % r->count;
     return LS_OK;
 }
 
