@@ -6,8 +6,8 @@
  *
  * On a GPU a step is queued from its first micro-batch to its update, and the host waits once, for the few numbers that
  * it tells of. (By way of host memory, without NCCL, it is MPI that carries what crosses ranks: then the host also
- * waits for each message and for each part of the gradients. And local, as causal cross attention on several ranks,
- * waits for the keys that it has chosen.)
+ * waits for each message and for each part of the gradients. And local as cross attention waits for the keys that it
+ * has chosen.)
  *
  *   sequence   zero | micro-batch ... | tail | mine              | waits for summed | squares | numbers, read | update
  *   gradients                                | waits for mine, all-reduce, summed
