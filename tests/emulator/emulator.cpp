@@ -200,7 +200,7 @@ void run_all_streams()
     for (cudaStream_t one : streams) run_all(one);
 }
 
-/* What the host waits in, see host_waits. */
+/* What the host waits in, see emulator_host_waits. */
 uint64_t waits;
 void wait_for(cudaStream_t stream)
 {
