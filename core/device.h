@@ -23,13 +23,15 @@ typedef struct ls_device_ops {
     void *(*alloc_host)(size_t bytes); /* host memory from which copies to and from the device are fast (pinned) */
     void (*release_host)(void *);
     void (*poison)(void *, size_t bytes); /* NaN in every number, once nobody uses it: to find errors, slow */
-    ls_status (*to_device)(ls_queue *, void *to, const void *from, size_t bytes); /* waits for no work as a rule */
-    ls_status (*to_host)(ls_queue *, void *to, const void *from, size_t bytes);   /* waits */
+    /* `from` may be used again at once. Waits for no work, unless 128 MiB of such copies are still to come. */
+    ls_status (*to_device)(ls_queue *, void *to, const void *from, size_t bytes);
+    ls_status (*to_host)(ls_queue *, void *to, const void *from, size_t bytes); /* waits */
     /* The same for memory from alloc_host, begun and not waited for: it stays as it is until a mark after is reached */
     ls_status (*begin_to_device)(ls_queue *, void *to, const void *from, size_t bytes);
     ls_status (*begin_to_host)(ls_queue *, void *to, const void *from, size_t bytes);
     /* mark: *mark stands for where the queue is now (NULL: it is made, to be given to unmark). follow: what the queue
-     * is given from now on waits for the mark, of another queue. reach: the host waits for it. */
+     * is given from now on waits for the mark, of another queue. reach: the host waits for it; also tells what failed,
+     * like wait. */
     ls_status (*mark)(ls_queue *, ls_mark **mark);
     ls_status (*follow)(ls_queue *, ls_mark *mark);
     ls_status (*reach)(ls_queue *, ls_mark *mark);

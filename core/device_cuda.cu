@@ -73,25 +73,33 @@ static void describe(int number, char *text, size_t size)
 static int opened; /* the device last opened: whose memory alloc gives */
 
 /* What is copied to the device passes through pinned memory of the queue, so that the caller's may be used again at
- * once and nobody waits for the work before: pieces, used one after the other. Each waits for its own copy alone, which
- * is the one before the last sixteen. */
-enum { PIECES = 16 };
-static const size_t LARGEST_PIECE = (size_t)8 << 20;
+ * once and nobody waits for the work before: pieces of a few sizes, those of a size used one after the other in a ring.
+ * A piece is used again when its copy is through. Where that of the oldest is not, its ring gets one more, until it has
+ * MOST_PINNED bytes; only then the host waits for the oldest. */
+static const size_t PIECE_BYTES[] = {(size_t)4 << 10, (size_t)64 << 10, (size_t)1 << 20, (size_t)8 << 20};
+static const size_t LARGEST_PIECE = (size_t)8 << 20, MOST_PINNED = (size_t)128 << 20;
+enum { PIECE_SIZES = sizeof PIECE_BYTES / sizeof *PIECE_BYTES };
 struct bounce_piece {
     void *memory;
-    size_t bytes;
     cudaEvent_t copied;
 };
+struct bounce_ring {
+    bounce_piece *piece;
+    int count, capacity, next; /* next: the oldest */
+};
 struct ls_bounce {
-    bounce_piece piece[PIECES];
-    int next;
+    bounce_ring ring[PIECE_SIZES];
 };
 
 static void free_bounce(ls_bounce *b)
 {
-    for (int i = 0; b != NULL && i < PIECES; i++) {
-        if (b->piece[i].memory != NULL) cudaFreeHost(b->piece[i].memory);
-        if (b->piece[i].copied != NULL) cudaEventDestroy(b->piece[i].copied);
+    for (int k = 0; b != NULL && k < PIECE_SIZES; k++) {
+        bounce_ring *r = &b->ring[k];
+        for (int i = 0; i < r->count; i++) {
+            if (r->piece[i].memory != NULL) cudaFreeHost(r->piece[i].memory);
+            if (r->piece[i].copied != NULL) cudaEventDestroy(r->piece[i].copied);
+        }
+        free(r->piece);
     }
     free(b);
 }
@@ -252,7 +260,8 @@ static ls_status follow(ls_queue *q, ls_mark *place)
 
 static ls_status reach(ls_queue *q, ls_mark *place)
 {
-    return failed(cudaEventSynchronize(reinterpret_cast<cudaEvent_t>(place)), q->device, "what was queued");
+    LS_TRY(failed(cudaEventSynchronize(reinterpret_cast<cudaEvent_t>(place)), q->device, "what was queued"));
+    return ls_launched(q, "a product or a launch");
 }
 
 static void unmark(ls_mark *place)
@@ -260,22 +269,47 @@ static void unmark(ls_mark *place)
     if (place != NULL) cudaEventDestroy(reinterpret_cast<cudaEvent_t>(place));
 }
 
+/* One more piece, before the oldest. */
+static ls_status add_piece(ls_queue *q, bounce_ring *r, size_t bytes)
+{
+    if (r->count == r->capacity) {
+        const int capacity = r->capacity > 0 ? 2 * r->capacity : 16;
+        void *grown = realloc(r->piece, (size_t)capacity * sizeof *r->piece);
+        if (grown == NULL) LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for copies to it", q->device);
+        r->piece = static_cast<bounce_piece *>(grown);
+        r->capacity = capacity;
+    }
+    void *memory = alloc_host(bytes);
+    if (memory == NULL)
+        LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for copies to it of %.1f MiB", q->device,
+                (double)bytes / 1048576.0);
+    memmove(r->piece + r->next + 1, r->piece + r->next, (size_t)(r->count - r->next) * sizeof *r->piece);
+    r->piece[r->next] = bounce_piece{memory, NULL};
+    r->count++;
+    return LS_OK;
+}
+
 /* The next piece, of at least so many bytes. */
 static ls_status take_piece(ls_queue *q, size_t bytes, bounce_piece **piece)
 {
+    const char *const what = "a copy to it, or what was queued before,";
+    int k = 0;
+    while (PIECE_BYTES[k] < bytes) k++;
     if (q->bounce == NULL) q->bounce = static_cast<ls_bounce *>(calloc(1, sizeof *q->bounce));
     if (q->bounce == NULL) LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for copies to it", q->device);
-    bounce_piece *p = *piece = &q->bounce->piece[q->bounce->next];
-    q->bounce->next = (q->bounce->next + 1) % PIECES;
-    if (p->copied != NULL)
-        LS_TRY(failed(cudaEventSynchronize(p->copied), q->device, "a copy to it, or what was queued before,"));
-    if (p->bytes >= bytes) return LS_OK;
-    release_host(p->memory);
-    p->memory = alloc_host(bytes);
-    p->bytes = p->memory == NULL ? 0 : bytes;
-    if (p->memory == NULL)
-        LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for copies to it of %.1f MiB", q->device,
-                (double)bytes / 1048576.0);
+    bounce_ring *r = &q->bounce->ring[k];
+    const cudaEvent_t copied = r->count > 0 ? r->piece[r->next].copied : NULL;
+    if (cudaPeekAtLastError() != cudaSuccess) return ls_launched(q, "a launch"); /* not to be forgotten below */
+    const cudaError_t oldest = copied == NULL ? cudaSuccess : cudaEventQuery(copied);
+    const int busy = oldest == cudaErrorNotReady;
+    if (busy) cudaGetLastError(); /* it is none */
+    if (!busy) LS_TRY(failed(oldest, q->device, what));
+    if (r->count == 0 || (busy && (size_t)(r->count + 1) * PIECE_BYTES[k] <= MOST_PINNED))
+        LS_TRY(add_piece(q, r, PIECE_BYTES[k]));
+    else if (busy)
+        LS_TRY(failed(cudaEventSynchronize(copied), q->device, what));
+    *piece = &r->piece[r->next];
+    r->next = (r->next + 1) % r->count;
     return LS_OK;
 }
 

@@ -133,8 +133,8 @@ size_t ls_context_bytes(const ls_context *ctx); /* scratch memory that all its a
  * for. */
 ls_status ls_context_wait(ls_context *ctx);
 /* Memory on the context's device, for callers that have no other way to it, to be given back before the context is
- * freed; copies from and to host memory, in order with the work before. ls_device_read waits. On the CPU these are
- * malloc and memcpy. */
+ * freed; copies from and to host memory, in order with the work before. ls_device_read waits; what ls_device_write has
+ * been given may be used again at once. On the CPU these are malloc and memcpy. */
 ls_status ls_device_alloc(ls_context *ctx, size_t bytes, void **p);
 void ls_device_free(ls_context *ctx, void *p);
 ls_status ls_device_write(ls_context *ctx, void *to, const void *from, size_t bytes);

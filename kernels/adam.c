@@ -24,11 +24,11 @@ static void update_run(int64_t n, const ls_adam_numbers *numbers, ls_real decay,
 }
 
 static void update(ls_queue *queue, const ls_adam_rule *rule, int runs, const ls_adam_run *run, const double *sum,
-                   const ls_real *g, ls_real *params, ls_real *mean, ls_real *square)
+                   const ls_real *loss, const ls_real *g, ls_real *params, ls_real *mean, ls_real *square)
 {
     (void)queue;
     const ls_adam_numbers numbers = ls_adam_prepare(rule);
-    const ls_real scale = ls_adam_clip(rule->clip_norm, sum[0]);
+    const ls_real scale = ls_adam_clip(rule->clip_norm, sum[0], loss);
     for (int k = 0; k < runs && scale >= 0; k++) {
         const int64_t at = run[k].offset;
         update_run(run[k].count, &numbers, run[k].decays ? numbers.decay : 0, scale, g + at, params + at, mean + at,

@@ -39,10 +39,11 @@ struct run_list {
 };
 
 __global__ static void update_runs(run_list list, ls_adam_numbers numbers, double clip_norm, const double *squares,
-                                   const ls_real *g, ls_real *params, ls_real *mean, ls_real *square)
+                                   const ls_real *loss, const ls_real *g, ls_real *params, ls_real *mean,
+                                   ls_real *square)
 {
     const ls_adam_run run = list.run[blockIdx.y];
-    const ls_real scale = ls_adam_clip(clip_norm, squares[0]), decay = run.decays ? numbers.decay : 0;
+    const ls_real scale = ls_adam_clip(clip_norm, squares[0], loss), decay = run.decays ? numbers.decay : 0;
     if (scale < 0) return;
     LS_EACH(i, run.count)
     {
@@ -52,7 +53,7 @@ __global__ static void update_runs(run_list list, ls_adam_numbers numbers, doubl
 }
 
 static void update(ls_queue *queue, const ls_adam_rule *rule, int runs, const ls_adam_run *run, const double *sum,
-                   const ls_real *g, ls_real *params, ls_real *mean, ls_real *square)
+                   const ls_real *loss, const ls_real *g, ls_real *params, ls_real *mean, ls_real *square)
 {
     const ls_adam_numbers numbers = ls_adam_prepare(rule);
     for (int first = 0; first < runs; first += RUNS) {
@@ -64,7 +65,7 @@ static void update(ls_queue *queue, const ls_adam_rule *rule, int runs, const ls
             longest = ls_max(longest, run[first + i].count);
         }
         const dim3 blocks((unsigned)ls_min(ls_blocks(longest, LS_THREADS * EACH), 256), (unsigned)n);
-        LS_LAUNCH(queue, update_runs, blocks, LS_THREADS, 0, list, numbers, rule->clip_norm, sum, g, params, mean,
+        LS_LAUNCH(queue, update_runs, blocks, LS_THREADS, 0, list, numbers, rule->clip_norm, sum, loss, g, params, mean,
                   square);
     }
 }

@@ -24,10 +24,11 @@ enum { LS_SQUARES = 1 + 512 };
 typedef struct ls_adam_ops {
     /* squares[0] = Σ g², in double, in a fixed order */
     void (*squares)(ls_queue *queue, int64_t n, const ls_real *g, double *squares);
-    /* One update of the runs. g is first scaled so that its norm, sqrt(squares[0]), is at most clip_norm; where that is
-     * not finite, nothing changes. rule and run are the host's. mean, square: the moments. */
+    /* One update of the runs. g is first scaled so that its norm, sqrt(squares[0]), is at most clip_norm; where that,
+     * or *loss (NULL: there is none to ask), is not finite, nothing changes. rule and run are the host's. mean, square:
+     * the moments. */
     void (*update)(ls_queue *queue, const ls_adam_rule *rule, int runs, const ls_adam_run *run, const double *squares,
-                   const ls_real *g, ls_real *params, ls_real *mean, ls_real *square);
+                   const ls_real *loss, const ls_real *g, ls_real *params, ls_real *mean, ls_real *square);
 } ls_adam_ops;
 
 extern const ls_adam_ops ls_adam_cpu, ls_adam_cuda;
@@ -58,11 +59,11 @@ static inline ls_adam_numbers ls_adam_prepare(const ls_adam_rule *r)
     return n;
 }
 
-/* What g is scaled by; less than 0: the norm is not finite. */
-LS_BOTH_SIDES ls_real ls_adam_clip(double clip_norm, double squares)
+/* What g is scaled by; less than 0: the norm or the loss is not finite. */
+LS_BOTH_SIDES ls_real ls_adam_clip(double clip_norm, double squares, const ls_real *loss)
 {
-    const double norm = sqrt(squares);
-    if (!(norm <= 1.7976931348623157e308)) return -1; /* neither inf nor NaN is */
+    const double norm = sqrt(squares), size = loss != NULL ? fabs((double)*loss) : 0, most = 1.7976931348623157e308;
+    if (!(norm <= most) || !(size <= most)) return -1; /* neither inf nor NaN is */
     return (ls_real)(clip_norm > 0 && norm > clip_norm ? clip_norm / norm : 1);
 }
 

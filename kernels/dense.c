@@ -389,6 +389,12 @@ static void scale(ls_queue *queue, int64_t n, double factor, ls_real *x)
     for (int64_t i = 0; i < n; i++) x[i] *= a;
 }
 
+static void divide(ls_queue *queue, int64_t n, const double *sums, double by, ls_real *y)
+{
+    (void)queue;
+    for (int64_t i = 0; i < n; i++) y[i] = (ls_real)(sums[i] / by);
+}
+
 static void zero(ls_queue *queue, size_t bytes, void *x)
 {
     (void)queue;
@@ -415,4 +421,5 @@ const ls_dense_ops ls_dense_cpu = {.linear = linear,
                                    .sum = sum,
                                    .copy = copy,
                                    .scale = scale,
+                                   .divide = divide,
                                    .zero = zero};

@@ -165,6 +165,17 @@ static void scale(ls_queue *queue, int64_t n, double factor, ls_real *x)
     map_all(queue, n, times{(ls_real)factor}, x, x, x);
 }
 
+__global__ static void divide_each(int64_t n, const double *sums, double by, ls_real *y)
+{
+    LS_EACH(i, n)
+    y[i] = (ls_real)(sums[i] / by);
+}
+
+static void divide(ls_queue *queue, int64_t n, const double *sums, double by, ls_real *y)
+{
+    if (n > 0) LS_LAUNCH(queue, divide_each, ls_blocks(n, LS_THREADS), LS_THREADS, 0, n, sums, by, y);
+}
+
 template <typename T> __global__ static void clear(int64_t n, T *x)
 {
     LS_EACH(i, n)
@@ -761,4 +772,5 @@ extern "C" const ls_dense_ops ls_dense_cuda = {.linear = linear,
                                                .sum = sum,
                                                .copy = copy,
                                                .scale = scale,
+                                               .divide = divide,
                                                .zero = zero};

@@ -74,6 +74,7 @@ typedef struct ls_dense_ops {
     void (*sum)(ls_queue *queue, int64_t n, const ls_real *a, const ls_real *b, ls_real *y); /* y = a + b; y may be a */
     void (*copy)(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y);                  /* y = x */
     void (*scale)(ls_queue *queue, int64_t n, double factor, ls_real *x);                    /* x *= factor */
+    void (*divide)(ls_queue *queue, int64_t n, const double *sums, double by, ls_real *y);   /* y = sums / by */
     void (*zero)(ls_queue *queue, size_t bytes, void *x);
 } ls_dense_ops;
 

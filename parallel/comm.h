@@ -31,7 +31,8 @@ typedef struct ls_comm_ops {
     ls_status (*begin)(ls_comm *, const ls_message *, int count, ls_pending *);
     ls_status (*end)(ls_comm *, ls_pending *);
     void (*forget)(ls_pending *);
-    ls_status (*sum)(ls_comm *, ls_real *x, int64_t n); /* all-reduce, in place, in order with the queue's work */
+    /* all-reduce, in place, in order with the queue's work; by way of host memory the host waits for it meanwhile */
+    ls_status (*sum)(ls_comm *, ls_real *x, int64_t n);
     void (*close)(ls_comm *);
     /* of what is in host memory: NULL in a table of a transport between devices, whose host has them */
     ls_status (*next)(ls_comm *, ls_pending *, int *which); /* waits until one more message is through: its number among

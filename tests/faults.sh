@@ -132,6 +132,7 @@ during() { # NAME CODE FRAGMENT HOW RANK
 }
 during "a rank without memory" 6 "rank 2" memory 2
 during "a loss that is not a number" 5 "step 2" nan 1
+during "a rank that the others do not hear of" 1 "rank 1: step 2" lost 1
 
 printf '%d passed, %d failed\n' $passed $failed
 [ $failed -eq 0 ] && [ $passed -gt 0 ]

@@ -85,6 +85,16 @@ static model *make_model(ls_context *ctx, const example *e)
     return m;
 }
 
+/* This rank's share of the gradient, added to dparams, and of the loss. */
+static ls_status gradient_of(model *m, const batch *b, const ls_real *params, double scale, ls_real *dparams,
+                             model_loss *out)
+{
+    double sums[LS_LOSS_SUMS] = {0};
+    LS_TRY(model_gradient(m, b, params, scale, dparams, sums));
+    *out = (model_loss){.loss = sums[0], .nll = sums[1], .tokens = batch_labels(b)};
+    return LS_OK;
+}
+
 /* Initial values moved off the special ones, zeros of biases and ones of norms. */
 static ls_real *make_params(const model *m)
 {

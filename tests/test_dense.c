@@ -814,6 +814,9 @@ static void test_elements(void **state)
         assert_same(n, x, a);
         RUN(scale, n, 0.3, on(x));
         for (int64_t i = 0; i < n; i++) assert_true(x[i] == (ls_real)(a[i] * (ls_real)0.3));
+        const double *wide_a = widen(n, a);
+        RUN(divide, n, on(wide_a), 0.7, on(x));
+        for (int64_t i = 0; i < n; i++) assert_true(x[i] == (ls_real)(wide_a[i] / 0.7));
         RUN(zero, (size_t)(n - 1) * sizeof *x, on(x + 1));
         for (int64_t i = 1; i < n; i++) assert_true(x[i] == 0);
         assert_true(x[0] != 0);
@@ -848,6 +851,7 @@ static void test_no_rows(void **state)
     RUN(sum, 0, NULL, NULL, NULL);
     RUN(copy, 0, NULL, NULL);
     RUN(scale, 0, 2, NULL);
+    RUN(divide, 0, NULL, 2, NULL);
     RUN(zero, 0, NULL);
     assert_true(loss_of(0, E, NULL, NULL, 0.1, 1, NULL, &nll) == 0 && nll == 0);
     assert_same((int64_t)E * E, dw, w);

@@ -434,6 +434,27 @@ static void test_copies(void **)
     assert_non_null(strstr(ls_last_error(), "CUDA device 0"));
 }
 
+/* Many copies are given before the first is done, from one place that changes after each: nobody waits, and each brings
+ * what was there. Of large ones there is an end to it; after them there is still none of small ones. */
+static void test_copies_ahead(void **)
+{
+    const size_t large = (size_t)5 << 20, small = 3, count = 40;
+    const on_device<char> x(std::vector<char>(large * count, 0));
+    assert_int_equal(ls_cuda_device.wait(q), LS_OK);
+    for (size_t size : {small, large, small, (size_t)70000}) {
+        std::vector<char> from(size);
+        const uint64_t before = emulator_host_waits();
+        for (size_t i = 0; i < count; i++) {
+            memset(from.data(), (int)i + 1, size);
+            assert_int_equal(ls_cuda_device.to_device(q, x.p + i * size, from.data(), size), LS_OK);
+        }
+        if (getenv("LONGSPAN_EMULATOR_ORDER") == NULL)
+            assert_int_equal(emulator_host_waits() > before, size == large); /* 8 MiB for each, of 128 */
+        const std::vector<char> there = x.host();
+        for (size_t i = 0; i < count * size; i++) assert_true(there[i] == (char)(i / size + 1));
+    }
+}
+
 static void test_allocations(void **)
 {
     void *p[50];
@@ -582,12 +603,13 @@ static int close_queue(void **)
 int main()
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_shuffles),    cmocka_unit_test(test_parts_of_warps),
-        cmocka_unit_test(test_barriers),    cmocka_unit_test(test_reductions),
-        cmocka_unit_test(test_launches),    cmocka_unit_test(test_products),
-        cmocka_unit_test(test_copies),      cmocka_unit_test(test_products_of_heads),
-        cmocka_unit_test(test_allocations), cmocka_unit_test(test_crashes),
-        cmocka_unit_test(test_devices),     cmocka_unit_test(test_products_rounded),
+        cmocka_unit_test(test_shuffles),     cmocka_unit_test(test_parts_of_warps),
+        cmocka_unit_test(test_barriers),     cmocka_unit_test(test_reductions),
+        cmocka_unit_test(test_launches),     cmocka_unit_test(test_products),
+        cmocka_unit_test(test_copies),       cmocka_unit_test(test_products_of_heads),
+        cmocka_unit_test(test_allocations),  cmocka_unit_test(test_crashes),
+        cmocka_unit_test(test_devices),      cmocka_unit_test(test_products_rounded),
+        cmocka_unit_test(test_copies_ahead),
     };
     return cmocka_run_group_tests(tests, open_queue, close_queue);
 }

@@ -23,7 +23,7 @@ static result run(ls_context *ctx, model *m, const ls_real *params, plan_of_batc
 {
     result r = {.gradient = make_zeros(model_count(m)), .n = model_count(m)};
     batch b = make_batch(ctx, o);
-    assert_ok(model_gradient(m, &b, params, 0.5, r.gradient, &r.loss));
+    assert_ok(gradient_of(m, &b, params, 0.5, r.gradient, &r.loss));
     assert_ok(ls_all_reduce_sum(ctx, r.gradient, r.n));
     sum_loss(ctx, &r.loss);
     assert_int_equal(r.loss.tokens, b.tokens);
@@ -153,7 +153,7 @@ static void test_init(void **state)
 static double loss_at(model *m, const batch *b, const ls_real *params, ls_real *scratch)
 {
     model_loss l;
-    assert_ok(model_gradient(m, b, params, 0.5, scratch, &l)); /* for its dropout: evaluate has none */
+    assert_ok(gradient_of(m, b, params, 0.5, scratch, &l)); /* for its dropout: evaluate has none */
     return 0.5 * l.loss;
 }
 
@@ -224,7 +224,7 @@ static void test_accumulation(void **state)
     result once = run(self, m, params, plain);
     batch b = make_batch(self, plain);
     model_loss l;
-    for (int i = 0; i < 2; i++) assert_ok(model_gradient(m, &b, params, 0.25, twice, &l));
+    for (int i = 0; i < 2; i++) assert_ok(gradient_of(m, &b, params, 0.25, twice, &l));
     assert_near("0.25 + 0.25 = 0.5", twice, once.gradient, n, close_enough);
     assert_true(model_bytes(m) > 0);
     free(once.gradient);

@@ -206,7 +206,7 @@ static void update(world *w, int64_t step, double rate, double clip)
     void *g = on(w->g, bytes), *p = on(w->p, bytes), *m1 = on(w->m1, bytes), *m2 = on(w->m2, bytes);
     void *sum = on(squares, sizeof squares);
     ops->squares(queue, w->n, g, sum);
-    adamw_step(ops, queue, &w->c, w->m, step, rate, sum, g, p, m1, m2);
+    adamw_step(ops, queue, &w->c, w->m, step, rate, sum, NULL, g, p, m1, m2);
     back(w->g, g, bytes);
     back(w->p, p, bytes);
     back(w->m1, m1, bytes);
@@ -340,7 +340,7 @@ static void piece_by_piece(void **state)
         const double clip = norm > a.c.train.clip_norm ? a.c.train.clip_norm / norm : 1;
         double squares[LS_SQUARES];
         ops->squares(NULL, a.n, a.g, squares);
-        adamw_step(ops, NULL, &a.c, a.m, step, 1e-3, squares, a.g, a.p, a.m1, a.m2);
+        adamw_step(ops, NULL, &a.c, a.m, step, 1e-3, squares, NULL, a.g, a.p, a.m1, a.m2);
         adamw_update(&b.c, b.m, step, 1e-3, clip, b.p, b.g, b.m1, b.m2);
     }
     assert_memory_equal(a.p, b.p, (size_t)a.n * sizeof *a.p);

@@ -190,6 +190,20 @@ longspan_test(pack TRAINER)
 longspan_test(checkpoint TRAINER)
 longspan_test(data TRAINER RANKS 1 2 3)
 longspan_test(model TRAINER RANKS 1 2 3 5)
+longspan_test(step TRAINER RANKS 1 2 3 EMULATED 1 2)
+
+# steps with work memory full of NaN, and with streams that run at any time that their events allow
+foreach(run poisoned_1 poisoned_2 order_1 order_2)
+  string(REGEX MATCH "[0-9]" ranks ${run})
+  set(test step_emulated_${run})
+  set(setting LONGSPAN_POISON=1)
+  if(run MATCHES order)
+    set(setting LONGSPAN_EMULATOR_ORDER=11)
+  endif()
+  add_test(NAME ${test} COMMAND ${mpirun} -n ${ranks} $<TARGET_FILE:test_step_emulated>)
+  set_tests_properties(${test} PROPERTIES ENVIRONMENT "${test_environment};${emulated_environment};${setting}"
+    TIMEOUT 1500 PROCESSORS ${ranks})
+endforeach()
 
 # ---- the program and the installed package, as their users meet them
 add_test(NAME train_equality COMMAND ${PROJECT_SOURCE_DIR}/tests/train_equality.sh $<TARGET_FILE:longspan_program>

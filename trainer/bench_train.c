@@ -83,14 +83,11 @@ static ls_status make_batches(subject *s)
 static ls_status take_step(subject *s)
 {
     stepper *t = &s->step;
-    model_loss mine = {0};
     step_sums sums;
     stepper_begin(t);
     for (int64_t a = 0; a < s->c.train.accumulation; a++)
-        if (s->micro[a].B > 0) LS_TRY(stepper_add(t, &s->micro[a], s->labels, &mine));
-    LS_TRY(stepper_sum(t, s->labels, &mine, 0, &sums));
-    stepper_update(t, schedule_rate(&s->c, t->s.step + 1));
-    return LS_OK;
+        if (s->micro[a].B > 0) LS_TRY(stepper_add(t, &s->micro[a], s->labels));
+    return stepper_end(t, s->labels, 0, schedule_rate(&s->c, t->s.step + 1), &sums);
 }
 
 static ls_status time_step(const bench *b, subject *s, double *seconds)

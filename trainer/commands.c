@@ -34,8 +34,8 @@ int exit_code_of(ls_status status)
 
 int report_error(const ranks *r, ls_status status)
 {
-    /* where the transport fails, ranks cannot agree who speaks: each says what it knows */
-    const int lost = status == LS_ERR_COMM;
+    /* where ranks cannot agree who speaks, each says what it knows */
+    const int lost = status == LS_ERR_COMM || r->lost;
     if ((r->rank == 0 || lost) && status != LS_OK) {
         fflush(stdout);
         if (lost) fprintf(stderr, "longspan: rank %d: %s\n", r->rank, ls_last_error());
@@ -48,7 +48,7 @@ int report_error(const ranks *r, ls_status status)
 ls_status agree(const ranks *r, ls_status mine)
 {
     char message[1024];
-    if (mine == LS_ERR_COMM) return mine; /* the others may never come here: main ends them */
+    if (mine == LS_ERR_COMM || (r->lost && mine != LS_OK)) return mine; /* the others may never come: main ends them */
     snprintf(message, sizeof message, "%s", ls_last_error());
     const ls_status all = ls_agree(r->world, mine);
     if (all != LS_OK && all == mine && r->rank == 0) return ls_fail(mine, "%s", message);

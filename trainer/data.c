@@ -432,6 +432,13 @@ void batch_free(batch *b)
     *b = (batch){0};
 }
 
+int64_t batch_labels(const batch *b)
+{
+    int64_t labels = 0;
+    for (int64_t i = 0; i < b->B * b->target.n; i++) labels += b->label[i] >= 0;
+    return labels;
+}
+
 /* Room for n elements in each array, and for one where there are none, so that no pointer is NULL. */
 static ls_status make_room(batch *b, int64_t n)
 {

@@ -51,6 +51,7 @@ typedef struct batch {
     int64_t capacity; /* private: elements that each array has room for */
 } batch;
 void batch_free(batch *b);
+int64_t batch_labels(const batch *b); /* of this rank's rows */
 
 /* Reads documents `index[0..B)` of a split, this rank's hyperslab only (plain reads, not collective); lengths cut to
  * max_source / max_target (0: uncut; BOS and EOS are not counted, and a cut target ends in EOS too). rank/size: this

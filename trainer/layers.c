@@ -76,7 +76,8 @@ static ls_status check_side(const model *m, const char *name, const ls_shard *s,
     return LS_OK;
 }
 
-/* Tokens and masks as the kernels see them: the batch's own, or copies on the device. */
+/* Tokens and masks as the kernels see them: the batch's own, or copies on the device, which the queue makes after the
+ * pass before has read those before. From when ls_device_write returns, the batch's own may change. */
 static ls_status bring(const model *m, pass *p, int with_target)
 {
     static const uint8_t none[1] = {0};
@@ -324,37 +325,24 @@ void output_logits(const model *m, const workspace *w, const ls_real *params, in
     m->dense->linear(m->queue, rows, m->E, m->V, normed, params + m->output, NULL, logits);
 }
 
-/* The loss of this rank's labels and, with p->dparams, the gradient of the last x of the decoder: each chunk of logits
- * is differentiated as soon as it is there, so (B,T,V) never is. */
-static void output_loss(model *m, const pass *p, double grad_scale)
+/* The loss of this rank's labels, added to sums, and, with p->dparams, the gradient of the last x of the decoder: each
+ * chunk of logits is differentiated as soon as it is there, so (B,T,V) never is. */
+static void output_loss(model *m, const pass *p, double grad_scale, double *sums)
 {
     const workspace *w = &m->w;
     const int64_t rows = rows_of(p->b, &p->b->target), E = m->E;
     const int gradient = p->dparams != NULL;
-    m->dense->zero(m->queue, LS_LOSS_SUMS * sizeof *w->sums, w->sums);
     for (int64_t row = 0; row < rows; row += wide_rows(m)) {
         const int64_t n = ls_min(wide_rows(m), rows - row);
         const ls_real *x = m->decoder.x[m->decoder.blocks] + row * E;
         output_logits(m, w, p->params, n, x, w->normed, w->logits);
         m->dense->cross_entropy(m->queue, n, m->V, w->logits, p->label + row, m->c.train.label_smoothing, grad_scale,
-                                gradient ? w->logits : NULL, w->sums);
+                                gradient ? w->logits : NULL, sums);
         if (!gradient) continue;
         m->dense->linear_backward(m->queue, n, E, m->V, w->normed, p->params + m->output, w->logits, w->dnormed, 0,
                                   p->dparams + m->output, NULL);
         norm_backward(m, p, m->decoder.norm, n, x, w->dnormed, w->dtarget + row * E, 0);
     }
-}
-
-/* The numbers of it, which on a GPU have to be waited for. */
-static ls_status read_loss(const model *m, const pass *p, model_loss *out)
-{
-    double sums[2];
-    *out = (model_loss){0};
-    LS_TRY(ls_device_read(m->sequence, sums, m->w.sums, sizeof sums));
-    LS_TRY(ls_context_wait(m->sequence));
-    out->loss = sums[0], out->nll = sums[1];
-    for (int64_t i = 0; i < rows_of(p->b, &p->b->target); i++) out->tokens += p->b->label[i] >= 0;
-    return LS_OK;
 }
 
 ls_status model_evaluate(model *m, const batch *b, const ls_real *params, model_loss *out)
@@ -363,12 +351,18 @@ ls_status model_evaluate(model *m, const batch *b, const ls_real *params, model_
     LS_TRY(pass_begin(m, &p, 1));
     LS_TRY(encoder_forward(m, &p));
     LS_TRY(decoder_forward(m, &p));
-    output_loss(m, &p, 0);
-    return read_loss(m, &p, out);
+    double sums[2];
+    *out = (model_loss){0};
+    m->dense->zero(m->queue, LS_LOSS_SUMS * sizeof *m->w.sums, m->w.sums);
+    output_loss(m, &p, 0, m->w.sums);
+    LS_TRY(ls_device_read(m->sequence, sums, m->w.sums, sizeof sums));
+    LS_TRY(ls_context_wait(m->sequence));
+    *out = (model_loss){.loss = sums[0], .nll = sums[1], .tokens = batch_labels(b)};
+    return LS_OK;
 }
 
 ls_status model_gradient(model *m, const batch *b, const ls_real *params, double grad_scale, ls_real *dparams,
-                         model_loss *out)
+                         double *sums)
 {
     pass p = {.b = b,
               .params = params,
@@ -378,7 +372,6 @@ ls_status model_gradient(model *m, const batch *b, const ls_real *params, double
     LS_TRY(pass_begin(m, &p, 1));
     LS_TRY(encoder_forward(m, &p));
     LS_TRY(decoder_forward(m, &p));
-    output_loss(m, &p, grad_scale);
-    LS_TRY(backward(m, &p));
-    return read_loss(m, &p, out);
+    output_loss(m, &p, grad_scale, sums);
+    return backward(m, &p);
 }

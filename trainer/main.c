@@ -82,7 +82,7 @@ int main(int argc, char **argv)
     if ((fflush(stdout) != 0 || ferror(stdout)) && code == EXIT_OK) {
         code = report_error(&r, ls_fail(LS_ERR_IO, "standard output cannot be written"));
     }
-    if (code == EXIT_COMM) MPI_Abort(r.comm, code);                  /* the others may wait for this rank for ever */
+    if (code == EXIT_COMM || r.lost) MPI_Abort(r.comm, code);        /* the others may wait for this rank for ever */
     MPI_Allreduce(MPI_IN_PLACE, &code, 1, MPI_INT, MPI_MAX, r.comm); /* a launcher may look at any rank's */
     ranks_close(&r);
     ls_context_free(r.world);

@@ -5,7 +5,8 @@
  *   logits = x Wᵀ, W the embedding table where tied
  *
  * The model owns no parameters: they are one flat vector of model_count reals, tensors listed by name. Parameters and
- * their gradients live on the device of the model's context; batches, losses and logits on the host. */
+ * their gradients live on the device of the model's context; batches, losses of an evaluation and logits on the host.
+ */
 #ifndef LS_MODEL_H
 #define LS_MODEL_H
 
@@ -39,9 +40,11 @@ typedef struct model_loss {
 
 /* Collective over `sequence`. Forward only, no dropout. */
 ls_status model_evaluate(model *m, const batch *b, const ls_real *params, model_loss *out);
-/* Collective. Forward and backward: dparams += this rank's share of d (Σ loss) · grad_scale. Dropout on. */
+/* Collective. Forward and backward: dparams += this rank's share of d (Σ loss) · grad_scale. Dropout on. sums
+ * (LS_LOSS_SUMS), where the parameters are, gets what model_loss is made of: sums[0] += loss, sums[1] += nll. On a GPU
+ * all this is queued and not waited for; b may be changed at once. */
 ls_status model_gradient(model *m, const batch *b, const ls_real *params, double grad_scale, ls_real *dparams,
-                         model_loss *out);
+                         double *sums);
 /* Bytes reserved so far on this rank for activations and scratch. */
 size_t model_bytes(const model *m);
 

@@ -55,7 +55,7 @@ typedef struct workspace {
     ls_real *logits;          /* (wide_rows, V) */
     ls_real *dnormed, *dhidden, *dkey;
     ls_real *memory, *dmemory, *dtarget; /* encoder output, its gradient; the running gradient of the decoder */
-    double *sums;                        /* (LS_LOSS_SUMS): what the loss adds to */
+    double *sums;                        /* (LS_LOSS_SUMS): of an evaluation */
     int32_t *token[3];                   /* GPU: the batch's source_token, input_token, label, */
     uint8_t *pad[2];                     /* source_pad and target_pad */
 } workspace;

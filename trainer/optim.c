@@ -30,7 +30,8 @@ int64_t schedule_length(const config *c, int64_t step, int64_t full)
 }
 
 void adamw_step(const ls_adam_ops *ops, ls_queue *queue, const config *c, const model *m, int64_t step, double rate,
-                const double *squares, const ls_real *g, ls_real *params, ls_real *adam_m, ls_real *adam_v)
+                const double *squares, const ls_real *loss, const ls_real *g, ls_real *params, ls_real *adam_m,
+                ls_real *adam_v)
 {
     enum { RUNS = 100 }; /* at a time */
     const ls_adam_rule rule = {.step = step,
@@ -48,7 +49,7 @@ void adamw_step(const ls_adam_ops *ops, ls_queue *queue, const config *c, const 
             const model_tensor *t = model_tensor_at(m, first + n);
             run[n] = (ls_adam_run){.offset = t->offset, .count = t->count, .decays = t->decay};
         }
-        ops->update(queue, &rule, n, run, squares, g, params, adam_m, adam_v);
+        ops->update(queue, &rule, n, run, squares, loss, g, params, adam_m, adam_v);
     }
 }
 
@@ -65,5 +66,5 @@ void adamw_update(const config *c, const model *m, int64_t step, double rate, do
     config own = *c;
     const double norm = 1;
     own.train.clip_norm = clip;
-    adamw_step(&ls_adam_cpu, NULL, &own, m, step, rate, &norm, g, params, adam_m, adam_v);
+    adamw_step(&ls_adam_cpu, NULL, &own, m, step, rate, &norm, NULL, g, params, adam_m, adam_v);
 }

@@ -12,9 +12,11 @@ double schedule_rate(const config *c, int64_t step);
  * over train.lengthen_steps, then full. */
 int64_t schedule_length(const config *c, int64_t step, int64_t full);
 /* One update with bias correction for step (1-based), decay on tensors that want it. squares: what ops->squares made of
- * g, for clipping by train.clip_norm; where it is not finite, nothing changes. All vectors are where ops works. */
+ * g, for clipping by train.clip_norm; where it, or *loss (may be NULL), is not finite, nothing changes. All vectors are
+ * where ops works. */
 void adamw_step(const ls_adam_ops *ops, ls_queue *queue, const config *c, const model *m, int64_t step, double rate,
-                const double *squares, const ls_real *g, ls_real *params, ls_real *adam_m, ls_real *adam_v);
+                const double *squares, const ls_real *loss, const ls_real *g, ls_real *params, ls_real *adam_m,
+                ls_real *adam_v);
 
 /* The same on the CPU, piece by piece: sqrt(Σ g²), and the update with g scaled by clip <= 1. */
 double gradient_norm(const ls_real *g, int64_t n);

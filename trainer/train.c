@@ -42,7 +42,7 @@ typedef struct train_options {
 /* LONGSPAN_TEST_FAIL=RANK:STEP:HOW, for tests: at this step the rank
  *   memory     has none (the default)     nan   gets a loss that is not a number
  *   kill       dies at once               torn  dies in the middle of the next file it writes that is not small
- *   full       finds the disk full there */
+ *   full       finds the disk full there  lost  fails where the others do not hear of it */
 typedef struct rehearsal {
     int rank;
     int64_t step;
@@ -335,7 +335,7 @@ static int64_t labels_of(const run *t)
 }
 
 /* Collective over the sequence: this group's part of the gradient. */
-static ls_status gradient(run *t, int64_t labels, model_loss *sum)
+static ls_status gradient(run *t, int64_t labels)
 {
     const config *c = &t->c;
     const ranks *r = t->r;
@@ -348,22 +348,27 @@ static ls_status gradient(run *t, int64_t labels, model_loss *sum)
                                                ls_context_rank(r->sequence), ls_context_size(r->sequence), &t->b)));
         t->b.sample = (uint64_t)(t->w.s.samples + lo);
         t->b.draw = (uint64_t)t->w.s.step + 1;
-        LS_TRY(stepper_add(&t->w, &t->b, labels, sum));
+        LS_TRY(stepper_add(&t->w, &t->b, labels));
     }
     return LS_OK;
 }
 
-static ls_status rehearse(const run *t, int64_t step, model_loss *loss)
+static ls_status rehearse(const run *t, int64_t step)
 {
     const char *how = t->test.how;
+    const double nan = NAN;
     if (t->test.rank != t->r->rank || t->test.step != step) return LS_OK;
     if (strcmp(how, "kill") == 0) raise(SIGKILL);
-    if (strcmp(how, "nan") == 0) loss->loss = NAN;
+    if (strcmp(how, "nan") == 0) return ls_device_write(t->r->sequence, t->w.sums, &nan, sizeof nan);
     if (strcmp(how, "torn") == 0 || strcmp(how, "full") == 0) {
         /* beyond the limit a write ends the process, or fails where that signal is ignored */
         const struct rlimit small = {.rlim_cur = 65536, .rlim_max = RLIM_INFINITY};
         if (strcmp(how, "full") == 0) signal(SIGXFSZ, SIG_IGN);
         setrlimit(RLIMIT_FSIZE, &small);
+    }
+    if (strcmp(how, "lost") == 0) {
+        t->r->lost = 1;
+        LS_FAIL(LS_ERR_INTERNAL, "step %lld: no device (only a test: LONGSPAN_TEST_FAIL)", (long long)step);
     }
     if (strcmp(how, "memory") != 0) return LS_OK;
     LS_FAIL(LS_ERR_MEMORY, "step %lld: no memory (only a test: LONGSPAN_TEST_FAIL)", (long long)step);
@@ -386,16 +391,16 @@ static ls_status take_step(run *t, int *stop)
         t->max_target = schedule_length(c, step, cut(dataset_longest(t->data, "train", 1), t->max_target));
     }
     const int64_t labels = labels_of(t);
-    model_loss mine = {0};
     stepper_begin(&t->w);
-    status = gradient(t, labels, &mine);
-    if (status == LS_OK) status = rehearse(t, step, &mine);
+    status = gradient(t, labels);
+    if (status == LS_OK) status = rehearse(t, step);
     LS_TRY(agree(t->r, status));
 
     step_sums sums;
-    LS_TRY(stepper_sum(&t->w, labels, &mine, stop_wanted != 0, &sums));
+    const double rate = schedule_rate(c, step);
+    LS_TRY(stepper_end(&t->w, labels, stop_wanted != 0, rate, &sums));
     const double norm = sqrt(sums.squares);
-    if (!isfinite(sums.loss) || !isfinite(norm)) {
+    if (!sums.updated) {
         LS_FAIL(
             LS_ERR_NONFINITE,
             "step %lld: the loss is %g and the norm of the gradient %g: stopped before the weights changed; the last "
@@ -406,8 +411,6 @@ static ls_status take_step(run *t, int *stop)
         LS_FAIL(LS_ERR_INTERNAL, "step %lld: the ranks together saw %g of the %lld labels", (long long)step,
                 sums.tokens, (long long)labels);
     }
-    const double rate = schedule_rate(c, step);
-    stepper_update(&t->w, rate);
     *stop = sums.stop;
 
     struct rusage use;

@@ -28,6 +28,7 @@ typedef struct ranks {
     ls_context *gradients;        /* all ranks, where the tensors are: world, or a context of its own on a GPU */
     int rank, size;               /* in world */
     int group, groups;            /* which sequences: data-parallel group */
+    int lost; /* this rank has failed, and the others may wait for it where they do not hear of it */
 } ranks;
 
 int command_pack(int argc, char **argv, ranks *r);
@@ -48,10 +49,12 @@ void ranks_close(ranks *r); /* collective: what ranks_split made */
 /* Local: n reals where the tensors are, all 0; NULL: no memory. Given back by device_free. */
 ls_real *device_reals(const ranks *r, int64_t n);
 void device_free(const ranks *r, ls_real *x);
-/* "longspan: SENTENCE" on standard error, by rank 0 alone, followed by nothing. Returns exit_code_of(status). */
+/* "longspan: SENTENCE" on standard error, by rank 0 alone (and by a rank that is lost, which says its number), followed
+ * by nothing. Returns exit_code_of(status). */
 int report_error(const ranks *r, ls_status status);
 /* Collective: ls_agree over world, except that what rank 0 has to say itself is not prefixed with "rank 0": most of it
- * is about files and arguments, which all ranks share. */
+ * is about files and arguments, which all ranks share. Nobody is asked where the transport fails or this rank is lost:
+ * main then ends the others. */
 ls_status agree(const ranks *r, ls_status mine);
 
 /* Collective over world: rank 0 reads a file (or standard input for "-"), everyone gets the bytes; to be freed. */

@@ -416,4 +416,7 @@ int is_device(const void *p);
 int is_allocated(const void *p, size_t bytes);
 } // namespace emulator
 
+/* How often the host has waited: calls that could not return before work was done which had not been. */
+extern "C" uint64_t emulator_host_waits();
+
 #endif

@@ -200,6 +200,21 @@ void run_all_streams()
     for (cudaStream_t one : streams) run_all(one);
 }
 
+/* What the host waits in, see emulator_host_waits. */
+uint64_t waits;
+void wait_for(cudaStream_t stream)
+{
+    waits += !stream->items.empty();
+    run_all(stream);
+}
+void wait_for_all_streams()
+{
+    bool idle = true;
+    for (cudaStream_t one : streams) idle = idle && one->items.empty();
+    waits += !idle;
+    run_all_streams();
+}
+
 /* -1: as late as may be. Else the state of the random numbers. */
 int64_t order()
 {
@@ -269,7 +284,7 @@ cudaError_t cudaFree(void *p)
     if (!emulator::is_device(p)) return keep(cudaErrorInvalidValue);
     const auto one = allocated.find((size_t)(static_cast<unsigned char *>(p) - region));
     if (one == allocated.end()) return keep(cudaErrorInvalidValue);
-    run_all_streams();
+    wait_for_all_streams();
     {
         emulator::device_access open;
         for (size_t i = one->second; i < whole(one->second); i++)
@@ -340,7 +355,7 @@ cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_
             stream, [=] { copy_rows(x, to_pitch, y, from_pitch, width, height); }, memory,
             to_device ? from_bytes : to_bytes);
     }
-    if (!to_device && !is_pinned(to, to_bytes)) run_all(stream_of(stream));
+    if (!to_device && !is_pinned(to, to_bytes)) wait_for(stream_of(stream));
     return cudaSuccess;
 }
 
@@ -352,7 +367,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind)
 {
     const cudaError_t error = cudaMemcpyAsync(to, from, bytes, kind, NULL);
-    run_all(&first_stream);
+    wait_for(&first_stream);
     return error;
 }
 
@@ -370,7 +385,7 @@ cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t strea
 cudaError_t cudaMemset(void *p, int value, size_t bytes)
 {
     const cudaError_t error = cudaMemsetAsync(p, value, bytes, NULL);
-    run_all(&first_stream);
+    wait_for(&first_stream);
     return error;
 }
 
@@ -792,7 +807,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int dev
 
 cudaError_t cudaDeviceSynchronize()
 {
-    run_all_streams();
+    wait_for_all_streams();
     return cudaSuccess;
 }
 
@@ -865,7 +880,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags)
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream)
 {
-    run_all(stream);
+    wait_for(stream);
     std::erase(streams, stream);
     delete stream;
     return cudaSuccess;
@@ -873,7 +888,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream)
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
-    run_all(stream_of(stream));
+    wait_for(stream_of(stream));
     return cudaSuccess;
 }
 
@@ -914,7 +929,9 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event)
 {
-    if (event->last != NULL) run_until(*event->last);
+    if (event->last == NULL || event->last->past) return cudaSuccess;
+    waits++;
+    run_until(*event->last);
     return cudaSuccess;
 }
 
@@ -933,6 +950,11 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
     const struct timespec a = from->last->at, b = to->last->at;
     *ms = (float)((double)(b.tv_sec - a.tv_sec) * 1e3 + (double)(b.tv_nsec - a.tv_nsec) * 1e-6);
     return cudaSuccess;
+}
+
+uint64_t emulator_host_waits()
+{
+    return waits;
 }
 
 /* ------------------------------------------------------------------------------------------------ cuBLAS */

@@ -1,0 +1,259 @@
+/* A training step: the same from one micro-batch and from four, nothing where the loss is not finite, and on a GPU one
+ * wait of the host, however many micro-batches there are. With LONGSPAN_TEST_DEVICE=cuda on a GPU; the waits are
+ * counted by the one that is emulated, whose streams do everything as late as may be: who does not wait there when he
+ * should sees what was before, and who waits is seen. The batch is overwritten as soon as a step has taken it. */
+#include "step.h"
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+enum { B = 8, S = 13, T = 9, STEPS = 3 };
+
+/* There with the emulator alone. */
+uint64_t emulator_host_waits(void) __attribute__((weak));
+
+static ranks here;
+
+#define assert_ok(call)                                                                                                \
+    do {                                                                                                               \
+        if ((call) != LS_OK) fail_msg("%s: %s", #call, ls_last_error());                                               \
+    } while (0)
+
+/* ------------------------------------------------------------------------------------------------ a run */
+
+typedef struct run {
+    config c;
+    stepper t;
+    batch b;
+} run;
+
+/* sharing: ranks for each sequence, as parallel.sequence. */
+static void begin_run(run *x, int accumulation, int sharing)
+{
+    char micro[64], share[64];
+    const char *device = getenv("LONGSPAN_TEST_DEVICE");
+    const char *const set[] = {"model.embed_dim=8",
+                               "model.ffn_dim=16",
+                               "model.num_heads=2",
+                               "model.encoder_layers=1",
+                               "model.decoder_layers=1",
+                               "model.dropout=0.1",
+                               "model.encoder.mechanism=abc",
+                               "train.label_smoothing=0.1",
+                               "train.warmup_steps=0",
+                               "train.schedule=constant",
+                               "train.clip_norm=0.5",
+                               "train.batch=8",
+                               device != NULL && strcmp(device, "cuda") == 0 ? "device=cuda" : "device=cpu",
+                               micro,
+                               share};
+    snprintf(micro, sizeof micro, "train.accumulation=%d", accumulation);
+    snprintf(share, sizeof share, "parallel.sequence=%d", sharing);
+    memset(x, 0, sizeof *x);
+    assert_ok(config_load(NULL, set, (int)(sizeof set / sizeof *set), &x->c));
+    assert_ok(ranks_split(&here, &x->c, sharing));
+    assert_ok(stepper_create(&here, &x->c, &x->t));
+    assert_ok(stepper_init(&x->t));
+    x->b.source_token = malloc(B * S * sizeof(int32_t));
+    x->b.input_token = malloc(B * T * sizeof(int32_t));
+    x->b.label = malloc(B * T * sizeof(int32_t));
+    x->b.source_pad = malloc(B * S);
+    x->b.target_pad = malloc(B * T);
+    assert_true(x->b.source_token != NULL && x->b.input_token != NULL && x->b.label != NULL);
+    assert_true(x->b.source_pad != NULL && x->b.target_pad != NULL);
+}
+
+static void end_run(run *x)
+{
+    batch_free(&x->b);
+    stepper_free(&x->t);
+    ranks_close(&here);
+}
+
+static int32_t token_at(int64_t row, int64_t position, int side)
+{
+    return (int32_t)((uint64_t)(row * 131 + position * 17 + side * 7 + row * position) % 256);
+}
+
+/* Rows [lo, hi) of the global batch of a step; row r lacks its last r % 3 tokens. */
+static void fill(run *x, int64_t step, int64_t lo, int64_t hi)
+{
+    batch *b = &x->b;
+    ls_shard_free(&b->source);
+    ls_shard_free(&b->target);
+    assert_ok(ls_shard_even(here.sequence, S, &b->source));
+    assert_ok(ls_shard_even(here.sequence, T, &b->target));
+    b->B = hi - lo, b->sample = (uint64_t)(step * B + lo), b->draw = (uint64_t)step + 1;
+    for (int64_t row = lo; row < hi; row++) {
+        for (int64_t i = 0; i < b->source.n; i++) {
+            const int64_t t = b->source.lo + i, at = (row - lo) * b->source.n + i, pad = t >= S - row % 3;
+            b->source_token[at] = pad ? TOKEN_PAD : token_at(row, t, 0);
+            b->source_pad[at] = (uint8_t)pad;
+        }
+        for (int64_t i = 0; i < b->target.n; i++) {
+            const int64_t t = b->target.lo + i, at = (row - lo) * b->target.n + i, pad = t >= T - row % 3;
+            b->label[at] = pad ? TOKEN_PAD : token_at(row, t, 1);
+            b->input_token[at] = pad ? TOKEN_PAD : t == 0 ? TOKEN_BOS : token_at(row, t - 1, 1);
+            b->target_pad[at] = (uint8_t)pad;
+        }
+    }
+}
+
+static void forget(const batch *b)
+{
+    for (int64_t i = 0; i < b->B * b->source.n; i++) b->source_token[i] = 255, b->source_pad[i] = 0;
+    for (int64_t i = 0; i < b->B * b->target.n; i++)
+        b->input_token[i] = b->label[i] = 254, b->target_pad[i] = (uint8_t)(i % 2);
+}
+
+static int64_t all_labels(void)
+{
+    int64_t labels = 0;
+    for (int64_t row = 0; row < B; row++) labels += T - row % 3;
+    return labels;
+}
+
+/* loss: NULL, or what is added to this rank's sum. */
+static step_sums take_step(run *x, const double *loss)
+{
+    step_sums sums;
+    const int64_t step = x->t.s.step;
+    stepper_begin(&x->t);
+    for (int64_t a = 0; a < x->c.train.accumulation; a++) {
+        int64_t lo, hi;
+        stepper_piece(&x->t, a, &lo, &hi);
+        if (lo == hi) continue;
+        fill(x, step, lo, hi);
+        assert_ok(stepper_add(&x->t, &x->b, all_labels()));
+        forget(&x->b);
+    }
+    if (loss != NULL) assert_ok(ls_device_write(here.sequence, x->t.sums, loss, sizeof *loss));
+    assert_ok(stepper_end(&x->t, all_labels(), here.rank == here.size - 1 && step == 1, 1e-2, &sums));
+    return sums;
+}
+
+static ls_real *parameters(const run *x)
+{
+    const size_t bytes = (size_t)x->t.count * sizeof(ls_real);
+    ls_real *p = malloc(bytes);
+    assert_non_null(p);
+    assert_ok(ls_device_read(here.sequence, p, x->t.s.params, bytes));
+    return p;
+}
+
+/* ------------------------------------------------------------------------------------------------ tests */
+
+static void near(const char *what, double a, double b, double tolerance)
+{
+    if (!(fabs(a - b) <= tolerance * fabs(b))) fail_msg("%s: %.10g and %.10g", what, a, b);
+}
+
+/* Losses of STEPS steps fall, and are those of the first run. */
+static void same_steps(void **state)
+{
+    (void)state;
+    step_sums first[STEPS] = {{0}};
+    for (int sharing = 1; sharing <= here.size; sharing += here.size > 1 ? here.size - 1 : 1)
+        for (int accumulation = 1; accumulation <= 4; accumulation += 3) {
+            run x;
+            begin_run(&x, accumulation, sharing);
+            for (int i = 0; i < STEPS; i++) {
+                const step_sums sums = take_step(&x, NULL);
+                if (sharing == 1 && accumulation == 1) first[i] = sums;
+                near("loss", sums.loss, first[i].loss, 1e-5);
+                near("nll", sums.nll, first[i].nll, 1e-5);
+                near("squares", sums.squares, first[i].squares, 1e-4);
+                near("labels seen", sums.tokens, 1, 1e-6);
+                assert_int_equal(sums.stop, i == 1);
+                assert_int_equal(sums.updated, 1);
+                assert_int_equal(x.t.s.step, i + 1);
+                assert_int_equal(x.t.s.samples, (i + 1) * B);
+            }
+            end_run(&x);
+        }
+    assert_true(first[0].loss > 5 && first[0].loss < 8); /* ln 258 = 5.6 */
+    assert_true(first[STEPS - 1].loss < first[0].loss);
+}
+
+/* The update was queued before the host knew: it must have been without effect, on every rank. */
+static void no_step_without_a_loss(void **state)
+{
+    (void)state;
+    const double broken[] = {NAN, INFINITY, -INFINITY};
+    run x;
+    begin_run(&x, 2, 1);
+    take_step(&x, NULL);
+    ls_real *before = parameters(&x);
+    for (int i = 0; i < 3; i++) {
+        const step_sums sums = take_step(&x, here.rank == 0 ? &broken[i] : NULL);
+        ls_real *after = parameters(&x);
+        assert_true(!isfinite(sums.loss));
+        assert_true(isfinite(sums.squares));
+        assert_int_equal(sums.updated, 0);
+        assert_int_equal(x.t.s.step, 1);
+        assert_memory_equal(before, after, (size_t)x.t.count * sizeof *before);
+        free(after);
+    }
+    assert_int_equal(take_step(&x, NULL).updated, 1);
+    ls_real *after = parameters(&x);
+    assert_memory_not_equal(before, after, (size_t)x.t.count * sizeof *before);
+    free(before);
+    free(after);
+    end_run(&x);
+}
+
+/* Once for the numbers; and where MPI adds up the gradients, once for their one part. */
+static void one_wait(void **state)
+{
+    (void)state;
+#ifdef NDEBUG
+    const char *usual = "0";
+#else
+    const char *usual = "1";
+#endif
+    const char *poison = getenv("LONGSPAN_POISON"); /* which waits until nobody uses the memory, see core/arena.c */
+    if (emulator_host_waits == NULL || getenv("LONGSPAN_EMULATOR_ORDER") != NULL ||
+        strcmp(poison != NULL ? poison : usual, "0") != 0)
+        skip();
+    for (int accumulation = 1; accumulation <= 8; accumulation *= 2) {
+        run x;
+        begin_run(&x, accumulation, 1);
+        for (int i = 0; i < 2; i++) take_step(&x, NULL); /* memory is as large as it will be */
+        for (int i = 0; i < 4; i++) {
+            const uint64_t before = emulator_host_waits();
+            take_step(&x, NULL);
+            const uint64_t waits = emulator_host_waits() - before;
+            if (waits != (uint64_t)(here.size > 1 ? 2 : 1))
+                fail_msg("a step of %d micro-batches on %d ranks waits %llu times", accumulation, here.size,
+                         (unsigned long long)waits);
+        }
+        end_run(&x);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(same_steps),
+        cmocka_unit_test(no_step_without_a_loss),
+        cmocka_unit_test(one_wait),
+    };
+    MPI_Init(&argc, &argv);
+    here = (ranks){.groups = 1, .comm = MPI_COMM_WORLD};
+    MPI_Comm_rank(here.comm, &here.rank);
+    MPI_Comm_size(here.comm, &here.size);
+    const ls_context_options options = {.comm = here.comm, .device = LS_CPU};
+    if (ls_context_create(&options, &here.world) != LS_OK) MPI_Abort(here.comm, 1);
+    here.gradients = here.world;
+    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    if (failed) MPI_Abort(here.comm, 1); /* the others may be in the midst of a step */
+    ls_context_free(here.world);
+    MPI_Finalize();
+    return failed;
+}
