@@ -33,6 +33,7 @@ struct ls_queue {
     void *narrow;           /* LS_BF16: LS_NARROW_BYTES for their copies in bfloat16, of the product under way */
     ls_status status;       /* what failed first, since it was last asked; its sentence is `message` */
     char message[256];
+    cudaEvent_t end;          /* of what was given, for a wait that is watched */
     struct ls_bounce *bounce; /* host memory that copies to the device pass through, see core/device_cuda.cu */
 };
 

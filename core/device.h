@@ -10,6 +10,13 @@
 typedef struct ls_queue ls_queue; /* NULL on the CPU, where work is done when it is given */
 typedef struct ls_mark ls_mark;   /* a place in a queue's work; NULL on the CPU, where it is past at once */
 
+/* Somebody who can tell that what a queue waits for will never come, and ends it. Belongs to who watches. */
+typedef struct ls_watch {
+    ls_status (*look)(void *of);
+    void *of;
+    struct ls_watch *next;
+} ls_watch;
+
 typedef struct ls_device_ops {
     const char *name;
     ls_status (*count)(int *devices);                      /* of this machine */
@@ -36,6 +43,10 @@ typedef struct ls_device_ops {
     ls_status (*follow)(ls_queue *, ls_mark *mark);
     ls_status (*reach)(ls_queue *, ls_mark *mark);
     void (*unmark)(ls_mark *mark);
+    /* From watch to unwatch, who waits for any queue of this process looks every few milliseconds, and fails with what
+     * it is told. */
+    void (*watch)(ls_watch *);
+    void (*unwatch)(ls_watch *);
     ls_status (*wait)(ls_queue *); /* for all that was given; also tells what failed since it was last asked */
 } ls_device_ops;
 

@@ -74,6 +74,11 @@ static void unmark(ls_mark *mark)
     (void)mark;
 }
 
+static void watch(ls_watch *w) /* nobody waits */
+{
+    (void)w;
+}
+
 const ls_device_ops ls_cpu_device = {.name = "cpu",
                                      .count = count,
                                      .describe = describe,
@@ -93,4 +98,6 @@ const ls_device_ops ls_cpu_device = {.name = "cpu",
                                      .follow = pass_mark,
                                      .reach = pass_mark,
                                      .unmark = unmark,
+                                     .watch = watch,
+                                     .unwatch = watch,
                                      .wait = done};

@@ -1,8 +1,10 @@
 /* The CUDA device: memory, a stream and a cuBLAS handle for each queue. */
 #include "cuda.h"
 
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <time.h>
 
 /* What to do about an error, as the end of a sentence. */
 static const char *advice(cudaError_t error)
@@ -109,6 +111,7 @@ static void close_queue(ls_queue *q)
     if (q == NULL) return;
     if (q->stream != NULL) cudaStreamSynchronize(q->stream);
     free_bounce(q->bounce);
+    if (q->end != NULL) cudaEventDestroy(q->end);
     if (q->narrow != NULL) cudaFree(q->narrow);
     if (q->blas != NULL) cublasDestroy(q->blas);
     if (q->stream != NULL) cudaStreamDestroy(q->stream);
@@ -258,9 +261,57 @@ static ls_status follow(ls_queue *q, ls_mark *place)
                   "waiting for another queue");
 }
 
+static ls_watch *watches; /* all of this process, whose waits are one after the other */
+
+static void watch(ls_watch *w)
+{
+    w->next = watches;
+    watches = w;
+}
+
+static void unwatch(ls_watch *w)
+{
+    ls_watch **at = &watches;
+    while (*at != NULL && *at != w) at = &(*at)->next;
+    if (*at != NULL) *at = w->next;
+}
+
+static ls_status look_around(void)
+{
+    for (const ls_watch *w = watches; w != NULL; w = w->next) LS_TRY(w->look(w->of));
+    return LS_OK;
+}
+
+/* The host waits for an event. What a rank that is gone leaves others waiting for never comes: so where somebody
+ * watches, the event is asked for, quickly at first. */
+static ls_status until(ls_queue *q, cudaEvent_t event, const char *what)
+{
+    if (watches == NULL) return failed(cudaEventSynchronize(event), q->device, what);
+    if (cudaPeekAtLastError() != cudaSuccess) return ls_launched(q, "a launch"); /* not to be forgotten below */
+    const timespec pause = {0, 50000};
+    for (int asked = 1;; asked++) {
+        const cudaError_t error = cudaEventQuery(event);
+        if (error != cudaErrorNotReady) return failed(error, q->device, what);
+        cudaGetLastError(); /* it is none */
+        if (asked % 64 == 0) LS_TRY(look_around());
+        if (asked < 1024)
+            sched_yield();
+        else
+            nanosleep(&pause, NULL);
+    }
+}
+
+/* And for all that a queue was given. */
+static ls_status until_end(ls_queue *q, const char *what)
+{
+    if (watches == NULL) return failed(cudaStreamSynchronize(q->stream), q->device, what);
+    LS_TRY(make_mark(q, &q->end));
+    return until(q, q->end, what);
+}
+
 static ls_status reach(ls_queue *q, ls_mark *place)
 {
-    LS_TRY(failed(cudaEventSynchronize(reinterpret_cast<cudaEvent_t>(place)), q->device, "what was queued"));
+    LS_TRY(until(q, reinterpret_cast<cudaEvent_t>(place), "what was queued"));
     return ls_launched(q, "a product or a launch");
 }
 
@@ -307,7 +358,7 @@ static ls_status take_piece(ls_queue *q, size_t bytes, bounce_piece **piece)
     if (r->count == 0 || (busy && (size_t)(r->count + 1) * PIECE_BYTES[k] <= MOST_PINNED))
         LS_TRY(add_piece(q, r, PIECE_BYTES[k]));
     else if (busy)
-        LS_TRY(failed(cudaEventSynchronize(copied), q->device, what));
+        LS_TRY(until(q, copied, what));
     *piece = &r->piece[r->next];
     r->next = (r->next + 1) % r->count;
     return LS_OK;
@@ -328,9 +379,11 @@ static ls_status to_device(ls_queue *q, void *to, const void *from, size_t bytes
 
 static ls_status to_host(ls_queue *q, void *to, const void *from, size_t bytes)
 {
+    const char *const what = "a copy from it, or what was queued before,";
     if (bytes == 0) return LS_OK;
+    if (watches != NULL) LS_TRY(until_end(q, what)); /* the copy itself waits, to memory that is not pinned */
     LS_TRY(begin_to_host(q, to, from, bytes));
-    return failed(cudaStreamSynchronize(q->stream), q->device, "a copy from it, or what was queued before,");
+    return until_end(q, what);
 }
 
 /* What the functions without a status have kept. */
@@ -344,7 +397,7 @@ static ls_status kept(ls_queue *q, const char *what)
 static ls_status wait(ls_queue *q)
 {
     LS_TRY(failed(cudaSetDevice(q->device), q->device, "cudaSetDevice"));
-    LS_TRY(failed(cudaStreamSynchronize(q->stream), q->device, "what was queued"));
+    LS_TRY(until_end(q, "what was queued"));
     return ls_launched(q, "a product or a launch");
 }
 
@@ -380,4 +433,6 @@ extern "C" const ls_device_ops ls_cuda_device = {.name = "cuda",
                                                  .follow = follow,
                                                  .reach = reach,
                                                  .unmark = unmark,
+                                                 .watch = watch,
+                                                 .unwatch = unwatch,
                                                  .wait = wait};

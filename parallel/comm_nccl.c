@@ -9,7 +9,8 @@
  *
  * NCCL is told never to block (blocking = 0), so a rank that is gone cannot hang the others in a call: each is asked
  * for until it is through, up to LONGSPAN_NCCL_TIMEOUT seconds (300). What fails later, while messages are under way,
- * comes to light in the next begin, end or sum; the communicator is then given up, which ends what waits on the GPU. */
+ * comes to light in the next begin, end or sum, or where the host waits for the GPU meanwhile; the communicator is then
+ * given up, which ends what waits on the GPU. */
 #include "comm.h"
 
 #include <cuda_runtime.h>
@@ -30,6 +31,7 @@ typedef struct nccl {
     cudaStream_t stream; /* of exchange */
     ls_mark *ready;      /* what is sent is there, and nobody reads what is received into */
     double limit;        /* seconds */
+    ls_watch watch;      /* over what is under way */
 } nccl;
 
 /* What is under way, in ls_pending.requests. */
@@ -122,6 +124,19 @@ static ls_status check_alive(ls_comm *c, const char *what)
     ncclResult_t r = ncclSuccess;
     const ncclResult_t asked = ncclCommGetAsyncError(n->ranks, &r);
     return settle(c, asked != ncclSuccess ? asked : r, what);
+}
+
+/* Asked while the host waits for a queue, which may wait for messages. */
+static ls_status look(void *of)
+{
+    nccl *n = of;
+    if (n->ranks == NULL) return LS_OK; /* was given up: nothing waits for it any more */
+    ncclResult_t r = ncclSuccess;
+    const ncclResult_t asked = ncclCommGetAsyncError(n->ranks, &r);
+    if (asked != ncclSuccess) r = asked;
+    if (r == ncclSuccess || r == ncclInProgress) return LS_OK;
+    ls_comm c = {NULL, n->host.rank, n->host.size, n, &n->host};
+    return failed(&c, r, "what was under way");
 }
 
 /* ------------------------------------------------------------------------------------------------ messages */
@@ -308,6 +323,7 @@ static void close_nccl(ls_comm *c)
 {
     nccl *n = c->own;
     cudaSetDevice(n->device);
+    n->ops->unwatch(&n->watch);
     if (n->ranks != NULL && settle(c, ncclCommFinalize(n->ranks), "closing") == LS_OK) {
         ncclCommDestroy(n->ranks);
         n->ranks = NULL;
@@ -339,6 +355,8 @@ ls_status ls_comm_nccl(MPI_Comm mpi, const ls_device_ops *ops, ls_queue *queue, 
     LS_TRY_GOTO(agree(&n->host, open_streams(comm, queue)));
     LS_TRY_GOTO(refuse_shared_gpu(comm));
     LS_TRY_GOTO(connect_ranks(comm));
+    n->watch = (ls_watch){.look = look, .of = n};
+    n->ops->watch(&n->watch);
     return LS_OK;
 done:
     give_up(n); /* without waiting for the others, who have failed, too */

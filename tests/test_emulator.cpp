@@ -455,6 +455,64 @@ static void test_copies_ahead(void **)
     }
 }
 
+static int looks;
+static ls_status look(void *last)
+{
+    return ++looks == *static_cast<int *>(last) ? ls_fail(LS_ERR_COMM, "rank 1 is gone") : LS_OK;
+}
+
+__global__ static void count_up(int *x)
+{
+    *x += 1;
+}
+
+/* Work of some length: of every wait for it somebody who watches hears, and can end it; who does not watch any more
+ * does not. */
+static void test_watched_waits(void **)
+{
+    const int most = 300;
+    int last = 0, got = 0, done = 0;
+    ls_watch first = {look, &last, NULL}, second = first;
+    ls_mark *mark = NULL;
+    const on_device<int> x(std::vector<int>(1, 0));
+    const auto work = [&] {
+        for (int i = 0; i < most; i++) LS_LAUNCH(q, count_up, 1, 1, 0, x.p);
+        done += most;
+    };
+    assert_int_equal(ls_cuda_device.wait(q), LS_OK);
+    ls_cuda_device.watch(&first);
+    ls_cuda_device.watch(&second);
+    for (int how = 0; how < 3; how++) {
+        looks = last = 0;
+        work();
+        if (how == 0) assert_int_equal(ls_cuda_device.wait(q), LS_OK);
+        if (how == 1) assert_int_equal(ls_cuda_device.mark(q, &mark), LS_OK);
+        if (how == 1) assert_int_equal(ls_cuda_device.reach(q, mark), LS_OK);
+        if (how == 2) assert_int_equal(ls_cuda_device.to_host(q, &got, x.p, sizeof got), LS_OK);
+        if (getenv("LONGSPAN_EMULATOR_ORDER") == NULL) assert_int_equal(looks, 2 * (most / 64));
+    }
+    assert_int_equal(got, done);
+
+    looks = 0, last = 3;
+    work();
+    const ls_status ended = ls_cuda_device.wait(q);
+    if (getenv("LONGSPAN_EMULATOR_ORDER") == NULL) { /* else there may be little left to wait for */
+        assert_int_equal(ended, LS_ERR_COMM);
+        assert_string_equal(ls_last_error(), "rank 1 is gone");
+        assert_int_equal(looks, last);
+    }
+    last = looks;
+
+    ls_cuda_device.unwatch(&first);
+    ls_cuda_device.unwatch(&second);
+    ls_cuda_device.unwatch(&second); /* is not there */
+    work();
+    assert_int_equal(ls_cuda_device.to_host(q, &got, x.p, sizeof got), LS_OK);
+    assert_int_equal(got, done);
+    assert_int_equal(looks, last);
+    ls_cuda_device.unmark(mark);
+}
+
 static void test_allocations(void **)
 {
     void *p[50];
@@ -609,7 +667,7 @@ int main()
         cmocka_unit_test(test_copies),       cmocka_unit_test(test_products_of_heads),
         cmocka_unit_test(test_allocations),  cmocka_unit_test(test_crashes),
         cmocka_unit_test(test_devices),      cmocka_unit_test(test_products_rounded),
-        cmocka_unit_test(test_copies_ahead),
+        cmocka_unit_test(test_copies_ahead), cmocka_unit_test(test_watched_waits),
     };
     return cmocka_run_group_tests(tests, open_queue, close_queue);
 }
