@@ -8,7 +8,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ "${1-}" != --help ] || { sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 0; }
 ranks=${1:-2} window=${2:-1048576}
 shift $(($# < 2 ? $# : 2))
-[ $# -gt 0 ] || set -- local abc nystrom performer lara cosformer probsparse s4d
+[ $# -gt 0 ] || set -- local abc nystrom performer lara cosformer probsparse s4d longshort
 [ -x "$root/build/longspan" ] || "$root/scripts/build.sh" >&2
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
