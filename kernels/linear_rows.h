@@ -35,12 +35,12 @@ typedef struct linear {
     ls_real *w, *dw;                           /* (n,n) */
     /* States are (F,d), then (F). One that grows from chunk to chunk is a pair: what is rounded off is kept beside it,
      * and taken into account next time (Kahan's sum). */
-    ls_real *S, *z;           /* what products use: `own`, or one that grows */
-    ls_real *sum, *rest;      /* what grows; the amount by which it is too large, or NULL: only within a block */
-    ls_real *own, *turned_z;  /* a state that is not a head's; (r) */
-    ls_real *all_sums, *part; /* (H,2) pairs of all heads; what a state grows by, PART or (F) */
-    int across;               /* own lies as (d,F) */
-    double *step;             /* (n,2) sin kω, cos kω */
+    ls_real *S, *z;                           /* what products use: `own`, or one that grows */
+    ls_real *sum, *rest;                      /* what grows; the amount by which it is too large, or NULL: it grows
+                                               * within a block alone, and lies as (d,F) */
+    ls_real *own, *turned_z;                  /* a state that is not a head's; (r) */
+    ls_real *all_sums, *part;                 /* (H,2) pairs of all heads; what a state grows by, PART or (F) */
+    double *step;                             /* (n,2) sin kω, cos kω */
     ls_real *top, *c, *inverse, *delta;       /* (n) */
     ls_real *flows;                           /* (n) 0 where the floor is taken */
     ls_real *sine, *cosine;                   /* (n) */
@@ -266,7 +266,6 @@ static inline void turn_to(linear *x, int64_t h)
 {
     x->sum = x->all_sums + 2 * h * state_reals(x);
     x->rest = x->sum + state_reals(x);
-    x->across = 0;
 }
 
 /* Products use this state. */
@@ -499,8 +498,8 @@ static inline void scale_sum(const linear *x, double factor)
 {
     const int64_t e = x->exponentials, F = x->F, d = x->d;
     ls_real *z = x->sum + F * d, *rest_z = x->rest != NULL ? x->rest + F * d : NULL;
-    if (!x->across) scale_sums(e * d, factor, x->sum, x->rest);
-    for (int64_t i = 0; i < d && x->across; i++) scale_sums(e, factor, x->sum + i * F, NULL);
+    if (x->rest != NULL) scale_sums(e * d, factor, x->sum, x->rest);
+    for (int64_t i = 0; i < d && x->rest == NULL; i++) scale_sums(e, factor, x->sum + i * F, NULL);
     scale_sums(e, factor, z, rest_z);
 }
 
@@ -531,15 +530,11 @@ static inline void add_to_sum(int64_t n, const ls_real *restrict by, ls_real *re
 /* The sum's S += Σ_i rows_i matrix_iᵀ, z += Σ_i weight_i rows_i; rows (n,F), matrix (n,d). weight NULL: 1. */
 static inline void gather(const linear *x, int64_t n, const ls_real *rows, const ls_real *matrix, const ls_real *weight)
 {
-    const int64_t F = x->F, d = x->d, most = x->rest != NULL ? ls_max(PART / d, 1) : F;
+    const int64_t F = x->F, d = x->d, most = ls_max(PART / d, 1);
     ls_real *z = x->sum + F * d, *more = x->rest != NULL ? x->part : z;
-    if (x->across) ls_gemm(1, 0, d, F, n, 1, matrix, d, rows, F, 1, x->sum, F);
-    for (int64_t f = 0; f < F && !x->across; f += most) {
+    if (x->rest == NULL) ls_gemm(1, 0, d, F, n, 1, matrix, d, rows, F, 1, x->sum, F);
+    for (int64_t f = 0; f < F && x->rest != NULL; f += most) {
         const int64_t some = ls_min(most, F - f);
-        if (x->rest == NULL) {
-            ls_gemm(1, 0, some, d, n, 1, rows + f, F, matrix, d, 1, x->sum + f * d, d);
-            continue;
-        }
         ls_gemm(1, 0, some, d, n, 1, rows + f, F, matrix, d, 0, x->part, d);
         add_to_sum(some * d, x->part, x->sum + f * d, x->rest + f * d);
     }

@@ -109,7 +109,8 @@ typedef struct group {
     double *decay;                    /* (2, N, LANES) a^n, and a^(what is left after the last whole chunk) */
     double *state;                    /* (2, directions, N, LANES) the states of a sweep */
     double *border[2];                /* (pieces, N, LANES) states at the pieces, of the sweep that goes first */
-    double *slope_end, *fade;         /* (directions, N, LANES) S; (N, LANES) a^(positions to the end), from the left */
+    double *slopes[2];                /* by direction, (N, LANES) S of a batch row, where ends backward finds it */
+    double *fade;                     /* (N, LANES) a^(positions to the end), from the left */
     double *dlambda, *dweight, *dtap; /* (N, LANES), (directions, channels, N, LANES), (channels, 2n - 1, LANES) */
 } group;
 
@@ -189,7 +190,6 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
         g.dweight = ls_arena_take(work, (size_t)(back * directions * channels * N) * doubles);
         g.dtap = ls_arena_take(work, (size_t)(back * taps) * doubles);
         g.border[0] = ls_arena_take(work, (size_t)((back || both) * pieces * N) * doubles);
-        g.slope_end = ls_arena_take(work, (size_t)(back * several * directions * N) * doubles);
         g.fade = ls_arena_take(work, (size_t)(back * several * N) * doubles);
         g.border[1] = ls_arena_take(work, (size_t)(back * both * pieces * N) * doubles);
         if (k.group != NULL) k.group[i] = g;
@@ -706,7 +706,7 @@ static void leaving_inputs(const desk *k, int64_t i, const piece *x, int directi
 static void add_slopes(const desk *k, const group *g, const piece *x, int direction)
 {
     const double *decay = decay_of(k, g, x);
-    double *sum = g->slope_end + direction * k->N * LS_LANES, *faded = direction == FROM_LEFT ? g->fade : sum;
+    double *sum = g->slopes[direction], *faded = direction == FROM_LEFT ? g->fade : sum;
     for (int64_t c = x->chunks - 1; c >= 0; c--) {
         const ls_real *in = (const ls_real *)(const void *)(k->mixed + c * k->N);
         for (int64_t m = 0; m < k->N * LS_LANES; m += 2 * LS_LANES) {
@@ -783,18 +783,21 @@ static void write_gradients(const ls_pass *p, const desk *k, int64_t b, int dire
                     p->summary[scan_of(p, direction)].dgot);
 }
 
-/* Before a batch row: nothing after its last chunk. */
-static void open_slopes(const desk *k, const group *g)
-{
-    zero_doubles(g->slope_end, k->directions * k->N);
-    for (int64_t i = 0; i < k->N * LS_LANES; i++) g->fade[i] = i / LS_LANES % 2 == 0;
-}
-
 /* S of a batch row and direction, (N, LANES), for ends backward. */
 static double *slopes_of(const ls_pass *p, const desk *k, const group *g, int64_t b, int direction)
 {
     const int64_t lanes = (p->d + LS_LANES - 1) / LS_LANES * LS_LANES;
     return (double *)(void *)p->work[SLOPES] + ((direction * p->B + b) * lanes + g->first) * k->N;
+}
+
+/* Before a batch row: nothing after its last chunk. */
+static void open_slopes(const ls_pass *p, const desk *k, group *g, int64_t b)
+{
+    for (int d = 0; d < k->directions; d++) {
+        g->slopes[d] = slopes_of(p, k, g, b, d);
+        zero_doubles(g->slopes[d], k->N);
+    }
+    for (int64_t i = 0; i < k->N * LS_LANES; i++) g->fade[i] = i / LS_LANES % 2 == 0;
 }
 
 /* One piece of pass 2, all its states known at the borders. */
@@ -821,7 +824,7 @@ static void apply_block_backward(const ls_pass *p, const desk *k, int64_t b)
             read_state(p, k, &k->group[i], b, p->summary[scan_of(p, d)].got, 1, state_of(k, &k->group[i], ENTERING, d));
             zero_doubles(state_of(k, &k->group[i], LEAVING, d), k->N);
         }
-    for (int64_t i = 0; k->several && i < k->groups; i++) open_slopes(k, &k->group[i]);
+    for (int64_t i = 0; k->several && i < k->groups; i++) open_slopes(p, k, &k->group[i], b);
     for (int64_t j = 0; j < pieces; j++) {
         const piece x = piece_at(p, j);
         load(p, k, features(p->q, first), b, &x, k->u);
@@ -848,10 +851,6 @@ static void apply_block_backward(const ls_pass *p, const desk *k, int64_t b)
         store(p, k, k->du, b, &x, features(p->dq, first));
     }
     write_gradients(p, k, b, FROM_LEFT);
-    for (int d = 0; k->several && d < k->directions; d++)
-        for (int64_t i = 0; i < k->groups; i++)
-            memcpy(slopes_of(p, k, &k->group[i], b, d), k->group[i].slope_end + d * k->N * LS_LANES,
-                   (size_t)(k->N * LS_LANES) * sizeof(double));
 }
 
 /* The sums of one feature become gradients of C and D, and of λ and w as far as they are known. */
