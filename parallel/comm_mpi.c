@@ -68,8 +68,16 @@ static ls_status next(ls_comm *c, ls_pending *p, int *which)
     return LS_OK;
 }
 
+/* After an error messages may still be under way: what they would write to is the caller's again. A receive that is
+ * cancelled is over; a send that cannot be is left to MPI. */
 static void forget(ls_pending *p)
 {
+    MPI_Request *request = p->requests;
+    for (int i = 0; i < p->count; i++) {
+        int over = request[i] == MPI_REQUEST_NULL;
+        if (!over && MPI_Cancel(&request[i]) == MPI_SUCCESS) MPI_Test(&request[i], &over, MPI_STATUS_IGNORE);
+        if (!over) MPI_Request_free(&request[i]);
+    }
     free(p->requests);
     *p = (ls_pending){0};
 }

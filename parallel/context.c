@@ -90,12 +90,21 @@ static ls_status open_transport(const ls_context_options *o, ls_context *c)
     return ls_agree(c, ls_comm_staged(c->ops, c->queue, &c->exchange.comm));
 }
 
+/* What must be the same on every rank. */
+static uint64_t signature_of(const ls_context_options *o)
+{
+    const uint64_t device = ls_sign(LS_SIGNATURE, &o->device, sizeof o->device);
+    const uint64_t transport = ls_sign(device, &o->transport, sizeof o->transport);
+    return ls_sign(transport, &o->precision, sizeof o->precision);
+}
+
 ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
 {
     *ctx = NULL;
-    LS_TRY(check_options(options));
+    const int alone = options->dry_size != 0 || options->comm == MPI_COMM_NULL || options->comm == (MPI_Comm)0;
+    const ls_status possible = check_options(options); /* which the other ranks may find otherwise */
+    if (alone && possible != LS_OK) return possible;
     ls_context *c = calloc(1, sizeof *c);
-    const int alone = options->comm == MPI_COMM_NULL || options->comm == (MPI_Comm)0;
     if (c == NULL) LS_FAIL(LS_ERR_MEMORY, "context: no memory");
     ls_status status = LS_OK;
     if (options->dry_size > 0)
@@ -108,8 +117,7 @@ ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
         free(c);
         return status;
     }
-    status = ls_agree_alike(c, open_rest(options, c), "context",
-                            ls_sign(LS_SIGNATURE, &options->precision, sizeof options->precision));
+    status = ls_agree_alike(c, possible != LS_OK ? possible : open_rest(options, c), "context", signature_of(options));
     if (status == LS_OK && c->queue != NULL && c->exchange.comm.size > 1) status = open_transport(options, c);
     if (status != LS_OK) {
         ls_context_free(c);

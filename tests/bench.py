@@ -26,8 +26,9 @@ train: {batch: 2}
 # in this order since the first figures were written; new columns come behind
 COLUMNS = """mechanism pattern options length ranks batch embed_dim heads core_forward core_backward layer_forward
     layer_backward projections sgemm_seconds_per_gflop peak_memory_bytes bytes_sent messages device copy_seconds_per_gbyte
-    share_of_product_rate share_of_bandwidth share_of_bandwidth_forward share_of_bandwidth_backward precision""".split()
-SHARES = COLUMNS[-5:-1]
+    share_of_product_rate share_of_bandwidth share_of_bandwidth_forward share_of_bandwidth_backward precision
+    layer_over_projections""".split()
+SHARES = COLUMNS[-6:-2]
 STEPS = """config device source target batch ranks step_seconds labels_and_sources product_gflop products
     products_alone_seconds square_gflop_per_second share_of_square share_alone""".split()
 
@@ -77,6 +78,9 @@ def check_attentions(program, device, ranks, precision="float32"):
             fail(f"{row}: not of {device}, {precision}, {ranks} ranks")
         positive(row, "layer_forward layer_backward projections sgemm_seconds_per_gflop copy_seconds_per_gbyte "
                       "peak_memory_bytes".split())
+        layer = float(row["layer_forward"]) + float(row["layer_backward"])  # of one turn
+        if abs(float(row["layer_over_projections"]) * float(row["projections"]) / layer - 1) > 1e-4:
+            fail(f"{row}: the layer over its projections is not what their times say")
         if ranks > 1 and row["mechanism"] == "softmax":
             positive(row, ["bytes_sent", "messages"])
         if row["mechanism"] == "longshort":  # has no core

@@ -2,6 +2,7 @@
 
 #include "device.h"
 
+#include <float.h>
 #include <math.h>
 #include <mpi.h>
 #include <signal.h>
@@ -844,11 +845,11 @@ static double part_error(const problem *p, const part *x)
     return relative_error(x->n, x->a, x->b, (cancelled ? 1 : FLOOR) * x->siblings);
 }
 
-#ifndef LS_REAL_DOUBLE
-/* x *= 1 + r, |r| = half a unit in the last place: what any float32 input may already have lost. */
+/* x *= 1 + r, |r| a little over half a unit in the last place, which any input may already have lost. */
 static void round_anew(draw *r, int64_t n, ls_real *x)
 {
-    for (int64_t i = 0; x != NULL && i < n; i++) x[i] *= draw_uniform(r) < 0.5 ? 1 - 6e-8f : 1 + 6e-8f;
+    const ls_real half = (ls_real)(0.504 * (sizeof(ls_real) == sizeof(float) ? FLT_EPSILON : DBL_EPSILON));
+    for (int64_t i = 0; x != NULL && i < n; i++) x[i] *= draw_uniform(r) < 0.5 ? 1 - half : 1 + half;
 }
 
 /* How much each part of the answer moves when the inputs are rounded anew, on this process alone: the most of a few
@@ -880,7 +881,6 @@ static int few_features(const problem *p)
 {
     return mechanism_of(p->options.mechanism)->traits & FEW_FEATURES || p->d <= 2;
 }
-#endif
 
 int answer_equal(const problem *p, const answer *a, const answer *b, double tolerance, char *what, size_t size)
 {
@@ -892,14 +892,11 @@ int answer_equal(const problem *p, const answer *a, const answer *b, double tole
     for (int i = 0; i < n; i++) {
         const double error = part_error(p, &list[i]);
         if (error <= tolerance) continue;
-#ifndef LS_REAL_DOUBLE
         if (few_features(p) && !asked++) own_errors(p, n, own);
         if (error <= 4 * own[i]) {
             here.ill_conditioned++;
             continue;
         }
-#endif
-        (void)asked;
         ok = 0;
         snprintf(what + strlen(what), size - strlen(what), "; %s: error %.2e > %.0e (own %.1e)", list[i].name, error,
                  tolerance, own[i]);

@@ -721,6 +721,50 @@ static void test_alone(void **unused)
                     (size == 1 ? LS_ERR_INTERNAL : LS_ERR_COMM)) == 0);
 }
 
+/* Options that one rank alone gets wrong, or gives otherwise: all hear of it. */
+static void test_create_together(void **unused)
+{
+    (void)unused;
+    ls_context *other = ctx;
+    ls_context_options options = {.comm = MPI_COMM_WORLD};
+    if (rank == size - 1) options.precision = (ls_precision)77;
+    assert_true(all(ls_context_create(&options, &other) != LS_ERR_ARGUMENT || other != NULL ||
+                    strstr(ls_last_error(), "no precision 77") == NULL) == 0);
+    options = (ls_context_options){.comm = MPI_COMM_WORLD};
+    if (rank == size - 1) options.transport = LS_TRANSPORT_MPI;
+    const ls_status status = ls_context_create(&options, &other);
+    assert_true(all(status != (size == 1 ? LS_OK : LS_ERR_ARGUMENT)) == 0);
+    if (status == LS_OK) ls_context_free(other);
+    assert_true(all(ls_agree(ctx, LS_OK) != LS_OK) == 0);
+}
+
+/* What is forgotten while it is under way writes to nobody's memory: the message that comes too late is still there. */
+static void test_forget(void **unused)
+{
+    (void)unused;
+    enum { REALS = 1000 };
+    ls_comm comm;
+    ls_pending pending = {0};
+    ls_real *x = filled(REALS);
+    const ls_real before = x[0];
+    const int next = (rank + 1) % size;
+    must(ls_comm_mpi(MPI_COMM_WORLD, &comm));
+    const ls_message expected = {x, REALS * sizeof *x, (rank + size - 1) % size, 1, 1};
+    must(comm.ops->begin(&comm, &expected, 1, &pending));
+    comm.ops->forget(&pending);
+    const MPI_Comm mpi = *(MPI_Comm *)comm.own;
+    MPI_Barrier(mpi);
+    MPI_Request late;
+    MPI_Status status;
+    ls_real y[REALS] = {0}, z[REALS];
+    MPI_Isend(y, sizeof y, MPI_BYTE, next, 1, mpi, &late);
+    MPI_Recv(z, sizeof z, MPI_BYTE, MPI_ANY_SOURCE, MPI_ANY_TAG, mpi, &status);
+    MPI_Wait(&late, MPI_STATUS_IGNORE);
+    assert_true(all(x[0] != before || z[0] != 0) == 0);
+    comm.ops->close(&comm);
+    free(x);
+}
+
 int main(int argc, char **argv)
 {
     MPI_Init(&argc, &argv);
@@ -740,6 +784,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_volumes),
         cmocka_unit_test(test_agree),
         cmocka_unit_test(test_alone),
+        cmocka_unit_test(test_create_together),
+        cmocka_unit_test(test_forget),
     };
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     ls_context_free(ctx);

@@ -65,6 +65,8 @@ typedef struct bench_case {
 enum bench_part { CORE_FORWARD, CORE_BACKWARD, LAYER_FORWARD, LAYER_BACKWARD, PROJECTIONS, SGEMM, COPY, BENCH_PARTS };
 typedef struct bench_figures {
     double seconds[BENCH_PARTS]; /* medians; sgemm, copy: per 10^9 operations, bytes; 0: there is no such part */
+    /* Medians of the turns' ratios, since a machine that slows down for a while slows both sides of one. */
+    double layer_over_projections, sgemm_over_core, copy_over_core, copy_over_forward, copy_over_backward;
     double bytes_sent, messages, peak_memory; /* of one forward and backward of the layer, all ranks together */
     double bytes_forward, bytes_backward;     /* that the core must read and write, all ranks together */
 } bench_figures;

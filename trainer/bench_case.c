@@ -213,9 +213,35 @@ static ls_status one_round(const bench *b, const ceilings *top, subject *core, s
     return ceilings_copy(b, top, t[COPY]);
 }
 
+/* The median over turns of (parts above[0] to above[1]) / (parts below[0] to below[1]); 0 where there are none. */
+static double median_ratio(const bench *b, double t[BENCH_PARTS][BENCH_REPEAT], const int above[2], const int below[2])
+{
+    double ratio[BENCH_REPEAT];
+    for (int64_t i = 0; i < b->repeat; i++) {
+        double side[2] = {0, 0};
+        for (int k = above[0]; k <= above[1]; k++) side[0] += t[k][i];
+        for (int k = below[0]; k <= below[1]; k++) side[1] += t[k][i];
+        ratio[i] = side[1] > 0 ? side[0] / side[1] : 0;
+    }
+    return bench_median(ratio, b->repeat);
+}
+
+static void summarise(const bench *b, double t[BENCH_PARTS][BENCH_REPEAT], bench_figures *f)
+{
+    static const int layer[] = {LAYER_FORWARD, LAYER_BACKWARD}, core[] = {CORE_FORWARD, CORE_BACKWARD};
+    static const int forward[] = {CORE_FORWARD, CORE_FORWARD}, backward[] = {CORE_BACKWARD, CORE_BACKWARD};
+    static const int projections[] = {PROJECTIONS, PROJECTIONS}, sgemm[] = {SGEMM, SGEMM}, copy[] = {COPY, COPY};
+    f->layer_over_projections = median_ratio(b, t, layer, projections);
+    f->sgemm_over_core = median_ratio(b, t, sgemm, core);
+    f->copy_over_core = median_ratio(b, t, copy, core);
+    f->copy_over_forward = median_ratio(b, t, copy, forward);
+    f->copy_over_backward = median_ratio(b, t, copy, backward);
+    for (int k = 0; k < BENCH_PARTS; k++) f->seconds[k] = bench_median(t[k], b->repeat);
+}
+
 static ls_status measure_both(const bench *b, const ceilings *top, subject *core, subject *layer, bench_figures *f)
 {
-    static double t[BENCH_PARTS][BENCH_REPEAT];
+    double t[BENCH_PARTS][BENCH_REPEAT] = {0};
     double *at[BENCH_PARTS], warm[BENCH_PARTS] = {0};
     for (int k = 0; k < BENCH_PARTS; k++) at[k] = &warm[k];
     LS_TRY(one_round(b, top, core, layer, at)); /* warms up: memory is taken, pages are touched */
@@ -228,11 +254,8 @@ static ls_status measure_both(const bench *b, const ceilings *top, subject *core
         for (int k = 0; k < BENCH_PARTS; k++) at[k] = &t[k][i];
         LS_TRY(one_round(b, top, core, layer, at));
     }
-    for (int k = 0; k < BENCH_PARTS; k++) f->seconds[k] = bench_median(t[k], b->repeat);
-    if (core->ctx == NULL)
-        f->seconds[CORE_FORWARD] = f->seconds[CORE_BACKWARD] = 0;
-    else
-        LS_TRY(count_bytes(b, core, f));
+    summarise(b, t, f);
+    if (core->ctx != NULL) LS_TRY(count_bytes(b, core, f));
     return measure_traffic(b, layer, f);
 }
 

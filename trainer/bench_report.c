@@ -15,9 +15,9 @@ void bench_print_header(const bench *b, const ceilings *top)
     static const char form[] = "%-26s %8s | %8s %8s | %8s %8s %8s %6s | %6s %6s | %9s %10s | %8s %8s\n";
     const int ranks_here = bench_ranks(b);
     if (b->r->rank != 0) return;
-    printf("batch %lld, embed_dim %lld, %lld heads, %d rank%s, %s; medians of %lld, in seconds\n", (long long)b->batch,
-           (long long)b->embed_dim, (long long)b->heads, ranks_here, ranks_here == 1 ? "" : "s", top->ctx->ops->name,
-           (long long)b->repeat);
+    printf("batch %lld, embed_dim %lld, %lld heads, %d rank%s, %s; medians of %lld turns, in seconds\n",
+           (long long)b->batch, (long long)b->embed_dim, (long long)b->heads, ranks_here, ranks_here == 1 ? "" : "s",
+           top->ctx->ops->name, (long long)b->repeat);
     printf("square products of side %lld, copies of %lld MiB", (long long)top->side,
            (long long)(top->reals * (int64_t)sizeof *top->x >> 20));
     if (b->device == LS_CPU) printf(", OpenBLAS kernels for %s", ls_blas_kernels());
@@ -30,7 +30,7 @@ void bench_print_header(const bench *b, const ceilings *top)
         fputs("mechanism,pattern,options,length,ranks,batch,embed_dim,heads,core_forward,core_backward,layer_forward,"
               "layer_backward,projections,sgemm_seconds_per_gflop,peak_memory_bytes,bytes_sent,messages,device,"
               "copy_seconds_per_gbyte,share_of_product_rate,share_of_bandwidth,share_of_bandwidth_forward,"
-              "share_of_bandwidth_backward,precision\n",
+              "share_of_bandwidth_backward,precision,layer_over_projections\n",
               b->csv);
 }
 
@@ -58,7 +58,7 @@ static void write_line(const bench *b, const bench_case *c, int64_t length, cons
     fprintf(b->csv, ",%.0f,%.0f,%.0f", f->peak_memory, f->bytes_sent, f->messages);
     fprintf(b->csv, ",%s,%.6g", b->device == LS_CUDA ? "cuda" : "cpu", f->seconds[COPY]);
     for (int k = 0; k < 4; k++) write_share(b->csv, share[k]);
-    fprintf(b->csv, ",%s\n", ls_precision_name(b->precision));
+    fprintf(b->csv, ",%s,%.6g\n", ls_precision_name(b->precision), f->layer_over_projections);
     fflush(b->csv);
 }
 
@@ -74,16 +74,16 @@ void bench_print_figures(const bench *b, const bench_case *c, int64_t length, co
     const double *s = f->seconds, layer = s[LAYER_FORWARD] + s[LAYER_BACKWARD];
     const double core = s[CORE_FORWARD] + s[CORE_BACKWARD];
     /* a dry rank measures its own bytes, ranks together all of theirs; the ceilings are those of one rank */
-    const double copy = 1e-9 * s[COPY] / (b->dry > 0 ? 1 : b->r->size);
+    const double bytes = 1e-9 / (b->dry > 0 ? 1 : b->r->size);
     double share[4] = {0}; /* of products; of copies: both ways, forward, backward */
     char name[64], products[16], copies[16];
     if (b->r->rank != 0) return;
     if (core > 0) {
         if (strcmp(c->mechanism, "softmax") == 0)
-            share[0] = softmax_gflop(b, c->pattern, length) * s[SGEMM] / core / bench_ranks(b);
-        share[1] = (f->bytes_forward + f->bytes_backward) * copy / core;
-        share[2] = f->bytes_forward * copy / s[CORE_FORWARD];
-        share[3] = f->bytes_backward * copy / s[CORE_BACKWARD];
+            share[0] = softmax_gflop(b, c->pattern, length) * f->sgemm_over_core / bench_ranks(b);
+        share[1] = (f->bytes_forward + f->bytes_backward) * bytes * f->copy_over_core;
+        share[2] = f->bytes_forward * bytes * f->copy_over_forward;
+        share[3] = f->bytes_backward * bytes * f->copy_over_backward;
     }
     snprintf(name, sizeof name, "%s %s %s", c->mechanism, letters[c->pattern], c->options);
     percent(products, share[0]);
@@ -91,7 +91,7 @@ void bench_print_figures(const bench *b, const bench_case *c, int64_t length, co
     const int digits = b->device == LS_CPU ? 4 : 6; /* a GPU's times are short */
     printf("%-26s %8lld | %8.*f %8.*f | %8.*f %8.*f %8.*f %6.2f | %6s %6s | %9.1f %10.1f | %8.1f %8.1f\n", name,
            (long long)length, digits, s[CORE_FORWARD], digits, s[CORE_BACKWARD], digits, layer, digits, s[PROJECTIONS],
-           digits, core, layer / s[PROJECTIONS], products, copies, f->peak_memory / 1048576, f->bytes_sent / 1024,
+           digits, core, f->layer_over_projections, products, copies, f->peak_memory / 1048576, f->bytes_sent / 1024,
            1 / s[SGEMM], 1 / s[COPY]);
     fflush(stdout);
     if (b->csv != NULL) write_line(b, c, length, f, share);

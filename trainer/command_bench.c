@@ -42,7 +42,7 @@ static const char usage[] =
     "core's time, against the rate of a large square product. Copy share: of the bytes that no core can do without,\n"
     "against the rate of a large copy (read and written bytes both count): forward it reads q, k, v and writes its\n"
     "output, backward it reads q, k, v and the output's gradient and writes those of q, k, v. Both rates are measured\n"
-    "in the same turns.\n"
+    "in the same turns. ratio l/p: layer over its projections. Ratios and shares are medians of those of the turns.\n"
     "\n"
     "With --train whole training steps of a configuration on made-up bytes are timed instead: forward, backward, sum "
     "over\n"
