@@ -1,4 +1,4 @@
-/* Linear attention on a GPU: what a mechanism's .cu file lends to linear.cu, and what it gets. */
+/* Linear attention on a GPU: what a mechanism's .cu file lends to it, and what it gets. */
 #ifndef LS_LINEAR_CUDA_H
 #define LS_LINEAR_CUDA_H
 

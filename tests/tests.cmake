@@ -19,7 +19,7 @@ foreach(source ${emulated_sources})
   list(APPEND emulated_wrappers ${wrapper})
 endforeach()
 # slabs so small that sequences of the tests are several
-set_source_files_properties(${PROJECT_BINARY_DIR}/emulated/kernels/linear.cu.cpp PROPERTIES
+set_source_files_properties(${PROJECT_BINARY_DIR}/emulated/kernels/linear_slabs.cu.cpp PROPERTIES
   COMPILE_DEFINITIONS LS_LINEAR_SLAB=512)
 function(longspan_emulated name)
   add_library(${name} STATIC EXCLUDE_FROM_ALL ${sources} ${emulated_wrappers}

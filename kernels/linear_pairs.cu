@@ -1,0 +1,393 @@
+/* Linear attention by pairs of queries and keys on a GPU: weights within problems and their gradients, for which others
+ * call, and attention to few keys, which go to all ranks as they are. Theory: linear_slabs.h. */
+#include "linear_slabs.h"
+
+/* ------------------------------------------------------------------------------------------------ within */
+
+__device__ static inline ls_real end_of(const linear &x, int64_t i, level end)
+{
+    return level_of(end, x.s, place_of(x.s, i * x.M + x.M - 1));
+}
+
+/* Query number i of a problem: where it stands among its keys, and how many of them it sees. */
+namespace
+{
+typedef struct outlook {
+    int64_t at, sees;
+    double sine, cosine; /* of ω at */
+} outlook;
+} // namespace
+
+__device__ static inline outlook outlook_of(const linear &x, int64_t i)
+{
+    outlook y;
+    y.at = x.relative + i;
+    y.sees = !x.causal || y.at + 1 > x.n ? x.n : y.at + 1;
+    const int turns = x.turns && x.n > 0;
+    y.sine = turns ? sin(x.turn * (double)y.at) : 0;
+    y.cosine = turns ? cos(x.turn * (double)y.at) : 1;
+    return y;
+}
+
+/* cos ω(i - j) of key j, 0 where it is not seen. */
+__device__ static inline ls_real apart(const linear &x, const outlook &y, int64_t j)
+{
+    if (j >= y.sees) return 0;
+    return x.turns ? (ls_real)(y.cosine * x.step[2 * j + 1] + y.sine * x.step[2 * j]) : 1;
+}
+
+/* The denominator of row R: w, which holds a·b, becomes the weights of what is within; z (F) of its problem or NULL: of
+ * what came before. A lane writes what it will read. */
+__device__ static double weigh_row(const linear &x, const outlook &y, int64_t R, const ls_real *z)
+{
+    double sum = 0;
+    ls_real *w = x.w + R * x.n;
+    LS_EACH_LANE(j, x.n)
+    {
+        w[j] = j < y.sees ? w[j] * apart(x, y, j) : 0;
+        sum += (double)w[j];
+    }
+    const ls_real *A = x.A + R * x.F;
+    LS_EACH_LANE(f, z == NULL ? 0 : x.F) sum += (double)A[f] * (double)z[f];
+    return ls_warp_sum(sum);
+}
+
+__global__ static void weigh(linear x, const ls_real *z)
+{
+    LS_EACH_ROW(R, rows_of(x.s))
+    {
+        int flows;
+        const double D = weigh_row(x, outlook_of(x, R % x.M), R, z == NULL ? NULL : z + R / x.M * x.F);
+        const ls_real inverse = ls_linear_inverse(D, x.floor, &flows);
+        if (threadIdx.x % LS_WARP == 0) x.inverse[R] = inverse;
+    }
+}
+
+__global__ static void weigh_backward(linear x, const ls_real *z, int divides)
+{
+    LS_EACH_ROW(R, rows_of(x.s))
+    {
+        const outlook y = outlook_of(x, R % x.M);
+        const ls_real *sum = z == NULL ? NULL : z + R / x.M * x.F;
+        const int64_t F = z == NULL ? 0 : x.F;
+        ls_real *w = x.w + R * x.n, *dw = x.dw + R * x.n, *A = x.A + R * x.F, *dA = x.dA + R * x.F;
+        const double D = weigh_row(x, y, R, sum);
+        double dot = 0;
+        LS_EACH_LANE(j, x.n) dot += (double)w[j] * (double)dw[j];
+        LS_EACH_LANE(f, F) dot += (double)A[f] * (double)dA[f];
+        dot = ls_warp_sum(dot);
+        int flows;
+        const ls_real by = ls_linear_inverse(D, x.floor, &flows), delta = flows ? (ls_real)(dot / D) : 0;
+        LS_EACH_LANE(j, x.n)
+        {
+            dw[j] = by * (dw[j] - delta) * apart(x, y, j);
+            w[j] *= by;
+        }
+        LS_EACH_LANE(f, F)
+        {
+            dA[f] = by * (dA[f] - delta * sum[f]);
+            if (divides) A[f] *= by;
+        }
+        if (threadIdx.x % LS_WARP != 0) continue;
+        x.inverse[R] = by;
+        x.delta[R] = delta;
+        x.flows[R] = (ls_real)flows;
+    }
+}
+
+void ls_linear_weigh(ls_pass *p, const linear *x, const ls_real *z)
+{
+    LAUNCH_ROWS(p, weigh, *x, z);
+}
+
+void ls_linear_weigh_backward(ls_pass *p, const linear *x, const ls_real *z, int divides)
+{
+    LAUNCH_ROWS(p, weigh_backward, *x, z, divides);
+}
+
+/* The exponentials of key row j seen from c, or its other features. */
+__device__ static inline ls_real seen_from(const linear &x, int64_t row, int64_t f, ls_real c)
+{
+    const ls_real from = c == -INFINITY ? 0 : c;
+    return f < x.exponentials ? ls_exp(x.x[row * x.r + f] - from) : x.x[row * x.r + f];
+}
+
+/* Steep problems pair by pair, a block for each: w, da, and db, which is that of x. */
+#define EACH_STEEP(i, x, end, problems)                                                                                \
+    for (int64_t i = blockIdx.x; i < (problems); i += gridDim.x)                                                       \
+        if (is_steep(x, i, end_of(x, i, end)))
+
+__global__ static void steep_weights(linear x, level end, int64_t problems)
+{
+    const int warp = threadIdx.x / LS_WARP, warps = blockDim.x / LS_WARP;
+    EACH_STEEP(i, x, end, problems)
+    for (int64_t pair = warp; pair < x.M * x.n; pair += warps) {
+        const int64_t q = pair / x.n, j = pair % x.n, R = i * x.M + q;
+        if (j > x.relative + q) continue; /* not seen */
+        ls_real sum = 0;
+        LS_EACH_LANE(f, x.r) sum += x.a[R * x.r + f] * seen_from(x, i * x.n + j, f, x.c[R]);
+        sum = ls_warp_sum(sum);
+        if (threadIdx.x % LS_WARP == 0) x.w[R * x.n + j] = sum;
+    }
+}
+
+__global__ static void steep_gradients(linear x, level end, int64_t problems)
+{
+    EACH_STEEP(i, x, end, problems)
+    {
+        for (int64_t e = threadIdx.x; e < x.M * x.r; e += blockDim.x) {
+            const int64_t q = e / x.r, f = e % x.r, R = i * x.M + q;
+            ls_real sum = 0;
+            for (int64_t j = 0; j < x.n && j <= x.relative + q; j++)
+                sum += x.dw[R * x.n + j] * seen_from(x, i * x.n + j, f, x.c[R]);
+            x.da[R * x.r + f] = sum;
+        }
+        for (int64_t e = threadIdx.x; e < x.n * x.r; e += blockDim.x) {
+            const int64_t j = e / x.r, f = e % x.r, row = i * x.n + j;
+            ls_real sum = 0;
+            for (int64_t q = ls_max(0, j - x.relative); q < x.M; q++) {
+                const int64_t R = i * x.M + q;
+                const ls_real b = f < x.exponentials ? seen_from(x, row, f, x.c[R]) : 1;
+                sum += x.dw[R * x.n + j] * x.a[R * x.r + f] * b;
+            }
+            x.db[row * x.r + f] = sum;
+        }
+    }
+}
+
+void ls_linear_multiply_near(ls_pass *p, const linear *x, level end, int64_t problems)
+{
+    ls_linear_multiply(p, 0, 1, x->M, x->n, x->r, x->a_near, x->b, 0, x->w, problems);
+    if (x->causal && x->exponentials > 0)
+        LS_LAUNCH(p->queue, steep_weights, ls_blocks(problems, 1), LS_THREADS, 0, *x, end, problems);
+}
+
+/* db (rows,r) of b becomes that of x; problem i has n of them, and `repeats` problems one after the other the same b.
+ * Those of steep problems are gradients of x already. */
+__global__ static void finish_near_keys(linear x, level end, int64_t rows, int64_t repeats, ls_real *db)
+{
+    LS_EACH_ROW(R, rows)
+    {
+        const int64_t i = R / (x.n * repeats), row = i * x.n + R % x.n;
+        if (is_steep(x, i, end_of(x, i, end))) continue;
+        LS_EACH_LANE(f, x.exponentials) db[R * x.r + f] *= x.b[row * x.r + f];
+    }
+}
+
+void ls_linear_near_gradients(ls_pass *p, linear *x, level end, int64_t problems, int64_t repeats, ls_real *db,
+                              ls_real *dv)
+{
+    const int64_t chunks = problems * repeats, C = x->s.C;
+    ls_linear_multiply(p, 0, 0, x->M, x->r, x->n, x->dw, x->b, 0, x->da, problems);
+    ls_linear_multiply(p, 1, 0, x->n, x->r, C, x->dw, x->a_near, 0, db, chunks);
+    ls_linear_multiply(p, 1, 0, x->n, x->d, C, x->w, x->dout, 0, dv, chunks);
+    if (x->exponentials == 0) return;
+    x->db = db;
+    if (x->causal) LS_LAUNCH(p->queue, steep_gradients, ls_blocks(problems, 1), LS_THREADS, 0, *x, end, problems);
+    LS_LAUNCH(p->queue, finish_near_keys, ls_row_blocks(chunks * x->n), LS_THREADS, 0, *x, end, chunks * x->n, repeats,
+              db);
+}
+
+/* ------------------------------------------------------------------------------------------------ short sequences */
+
+/* A key on its way is [b][v] and, where there are exponentials, [top]; keys go (n,B,H) one after the other. */
+namespace
+{
+typedef struct message {
+    int64_t B, H, S, r, d, width;
+} message;
+} // namespace
+
+static message message_of(const ls_pass *p, const linear *x, int64_t keys)
+{
+    const message m = {p->B, p->H, keys, x->r, x->d, x->r + x->d + (x->exponentials > 0)};
+    return m;
+}
+
+/* Row R of keys (H,B,S). */
+__device__ static inline int64_t in_message(const message &m, int64_t R)
+{
+    const int64_t g = R / m.S, j = R - g * m.S, h = g / m.B, b = g - h * m.B;
+    return ((j * m.B + b) * m.H + h) * m.width;
+}
+
+__global__ static void send_keys(linear x, side k, message m, ls_real *keys)
+{
+    LS_EACH_ROW(R, rows_of(x.s))
+    {
+        const int there = is_there(x.s, k.pad, place_of(x.s, R));
+        ls_real *to = keys + in_message(m, R);
+        LS_EACH_LANE(e, m.width)
+        {
+            const ls_real nothing = e < x.exponentials || e == m.r + m.d ? -INFINITY : 0;
+            const ls_real *from = e < m.r ? x.x + R * m.r + e : e < m.r + m.d ? x.v + R * m.d + e - m.r : x.top + R;
+            to[e] = there ? *from : nothing;
+        }
+    }
+}
+
+ls_status ls_linear_cuda_share(ls_pass *p, int phase)
+{
+    linear x = ls_linear_begin(p);
+    const cut c = ls_linear_cut_rows(p, p->S, SHORT);
+    if (c.N > 0) {
+        ls_linear_go_to(p, &x, c, p->S, 0);
+        ls_linear_load_keys(p, &x);
+        LAUNCH_ROWS(p, send_keys, x, keys_of(p), message_of(p, &x, p->S), p->gathered[phase + 1].mine);
+    }
+    return ls_launched(p->queue, "linear attention: share");
+}
+
+/* db and, in out, dv. */
+__global__ static void receive_gradients(linear x, message m, const ls_real *dkeys)
+{
+    LS_EACH_ROW(R, rows_of(x.s))
+    {
+        const ls_real *from = dkeys + in_message(m, R);
+        LS_EACH_LANE(f, m.r) x.db[R * m.r + f] = from[f];
+        LS_EACH_LANE(e, m.d) x.out[R * m.d + e] = from[m.r + e];
+    }
+}
+
+ls_status ls_linear_cuda_share_backward(ls_pass *p, int phase)
+{
+    linear x = ls_linear_begin(p);
+    const cut c = ls_linear_cut_rows(p, p->S, SHORT);
+    if (c.N > 0) {
+        ls_linear_go_to(p, &x, c, p->S, 0);
+        ls_linear_load_keys(p, &x);
+        LAUNCH_ROWS(p, receive_gradients, x, message_of(p, &x, p->S), p->gathered[phase + 1].dmine);
+        ls_linear_clean_rows(p, &x);
+        ls_linear_write_keys(p, &x, 0);
+    }
+    return ls_launched(p->queue, "linear attention: gradient of share");
+}
+
+/* All keys, as they were sent: a slab of its own, of one chunk. */
+namespace
+{
+typedef struct all_keys {
+    slab s;
+    ls_real *x, *b, *v, *top; /* (G,S,r), (G,S,d), (G,S) */
+    ls_real *db, *dv;         /* (P,S,r), (P,S,d) what chunks of queries owe to them */
+} all_keys;
+} // namespace
+
+__global__ static void receive_keys(message m, int64_t rows, const ls_real *keys, all_keys k)
+{
+    LS_EACH_ROW(R, rows)
+    {
+        const ls_real *from = keys + in_message(m, R);
+        LS_EACH_LANE(f, m.r) k.x[R * m.r + f] = from[f];
+        LS_EACH_LANE(e, m.d) k.v[R * m.d + e] = from[m.r + e];
+        if (m.width > m.r + m.d && threadIdx.x % LS_WARP == 0) k.top[R] = from[m.r + m.d];
+    }
+}
+
+__global__ static void send_gradients(message m, int64_t rows, const double *running, ls_real *dkeys)
+{
+    LS_EACH_ROW(R, rows)
+    {
+        const int64_t g = R / m.S, j = R - g * m.S;
+        const double *from = running + g * m.S * (m.r + m.d);
+        ls_real *to = dkeys + in_message(m, R);
+        LS_EACH_LANE(e, m.width)
+        {
+            const int64_t at = e < m.r ? j * m.r + e : m.S * m.r + j * m.d + e - m.r;
+            to[e] = e < m.r + m.d ? (ls_real)from[at] : 0;
+        }
+    }
+}
+
+/* c of each query: the maximum of the keys that it sees. */
+__global__ static void see_keys(linear x, const ls_real *top)
+{
+    LS_EACH_ROW(R, rows_of(x.s))
+    {
+        const place at = place_of(x.s, R);
+        const int64_t last = ls_min(at.t, x.s.rows - 1) - x.s.first; /* past the end c rises no more */
+        const int64_t position = x.relative + last, sees = x.causal ? ls_min(position + 1, x.n) : x.n;
+        ls_real c = -INFINITY;
+        LS_EACH_LANE(j, sees) c = top[at.g * x.n + j] > c ? top[at.g * x.n + j] : c;
+        c = ls_warp_max(c);
+        if (threadIdx.x % LS_WARP == 0) x.c[R] = c;
+    }
+}
+
+static all_keys load_all_keys(ls_pass *p, linear *x, int phase)
+{
+    const int64_t S = p->all_keys, rows = p->B * p->H * S, chunks = ls_linear_most_chunks(p, p->T);
+    purse w = {p->work[ALL_KEYS]};
+    all_keys k = {};
+    k.s.B = p->B, k.s.H = p->H, k.s.K = 1, k.s.C = k.s.rows = S;
+    k.x = give(&w, rows * x->r);
+    k.b = x->exponentials > 0 ? give(&w, rows * x->r) : k.x;
+    k.v = give(&w, rows * x->d);
+    k.top = give(&w, rows);
+    if (p->backward) {
+        k.db = give(&w, chunks * S * x->r);
+        k.dv = give(&w, chunks * S * x->d);
+    }
+    LS_LAUNCH(p->queue, receive_keys, ls_row_blocks(rows), LS_THREADS, 0, message_of(p, x, S), rows,
+              p->gathered[phase].all, k);
+    x->causal = p->pattern == LS_CS;
+    x->n = S;
+    x->x = k.x;
+    x->b = k.b;
+    return k;
+}
+
+/* Queries of a slab and, seen from their c at the end, which this returns, the keys; w = a·b. */
+static level load_pairs(ls_pass *p, linear *x, const all_keys *k, cut c, int64_t at)
+{
+    ls_linear_go_to(p, x, c, p->T, at);
+    x->M = x->s.K * x->s.C;
+    x->relative = p->query_span[0].lo + x->s.first;
+    ls_linear_load_queries(p, x);
+    const level end = {x->c + x->M - 1, x->M, 0};
+    const side keys = {NULL, 0};
+    if (x->exponentials > 0) LAUNCH_ROWS(p, see_keys, *x, k->top);
+    linear of_keys = *x;
+    of_keys.s = k->s;
+    ls_linear_ready_keys(p, &of_keys, keys, end, 0);
+    ls_linear_ready_queries(p, x, nowhere, end, NULL, NULL);
+    ls_linear_multiply_near(p, x, end, p->B * p->H);
+    return end;
+}
+
+ls_status ls_linear_cuda_pairs(ls_pass *p, int phase)
+{
+    linear x = ls_linear_begin(p);
+    const all_keys keys = load_all_keys(p, &x, phase);
+    const cut c = ls_linear_cut_rows(p, p->T, CAUSAL_ROWS);
+    for (int64_t k = 0; k < c.N; k += c.K) {
+        load_pairs(p, &x, &keys, c, k);
+        ls_linear_weigh(p, &x, NULL);
+        ls_linear_multiply(p, 0, 0, x.M, x.d, x.n, x.w, keys.v, 0, x.out, p->B * p->H);
+        ls_linear_put_rows(p, &x, x.out, x.inverse, p->out, p->pad_q, 0);
+    }
+    return ls_launched(p->queue, "linear attention: pairs");
+}
+
+ls_status ls_linear_cuda_pairs_backward(ls_pass *p, int phase)
+{
+    linear x = ls_linear_begin(p);
+    const all_keys keys = load_all_keys(p, &x, phase);
+    const cut c = ls_linear_cut_rows(p, p->T, CAUSAL_ROWS);
+    const int64_t G = p->B * p->H, S = x.n;
+    ls_linear_clear(p, &x, S * (x.r + x.d), NULL);
+    for (int64_t k = 0; k < c.N; k += c.K) {
+        const level end = load_pairs(p, &x, &keys, c, k);
+        ls_linear_stage(p, &x, p->dout, p->pad_q, x.dout);
+        ls_linear_multiply(p, 0, 1, x.M, S, x.d, x.dout, keys.v, 0, x.dw, G);
+        ls_linear_weigh_backward(p, &x, NULL, 0);
+        ls_linear_near_gradients(p, &x, end, G, x.s.K, keys.db, keys.dv);
+        const numbers db = {keys.db, S * x.r, 0}, dv = {keys.dv, S * x.d, 0};
+        ls_linear_scan(p, &x, db, dv, nowhere, 0);
+        ls_linear_finish_queries(p, &x, nowhere, end, 0, 1);
+        ls_linear_write_queries(p, &x);
+    }
+    LS_LAUNCH(p->queue, send_gradients, ls_row_blocks(G * S), LS_THREADS, 0, message_of(p, &x, S), G * S, x.running,
+              p->gathered[phase].dall);
+    return ls_launched(p->queue, "linear attention: gradient of pairs");
+}

@@ -1,0 +1,599 @@
+/* Slabs of linear attention on a GPU: memory, rows, features made ready, gradients on their way back, states. Theory:
+ * linear_slabs.h. */
+#include "linear_slabs.h"
+
+#ifndef LS_LINEAR_SLAB /* a test may make it so small that there are several slabs */
+#define LS_LINEAR_SLAB 65536
+#endif
+
+/* ------------------------------------------------------------------------------------------------ slabs */
+
+static int64_t exponentials_of(const ls_pass *p)
+{
+    const ls_feature_map *map = (const ls_feature_map *)p->kit;
+    return map->exponentials == NULL ? 0 : map->exponentials(p);
+}
+
+static int64_t features_of(const ls_pass *p)
+{
+    return ((const ls_feature_map *)p->kit)->features(p);
+}
+
+static int64_t turned(const ls_pass *p)
+{
+    return (((const ls_feature_map *)p->kit)->turn != NULL ? 2 : 1) * features_of(p);
+}
+
+cut ls_linear_cut_rows(const ls_pass *p, int64_t rows, int64_t most)
+{
+    cut c;
+    c.C = ls_max(1, ls_min(rows, most));
+    c.N = (rows + c.C - 1) / c.C;
+    c.K = ls_max(1, ls_min(c.N, LS_LINEAR_SLAB / (p->B * p->H * c.C)));
+    return c;
+}
+
+static int64_t most_rows(const ls_pass *p, int64_t rows)
+{
+    const cut c = ls_linear_cut_rows(p, rows, ROWS), causal = ls_linear_cut_rows(p, rows, CAUSAL_ROWS);
+    return p->B * p->H * ls_max(c.K * c.C, causal.K * causal.C);
+}
+
+int64_t ls_linear_most_chunks(const ls_pass *p, int64_t rows)
+{
+    return p->B * p->H * ls_max(ls_linear_cut_rows(p, rows, ROWS).K, ls_linear_cut_rows(p, rows, CAUSAL_ROWS).K);
+}
+
+int64_t ls_linear_cuda_rows(const ls_pass *p)
+{
+    return ls_max(most_rows(p, p->T), most_rows(p, p->S));
+}
+
+static int has_pairs(const ls_pass *p)
+{
+    return p->all_keys <= SHORT && !p->step;
+}
+
+/* ------------------------------------------------------------------------------------------------ memory */
+
+/* The sizes of ls_linear_cuda_plan and of what ls_linear_begin hands out. */
+namespace
+{
+typedef struct sizes {
+    int64_t G, R, P, n; /* R rows and P chunks of a slab, n keys within */
+    int64_t traced;     /* rows of c, inverse, delta */
+    int64_t starts;     /* N + 1 */
+    int back, near, turns;
+} sizes;
+} // namespace
+
+static sizes sizes_of(const ls_pass *p)
+{
+    const int sweeps = p->pattern == LS_CS && p->backward;
+    const cut queries = ls_linear_cut_rows(p, p->T, CAUSAL_ROWS), keys = ls_linear_cut_rows(p, p->S, ROWS);
+    sizes s;
+    s.G = p->B * p->H;
+    s.R = ls_linear_cuda_rows(p);
+    s.P = ls_max(ls_linear_most_chunks(p, p->T), ls_linear_most_chunks(p, p->S));
+    s.n = ls_max(p->pattern == LS_CS ? queries.C : 0, has_pairs(p) ? p->all_keys : 0);
+    s.traced = ls_max(s.R, sweeps ? s.G * queries.N * queries.C : 0);
+    s.starts = ls_max(p->pattern == LS_CS ? queries.N : 0, keys.N) + 1;
+    s.back = p->backward != 0;
+    s.near = exponentials_of(p) > 0;
+    s.turns = ((const ls_feature_map *)p->kit)->turn != NULL;
+    return s;
+}
+
+void ls_linear_cuda_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
+{
+    (void)saved;
+    const sizes s = sizes_of(p);
+    const int64_t r = features_of(p), F = turned(p), d = p->d;
+    const int64_t keys = has_pairs(p) ? s.G * p->all_keys : 0;
+    const int64_t doubles = ls_max(s.G * F * (d + 1), keys * (r + d)) + 2 * CAUSAL_ROWS;
+    p->work[QUERIES] = ls_take(work, (1 + s.back + s.near) * s.R * r);
+    p->work[KEYS] = ls_take(work, (1 + s.back + s.near) * s.R * r);
+    p->work[TURNED] = ls_take(work, (1 + s.back + s.turns) * s.R * F);
+    p->work[STAGE] = ls_take(work, (s.back ? 7 : 4) * s.R * d);
+    p->work[WEIGHTS] = ls_take(work, (1 + s.back) * s.R * s.n);
+    p->work[STATES] = ls_take(work, (s.P + s.G) * F * (d + 1));
+    p->work[DOUBLES] = (ls_real *)ls_arena_take(work, (size_t)doubles * sizeof(double));
+    p->work[TRACE] = ls_take(work, 2 * s.R + 3 * s.traced + s.G * s.starts);
+    p->work[ALL_KEYS] = ls_take(work, keys * (2 * r + d + 1) + (s.back && keys > 0 ? s.P * p->all_keys * (r + d) : 0));
+}
+
+__global__ static void fill_steps(double turn, double *step)
+{
+    LS_EACH(j, CAUSAL_ROWS)
+    {
+        step[2 * j] = sin(turn * (double)j);
+        step[2 * j + 1] = cos(turn * (double)j);
+    }
+}
+
+linear ls_linear_begin(ls_pass *p)
+{
+    const ls_feature_map *map = (const ls_feature_map *)p->kit;
+    const sizes s = sizes_of(p);
+    linear x = {};
+    const int64_t F = x.F = turned(p), r = x.r = features_of(p), d = x.d = p->d, R = s.R;
+    x.exponentials = exponentials_of(p);
+    x.turns = s.turns;
+    x.turn = x.turns ? map->turn(p) : 0;
+    x.floor = map->floor(p);
+    purse w = {p->work[QUERIES]};
+    x.a = give(&w, R * r);
+    x.a_near = s.near ? give(&w, R * r) : x.a;
+    x.da = s.back ? give(&w, R * r) : NULL;
+    w.at = p->work[KEYS];
+    x.x = give(&w, R * r);
+    x.b = s.near ? give(&w, R * r) : x.x;
+    x.db = s.back ? give(&w, R * r) : NULL;
+    w.at = p->work[TURNED];
+    x.A = give(&w, R * F);
+    x.B = x.turns ? give(&w, R * F) : x.b;
+    x.dA = x.dB = s.back ? give(&w, R * F) : NULL;
+    w.at = p->work[STAGE];
+    ls_real **const staged[] = {&x.q, &x.k, &x.v, &x.out, &x.dout, &x.dq, &x.dk};
+    for (int i = 0; i < (s.back ? 7 : 4); i++) *staged[i] = give(&w, R * d);
+    w.at = p->work[WEIGHTS];
+    x.w = give(&w, R * s.n);
+    x.dw = s.back ? give(&w, R * s.n) : NULL;
+    w.at = p->work[STATES];
+    x.S = give(&w, s.P * F * d);
+    x.all_S = give(&w, s.G * F * d);
+    x.z = give(&w, s.P * F);
+    x.all_z = give(&w, s.G * F);
+    x.step = (double *)(void *)p->work[DOUBLES];
+    x.running = x.step + 2 * CAUSAL_ROWS;
+    w.at = p->work[TRACE];
+    x.top = give(&w, R);
+    x.flows = give(&w, R);
+    x.c = x.all_c = give(&w, s.traced);
+    x.inverse = x.all_inverse = give(&w, s.traced);
+    x.delta = x.all_delta = give(&w, s.traced);
+    x.start = give(&w, s.G * s.starts);
+    x.each_start = s.starts;
+    if (x.turns) LS_LAUNCH(p->queue, fill_steps, 1, CAUSAL_ROWS, 0, x.turn, x.step);
+    return x;
+}
+
+void ls_linear_go_to(const ls_pass *p, linear *x, cut c, int64_t rows, int64_t k)
+{
+    x->s.B = p->B;
+    x->s.H = p->H;
+    x->s.K = ls_min(c.K, c.N - k);
+    x->s.C = c.C;
+    x->s.first = k * c.C;
+    x->s.rows = rows;
+}
+
+static int64_t rows_per_head(const linear *x)
+{
+    return x->s.B * x->s.K * x->s.C;
+}
+
+/* ------------------------------------------------------------------------------------------------ rows */
+
+__global__ static void stage_rows(slab s, int64_t d, ls_view v, const uint8_t *pad, ls_real *to)
+{
+    LS_EACH_ROW(R, rows_of(s))
+    {
+        const place at = place_of(s, R);
+        const int there = is_there(s, pad, at);
+        const ls_real *from = ls_row(v, at.b, at.h, at.t);
+        LS_EACH_LANE(e, d) to[R * d + e] = there ? from[e] : 0;
+    }
+}
+
+/* scale (R), NULL: 1. */
+__global__ static void write_rows(slab s, int64_t d, const ls_real *from, const ls_real *scale, ls_view v,
+                                  const uint8_t *pad, int add)
+{
+    LS_EACH_ROW(R, rows_of(s))
+    {
+        const place at = place_of(s, R);
+        if (at.t >= s.rows) continue;
+        const int there = is_there(s, pad, at);
+        const ls_real by = scale == NULL ? 1 : scale[R];
+        ls_real *to = ls_row(v, at.b, at.h, at.t);
+        LS_EACH_LANE(e, d)
+        {
+            const ls_real y = there ? by * from[R * d + e] : 0;
+            to[e] = add ? to[e] + y : y;
+        }
+    }
+}
+
+void ls_linear_stage(ls_pass *p, const linear *x, ls_view v, const uint8_t *pad, ls_real *to)
+{
+    LS_LAUNCH(p->queue, stage_rows, ls_row_blocks(chunks_of(x) * x->s.C), LS_THREADS, 0, x->s, x->d, v, pad, to);
+}
+
+void ls_linear_put_rows(ls_pass *p, const linear *x, const ls_real *from, const ls_real *scale, ls_view v,
+                        const uint8_t *pad, int add)
+{
+    LS_LAUNCH(p->queue, write_rows, ls_row_blocks(chunks_of(x) * x->s.C), LS_THREADS, 0, x->s, x->d, from, scale, v,
+              pad, add);
+}
+
+void ls_linear_multiply(ls_pass *p, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, const ls_real *a,
+                        const ls_real *b, double beta, ls_real *c, int64_t batch)
+{
+    ls_gemm_batch(p->queue, transpose_a, transpose_b, m, n, k, 1, a, transpose_a ? m : k, m * k, b, transpose_b ? k : n,
+                  k * n, beta, c, n, m * n, batch);
+}
+
+/* ------------------------------------------------------------------------------------------------ features */
+
+/* c of each row of keys, the maximum so far, from start[g] on; start[g + 1..] := c after each chunk. A block for each
+ * (b,h): blockDim rows at a time. */
+__global__ static void find_maxima(linear x, side k, ls_real *start)
+{
+    __shared__ ls_real highest[LS_THREADS / LS_WARP];
+    const int lane = threadIdx.x % LS_WARP, warp = threadIdx.x / LS_WARP, warps = blockDim.x / LS_WARP;
+    const int64_t rows = x.s.K * x.s.C;
+    for (int64_t g = blockIdx.x; g < x.s.H * x.s.B; g += gridDim.x) {
+        ls_real *level = start + g * x.each_start, before = level[0];
+        for (int64_t first = 0; first < rows; first += blockDim.x) {
+            const int64_t u = first + threadIdx.x, R = g * rows + u;
+            ls_real c = before;
+            if (u < rows && is_there(x.s, k.pad, place_of(x.s, R)) && x.top[R] > c) c = x.top[R];
+            for (int step = 1; step < LS_WARP; step *= 2) {
+                const ls_real other = __shfl_sync(0xffffffffu, c, lane < step ? lane : lane - step);
+                if (other > c) c = other;
+            }
+            if (lane == LS_WARP - 1) highest[warp] = c;
+            __syncthreads();
+            for (int i = 0; i < warps; i++) {
+                if (i < warp && highest[i] > c) c = highest[i];
+                if (highest[i] > before) before = highest[i];
+            }
+            __syncthreads();
+            if (u >= rows) continue;
+            x.c[R] = c;
+            if ((u + 1) % x.s.C == 0) level[(u + 1) / x.s.C] = c;
+        }
+    }
+}
+
+/* sin ω(i+1), cos ω(i+1) of global position i. */
+namespace
+{
+typedef struct angle {
+    ls_real sine, cosine;
+} angle;
+} // namespace
+
+__device__ static inline angle angle_of(const linear &x, int64_t i)
+{
+    angle y = {0, 1};
+    if (!x.turns) return y;
+    const double at = x.turn * (double)(i + 1);
+    y.sine = (ls_real)sin(at);
+    y.cosine = (ls_real)cos(at);
+    return y;
+}
+
+__global__ static void ready_keys(linear x, side k, level c, int turned)
+{
+    LS_EACH_ROW(R, rows_of(x.s))
+    {
+        const place at = place_of(x.s, R);
+        const int there = is_there(x.s, k.pad, at), turns = x.turns && turned;
+        const angle y = turns ? angle_of(x, k.lo + at.t) : angle{0, 1};
+        const ls_real top = x.exponentials > 0 ? level_of(c, x.s, at) : 0, from = top == -INFINITY ? 0 : top;
+        LS_EACH_LANE(f, x.r)
+        {
+            const int e = f < x.exponentials;
+            const ls_real raw = there ? x.x[R * x.r + f] : e ? -INFINITY : 0;
+            /* above 0 are only keys that nobody sees */
+            const ls_real b = e ? ls_exp(raw - from > 0 ? 0 : raw - from) : raw;
+            if (!there) x.x[R * x.r + f] = raw;
+            x.b[R * x.r + f] = b;
+            if (!turns) continue;
+            x.B[R * x.F + f] = y.sine * b;
+            x.B[R * x.F + x.r + f] = y.cosine * b;
+        }
+    }
+}
+
+/* What a query's exponentials are multiplied by, to see what is seen from c before its chunk, or at its end. */
+namespace
+{
+typedef struct views {
+    ls_real past, near;
+} views;
+} // namespace
+
+__device__ static inline views views_of(const linear &x, int64_t R, place at, level before, level end)
+{
+    views v = {1, 1};
+    if (x.exponentials == 0) return v;
+    if (before.p != NULL) v.past = (ls_real)ls_linear_change(level_of(before, x.s, at), x.c[R]);
+    if (end.p != NULL) {
+        const ls_real last = level_of(end, x.s, at);
+        v.near = x.c[R] == -INFINITY || is_steep(x, R / x.M, last) ? 1 : ls_exp(last - x.c[R]);
+    }
+    return v;
+}
+
+__global__ static void ready_queries(linear x, side q, level before, level end, const ls_real *scale, ls_real *A)
+{
+    LS_EACH_ROW(R, rows_of(x.s))
+    {
+        const place at = place_of(x.s, R);
+        const int there = is_there(x.s, q.pad, at);
+        const angle y = A != NULL ? angle_of(x, q.lo + at.t) : angle{0, 1};
+        const views v = views_of(x, R, at, before, end);
+        const ls_real by = scale == NULL ? 1 : scale[R];
+        LS_EACH_LANE(f, x.r)
+        {
+            const int e = f < x.exponentials;
+            const ls_real a = there ? x.a[R * x.r + f] : 0, past = by * (e ? v.past * a : a);
+            x.a[R * x.r + f] = a;
+            if (x.a_near != x.a) x.a_near[R * x.r + f] = e ? v.near * a : a;
+            if (A == NULL) continue;
+            A[R * x.F + f] = x.turns ? y.sine * past : past;
+            if (x.turns) A[R * x.F + x.r + f] = y.cosine * past;
+        }
+    }
+}
+
+void ls_linear_load_queries(ls_pass *p, const linear *x)
+{
+    ls_linear_stage(p, x, p->q, p->pad_q, x->q);
+    map_of(p)->queries(p, rows_per_head(x), x->q, x->a);
+}
+
+void ls_linear_load_keys(ls_pass *p, const linear *x)
+{
+    ls_linear_stage(p, x, p->own.k, p->own.pad, x->k);
+    ls_linear_stage(p, x, p->own.v, p->own.pad, x->v);
+    map_of(p)->keys(p, rows_per_head(x), x->k, x->x, x->top);
+}
+
+void ls_linear_follow_maxima(ls_pass *p, const linear *x)
+{
+    if (x->exponentials == 0) return;
+    LS_LAUNCH(p->queue, find_maxima, ls_blocks(x->s.H * x->s.B, 1), LS_THREADS, 0, *x, keys_of(p),
+              x->start + x->s.first / x->s.C);
+}
+
+void ls_linear_ready_keys(ls_pass *p, const linear *x, side k, level c, int turned)
+{
+    LAUNCH_ROWS(p, ready_keys, *x, k, c, turned);
+}
+
+void ls_linear_ready_queries(ls_pass *p, const linear *x, level before, level end, const ls_real *scale, ls_real *A)
+{
+    LAUNCH_ROWS(p, ready_queries, *x, queries_of(p), before, end, scale, A);
+}
+
+/* ------------------------------------------------------------------------------------------------ gradients of rows */
+
+__global__ static void finish_queries(linear x, side q, level before, level end, int past, int near)
+{
+    LS_EACH_ROW(R, rows_of(x.s))
+    {
+        const place at = place_of(x.s, R);
+        const angle y = past ? angle_of(x, q.lo + at.t) : angle{0, 1};
+        const views v = views_of(x, R, at, before, end);
+        const ls_real *a = x.a + R * x.r, *dA = x.dA + R * x.F;
+        ls_real *da = x.da + R * x.r;
+        double square = 0, along = 0;
+        LS_EACH_LANE(f, x.r)
+        {
+            const int e = f < x.exponentials;
+            ls_real g = near ? (e ? v.near : 1) * da[f] : 0;
+            if (past) g += (e ? v.past : 1) * (x.turns ? y.sine * dA[f] + y.cosine * dA[x.r + f] : dA[f]);
+            da[f] = g;
+            square += (double)a[f] * (double)a[f];
+            along += (double)a[f] * (double)g;
+        }
+        square = ls_warp_sum(square);
+        along = ls_warp_sum(along);
+        if (x.flows[R] == 0 || !(square > 0)) continue;
+        LS_EACH_LANE(f, x.r) da[f] = (ls_real)((double)da[f] - along / square * (double)a[f]);
+    }
+}
+
+/* db of x, from dB, to which z (F) of each problem is added, and nothing where no key is. */
+__global__ static void finish_keys(linear x, side k, const ls_real *z)
+{
+    LS_EACH_ROW(R, rows_of(x.s))
+    {
+        const place at = place_of(x.s, R);
+        const int there = is_there(x.s, k.pad, at);
+        const angle y = angle_of(x, k.lo + at.t);
+        const ls_real *dB = x.dB + R * x.F, *sum = z + R / x.M * x.F;
+        LS_EACH_LANE(f, x.r)
+        {
+            const ls_real sines = dB[f] + sum[f];
+            const ls_real g = x.turns ? y.sine * sines + y.cosine * (dB[x.r + f] + sum[x.r + f]) : sines;
+            x.db[R * x.r + f] = !there ? 0 : f < x.exponentials ? g * x.b[R * x.r + f] : g;
+        }
+    }
+}
+
+__global__ static void clean_rows(linear x, side k, int64_t width, ls_real *rows)
+{
+    LS_EACH_ROW(R, rows_of(x.s))
+    {
+        if (is_there(x.s, k.pad, place_of(x.s, R))) continue;
+        LS_EACH_LANE(f, width) rows[R * width + f] = 0;
+    }
+}
+
+void ls_linear_finish_queries(ls_pass *p, const linear *x, level before, level end, int past, int near)
+{
+    LAUNCH_ROWS(p, finish_queries, *x, queries_of(p), before, end, past, near);
+}
+
+void ls_linear_clean_rows(ls_pass *p, const linear *x)
+{
+    LAUNCH_ROWS(p, clean_rows, *x, keys_of(p), x->r, x->db);
+}
+
+void ls_linear_write_queries(ls_pass *p, const linear *x)
+{
+    map_of(p)->queries_backward(p, rows_per_head(x), x->q, x->da, x->dq);
+    ls_linear_put_rows(p, x, x->dq, NULL, p->dq, p->pad_q, 0);
+}
+
+void ls_linear_write_keys(ls_pass *p, const linear *x, int add)
+{
+    map_of(p)->keys_backward(p, rows_per_head(x), x->k, x->db, x->dk);
+    ls_linear_put_rows(p, x, x->dk, NULL, p->own.dk, p->own.pad, add);
+    ls_linear_put_rows(p, x, x->out, NULL, p->own.dv, p->own.pad, add);
+}
+
+void ls_linear_take_gradients(ls_pass *p, const linear *x, const ls_real *S, const ls_real *z, int add)
+{
+    const int64_t problems = chunks_of(x) * x->s.C / x->M;
+    ls_linear_multiply(p, 0, 0, x->M, x->d, x->F, x->B, S, 0, x->out, problems);
+    ls_linear_multiply(p, 0, 1, x->M, x->F, x->d, x->v, S, 0, x->dB, problems);
+    LAUNCH_ROWS(p, finish_keys, *x, keys_of(p), z);
+    ls_linear_write_keys(p, x, add);
+}
+
+/* ------------------------------------------------------------------------------------------------ states */
+
+/* z (chunks,F) := Σ weight_i rows_i over the C rows of each chunk; weight (R) is taken negative, NULL: 1. */
+__global__ static void sum_rows(int64_t chunks, int64_t C, int64_t F, const ls_real *rows, const ls_real *weight,
+                                ls_real *z)
+{
+    LS_EACH(at, chunks * F)
+    {
+        const int64_t chunk = at / F, f = at - chunk * F;
+        double sum = 0;
+        for (int64_t i = chunk * C; i < (chunk + 1) * C; i++)
+            sum += (weight == NULL ? 1 : -(double)weight[i]) * (double)rows[i * F + f];
+        z[at] = (ls_real)sum;
+    }
+}
+
+void ls_linear_gather(ls_pass *p, const linear *x, const ls_real *rows, const ls_real *matrix, const ls_real *weight)
+{
+    const int64_t chunks = chunks_of(x);
+    ls_linear_multiply(p, 1, 0, x->F, x->d, x->s.C, rows, matrix, 0, x->S, chunks);
+    LS_LAUNCH(p->queue, sum_rows, ls_blocks(chunks * x->F, LS_THREADS), LS_THREADS, 0, chunks, x->s.C, x->F, rows,
+              weight, x->z);
+}
+
+__global__ static void scan(int64_t G, int64_t K, numbers a, numbers b, level start, int how, double *running)
+{
+    LS_EACH(at, G * (a.n + b.n))
+    {
+        const int64_t g = at / (a.n + b.n), i = at - g * (a.n + b.n), e = i < a.n ? i : i - a.n;
+        const numbers y = i < a.n ? a : b;
+        const ls_real *c = start.p != NULL && e < y.scaled ? start.p + g * start.each_g : NULL;
+        double sum = running[at];
+        for (int64_t n = 0; n < K; n++) {
+            const int64_t k = how & REVERSED ? K - 1 - n : n;
+            ls_real *x = y.x + (g * K + k) * y.n + e;
+            const double change = (double)*x;
+            if (how & KEEPS) *x = (ls_real)sum;
+            sum = (c == NULL ? sum : sum * ls_linear_change(c[k], c[k + 1])) + change;
+        }
+        running[at] = sum;
+    }
+}
+
+void ls_linear_scan(ls_pass *p, const linear *x, numbers a, numbers b, level start, int how)
+{
+    const int64_t G = x->s.H * x->s.B;
+    LS_LAUNCH(p->queue, scan, ls_blocks(G * (a.n + b.n), LS_THREADS), LS_THREADS, 0, G, x->s.K, a, b, start, how,
+              x->running);
+}
+
+void ls_linear_scan_states(ls_pass *p, const linear *x, level start, int how)
+{
+    const numbers S = {x->S, x->F * x->d, x->exponentials * x->d}, z = {x->z, x->F, x->exponentials};
+    ls_linear_scan(p, x, S, z, x->exponentials > 0 ? start : nowhere, how);
+}
+
+/* States on their way: (B,H) of [c] and F rows [S_f, z_f]. */
+namespace
+{
+typedef struct parcel {
+    int64_t B, H, F, d;
+    int has_c;
+} parcel;
+} // namespace
+
+static parcel parcel_of(const ls_pass *p, const linear *x)
+{
+    const parcel s = {p->B, p->H, x->F, x->d, x->exponentials > 0};
+    return s;
+}
+
+/* Where number i of G F (d+1) is on its way; *g, *e: in running (G), [S][z]. */
+__device__ static inline int64_t on_its_way(const parcel &s, int64_t i, int64_t *g, int64_t *e)
+{
+    const int64_t each = s.F * (s.d + 1), at = i % each, f = at / (s.d + 1), column = at % (s.d + 1);
+    const int64_t b = i / each / s.H, h = i / each % s.H;
+    *g = h * s.B + b;
+    *e = column < s.d ? f * s.d + column : s.F * s.d + f;
+    return (i / each) * (s.has_c + each) + s.has_c + at;
+}
+
+/* c: that of g is c[g each], NULL: 0. */
+__global__ static void pack_states(parcel s, const double *running, const ls_real *c, int64_t each, ls_real *elements)
+{
+    LS_EACH(i, s.B * s.H * s.F * (s.d + 1))
+    {
+        int64_t g, e;
+        const int64_t to = on_its_way(s, i, &g, &e);
+        elements[to] = (ls_real)running[g * s.F * (s.d + 1) + e];
+        if (s.has_c && i % (s.F * (s.d + 1)) == 0) elements[to - 1] = c == NULL ? 0 : c[g * each];
+    }
+}
+
+/* To S, z, or where running is not NULL to it. c_of: where c is from, if not from elements. */
+__global__ static void unpack_states(parcel s, const ls_real *elements, const ls_real *c_of, ls_real *S, ls_real *z,
+                                     double *running, ls_real *c, int64_t each)
+{
+    LS_EACH(i, s.B * s.H * s.F * (s.d + 1))
+    {
+        int64_t g, e;
+        const int64_t from = on_its_way(s, i, &g, &e), SS = s.F * s.d;
+        const ls_real y = elements[from];
+        if (running != NULL)
+            running[g * (SS + s.F) + e] = (double)y;
+        else if (e < SS)
+            S[g * SS + e] = y;
+        else
+            z[g * s.F + e - SS] = y;
+        if (s.has_c && i % (SS + s.F) == 0) c[g * each] = c_of[from - 1];
+    }
+}
+
+__global__ static void clear_states(int64_t G, int64_t n, double *running, ls_real *c, int64_t each)
+{
+    LS_EACH(i, G * n)
+    {
+        running[i] = 0;
+        if (c != NULL && i % n == 0) c[i / n * each] = -INFINITY;
+    }
+}
+
+void ls_linear_clear(ls_pass *p, const linear *x, int64_t n, ls_real *c)
+{
+    const int64_t G = p->B * p->H;
+    LS_LAUNCH(p->queue, clear_states, ls_blocks(G * n, LS_THREADS), LS_THREADS, 0, G, n, x->running, c, x->each_start);
+}
+
+void ls_linear_pack(ls_pass *p, const linear *x, const ls_real *c, ls_real *elements)
+{
+    const parcel s = parcel_of(p, x);
+    LS_LAUNCH(p->queue, pack_states, ls_blocks(s.B * s.H * s.F * (s.d + 1), LS_THREADS), LS_THREADS, 0, s, x->running,
+              c, x->each_start, elements);
+}
+
+void ls_linear_unpack(ls_pass *p, const linear *x, const ls_real *elements, const ls_real *c_of, double *running)
+{
+    const parcel s = parcel_of(p, x);
+    LS_LAUNCH(p->queue, unpack_states, ls_blocks(s.B * s.H * s.F * (s.d + 1), LS_THREADS), LS_THREADS, 0, s, elements,
+              c_of, x->all_S, x->all_z, running, x->start, x->each_start);
+}

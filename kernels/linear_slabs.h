@@ -1,0 +1,262 @@
+/* Linear attention by feature maps on a GPU: the phases of linear.c, its formulas and what it sums in double. Here is
+ * what its files share, and nobody else. They are those of the CPU: linear.cu, linear_causal.cu, linear_pairs.cu, and
+ * what is linear_rows.h there is linear_slabs.cu.
+ *
+ * How the work is divided. Rows are cut into chunks of C (128; where queries see keys one by one 64), and some chunks
+ * of all heads and batch rows, about 65536 rows together, make a slab: memory does not grow with the sequence, and a
+ * slab is work enough for all of the GPU. Slabs go one after the other and hand on the state in double. In a slab rows
+ * lie as (H,B,K,C,width): the chunks of one (b,h) side by side, all rows of a head side by side, rows past the end and
+ * padded ones 0. So every product of a slab is one batch of equal matrices:
+ *
+ *   features   one product for each head                      keys, states   one for each chunk
+ *   states of chunks: sums S = Bᵀ v, z = Σ B in parallel, then a scan over the K chunks, in double, a thread for each
+ *   number: a chunk finds the sum of the chunks before it (in backward: after it) where its own sum was
+ *
+ * What stands between products is done row by row, a warp for each row.
+ *
+ * Exponentials, c_i the maximum so far. A chunk's sum is seen from c at its end, and the scan takes it from c to c. A
+ * query sees the state before its chunk through e^(c_before - c_i) <= 1. Within a chunk it sees keys from c at the end,
+ * and makes up for it by e^(c_end - c_i), as long as c rises by at most RISE. Where it rises more (often the first
+ * chunk of a sequence, hardly any later) products are done again pair by pair, with e^(x_j - c_i) as it is: by kernels
+ * that run over all chunks and leave the others alone. */
+#ifndef LS_LINEAR_SLABS_H
+#define LS_LINEAR_SLABS_H
+
+#include "linear_cuda.h"
+
+enum { ROWS = LS_LINEAR_ROWS, CAUSAL_ROWS = LS_LINEAR_CAUSAL_ROWS, SHORT = LS_LINEAR_SHORT };
+enum { QUERIES, KEYS, TURNED, STAGE, WEIGHTS, STATES, DOUBLES, TRACE, ALL_KEYS, ALL_WORK }; /* work[] */
+static_assert((int)ALL_WORK <= (int)LS_LINEAR_WORK, "work[] of linear attention overlaps that of its mechanism");
+static_assert((int)SHORT <= (int)CAUSAL_ROWS, "a short sequence of keys is one chunk");
+
+/* ------------------------------------------------------------------------------------------------ slabs */
+
+namespace ls_linear /* other files have types of these names, too */
+{
+/* Rows of a shard: N chunks of C rows, K of them in a slab. */
+typedef struct cut {
+    int64_t C, N, K;
+} cut;
+
+/* Rows (H,B,K,C), of which those of one (b,h) begin with row `first` of the shard's `rows`. */
+typedef struct slab {
+    int64_t B, H, K, C, first, rows;
+} slab;
+
+/* Queries or keys: pad (B,rows) or NULL, and the global position of the first row. */
+typedef struct side {
+    const uint8_t *pad;
+    int64_t lo;
+} side;
+
+typedef struct place {
+    int64_t g, b, h, u, t; /* g = h B + b; row u of g in the slab is row t of the shard */
+} place;
+
+/* c of chunks: that of chunk k of g is p[g each_g + k each_k]; p NULL: none. */
+typedef struct level {
+    const ls_real *p;
+    int64_t each_g, each_k;
+} level;
+
+/* All that kernels need, by value. P chunks in the slab, R = P C rows. */
+typedef struct linear {
+    slab s;
+    int64_t r, F, d, exponentials;
+    double turn, floor;
+    int turns;
+    /* within: of each problem's M queries the first has its n keys at `relative`, - relative + 1, ... from itself */
+    int64_t M, n, relative;
+    int causal;
+    ls_real *q, *k, *v, *dout, *out, *dq, *dk; /* (R,d); in backward out holds dv */
+    ls_real *a, *da, *x, *b, *db;              /* (R,r); b = x where there are no exponentials */
+    ls_real *a_near;                /* (R,r) a as it sees keys that are seen from c at the end; a or its own */
+    ls_real *A, *dA, *B, *dB;       /* (R,F); dA and dB are the same memory, B = b where nothing turns */
+    ls_real *w, *dw;                /* (R,n) */
+    ls_real *S, *z, *all_S, *all_z; /* (P,F,d), (P,F); (G,F,d), (G,F) */
+    double *running, *step;         /* (G, F (d+1)); (CAUSAL_ROWS,2) sin jω, cos jω */
+    ls_real *top, *flows;           /* (R) */
+    ls_real *c, *inverse, *delta;   /* (R) of this slab, in backward of all slabs one after the other */
+    ls_real *all_c, *all_inverse, *all_delta;
+    ls_real *start; /* (G,N+1) c before each chunk, and at the end */
+    int64_t each_start;
+} linear;
+
+/* Numbers of chunks (G,K,n), the first `scaled` of each seen from c. */
+typedef struct numbers {
+    ls_real *x;
+    int64_t n, scaled;
+} numbers;
+
+/* Hands out a buffer of work[]. */
+typedef struct purse {
+    ls_real *at;
+} purse;
+} // namespace ls_linear
+using namespace ls_linear;
+
+static const level nowhere = {NULL, 0, 0};
+enum { KEEPS = 1, REVERSED = 2 }; /* how ls_linear_scan goes */
+
+static inline const ls_feature_map_cuda *map_of(const ls_pass *p)
+{
+    return ((const ls_feature_map *)p->kit)->cuda;
+}
+
+static inline ls_real *give(purse *from, int64_t reals)
+{
+    ls_real *x = from->at;
+    from->at += reals;
+    return x;
+}
+
+static inline int64_t chunks_of(const linear *x)
+{
+    return x->s.H * x->s.B * x->s.K;
+}
+
+static inline side queries_of(const ls_pass *p)
+{
+    side q = {p->pad_q, p->query_span[0].lo};
+    return q;
+}
+
+static inline side keys_of(const ls_pass *p)
+{
+    side k = {p->own.pad, p->own.span[0].lo};
+    return k;
+}
+
+/* c before the chunks of the slab, and at their ends. */
+static inline level before_chunks(const linear *x)
+{
+    level c = {x->start + x->s.first / x->s.C, x->each_start, 1};
+    return c;
+}
+
+static inline level after_chunks(const linear *x)
+{
+    level c = before_chunks(x);
+    c.p++;
+    return c;
+}
+
+/* ------------------------------------------------------------------------------------------------ rows */
+
+__device__ static inline int64_t rows_of(const slab &s)
+{
+    return s.H * s.B * s.K * s.C;
+}
+
+__device__ static inline place place_of(const slab &s, int64_t R)
+{
+    place at;
+    at.g = R / (s.K * s.C);
+    at.u = R - at.g * (s.K * s.C);
+    at.h = at.g / s.B;
+    at.b = at.g - at.h * s.B;
+    at.t = s.first + at.u;
+    return at;
+}
+
+/* Neither past the end nor padded. */
+__device__ static inline int is_there(const slab &s, const uint8_t *pad, place at)
+{
+    return at.t < s.rows && !ls_is_padded(pad, at.b * s.rows + at.t);
+}
+
+__device__ static inline ls_real level_of(level c, const slab &s, place at)
+{
+    return c.p[at.g * c.each_g + at.u / s.C * c.each_k];
+}
+
+/* Does c rise too much in problem number i for its keys to be seen from c at its end? */
+__device__ static inline int is_steep(const linear &x, int64_t i, ls_real end)
+{
+    return x.exponentials > 0 &&
+           end - x.c[i * x.M] > (ls_real)LS_LINEAR_RISE; /* also from -inf on, not if all is -inf */
+}
+
+/* A kernel that takes x and goes by rows of the slab. */
+#define LAUNCH_ROWS(p, kernel, x, ...)                                                                                 \
+    LS_LAUNCH((p)->queue, kernel, ls_row_blocks(chunks_of(&(x)) * (x).s.C), LS_THREADS, 0, x, __VA_ARGS__)
+
+/* ------------------------------------------------------------------------------------------------ linear_slabs.cu */
+
+cut ls_linear_cut_rows(const ls_pass *p, int64_t rows, int64_t most);
+int64_t ls_linear_most_chunks(const ls_pass *p, int64_t rows); /* of a slab */
+linear ls_linear_begin(ls_pass *p);
+/* The slab that begins with chunk k. */
+void ls_linear_go_to(const ls_pass *p, linear *x, cut c, int64_t rows, int64_t k);
+
+/* Rows of a slab from a tensor; and to it, where `add` by +=, times scale (R), NULL: 1. Padded ones are 0. */
+void ls_linear_stage(ls_pass *p, const linear *x, ls_view v, const uint8_t *pad, ls_real *to);
+void ls_linear_put_rows(ls_pass *p, const linear *x, const ls_real *from, const ls_real *scale, ls_view v,
+                        const uint8_t *pad, int add);
+/* C_i (m,n) = op(A_i) op(B_i) + beta C_i, a batch of matrices that lie one after the other. */
+void ls_linear_multiply(ls_pass *p, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, const ls_real *a,
+                        const ls_real *b, double beta, ls_real *c, int64_t batch);
+
+/* q and a; k, v, and x, top: not yet ready. */
+void ls_linear_load_queries(ls_pass *p, const linear *x);
+void ls_linear_load_keys(ls_pass *p, const linear *x);
+/* c of each key, the maximum so far, and in start that after each chunk. Without exponentials: nothing. */
+void ls_linear_follow_maxima(ls_pass *p, const linear *x);
+/* Keys made ready: x is -inf, or 0, where no key is; b = e^(x - c), and B. turned 0: no B. */
+void ls_linear_ready_keys(ls_pass *p, const linear *x, side k, level c, int turned);
+/* Queries made ready: a is 0 where none is; a_near, and A, which is multiplied by scale (R), NULL: 1. A NULL: no A. */
+void ls_linear_ready_queries(ls_pass *p, const linear *x, level before, level end, const ls_real *scale, ls_real *A);
+
+/* da of a, from dA (past) and from what a_near got, which is in da (near), straightened: see straighten() of
+ * linear_rows.h. */
+void ls_linear_finish_queries(ls_pass *p, const linear *x, level before, level end, int past, int near);
+/* db := 0 where no key is. */
+void ls_linear_clean_rows(ls_pass *p, const linear *x);
+/* What keys that are ready get from S, z, which are gradients here: of M rows each. dk and dv are written. */
+void ls_linear_take_gradients(ls_pass *p, const linear *x, const ls_real *S, const ls_real *z, int add);
+/* dq from da; dk from db, and dv. */
+void ls_linear_write_queries(ls_pass *p, const linear *x);
+void ls_linear_write_keys(ls_pass *p, const linear *x, int add);
+
+/* S, z of each chunk := Σ rows_i matrix_iᵀ, Σ weight_i rows_i; weight (R) is taken negative, NULL: 1. */
+void ls_linear_gather(ls_pass *p, const linear *x, const ls_real *rows, const ls_real *matrix, const ls_real *weight);
+/* running (G,a.n+b.n) grows by all chunks, from the first to the last or REVERSED; KEEPS: chunks get what it was before
+ * them. start: c before the first chunk and after each; p NULL: there is no c. What is after a chunk's keys is seen
+ * from c after it, and on the other side of it from c before it. */
+void ls_linear_scan(ls_pass *p, const linear *x, numbers a, numbers b, level start, int how);
+/* The same of S and z. */
+void ls_linear_scan_states(ls_pass *p, const linear *x, level start, int how);
+/* running: n numbers of each g := 0, and, where c is not NULL, its c (G,each_start) := -inf. */
+void ls_linear_clear(ls_pass *p, const linear *x, int64_t n, ls_real *c);
+/* running, to elements on their way: c of g is c[g each_start], NULL: 0. */
+void ls_linear_pack(ls_pass *p, const linear *x, const ls_real *c, ls_real *elements);
+/* Back to all_S, all_z, or where running is not NULL to it; c, which is that of c_of, to start. */
+void ls_linear_unpack(ls_pass *p, const linear *x, const ls_real *elements, const ls_real *c_of, double *running);
+
+/* ------------------------------------------------------------------------------------------------ linear_pairs.cu */
+
+/* w (M,n) of each problem = a·b. */
+void ls_linear_multiply_near(ls_pass *p, const linear *x, level end, int64_t problems);
+/* inverse of each row: w, which holds a·b, becomes the weights of what is within; z (F) of each problem or NULL: of
+ * what came before. */
+void ls_linear_weigh(ls_pass *p, const linear *x, const ls_real *z);
+/* w, dw, dA hold a·b, do·v, S do: they become w / D, the gradient of a·b, and that of A, which, with `divides`, becomes
+ * A / D. δ is the sum of what it is taken from, in double. */
+void ls_linear_weigh_backward(ls_pass *p, const linear *x, const ls_real *z, int divides);
+/* What pairs get that are ready, w and dw made by ls_linear_weigh_backward: da of a_near, db of x, and dv. Keys are the
+ * same for `repeats` chunks of C queries one after the other. */
+void ls_linear_near_gradients(ls_pass *p, linear *x, level end, int64_t problems, int64_t repeats, ls_real *db,
+                              ls_real *dv);
+
+/* Short sequences of keys. */
+ls_status ls_linear_cuda_share(ls_pass *p, int phase);
+ls_status ls_linear_cuda_share_backward(ls_pass *p, int phase);
+ls_status ls_linear_cuda_pairs(ls_pass *p, int phase);
+ls_status ls_linear_cuda_pairs_backward(ls_pass *p, int phase);
+
+/* ------------------------------------------------------------------------------------------------ linear_causal.cu */
+
+ls_status ls_linear_cuda_causal(ls_pass *p, int phase);
+ls_status ls_linear_cuda_causal_backward(ls_pass *p, int phase);
+
+#endif
