@@ -54,6 +54,12 @@ static int64_t piece_of_rows(int64_t m, int64_t most)
     return even <= most ? even : rows;
 }
 
+void ls_transpose(int64_t m, int64_t n, const ls_real *from, int64_t ld, ls_real *to, int64_t ld_to)
+{
+    if (m <= 0 || n <= 0) return;
+    TRANSPOSE(CblasRowMajor, CblasTrans, (blasint)m, (blasint)n, 1, from, (blasint)ld, to, (blasint)ld_to);
+}
+
 void ls_gemm(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha, const ls_real *a,
              int64_t lda, const ls_real *b, int64_t ldb, double beta, ls_real *c, int64_t ldc)
 {
@@ -68,9 +74,7 @@ void ls_gemm(int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, 
     if (n * k <= INNER && takes_small_products()) {
         if (transpose_b && !transpose_a && n >= FEWEST && m >= (ldb == k ? FEWEST : MANY) && 4 * m >= k) {
             static _Thread_local ls_real turned[INNER + APART * INNER / FEWEST];
-            TRANSPOSE(
-                CblasRowMajor, CblasTrans, (blasint)n, (blasint)k, 1, b, (blasint)ldb, turned,
-                (blasint)(n + APART)); /* not a power of two apart, where rows would meet in one place of a cache */
+            ls_transpose(n, k, b, ldb, turned, n + APART); /* rows a power of two apart meet in one place of a cache */
             b = turned, ldb = n + APART, transpose_b = 0;
         }
         if (!transpose_b && m * n * k > SMALL) rows = piece_of_rows(m, SMALL / (n * k));

@@ -17,6 +17,9 @@ void ls_gemm_double(int transpose_a, int transpose_b, int64_t m, int64_t n, int6
 void ls_gemm_lower(int transpose, int64_t m, int64_t n, const ls_real *l, int64_t ldl, const ls_real *b, int64_t ldb,
                    double beta, ls_real *c, int64_t ldc);
 
+/* to (n,m) = from (m,n) transposed. */
+void ls_transpose(int64_t m, int64_t n, const ls_real *from, int64_t ld, ls_real *to, int64_t ld_to);
+
 /* One thread per rank: called once when a context is made, since a rank is the unit of parallelism. */
 void ls_gemm_single_thread(void);
 

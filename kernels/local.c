@@ -28,10 +28,16 @@
 
 extern const ls_cuda_mechanism ls_local_cuda;
 
-enum { TQ = 16, BLOCK = 64 };                       /* queries of a tile, of the tiles that all heads do together */
+enum { TQ = 16, BLOCK = 64 };                       /* queries of a tile, of a block */
+enum { SIDE_BY_SIDE = 256 };                        /* reals of the heads that a block brings */
 enum { DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS }; /* of the sort */
-enum { CENTRE, ORDER };                             /* saved[]: doubles, int64_t */
-enum { QUERIES, DOUT, ROWS, SCORES, DSCORES, GAUSS, HIDDEN, DCENTRE, PREDICT, SORT }; /* work[] */
+enum {
+    LANES = 16,
+    APART = 16
+};                      /* rows of scores are whole vectors; rows that long meet in one place
+                           of a cache, so transposed ones are this much longer */
+enum { CENTRE, ORDER }; /* saved[]: doubles, int64_t */
+enum { QUERIES, DOUT, ROWS, SCORES, DSCORES, GAUSS, HIDDEN, DCENTRE, PREDICT, SORT, BAND }; /* work[] */
 
 static const ls_option_info options[] = {
     {"window", "w", 15, 1, 1 << 30, 1, "keys on each side of the centre; in causal self attention, keys in all"},
@@ -65,11 +71,40 @@ static void layer(const ls_attention_options *o, ls_layer_form *form)
     form->input[0].alike = ls_local_predicts(o->pattern, o->value);
 }
 
+static int64_t whole_vectors(int64_t n)
+{
+    return (n + LANES - 1) / LANES * LANES;
+}
+
 /* Keys that a tile may cover: the windows of TQ neighbours, or all that there are. */
 static int64_t tile_width(const ls_pass *p)
 {
-    const int64_t keys = ls_min(2 * (int64_t)p->option[WINDOW] + TQ, p->all_keys);
-    return (keys + 15) / 16 * 16;
+    return whole_vectors(ls_min(2 * (int64_t)p->option[WINDOW] + TQ, p->all_keys));
+}
+
+/* See band. */
+static int brings_rows(const ls_pass *p)
+{
+    return monotonic(p) && p->T > TQ;
+}
+
+/* Rows of the keys of a block, at most. */
+static int64_t band_rows(const ls_pass *p)
+{
+    return ls_min(2 * (int64_t)p->option[WINDOW] + BLOCK, p->all_keys);
+}
+
+static int64_t band_heads(const ls_pass *p)
+{
+    return ls_min(ls_max(SIDE_BY_SIDE / p->d, 1), p->H);
+}
+
+/* k, v, the turned k; backward v becomes dv when it is turned, and there is dk. */
+static int64_t band_reals(const ls_pass *p)
+{
+    const int64_t rows = band_rows(p) * p->d;
+    const int64_t turned = (whole_vectors(band_rows(p)) + APART) * p->d;
+    return p->backward ? 3 * rows + 2 * turned : 2 * rows + turned;
 }
 
 static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
@@ -88,6 +123,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[DCENTRE] = ls_take(work, back * rows);
     p->work[PREDICT] = ls_arena_take(work, (size_t)(guess * (d + 3) * d) * sizeof(double));
     p->work[SORT] = ls_arena_take(work, (size_t)(guess * (p->T + DIGITS + 1)) * sizeof(int64_t));
+    p->work[BAND] = ls_take(work, brings_rows(p) ? band_heads(p) * band_reals(p) : 0);
 }
 
 /* ------------------------------------------------------------------------------------------------ windows */
@@ -338,14 +374,98 @@ static void centres_backward(ls_pass *p)
         }
 }
 
+/* ------------------------------------------------------------------------------------------------ bands */
+
+/* Keys of one head where tiles find them: n rows, of the halo those from `row` on. Tiles of neighbours have
+ * most of their keys in common, so a block of monotonic windows brings its rows together, also as columns, and adds up
+ * their gradients there. In local-p, and for a few queries, they are where the halo has them. */
+typedef struct band {
+    int64_t row, n, st, dst, ld;
+    ls_real *k, *v, *dk, *dv;     /* (n,d): k, v rows st apart, dk, dv rows dst */
+    ls_real *turned_k, *turned_v; /* (d,ld); NULL: not made */
+} band;
+
+/* Of head number i of those that a block brings. */
+static band band_of(const ls_pass *p, int64_t i, ls_span keys)
+{
+    const int64_t rows = band_rows(p) * p->d, ld = whole_vectors(band_rows(p)) + APART;
+    ls_real *at = p->work[BAND] + i * band_reals(p);
+    band x = {
+        .row = keys.lo - p->halo.span[0].lo, .n = keys.n, .st = p->d, .dst = p->d, .ld = ld, .k = at, .v = at + rows};
+    x.turned_k = at + 2 * rows;
+    if (p->backward) x.turned_v = x.turned_k + ld * p->d, x.dk = x.turned_v + ld * p->d, x.dv = x.v;
+    return x;
+}
+
+static band halo_of(const ls_pass *p, int64_t b, int64_t h)
+{
+    const ls_block *x = &p->halo;
+    band whole = {.n = x->n, .st = x->k.st, .dst = x->dk.st, .k = ls_row(x->k, b, h, 0), .v = ls_row(x->v, b, h, 0)};
+    if (p->backward) whole.dk = ls_row(x->dk, b, h, 0), whole.dv = ls_row(x->dv, b, h, 0);
+    return whole;
+}
+
+/* The rows of heads [first, last), which lie side by side. */
+static void bring(const ls_pass *p, int64_t b, int64_t first, int64_t last, ls_span keys)
+{
+    const size_t bytes = (size_t)p->d * sizeof(ls_real);
+    const band x = band_of(p, 0, keys);
+    for (int64_t j = 0; j < keys.n; j++)
+        for (int64_t h = first; h < last; h++) {
+            const int64_t at = (h - first) * band_reals(p) + j * p->d;
+            memcpy(x.k + at, ls_row(p->halo.k, b, h, x.row + j), bytes);
+            memcpy(x.v + at, ls_row(p->halo.v, b, h, x.row + j), bytes);
+        }
+    for (int64_t i = 0; i < last - first; i++) {
+        const band one = band_of(p, i, keys);
+        ls_transpose(one.n, p->d, one.k, p->d, one.turned_k, one.ld);
+        if (!p->backward) continue;
+        ls_transpose(one.n, p->d, one.v, p->d, one.turned_v, one.ld);
+        ls_zero(one.dk, one.n * p->d);
+        ls_zero(one.dv, one.n * p->d);
+    }
+}
+
+/* Gradients go to the halo's: those of rows before `seen` have some from the blocks before. */
+static void give_back(const ls_pass *p, int64_t b, int64_t first, int64_t last, ls_span keys, int64_t seen)
+{
+    const size_t bytes = (size_t)p->d * sizeof(ls_real);
+    const band x = band_of(p, 0, keys);
+    for (int64_t j = 0; j < keys.n; j++)
+        for (int64_t h = first; h < last; h++) {
+            const int64_t at = (h - first) * band_reals(p) + j * p->d;
+            ls_real *dk = ls_row(p->halo.dk, b, h, x.row + j), *dv = ls_row(p->halo.dv, b, h, x.row + j);
+            if (x.row + j < seen) {
+                ls_axpy(p->d, 1, x.dk + at, dk);
+                ls_axpy(p->d, 1, x.dv + at, dv);
+            } else {
+                memcpy(dk, x.dk + at, bytes);
+                memcpy(dv, x.dv + at, bytes);
+            }
+        }
+}
+
+/* Rows [from, to) of the halo that nobody sees. */
+static void give_nothing(const ls_pass *p, int64_t b, int64_t from, int64_t to)
+{
+    for (int64_t j = from; j < to; j++)
+        for (int64_t h = 0; h < p->H; h++) {
+            ls_zero(ls_row(p->halo.dk, b, h, j), p->d);
+            ls_zero(ls_row(p->halo.dv, b, h, j), p->d);
+        }
+}
+
 /* ------------------------------------------------------------------------------------------------ tiles */
 
 /* n queries against keys [row, row + keys) of the halo, of which query r sees [from, to). */
 typedef struct tile {
+    const band *x;
     int64_t b, h, n, row, keys, query[TQ];
     int32_t from[TQ], to[TQ];
     ls_real offset[TQ]; /* local-p: the first key of the window less p */
 } tile;
+
+typedef void tile_work(ls_pass *, const tile *);
 
 /* Adds a query whose window is rows [row, row + k.n) of the halo. */
 static void join(const ls_pass *p, tile *t, int64_t query, int64_t row, ls_span k)
@@ -359,35 +479,67 @@ static void join(const ls_pass *p, tile *t, int64_t query, int64_t row, ls_span 
     t->n++;
 }
 
-/* Calls work for tiles that hold every query of this rank once: block by block, so that the heads of a row, which lie
- * side by side, are worked on while it is in the cache; or in local-p, where a head has an order of its own, all at
- * once. */
-static void each_tile(ls_pass *p, void (*work)(ls_pass *, const tile *))
+/* Queries [begin, end) of (b,h), in local-p in the order of their centres. */
+static void tiles_of(ls_pass *p, const band *x, int64_t b, int64_t h, int64_t begin, int64_t end, tile_work *work)
 {
-    const int64_t width = tile_width(p), block = predictive(p) ? p->T : BLOCK;
-    for (int64_t b = 0; b < p->B; b++)
-        for (int64_t begin = 0; begin < p->T; begin += block)
-            for (int64_t h = 0; h < p->H; h++) {
-                const int64_t base = p->halo.first != NULL ? p->halo.first[b * p->H + h] : 0;
-                tile t = {.b = b, .h = h};
-                cursor c = {0, 0};
-                for (int64_t s = begin; s < ls_min(begin + block, p->T); s++) {
-                    const int64_t query = predictive(p) ? order_of(p, b, h)[s] : s;
-                    const ls_span k = window(p, b, h, query);
-                    const int64_t row = k.n > 0 ? base + locate(p, &c, k) : 0;
-                    if (t.n == TQ || (k.n > 0 && t.keys > 0 && row + k.n - t.row > width)) {
-                        work(p, &t);
-                        t.n = t.keys = 0;
-                    }
-                    join(p, &t, query, row, k);
-                }
-                if (t.n > 0) work(p, &t);
-            }
+    const int64_t width = tile_width(p), base = p->halo.first != NULL ? p->halo.first[b * p->H + h] : 0;
+    tile t = {.x = x, .b = b, .h = h};
+    cursor c = {0, 0};
+    for (int64_t s = begin; s < end; s++) {
+        const int64_t query = predictive(p) ? order_of(p, b, h)[s] : s;
+        const ls_span k = window(p, b, h, query);
+        const int64_t row = k.n > 0 ? base + locate(p, &c, k) : 0;
+        if (t.n == TQ || (k.n > 0 && t.keys > 0 && row + k.n - t.row > width)) {
+            work(p, &t);
+            t.n = t.keys = 0;
+        }
+        join(p, &t, query, row, k);
+    }
+    if (t.n > 0) work(p, &t);
 }
 
-static ls_real *rows_of(const tile *t, ls_view v)
+/* The keys of queries [begin, begin + *n), which are so few that a band holds them. */
+static ls_span keys_of_block(const ls_pass *p, int64_t begin, int64_t *n)
 {
-    return ls_row(v, t->b, t->h, t->row);
+    for (*n = ls_min(BLOCK, p->T - begin);; --*n) {
+        const ls_span s = reach(p, p->query_span[0].lo + begin, *n), keys = ls_local_clip(s.lo, s.n, p->all_keys);
+        if (keys.n <= band_rows(p) || *n == 1) return keys;
+    }
+}
+
+static void blocks_of(ls_pass *p, int64_t b, tile_work *work)
+{
+    const int64_t heads = band_heads(p);
+    int64_t seen = 0;
+    for (int64_t begin = 0, n; begin < p->T; begin += n) {
+        const ls_span keys = keys_of_block(p, begin, &n);
+        const int64_t row = keys.lo - p->halo.span[0].lo;
+        for (int64_t first = 0; first < p->H; first += heads) {
+            const int64_t last = ls_min(first + heads, p->H);
+            bring(p, b, first, last, keys);
+            for (int64_t h = first; h < last; h++) {
+                const band x = band_of(p, h - first, keys);
+                tiles_of(p, &x, b, h, begin, begin + n, work);
+            }
+            if (p->backward) give_back(p, b, first, last, keys, seen);
+        }
+        if (p->backward) give_nothing(p, b, seen, row);
+        seen = ls_max(seen, row + keys.n);
+    }
+    if (p->backward) give_nothing(p, b, seen, p->halo.n);
+}
+
+/* Calls work for tiles that hold every query of this rank once. */
+static void each_tile(ls_pass *p, tile_work *work)
+{
+    for (int64_t b = 0; b < p->B; b++)
+        if (brings_rows(p))
+            blocks_of(p, b, work);
+        else
+            for (int64_t h = 0; h < p->H; h++) {
+                const band x = halo_of(p, b, h);
+                tiles_of(p, &x, b, h, 0, p->T, work);
+            }
 }
 
 /* to (n,d) = scale · the tile's rows of v, 0 for queries that see nothing. */
@@ -408,19 +560,35 @@ static void store(const ls_pass *p, const tile *t, const ls_real *rows, ls_view 
         memcpy(ls_row(v, t->b, t->h, t->query[r]), rows + r * p->d, (size_t)p->d * sizeof *rows);
 }
 
-/* SCORES (n,keys) = a, 0 outside of the windows and at padded keys. QUERIES holds scale·q. */
-static void probabilities(ls_pass *p, const tile *t)
+/* Row `row` of the halo, of a band's k, v, .. */
+static ls_real *first_row(const tile *t, ls_real *rows, int64_t st)
+{
+    return rows + (t->row - t->x->row) * st;
+}
+
+/* to (n,keys) = x (n,d) against the tile's keys or values. */
+static void against_rows(const ls_pass *p, const tile *t, const ls_real *x, ls_real *rows, const ls_real *turned,
+                         ls_real *to)
 {
     const int64_t width = tile_width(p), d = p->d;
+    if (turned != NULL)
+        ls_gemm(0, 0, t->n, t->keys, d, 1, x, d, turned + t->row - t->x->row, t->x->ld, 0, to, width);
+    else
+        ls_gemm(0, 1, t->n, t->keys, d, 1, x, d, first_row(t, rows, t->x->st), t->x->st, 0, to, width);
+}
+
+/* SCORES (n,keys) = a, 0 outside of the windows and at padded keys, up to a whole vector. QUERIES holds scale·q. */
+static void probabilities(ls_pass *p, const tile *t)
+{
+    const int64_t width = tile_width(p);
     ls_real *hidden = p->work[HIDDEN];
     const uint8_t *pad = p->halo.pad;
     if (pad != NULL) pad += t->row + (p->halo.first == NULL ? t->b * p->halo.n : 0);
     for (int64_t j = 0; j < t->keys; j++) hidden[j] = pad != NULL && pad[j] ? -INFINITY : 0;
-    ls_gemm(0, 1, t->n, t->keys, d, 1, p->work[QUERIES], d, rows_of(t, p->halo.k), p->halo.k.st, 0, p->work[SCORES],
-            width);
+    against_rows(p, t, p->work[QUERIES], t->x->k, t->x->turned_k, p->work[SCORES]);
     for (int64_t r = 0; r < t->n; r++) {
         ls_real *s = p->work[SCORES] + r * width, top = -INFINITY;
-        const int32_t from = t->from[r], to = t->to[r], keys = (int32_t)t->keys;
+        const int32_t from = t->from[r], to = t->to[r], keys = (int32_t)whole_vectors(t->keys);
 #pragma omp simd reduction(max : top)
         for (int32_t j = 0; j < keys; j++) {
             const ls_real x = j >= from && j < to ? s[j] + hidden[j] : -INFINITY;
@@ -455,8 +623,8 @@ static void forward_tile(ls_pass *p, const tile *t)
         gaussian(p, t, r, g);
         for (int64_t j = 0; j < t->keys; j++) a[j] *= g[j];
     }
-    ls_gemm(0, 0, t->n, d, t->keys, 1, p->work[SCORES], width, rows_of(t, p->halo.v), p->halo.v.st, 0, p->work[ROWS],
-            d);
+    ls_gemm(0, 0, t->n, d, t->keys, 1, p->work[SCORES], width, first_row(t, t->x->v, t->x->st), t->x->st, 0,
+            p->work[ROWS], d);
     store(p, t, p->work[ROWS], p->out);
 }
 
@@ -500,22 +668,23 @@ static ls_real gaussian_backward(const ls_pass *p, const tile *t, int64_t r, ls_
 
 static void backward_tile(ls_pass *p, const tile *t)
 {
-    const int64_t width = tile_width(p), d = p->d;
-    const ls_block *halo = &p->halo;
+    const int64_t width = tile_width(p), d = p->d, st = t->x->st, dst = t->x->dst, vectors = whole_vectors(t->keys);
     ls_real *a = p->work[SCORES], *b = p->work[DSCORES], *q = p->work[QUERIES], *dout = p->work[DOUT];
     load(p, t, p->q, (ls_real)p->scale, q);
     load(p, t, p->dout, 1, dout);
     probabilities(p, t);
-    ls_gemm(0, 1, t->n, t->keys, d, 1, dout, d, rows_of(t, halo->v), halo->v.st, 0, b, width);
-    for (int64_t r = 0; r < t->n; r++)
+    against_rows(p, t, dout, t->x->v, t->x->turned_v, b);
+    for (int64_t r = 0; r < t->n; r++) {
+        ls_zero(b + r * width + t->keys, vectors - t->keys);
         if (predictive(p))
             p->work[DCENTRE][(t->b * p->H + t->h) * p->T + t->query[r]] =
                 gaussian_backward(p, t, r, a + r * width, b + r * width);
         else
-            softmax_backward(t->keys, a + r * width, b + r * width);
-    ls_gemm(1, 0, t->keys, d, t->n, 1, a, width, dout, d, 1, rows_of(t, halo->dv), halo->dv.st);
-    ls_gemm(1, 0, t->keys, d, t->n, 1, b, width, q, d, 1, rows_of(t, halo->dk), halo->dk.st);
-    ls_gemm(0, 0, t->n, d, t->keys, p->scale, b, width, rows_of(t, halo->k), halo->k.st, 0, p->work[ROWS], d);
+            softmax_backward(vectors, a + r * width, b + r * width);
+    }
+    ls_gemm(1, 0, t->keys, d, t->n, 1, a, width, dout, d, 1, first_row(t, t->x->dv, dst), dst);
+    ls_gemm(1, 0, t->keys, d, t->n, 1, b, width, q, d, 1, first_row(t, t->x->dk, dst), dst);
+    ls_gemm(0, 0, t->n, d, t->keys, p->scale, b, width, first_row(t, t->x->k, st), st, 0, p->work[ROWS], d);
     store(p, t, p->work[ROWS], p->dq);
 }
 
@@ -523,8 +692,10 @@ static ls_status windows_backward(ls_pass *p, int phase)
 {
     (void)phase;
     const int64_t B = p->halo.first == NULL ? p->B : 1, H = p->halo.first == NULL ? p->H : 1;
-    ls_zero_view(p->halo.dk, B, H, p->halo.n, p->d); /* tiles overlap: they add */
-    ls_zero_view(p->halo.dv, B, H, p->halo.n, p->d);
+    if (!brings_rows(p)) {
+        ls_zero_view(p->halo.dk, B, H, p->halo.n, p->d); /* tiles overlap: they add */
+        ls_zero_view(p->halo.dv, B, H, p->halo.n, p->d);
+    }
     each_tile(p, backward_tile);
     if (predictive(p)) centres_backward(p);
     return LS_OK;

@@ -91,12 +91,32 @@ static void plan_placement(ls_call *c, ls_arena *saved, ls_arena *work)
     z->pad_k = p->own.pad == NULL ? NULL : ls_arena_take(saved, (size_t)(p->B * n));
 }
 
+static ls_view from_row(ls_view v, int64_t row)
+{
+    if (v.p != NULL) v.p += row * v.st;
+    return v;
+}
+
+static void stay_at_home(const ls_reach *r, ls_pass *p)
+{
+    const ls_block *own = &p->own;
+    ls_block *halo = &p->halo;
+    const int64_t row = halo->span[0].lo;
+    if (r->keys_at_home) {
+        halo->k = from_row(own->k, row);
+        halo->v = from_row(own->v, row);
+        halo->extra = from_row(own->extra, row);
+    }
+    if (r->gradients_at_home) halo->dk = own->dk, halo->dv = own->dv, halo->dextra = own->dextra;
+}
+
 /* The pass as the kernels see it: in its zigzag place, where that is on. */
 static ls_pass placed(const ls_call *c)
 {
     ls_pass p = c->pass;
     const ls_placement *z = &c->placement;
     describe_block(c, c->keys->rank, &p.own);
+    stay_at_home(&c->reach, &p);
     if (!z->on) {
         p.query_spans = 1;
         p.query_span[0] = (ls_span){0, c->queries->lo, p.T};
@@ -139,20 +159,24 @@ static void plan_fetch(ls_call *c, const ls_phase *phase, ls_arena *saved, ls_ar
     ls_pass *p = &c->pass;
     const int size = c->keys->size;
     const ls_span mine = reach_of(c, phase, c->keys->rank);
-    const int64_t n = mine.n, W = p->extra_width, reals = p->B * p->H * n * p->d, back = p->backward;
+    const int64_t n = mine.n, W = p->extra_width, reals = p->B * p->H * n * p->d;
     const int64_t k = phase->fetches & LS_KEYS ? reals : 0, v = phase->fetches & LS_VALUES ? reals : 0;
     const int64_t e = phase->fetches & LS_EXTRA ? p->B * n * W : 0;
-    c->reach.want = c->ctx->spans + 2 * size;
-    c->reach.n = n;
-    for (int r = 0; r < size; r++) {
-        c->reach.want[2 * r] = reach_of(c, phase, r);
-        c->reach.want[2 * r + 1] = (ls_span){0, 0, 0};
+    ls_reach *r = &c->reach;
+    r->want = c->ctx->spans + 2 * size;
+    r->n = n;
+    r->keys_at_home = size == 1 && p->own.pad == NULL;
+    r->gradients_at_home = r->keys_at_home && n == p->S && !phase->adds;
+    const int64_t away = !r->keys_at_home, back = p->backward && !r->gradients_at_home;
+    for (int i = 0; i < size; i++) {
+        r->want[2 * i] = reach_of(c, phase, i);
+        r->want[2 * i + 1] = (ls_span){0, 0, 0};
     }
     ls_block *h = &p->halo;
     *h = (ls_block){.n = n, .spans = 1, .span = {mine}};
-    h->k = contiguous(ls_take(saved, k), p->H, n, p->d);
-    h->v = contiguous(ls_take(saved, v), p->H, n, p->d);
-    h->extra = (ls_view){ls_take(saved, e), n * W, 0, W};
+    h->k = contiguous(ls_take(saved, away * k), p->H, n, p->d);
+    h->v = contiguous(ls_take(saved, away * v), p->H, n, p->d);
+    h->extra = (ls_view){ls_take(saved, away * e), n * W, 0, W};
     h->dk = contiguous(ls_take(work, back * k), p->H, n, p->d);
     h->dv = contiguous(ls_take(work, back * v), p->H, n, p->d);
     h->dextra = (ls_view){ls_take(work, back * e), n * W, 0, W};
@@ -498,6 +522,7 @@ static ls_status fetch(ls_call *c, const ls_pass *p, const ls_phase *phase)
 {
     ls_rows own[4], halo[4];
     const int n = fetched(p, phase, 0, own, halo);
+    if (c->reach.keys_at_home) return LS_OK;
     LS_TRY(ls_fetch(&c->ctx->exchange, c->keys, c->reach.want, own, halo, n));
     ls_clean_halo(c->ctx, p, phase);
     return LS_OK;
@@ -507,6 +532,7 @@ static ls_status fetch_adjoint(ls_call *c, const ls_pass *p, const ls_phase *pha
 {
     ls_rows own[4], halo[4];
     const int n = fetched(p, phase, 1, own, halo), overwrite = !phase->adds;
+    if (c->reach.gradients_at_home) return LS_OK;
     if (overwrite && phase->fetches & LS_KEYS) ls_clear_view(c->ctx, p->own.dk, p->B, p->H, p->S, p->d);
     if (overwrite && phase->fetches & LS_VALUES) ls_clear_view(c->ctx, p->own.dv, p->B, p->H, p->S, p->d);
     if (overwrite && phase->fetches & LS_EXTRA) ls_clear_view(c->ctx, p->own.dextra, p->B, 1, p->S, p->extra_width);

@@ -23,6 +23,9 @@ typedef struct ls_placement {
 typedef struct ls_reach {
     ls_span *want; /* (2 P), the context's: of every rank, see ls_fetch */
     int64_t n;     /* keys of this rank's halo */
+    /* One rank has all keys: without padding, for which the halo has zeros, they are seen where they lie, and if it is
+     * all of them that are seen, their gradients are made where they belong. */
+    int keys_at_home, gradients_at_home;
 } ls_reach;
 
 /* One call of a core: the pass as the caller sees it, and what the driver adds. */
