@@ -76,8 +76,7 @@ static ls_real recall_state(linear *x, chunk k)
     const int64_t F = x->F, d = x->d;
     const ls_real *from = kept_state(x, k), *S = from + 1, *z = S + F * d;
     x->sum = x->own, x->rest = NULL;
-    for (int64_t f = 0; f < F; f++)
-        for (int64_t i = 0; i < d; i++) x->own[i * F + f] = S[f * d + i];
+    ls_transpose(F, d, S, d, x->own, F);
     memcpy(x->own + F * d, z, (size_t)F * sizeof *z);
     return from[0];
 }
