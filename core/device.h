@@ -21,11 +21,13 @@ typedef struct ls_device_ops {
     const char *name;
     ls_status (*count)(int *devices);                      /* of this machine */
     void (*describe)(int number, char *text, size_t size); /* name and memory of one of them */
+    /* A process has queues of one device at a time. */
     ls_status (*open)(int number, ls_precision precision, ls_queue **queue);
     ls_status (*open_beside)(ls_queue *of,
                              ls_queue **queue); /* one more on its device, for copies and messages alone */
+    ls_status (*enter)(ls_queue *); /* this thread gives work to it: its device becomes the thread's current one */
     void (*close)(ls_queue *);
-    void *(*alloc)(size_t bytes); /* on a 256-byte boundary, of the device last opened; NULL: there is not so much */
+    void *(*alloc)(size_t bytes); /* on a 256-byte boundary; NULL: there is not so much */
     void (*release)(void *);
     void *(*alloc_host)(size_t bytes); /* host memory from which copies to and from the device are fast (pinned) */
     void (*release_host)(void *);

@@ -72,7 +72,7 @@ static void describe(int number, char *text, size_t size)
         snprintf(text, size, "cannot be asked: %s", cudaGetErrorString(cudaGetLastError()));
 }
 
-static int opened; /* the device last opened: whose memory alloc gives */
+static int opened, queues; /* the device of this process, and how many queues it has: memory is of one device */
 
 /* What is copied to the device passes through pinned memory of the queue, so that the caller's may be used again at
  * once and nobody waits for the work before: pieces of a few sizes, those of a size used one after the other in a ring.
@@ -116,6 +116,7 @@ static void close_queue(ls_queue *q)
     if (q->blas != NULL) cublasDestroy(q->blas);
     if (q->stream != NULL) cudaStreamDestroy(q->stream);
     free(q);
+    queues--;
 }
 
 static ls_status make_stream(ls_queue *q)
@@ -161,17 +162,21 @@ static ls_status open_queue(int number, ls_precision precision, ls_queue **queue
         LS_FAIL(LS_ERR_UNSUPPORTED, "CUDA: this machine has no GPU, or no driver: %s", advice(cudaErrorNoDevice));
     if (number < 0 || number >= devices)
         LS_FAIL(LS_ERR_ARGUMENT, "CUDA: there is no device %d: this machine has %d, from 0", number, devices);
+    if (queues > 0 && number != opened)
+        LS_FAIL(LS_ERR_UNSUPPORTED,
+                "CUDA device %d: this process has device %d open: a process uses one GPU: start one for each", number,
+                opened);
     LS_TRY(check_precision(number, precision));
     ls_queue *q = static_cast<ls_queue *>(calloc(1, sizeof *q));
     if (q == NULL) LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for a queue", number);
-    q->device = number;
+    queues++;
+    q->device = opened = number;
     q->precision = precision;
     const ls_status status = make_queue(q);
     if (status != LS_OK) {
         close_queue(q);
         return status;
     }
-    opened = number;
     *queue = q;
     return LS_OK;
 }
@@ -181,6 +186,7 @@ static ls_status open_beside(ls_queue *of, ls_queue **queue)
     *queue = NULL;
     ls_queue *q = static_cast<ls_queue *>(calloc(1, sizeof *q));
     if (q == NULL) LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for a queue", of->device);
+    queues++;
     q->device = of->device;
     const ls_status status = make_stream(q);
     if (status != LS_OK)
@@ -200,7 +206,9 @@ static void *alloc(size_t bytes)
 
 static void release(void *p)
 {
-    if (p != NULL) cudaFree(p); /* waits for what uses it */
+    if (p == NULL) return;
+    if (cudaSetDevice(opened) == cudaSuccess) cudaDeviceSynchronize(); /* it may be in use; cudaFree need not wait */
+    cudaFree(p);
 }
 
 static void *alloc_host(size_t bytes)
@@ -386,6 +394,11 @@ static ls_status to_host(ls_queue *q, void *to, const void *from, size_t bytes)
     return until_end(q, what);
 }
 
+static ls_status enter(ls_queue *q)
+{
+    return failed(cudaSetDevice(q->device), q->device, "cudaSetDevice");
+}
+
 /* What the functions without a status have kept. */
 static ls_status kept(ls_queue *q, const char *what)
 {
@@ -396,7 +409,7 @@ static ls_status kept(ls_queue *q, const char *what)
 
 static ls_status wait(ls_queue *q)
 {
-    LS_TRY(failed(cudaSetDevice(q->device), q->device, "cudaSetDevice"));
+    LS_TRY(enter(q));
     LS_TRY(until_end(q, "what was queued"));
     return ls_launched(q, "a product or a launch");
 }
@@ -419,6 +432,7 @@ extern "C" const ls_device_ops ls_cuda_device = {.name = "cuda",
                                                  .describe = describe,
                                                  .open = open_queue,
                                                  .open_beside = open_beside,
+                                                 .enter = enter,
                                                  .close = close_queue,
                                                  .alloc = alloc,
                                                  .release = release,

@@ -113,7 +113,8 @@ typedef struct ls_context_options {
     ls_device device; /* where tensors live */
     ls_transport transport;
     ls_precision precision; /* of products on a GPU; the CPU, and the double build, have LS_FLOAT32 alone */
-    int device_number;      /* CUDA: which of this machine's devices; ranks may share one */
+    int device_number;      /* CUDA: which of this machine's devices; ranks may share one. A process uses one at a
+                             * time, and all its contexts there belong to one thread at a time */
     uint64_t seed;          /* of every random number drawn through this context */
     int dry_size, dry_rank; /* dry_size > 0: as rank dry_rank of so many, of whom the others do not exist: comm is not
                              * used, everything sent is counted and gone, everything received is zeros. For planning:

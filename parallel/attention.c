@@ -310,6 +310,7 @@ static ls_status check_call(const ls_attention *a, const ls_attention_shape *sha
                             const ls_real *params, const ls_real *out)
 {
     const char *name = a->mechanism->name;
+    LS_TRY(a->ctx->ops->enter(a->ctx->queue));
     if (shape->batch <= 0) LS_FAIL(LS_ERR_ARGUMENT, "%s: batch %lld must be positive", name, (long long)shape->batch);
     LS_TRY(check_shard(a, shape->queries, "queries"));
     const ls_shard *keys = shape->keys == NULL && is_self(a->options.pattern) ? shape->queries : shape->keys;

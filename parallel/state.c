@@ -224,6 +224,7 @@ static ls_status reserve_source(ls_attention *a, ls_state *s, const ls_attention
                                 const ls_attention_io *io, const ls_real *params, ls_pass *p, buffers *m)
 {
     const char *name = a->mechanism->name;
+    LS_TRY(a->ctx->ops->enter(a->ctx->queue));
     if (!is_cross(a)) LS_FAIL(LS_ERR_ARGUMENT, "%s: only cross attention has a source", name);
     if (shape->keys == NULL || shape->keys->size != a->ctx->exchange.comm.size ||
         shape->keys->rank != a->ctx->exchange.comm.rank)
@@ -293,6 +294,7 @@ static ls_status reserve_step(ls_attention *a, ls_state *s, const ls_attention_i
 {
     const char *name = a->mechanism->name;
     const int core = a->options.level == LS_LEVEL_CORE;
+    LS_TRY(a->ctx->ops->enter(a->ctx->queue));
     if (s->attention != a) LS_FAIL(LS_ERR_ARGUMENT, "%s: the state belongs to another attention", name);
     if (io->query == NULL || out == NULL || (a->reals > 0 && params == NULL))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: query, params or out of a step is NULL", name);

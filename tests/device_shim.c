@@ -2,6 +2,7 @@
 #include "device_shim.h"
 
 #include "attention.h"
+#include "where.h"
 
 #include <malloc.h>
 #include <stdio.h>
@@ -10,8 +11,7 @@
 
 ls_device test_device(void)
 {
-    const char *name = getenv("LONGSPAN_TEST_DEVICE");
-    return name != NULL && strcmp(name, "cuda") == 0 ? LS_CUDA : LS_CPU;
+    return test_where();
 }
 
 ls_precision test_precision(void)

@@ -23,7 +23,7 @@ refuse() {
     lines=$(grep -c '^longspan: ' stderr)
     if [ $got -ne "$code" ]; then complain "$name on $ranks ranks: exit code $got, not $code"
     elif [ "$lines" -ne 1 ]; then complain "$name on $ranks ranks: $lines sentences"
-    elif ! grep '^longspan: ' stderr | grep -qF -- "$fragment"; then complain "$name on $ranks ranks: no \"$fragment\""
+    elif ! grep '^longspan: ' stderr | grep -F -- "$fragment" >/dev/null; then complain "$name on $ranks ranks: no \"$fragment\""
     elif [ -n "$(ls -A out)" ]; then complain "$name on $ranks ranks: left $(ls -A out)"
     else passed=$((passed + 1)); fi
   done
@@ -68,7 +68,7 @@ refuse "option of another mechanism" 2 "num_slots" -- train good.yaml --set mode
 refuse "dropout where there are no probabilities" 2 "abc" -- train good.yaml --set model.encoder.mechanism=abc \
   --set model.encoder.dropout=0.1
 refuse "ranks that do not divide" 2 "parallel.sequence" -- train good.yaml --set parallel.sequence=2
-if ! "$longspan" info | grep -q 'cuda 0:'; then # a build without CUDA, or a machine without a GPU
+if ! "$longspan" info | grep 'cuda 0:' >/dev/null; then # a build without CUDA, or a machine without a GPU
   refuse "no GPU" 2 "cuda" -- train good.yaml --set device=cuda
 fi
 refuse "no NCCL" 2 "nccl" -- train good.yaml --set parallel.transport=nccl
@@ -126,7 +126,7 @@ during() { # NAME CODE FRAGMENT HOW RANK
   rm -rf out && mkdir out
   LONGSPAN_TEST_FAIL=$5:2:$4 timeout 60 $mpirun -n 3 "$longspan" train good.yaml >stdout 2>stderr </dev/null || got=$?
   if [ $got -ne "$2" ]; then complain "$1: exit code $got, not $2"
-  elif ! grep '^longspan: ' stderr | grep -qF -- "$3"; then complain "$1: no \"$3\""
+  elif ! grep '^longspan: ' stderr | grep -F -- "$3" >/dev/null; then complain "$1: no \"$3\""
   elif [ ! -f out/run/step-000001.h5 ] || [ -f out/run/step-000002.h5 ]; then complain "$1: checkpoints $(ls out/run)"
   else passed=$((passed + 1)); fi
 }

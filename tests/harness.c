@@ -1,6 +1,6 @@
 #include "harness.h"
 
-#include "device.h"
+#include "where.h"
 
 #include <float.h>
 #include <math.h>
@@ -543,12 +543,9 @@ void world_open(int *argc, char ***argv)
     here.comm = MPI_COMM_WORLD;
     MPI_Comm_rank(here.comm, &here.rank);
     MPI_Comm_size(here.comm, &here.size);
-    const ls_device_ops *ops = ls_device_find(test_device());
-    int devices = 0;
-    if (ops == NULL || (ops->count(&devices) == LS_OK && devices == 0)) {
-        if (here.rank == 0) printf("skipped: there is no GPU here, or this build cannot use it\n");
+    if (!test_has_device()) {
         MPI_Finalize();
-        exit(77);
+        exit(TEST_SKIPPED);
     }
     const ls_context_options all = {
         .comm = here.comm, .device = test_device(), .precision = test_precision(), .seed = 2024};

@@ -14,6 +14,7 @@
 #include "erf.h"
 #include "products.h"
 #include "rng.h"
+#include "where.h"
 
 #ifdef LS_REAL_DOUBLE
 static const double forward_tolerance = 1e-12, backward_tolerance = 1e-6, cdf_tolerance = 1e-15, tail_tolerance = 1e-13;
@@ -860,12 +861,12 @@ static void test_no_rows(void **state)
 
 int main(void)
 {
-    const char *name = getenv("LONGSPAN_TEST_DEVICE");
-    const ls_device where = name != NULL && strcmp(name, "cuda") == 0 ? LS_CUDA : LS_CPU;
+    const ls_device where = test_where();
+    if (!test_has_device()) return TEST_SKIPPED;
     dense = ls_dense_of(where);
     device = ls_device_find(where);
-    if (device == NULL || device->open(0, LS_FLOAT32, &queue) != LS_OK) {
-        fprintf(stderr, "test_dense: no device: %s\n", device != NULL ? ls_last_error() : "not in this build");
+    if (device->open(0, LS_FLOAT32, &queue) != LS_OK) {
+        fprintf(stderr, "test_dense: no device: %s\n", ls_last_error());
         return 1;
     }
     const struct CMUnitTest tests[] = {

@@ -1,6 +1,7 @@
 /* Learning rates at known points, the norm, and AdamW against the textbook in double: on the CPU, or with
  * LONGSPAN_TEST_DEVICE=cuda on a GPU. */
 #include "optim.h"
+#include "where.h"
 
 #include <math.h>
 #include <setjmp.h>
@@ -350,12 +351,12 @@ static void piece_by_piece(void **state)
 
 int main(void)
 {
-    const char *name = getenv("LONGSPAN_TEST_DEVICE");
-    const ls_device where = name != NULL && strcmp(name, "cuda") == 0 ? LS_CUDA : LS_CPU;
+    const ls_device where = test_where();
+    if (!test_has_device()) return TEST_SKIPPED;
     ops = ls_adam_of(where);
     device = ls_device_find(where);
-    if (device == NULL || device->open(0, LS_FLOAT32, &queue) != LS_OK) {
-        fprintf(stderr, "test_optim: no device: %s\n", device != NULL ? ls_last_error() : "not in this build");
+    if (device->open(0, LS_FLOAT32, &queue) != LS_OK) {
+        fprintf(stderr, "test_optim: no device: %s\n", ls_last_error());
         return 1;
     }
     const struct CMUnitTest tests[] = {

@@ -3,6 +3,7 @@
  * counted by the one that is emulated, whose streams do everything as late as may be: who does not wait there when he
  * should sees what was before, and who waits is seen. The batch is overwritten as soon as a step has taken it. */
 #include "step.h"
+#include "where.h"
 
 #include <math.h>
 #include <setjmp.h>
@@ -37,7 +38,6 @@ typedef struct run {
 static void begin_run(run *x, int accumulation, int sharing)
 {
     char micro[64], share[64];
-    const char *device = getenv("LONGSPAN_TEST_DEVICE");
     const char *const set[] = {"model.embed_dim=8",
                                "model.ffn_dim=16",
                                "model.num_heads=2",
@@ -50,7 +50,7 @@ static void begin_run(run *x, int accumulation, int sharing)
                                "train.schedule=constant",
                                "train.clip_norm=0.5",
                                "train.batch=8",
-                               device != NULL && strcmp(device, "cuda") == 0 ? "device=cuda" : "device=cpu",
+                               test_where() == LS_CUDA ? "device=cuda" : "device=cpu",
                                micro,
                                share};
     snprintf(micro, sizeof micro, "train.accumulation=%d", accumulation);
@@ -245,6 +245,10 @@ int main(int argc, char **argv)
         cmocka_unit_test(one_wait),
     };
     MPI_Init(&argc, &argv);
+    if (!test_has_device()) {
+        MPI_Finalize();
+        return TEST_SKIPPED;
+    }
     here = (ranks){.groups = 1, .comm = MPI_COMM_WORLD};
     MPI_Comm_rank(here.comm, &here.rank);
     MPI_Comm_size(here.comm, &here.size);

@@ -19,7 +19,7 @@ typedef struct subject {
     ls_attention_grads grads;
     int64_t rows, width, out_width, reals, inputs;
     ls_real *memory, *params, *out, *dout;
-    ls_real *widest; /* two matrices of the layer's rows, as wide as its widest projection */
+    ls_real *widest; /* three matrices of the layer's rows, as wide as its widest projection */
     int64_t wide;
     int64_t calls;  /* at a time: on a GPU several, so that it and not its queue is measured */
     int64_t rounds; /* calls so far */
@@ -97,7 +97,7 @@ static ls_status make_room(subject *s, int64_t E)
     for (int i = 0; i < ls_attention_num_params(s->attention); i++)
         if (ls_attention_is_projection(s->attention, i))
             for (int k = 0; k < 2; k++) s->wide = ls_max(s->wide, ls_attention_param(s->attention, i)->dim[k]);
-    const int64_t reals = 2 * s->rows / E * s->wide + 1;
+    const int64_t reals = 3 * s->rows / E * s->wide + 1;
     LS_TRY(ls_device_alloc(s->ctx, (size_t)reals * sizeof *s->widest, &room));
     s->widest = room;
     return bench_fill(s->ctx, s->widest, reals);
@@ -153,7 +153,7 @@ static ls_status time_projections(const bench *b, const subject *s, double *seco
     const int64_t rows = s->rows / b->embed_dim;
     const ls_dense_ops *dense = s->ctx->dense;
     ls_queue *queue = s->ctx->queue;
-    ls_real *x = s->widest, *y = x + rows * s->wide;
+    ls_real *x = s->widest, *y = x + rows * s->wide, *dx = y + rows * s->wide;
     const int count = ls_attention_num_params(s->attention);
     double begin;
     LS_TRY(bench_begin(b, s->ctx, &begin));
@@ -165,7 +165,7 @@ static ls_status time_projections(const bench *b, const subject *s, double *seco
             const ls_real *weight = s->params + w->offset;
             ls_real *dweight = s->grads.params + w->offset;
             dense->linear(queue, rows, w->dim[1], w->dim[0], x, weight, bias ? weight + w->count : NULL, y);
-            dense->linear_backward(queue, rows, w->dim[1], w->dim[0], x, weight, y, x, 0, dweight,
+            dense->linear_backward(queue, rows, w->dim[1], w->dim[0], x, weight, y, dx, 0, dweight,
                                    bias ? dweight + w->count : NULL);
         }
     LS_TRY(bench_lap(b, s->ctx, begin, seconds));

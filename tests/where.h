@@ -1,0 +1,29 @@
+/* Where a test runs that opens a device by itself: from the environment, LONGSPAN_TEST_DEVICE=cuda, or on the CPU. */
+#ifndef TESTS_WHERE_H
+#define TESTS_WHERE_H
+
+#include "device.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { TEST_SKIPPED = 77 };
+
+static inline ls_device test_where(void)
+{
+    const char *name = getenv("LONGSPAN_TEST_DEVICE");
+    return name != NULL && strcmp(name, "cuda") == 0 ? LS_CUDA : LS_CPU;
+}
+
+/* 0: the test is to be skipped, which this says. */
+static inline int test_has_device(void)
+{
+    int devices = 0;
+    const ls_device_ops *ops = ls_device_find(test_where());
+    if (ops != NULL && (ops->count(&devices) != LS_OK || devices > 0)) return 1;
+    printf("skipped: there is no GPU here, or this build cannot use it\n");
+    return 0;
+}
+
+#endif
