@@ -29,7 +29,7 @@
 extern const ls_cuda_mechanism ls_local_cuda;
 
 enum { TQ = 16, BLOCK = 64 };                       /* queries of a tile, of a block */
-enum { SIDE_BY_SIDE = 256 };                        /* reals of the heads that a block brings */
+enum { SIDE_BY_SIDE = 256, WIDE = 1024 };           /* reals of the heads that a block brings; rows of a wide band */
 enum { DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS }; /* of the sort */
 enum {
     LANES = 16,
@@ -94,9 +94,11 @@ static int64_t band_rows(const ls_pass *p)
     return ls_min(2 * (int64_t)p->option[WINDOW] + BLOCK, p->all_keys);
 }
 
+/* Heads that a block brings at a time: less of them where windows are so wide that no cache would hold the rows. */
 static int64_t band_heads(const ls_pass *p)
 {
-    return ls_min(ls_max(SIDE_BY_SIDE / p->d, 1), p->H);
+    const int64_t heads = ls_min(SIDE_BY_SIDE / p->d, WIDE / ls_max(band_rows(p), 1));
+    return ls_min(ls_max(heads, 1), p->H);
 }
 
 /* k, v, the turned k; backward v becomes dv when it is turned, and there is dk. */
