@@ -37,6 +37,24 @@ struct ls_queue {
     struct ls_bounce *bounce; /* host memory that copies to the device pass through, see core/device_cuda.cu */
 };
 
+/* Starts a kernel. blocks, threads: int or dim3; shared: bytes of dynamic shared memory, which the kernel sees through
+ * LS_SHARED. What a block of this device cannot have is not started, and ls_launched tells. */
+#define LS_LAUNCH(queue, kernel, blocks, threads, shared, ...)                                                         \
+    do {                                                                                                               \
+        if (ls_may_share((queue), (kernel), #kernel, (size_t)(shared)))                                                \
+            LS_START(queue, kernel, blocks, threads, shared, __VA_ARGS__);                                             \
+    } while (0)
+
+/* A block has up to 48 KiB of shared memory unasked, of which 8 are left for what is static in a kernel. */
+enum { LS_SHARED_UNASKED = 40 << 10 };
+/* Asks that a block of the kernel may have so much. 0: the device has not so much, which the queue keeps. */
+int ls_ask_shared(ls_queue *q, const void *kernel, const char *name, size_t bytes);
+template <typename... P>
+static inline int ls_may_share(ls_queue *q, void (*kernel)(P...), const char *name, size_t bytes)
+{
+    return bytes <= LS_SHARED_UNASKED || ls_ask_shared(q, reinterpret_cast<const void *>(kernel), name, bytes);
+}
+
 /* To be returned by whatever launched kernels or products: LS_OK, or what failed. `what`: e.g. "abc: sums". */
 ls_status ls_launched(ls_queue *q, const char *what);
 

@@ -2,8 +2,8 @@
 #ifndef LS_CUDA_LAUNCH_H
 #define LS_CUDA_LAUNCH_H
 
-/* blocks, threads: int or dim3; shared: bytes of dynamic shared memory, which the kernel sees through LS_SHARED. */
-#define LS_LAUNCH(queue, kernel, blocks, threads, shared, ...)                                                         \
+/* See LS_LAUNCH in core/cuda.h, which alone uses it. */
+#define LS_START(queue, kernel, blocks, threads, shared, ...)                                                          \
     kernel<<<(blocks), (threads), (shared), (queue)->stream>>>(__VA_ARGS__)
 /* In a kernel: `name` is the block's dynamic shared memory, as an array of type. */
 #define LS_SHARED(type, name)                                                                                          \

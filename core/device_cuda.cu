@@ -1,6 +1,7 @@
 /* The CUDA device: memory, a stream and a cuBLAS handle for each queue. */
 #include "cuda.h"
 
+#include <limits.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -419,6 +420,20 @@ ls_status ls_launched(ls_queue *q, const char *what)
     const ls_status status = kept(q, what);
     const cudaError_t error = cudaGetLastError();
     return status != LS_OK ? status : failed(error, q->device, what);
+}
+
+int ls_ask_shared(ls_queue *q, const void *kernel, const char *name, size_t bytes)
+{
+    const cudaError_t error =
+        bytes > INT_MAX ? cudaErrorInvalidValue
+                        : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    if (error != cudaErrorInvalidValue) return 1; /* what else may have failed the launch tells */
+    cudaGetLastError();
+    if (q->status != LS_OK) return 0; /* the first failure stays */
+    q->status = LS_ERR_UNSUPPORTED;
+    snprintf(q->message, sizeof q->message, "%s needs %zu KiB of shared memory in a block, and there is not so much",
+             name, (bytes + 1023) >> 10);
+    return 0;
 }
 
 extern "C" void *ls_cuda_stream(ls_queue *queue, int *device)

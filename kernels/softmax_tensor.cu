@@ -325,13 +325,6 @@ template <int D> __global__ static void __launch_bounds__(THREADS) keys_backward
 
 /* ------------------------------------------------------------------------------------------------ host */
 
-/* More shared memory than a kernel has unasked. */
-static void launch(ls_pass *p, void (*kernel)(softmax_call), int blocks, size_t shared, const softmax_call &x)
-{
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    LS_LAUNCH(p->queue, kernel, blocks, THREADS, shared, x);
-}
-
 static int suits(const ls_pass *p, const softmax_call &x)
 {
     return p->queue->precision == LS_BF16 && !p->step && x.wide && p->d > 0 && p->d <= 128 && p->d % 32 == 0 &&
@@ -340,15 +333,15 @@ static int suits(const ls_pass *p, const softmax_call &x)
 
 template <int D> static void forward(ls_pass *p, const softmax_call &x, int blocks)
 {
-    launch(p, forward_kernel<D>, blocks,
-           3u * of_width<D>::TILE_SIZE * sizeof(narrow) + TILE * SCORE_ROW * sizeof(float), x);
+    const size_t shared = 3u * of_width<D>::TILE_SIZE * sizeof(narrow) + TILE * SCORE_ROW * sizeof(float);
+    LS_LAUNCH(p->queue, forward_kernel<D>, blocks, THREADS, shared, x);
 }
 
 template <int D> static void backward(ls_pass *p, const softmax_call &x, int query_blocks, int key_blocks)
 {
     const size_t shared = (4 * of_width<D>::TILE_SIZE + TILE * FACTOR_ROW) * sizeof(narrow);
-    launch(p, queries_backward_kernel<D>, query_blocks, shared, x);
-    launch(p, keys_backward_kernel<D>, key_blocks, shared, x);
+    LS_LAUNCH(p->queue, queries_backward_kernel<D>, query_blocks, THREADS, shared, x);
+    LS_LAUNCH(p->queue, keys_backward_kernel<D>, key_blocks, THREADS, shared, x);
 }
 
 int ls_softmax_tensor_forward(ls_pass *p, const softmax_call *x, int blocks)

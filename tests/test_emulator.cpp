@@ -268,8 +268,14 @@ static void test_launches(void **)
     launched(); /* told once */
     LS_LAUNCH(q, each, 1, 2048, 0, sums.p, 1000);
     assert_int_not_equal(ls_launched(q, "test"), LS_OK);
-    LS_LAUNCH(q, each, 1, 32, 64 << 10, sums.p, 1000);
+    LS_START(q, each, 1, 32, 64 << 10, sums.p, 1000); /* of a kernel that has not asked for it */
     assert_int_not_equal(ls_launched(q, "test"), LS_OK);
+    LS_LAUNCH(q, each, 1, 32, 200 << 10, sums.p, 1000);
+    launched();
+    LS_LAUNCH(q, each, 1, 32, 232 << 10, sums.p, 1000);
+    assert_int_equal(ls_launched(q, "test"), LS_ERR_UNSUPPORTED);
+    assert_non_null(strstr(ls_last_error(), "test: each needs 232 KiB of shared memory"));
+    launched();
 }
 
 /* ------------------------------------------------------------------------------------------------ products */

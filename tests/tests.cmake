@@ -113,6 +113,7 @@ longspan_test(golden DOUBLE HDF5 SOURCES ${harness} RANKS 1 2 3 5 ARGS ${golden}
 longspan_test(gradients DOUBLE SOURCES ${harness} RANKS 1 2 EMULATED_DOUBLE 1)
 longspan_test(probsparse DOUBLE SOURCES ${harness} RANKS 1 3 EMULATED 1 3 EMULATED_DOUBLE 1 3)
 longspan_test(laws DOUBLE SOURCES ${harness} RANKS 1 2 3 4 5 7 EMULATED 1 2 3)
+longspan_test(limits SOURCES ${harness} RANKS 1 EMULATED 1 2 EMULATED_DOUBLE 1)
 longspan_test(precision DOUBLE SOURCES ${harness} RANKS 1 EMULATED 1 2 EMULATED_DOUBLE 1)
 
 # golden files with operands rounded, on the emulated GPU
@@ -141,7 +142,7 @@ endforeach()
 # ---- the same programs on a GPU, where this build has CUDA and there is one: otherwise they are skipped. Several ranks
 # share it by way of host memory.
 if(LONGSPAN_HAS_CUDA)
-  foreach(run golden golden_bf16 golden_tf32 golden_poisoned precision probsparse step laws laws_poisoned)
+  foreach(run golden golden_bf16 golden_tf32 golden_poisoned precision limits probsparse step laws laws_poisoned)
     foreach(ranks 1 2 4)
       set(test ${run}_gpu_${ranks})
       string(REGEX MATCH "^([a-z]+)_?(.*)$" match ${run})

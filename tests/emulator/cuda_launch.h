@@ -6,7 +6,7 @@
 
 /* The arguments are converted to the kernel's parameters where they stand, as by <<<>>>, once for all threads. A kernel
  * that is a template is named with its template arguments. */
-#define LS_LAUNCH(queue, kernel, blocks, threads, shared, ...)                                                         \
+#define LS_START(queue, kernel, blocks, threads, shared, ...)                                                          \
     emulator::launch_of(#kernel, kernel, blocks, threads, shared, (queue)->stream)(__VA_ARGS__)
 #define LS_SHARED(type, name) type *name = reinterpret_cast<type *>(emulator::shared_memory())
 

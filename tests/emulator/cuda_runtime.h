@@ -8,7 +8,8 @@
  *     host code that reads or writes it is killed by SIGSEGV, where it does so. A kernel that leaves the region is,
  * too. Fresh memory is NaN in every number; what a kernel wrote behind the end of an allocation is found by cudaFree.
  *   - Dynamic shared memory is NaN before each block, and its end is the end of a page: beyond lies SIGSEGV.
- *     __shared__ arrays keep what the block before has left.
+ *     __shared__ arrays keep what the block before has left. What they take nobody knows here: of what a block has, 48
+ *     KiB, or 227 of a kernel that has asked, 8 are left for them.
  *   - __syncthreads waits for all threads that have not returned, which must stand at the same line. Shuffles and votes
  *     wait for the lanes of their mask that have not returned; what they read of any other lane is all ones: NaN, -1.
  *   - Streams are queues: work is done as late as may be, when somebody waits for it, so that who does not wait sees
@@ -307,7 +308,7 @@ typedef struct CUevent_st *cudaEvent_t;
 enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
 typedef struct cudaDeviceProp {
     char name[256];
-    size_t totalGlobalMem, sharedMemPerBlock;
+    size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin;
     int warpSize, maxThreadsPerBlock, major, minor, multiProcessorCount;
 } cudaDeviceProp;
 
@@ -317,6 +318,8 @@ cudaError_t cudaGetDevice(int *device);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device);
 typedef enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75 } cudaDeviceAttr;
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device);
+typedef enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 } cudaFuncAttribute;
+cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute, int value);
 cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaRuntimeGetVersion(int *version);
 cudaError_t cudaDriverGetVersion(int *version);
@@ -367,8 +370,8 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to);
 namespace emulator
 {
 /* Takes over `arguments`, which go with `forget` when the kernel has run. */
-void run(const char *kernel, void (*thread)(void *), void *arguments, void (*forget)(void *), dim3 grid, dim3 block,
-         size_t shared, cudaStream_t stream);
+void run(const char *name, const void *kernel, void (*thread)(void *), void *arguments, void (*forget)(void *),
+         dim3 grid, dim3 block, size_t shared, cudaStream_t stream);
 
 /* A kernel with its launch configuration; called with the arguments, which its type converts. Of each file alone: two
  * files may call different structs by the same name, and the linker must not take the one's code for the other's. */
@@ -387,7 +390,7 @@ template <typename... P> struct launch {
             std::tuple<P...> arguments;
         };
         run(
-            name,
+            name, reinterpret_cast<const void *>(kernel),
             [](void *x) {
                 const call *one = static_cast<const call *>(x);
                 std::apply(one->kernel, one->arguments);

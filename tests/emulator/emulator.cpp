@@ -15,6 +15,7 @@
 #include <time.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <deque>
 #include <functional>
 #include <iterator>
@@ -406,7 +407,10 @@ const size_t STACK = (size_t)512 << 10; /* variables have margins there */
 #else
 const size_t STACK = (size_t)64 << 10;
 #endif
-const size_t SHARED_MOST = (size_t)48 << 10;
+/* of dynamic shared memory, unasked and at all: what an H100 has, less 8 KiB for what is static */
+const size_t SHARED_UNASKED = (size_t)40 << 10, SHARED_MOST = (size_t)219 << 10, SHARED_STATIC = (size_t)8 << 10;
+const size_t SHARED_END = (SHARED_MOST + PAGE - 1) / PAGE * PAGE;            /* dynamic shared memory ends here */
+std::map<const void *, size_t> &asked = *new std::map<const void *, size_t>; /* by kernel */
 const int MOST = 1024, WARP = 32, WARPS = MOST / WARP;
 
 struct worker {
@@ -715,7 +719,7 @@ namespace
 {
 void run_grid(const char *kernel, void (*call)(void *), void *arguments, dim3 grid, dim3 block, size_t shared)
 {
-    shared_now = shared_pages + SHARED_MOST - shared;
+    shared_now = shared_pages + SHARED_END - shared;
     kernel_name = kernel, kernel_thread = call, kernel_arguments = arguments;
     gridDim = grid, blockDim = block;
     count = (int)(block.x * block.y * block.z);
@@ -739,8 +743,8 @@ void run_grid(const char *kernel, void (*call)(void *), void *arguments, dim3 gr
 }
 } // namespace
 
-void emulator::run(const char *kernel, void (*call)(void *), void *arguments, void (*forget)(void *), dim3 grid,
-                   dim3 block, size_t shared, cudaStream_t stream)
+void emulator::run(const char *name, const void *kernel, void (*call)(void *), void *arguments, void (*forget)(void *),
+                   dim3 grid, dim3 block, size_t shared, cudaStream_t stream)
 {
     const std::shared_ptr<void> kept(arguments, forget);
     const uint64_t threads = (uint64_t)block.x * block.y * block.z;
@@ -749,18 +753,19 @@ void emulator::run(const char *kernel, void (*call)(void *), void *arguments, vo
         keep(cudaErrorInvalidConfiguration);
         return;
     }
-    if (shared > SHARED_MOST) {
+    const auto has = asked.find(kernel);
+    if (shared > (has == asked.end() ? SHARED_UNASKED : std::max(SHARED_UNASKED, has->second))) {
         keep(cudaErrorInvalidValue);
         return;
     }
     if (shared_pages == NULL) {
-        void *pages = mmap(NULL, SHARED_MOST + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        void *pages = mmap(NULL, SHARED_END + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (pages == MAP_FAILED) die("no memory for shared memory");
         shared_pages = static_cast<unsigned char *>(pages);
-        if (mprotect(shared_pages + SHARED_MOST, PAGE, PROT_NONE) != 0) die("mprotect of shared memory failed");
+        if (mprotect(shared_pages + SHARED_END, PAGE, PROT_NONE) != 0) die("mprotect of shared memory failed");
     }
     shared = round_up(shared, 16);
-    give(stream, [=] { run_grid(kernel, call, kept.get(), grid, block, shared); });
+    give(stream, [=] { run_grid(name, call, kept.get(), grid, block, shared); });
 }
 
 /* ------------------------------------------------------------------------------------------------ the runtime */
@@ -788,7 +793,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device)
     *properties = {};
     strcpy(properties->name, "emulated on the CPU");
     properties->totalGlobalMem = REGION;
-    properties->sharedMemPerBlock = SHARED_MOST;
+    properties->sharedMemPerBlock = SHARED_UNASKED + SHARED_STATIC;
+    properties->sharedMemPerBlockOptin = SHARED_MOST + SHARED_STATIC;
     properties->warpSize = WARP;
     properties->maxThreadsPerBlock = MOST;
     properties->major = 9;
@@ -802,6 +808,14 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int dev
     const cudaError_t error = cudaGetDeviceProperties(&properties, device);
     if (error != cudaSuccess || attribute != cudaDevAttrComputeCapabilityMajor) return keep(cudaErrorInvalidValue);
     *value = properties.major;
+    return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute, int value)
+{
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || (size_t)value > SHARED_MOST)
+        return keep(cudaErrorInvalidValue);
+    asked[kernel] = (size_t)value;
     return cudaSuccess;
 }
 

@@ -1,0 +1,81 @@
+/* Shapes that meet a GPU's limits, against the CPU: heads so wide that a block needs more shared memory than it has
+ * unasked, and heads so many that a grid has no second dimension for them. What no block can have is refused by name.
+ */
+#include "harness.h"
+
+#include <stdio.h>
+#include <string.h>
+
+static ls_context *cpu;
+
+static setting setting_of(const case_row *row, int64_t B, int64_t H, int64_t d, int64_t T)
+{
+    return (setting){.row = row,
+                     .level = mechanism_of(row->mechanism)->traits & LAYER_ONLY ? LS_LEVEL_LAYER : LS_LEVEL_CORE,
+                     .layout = LS_BTHD,
+                     .B = B,
+                     .H = H,
+                     .d = d,
+                     .T = T,
+                     .S = T,
+                     .pad = PAD_RANDOM,
+                     .alias = ALIAS_NONE,
+                     .seed = (uint64_t)d};
+}
+
+static void compare(const char *mechanism, ls_pattern pattern, const char *options, int64_t B, int64_t H, int64_t d,
+                    int64_t T)
+{
+    const case_row row = {mechanism, pattern, options, 0};
+    const setting s = setting_of(&row, B, H, d, T);
+    problem p;
+    answer here_is = {0}, should = {0};
+    char what[512] = "";
+    watchdog(300);
+    if (problem_draw(&s, &p) != LS_OK) {
+        verdict(0, "%s: %s", mechanism, here.error);
+        return;
+    }
+    const int ok = problem_run(here.all, here.comm, &p, NULL, NULL, &here_is) == LS_OK &&
+                   problem_run(cpu, here.comm, &p, NULL, NULL, &should) == LS_OK;
+    const int equal = ok && answer_equal(&p, &here_is, &should, LAW_TOLERANCE, what, sizeof what);
+    verdict(equal, "%s: %s", p.text, ok ? what : here.error);
+    answer_free(&here_is), answer_free(&should);
+    problem_free(&p);
+}
+
+static void refuse(const char *mechanism, ls_pattern pattern, const char *options, int64_t d)
+{
+    const case_row row = {mechanism, pattern, options, 0};
+    const setting s = setting_of(&row, 1, 1, d, 3);
+    problem p;
+    answer a = {0};
+    char expected[128];
+    watchdog(300);
+    if (problem_draw(&s, &p) != LS_OK) {
+        verdict(0, "%s: %s", mechanism, here.error);
+        return;
+    }
+    snprintf(expected, sizeof expected, "%s: a head dimension of %lld is too large", mechanism, (long long)d);
+    const int status = problem_run(here.all, here.comm, &p, NULL, NULL, &a);
+    verdict(status == LS_ERR_UNSUPPORTED && strstr(here.error, expected) != NULL, "%s is not what was said, but: %s",
+            expected, status == LS_OK ? "nothing" : here.error);
+    answer_free(&a);
+    problem_free(&p);
+}
+
+int main(int argc, char **argv)
+{
+    world_open(&argc, &argv);
+    const ls_context_options options = {.comm = here.comm, .device = LS_CPU, .seed = 2024};
+    verdict(ls_context_create(&options, &cpu) == LS_OK, "%s", ls_last_error());
+    if (test_device() == LS_CUDA && cpu != NULL) {
+        compare("local", LS_NC, "w=2,align=1", 1, 1, 1040, 4);
+        compare("local", LS_NS, "w=2", 1, 1, 2600, 4);
+        compare("longshort", LS_CS, "r=2,w=3,c=4", 1, 1, 1040, 12);
+        compare("longshort", LS_NS, "r=2,w=3", 1, 1, 2000, 10);
+        refuse("local", LS_NS, "w=2", 40000);
+    }
+    ls_context_free(cpu);
+    return world_close();
+}
