@@ -36,7 +36,7 @@ typedef struct scene {
 } scene;
 } // namespace
 
-static int64_t tiles_in(int64_t n, int64_t rows)
+LS_BOTH_SIDES int64_t tiles_in(int64_t n, int64_t rows)
 {
     return (n + rows - 1) / rows;
 }
@@ -547,8 +547,8 @@ static __global__ void key_gradients(scene x, ls_view dk, ls_view dv)
 
 /* ------------------------------------------------------------------------------------------------ far, tables */
 
-/* Block (tile of rows, (b,h), slice): a slice has `length` of the queries. partial (slices,B,H,N,1 or 2,d). Row n of
- * the tile is vector n; by distance, the vector that is n behind the newest which a query sees. */
+/* Block (b,h) and tile of rows, by slice: a slice has `length` of the queries. partial (slices,B,H,N,1 or 2,d). Row n
+ * of the tile is vector n; by distance, the vector that is n behind the newest which a query sees. */
 static __global__ void vector_gradients(scene x, int64_t length, int by_distance, ls_real *partial)
 {
     LS_SHARED(ls_real, memory);
@@ -556,10 +556,10 @@ static __global__ void vector_gradients(scene x, int64_t length, int by_distance
     ls_real *sum_k = memory, *sum_v = sum_k + x.rows * x.d;
     const ls_pair_memory m = ls_pair_memory_at(sum_v + x.rows * x.d);
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP, thread = threadIdx.x;
-    const int64_t g = blockIdx.y, b = g / x.H, h = g % x.H, row = (int64_t)blockIdx.x * x.rows;
-    const int64_t end = ls_min(x.T, (blockIdx.z + 1) * length);
+    const int64_t tiles = tiles_in(x.N, x.rows), g = blockIdx.x / tiles, b = g / x.H, h = g % x.H;
+    const int64_t row = blockIdx.x % tiles * x.rows, end = ls_min(x.T, (blockIdx.y + 1) * length);
     const ls_real keep[LS_PAIR_EACH] = {1, 1, 1, 1};
-    int64_t t = blockIdx.z * length;
+    int64_t t = blockIdx.y * length;
     ls_group_own(&key, 1);
     ls_group_own(&value, 1);
     ls_group_guests(&query, x.scale);
@@ -599,7 +599,7 @@ static __global__ void vector_gradients(scene x, int64_t length, int by_distance
         t += n;
     }
     __syncthreads();
-    const int64_t parts = by_distance ? 1 : 2, all = ((int64_t)blockIdx.z * x.B * x.H + g) * x.N;
+    const int64_t parts = by_distance ? 1 : 2, all = ((int64_t)blockIdx.y * x.B * x.H + g) * x.N;
     for (int i = warp; i < x.rows && row + i < x.N; i += LS_PAIR_WARPS)
         for (int64_t e = lane; e < parts * x.d; e += LS_WARP) {
             const ls_real *column = e < x.d ? sum_k + e : sum_v + (e - x.d);
@@ -616,8 +616,9 @@ static __global__ void distance_gradients(scene x, int64_t length, ls_real *part
     ls_real *sum = memory;
     const ls_pair_memory m = ls_pair_memory_at(sum + x.rows * x.d);
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP, thread = threadIdx.x;
-    const int64_t g = blockIdx.y, b = g / x.H, h = g % x.H, row = (int64_t)blockIdx.x * x.rows;
-    const int64_t end = ls_min(x.T, (blockIdx.z + 1) * length), begin = ls_max(blockIdx.z * length, row - x.first);
+    const int64_t tiles = tiles_in(x.D, x.rows), g = blockIdx.x / tiles, b = g / x.H, h = g % x.H;
+    const int64_t row = blockIdx.x % tiles * x.rows, begin = ls_max(blockIdx.y * length, row - x.first);
+    const int64_t end = ls_min(x.T, (blockIdx.y + 1) * length);
     const ls_real keep[LS_PAIR_EACH] = {1, 1, 1, 1};
     const int count = LS_PAIR_BAND;
     ls_group_is(&key, count, LAST_ROW, -1, 1, 1);
@@ -658,7 +659,7 @@ static __global__ void distance_gradients(scene x, int64_t length, ls_real *part
     __syncthreads();
     for (int i = warp; i < x.rows && row + i < x.D; i += LS_PAIR_WARPS)
         for (int64_t e = lane; e < x.d; e += LS_WARP)
-            partial[((((int64_t)blockIdx.z * x.B * x.H + g) * x.D) + row + i) * x.d + e] = sum[i * x.d + e];
+            partial[((((int64_t)blockIdx.y * x.B * x.H + g) * x.D) + row + i) * x.d + e] = sum[i * x.d + e];
 }
 
 /* ditems (chunks,B,item) = the slices' sums; 0 for the flag, and for chunks that are too new for the queries here. */
@@ -756,7 +757,7 @@ static void backward_of_window(ls_pass *p, scene x)
 /* The grid of a kernel that sums `rows` rows over slices of the queries. */
 static dim3 sliced(const ls_pass *p, int64_t rows, int64_t slices)
 {
-    return dim3((unsigned)tiles_in(rows, two_sums(p)), (unsigned)(p->B * p->H), (unsigned)slices);
+    return dim3((unsigned)(p->B * p->H * tiles_in(rows, two_sums(p))), (unsigned)slices);
 }
 
 /* ditems (chunks,B,item) of the far vectors. */

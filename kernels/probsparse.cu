@@ -78,7 +78,7 @@ typedef struct tally {
     ls_real largest;
 } tally;
 
-static int64_t chunks_of(int64_t n)
+LS_BOTH_SIDES int64_t chunks_of(int64_t n)
 {
     return (n + CHUNK - 1) / CHUNK;
 }
@@ -179,17 +179,15 @@ __device__ static int count_before(int mine, int *scratch, int *all)
 
 /* ------------------------------------------------------------------------------------------------ counts */
 
-/* to (2,B,TILES), part `side`: unpadded rows, and the largest |x| in them. Block (i,b) counts every gridDim.x-th row.
- */
+/* to (B,TILES): unpadded rows, and the largest |x| in them. The warps of blocks (b,i) share the rows of b. */
 __global__ static void tally_rows(ls_view x, const uint8_t *pad, int64_t H, int64_t n, int64_t d, tally *to)
 {
     __shared__ ls_real largest[LS_WARP];
     __shared__ int64_t counted[LS_WARP];
-    const int64_t b = blockIdx.y;
+    const int64_t b = blockIdx.x, warps = blockDim.x / LS_WARP, first = blockIdx.y * warps + threadIdx.x / LS_WARP;
     int64_t count = 0;
     ls_real most = 0;
-    EACH_WARP(i, n * H)
-    {
+    for (int64_t i = first; i < n * H; i += gridDim.y * warps) {
         const int64_t t = i / H, h = i % H;
         if (ls_is_padded(pad, b * n + t)) continue;
         const ls_real *row = ls_row(x, b, h, t);
@@ -202,7 +200,7 @@ __global__ static void tally_rows(ls_view x, const uint8_t *pad, int64_t H, int6
     }
     most = ls_block_max(most, largest);
     count = ls_block_sum(count, counted);
-    if (threadIdx.x == 0) to[b * TILES + blockIdx.x] = {count, most};
+    if (threadIdx.x == 0) to[b * TILES + blockIdx.y] = {count, most};
 }
 
 /* Given samples must be keys that exist, or -1. */
@@ -245,9 +243,9 @@ static ls_status count(ls_pass *p, int phase)
     const int key_tiles = (int)tiles_of(p->S), query_tiles = (int)tiles_of(p->T);
     const int64_t n = p->given_samples == NULL ? 0 : (p->samples_per_batch ? p->B : 1) * p->T * p->samples;
     const int sample_tiles = (int)ls_min(TILES, ls_blocks(n, LS_THREADS));
-    LS_LAUNCH(p->queue, tally_rows, dim3((unsigned)key_tiles, (unsigned)p->B), threads_for(8 * p->S), 0, p->own.k,
+    LS_LAUNCH(p->queue, tally_rows, dim3((unsigned)p->B, (unsigned)key_tiles), threads_for(8 * p->S), 0, p->own.k,
               p->own.pad, p->H, p->S, p->d, k);
-    LS_LAUNCH(p->queue, tally_rows, dim3((unsigned)query_tiles, (unsigned)p->B), threads_for(8 * p->T), 0, p->q,
+    LS_LAUNCH(p->queue, tally_rows, dim3((unsigned)p->B, (unsigned)query_tiles), threads_for(8 * p->T), 0, p->q,
               p->pad_q, p->H, p->T, p->d, q);
     LS_LAUNCH(p->queue, tally_samples, sample_tiles, threads_for(n), 0, p->given_samples, n, p->all_keys, s);
     LS_LAUNCH(p->queue, add_tallies, (int)p->B, threads_for(ls_max(sample_tiles, ls_max(key_tiles, query_tiles))), 0, k,
@@ -754,14 +752,14 @@ __device__ static int64_t keys_seen(const shape *z, const rows *row, const int64
 }
 
 /* logits (B,H,n,R') of rows [first, first + R') become e^(l - m), m the chunk's maximum; 0 where a key is not seen.
- * most, sum (B,H,chunks,R'): m and Σ e. Block (chunk, g); warps share the keys, lanes the rows. */
+ * most, sum (B,H,chunks,R'): m and Σ e. A block has chunk c of g; warps share the keys, lanes the rows. */
 __global__ static void weigh_chunks(shape z, int64_t first, int64_t R, const uint8_t *pad, const rows *row,
                                     const int64_t *chosen, ls_real *logits, double *most, double *sum)
 {
     __shared__ ls_real tops[WARPS][TOGETHER];
     __shared__ double sums[WARPS][TOGETHER];
     const int warp = threadIdx.x / LS_WARP, warps = blockDim.x / LS_WARP;
-    const int64_t c = blockIdx.x, g = blockIdx.y, state = (g * gridDim.x + c) * R;
+    const int64_t chunks = chunks_of(z.S), c = blockIdx.x % chunks, g = blockIdx.x / chunks, state = blockIdx.x * R;
     const uint8_t *dead = pad == NULL ? NULL : pad + g / z.H * z.S;
     ls_real *l = logits + state * CHUNK;
     const int64_t lo = c * CHUNK, hi = ls_min(z.S, lo + CHUNK);
@@ -872,7 +870,6 @@ static ls_status partial(ls_pass *p, int phase)
 {
     const shape z = shape_of(p);
     const int64_t BH = p->B * p->H, chunks = chunks_of(p->S), n = chunks * CHUNK, some = together(&z);
-    const dim3 blocks((unsigned)chunks, (unsigned)BH);
     double *most = (double *)p->work[STATE], *sum = most + BH * chunks * some;
     (void)phase;
     start_partial(p, &z);
@@ -882,8 +879,8 @@ static ls_status partial(ls_pass *p, int phase)
         const int64_t R = ls_min(some, z.R - first);
         if (chunks > 0) {
             multiply_rows(p, p->own.k, matrices(p->work[SCALED], p->H, z.R, p->d), first, R, p->work[LOGITS]);
-            LS_LAUNCH(p->queue, weigh_chunks, blocks, threads_for(4 * p->S), 0, z, first, R, p->own.pad, rows_of(p),
-                      chosen_of(p), p->work[LOGITS], most, sum);
+            LS_LAUNCH(p->queue, weigh_chunks, (int)(BH * chunks), threads_for(4 * p->S), 0, z, first, R, p->own.pad,
+                      rows_of(p), chosen_of(p), p->work[LOGITS], most, sum);
             multiply_chunks(p, 1, p->work[LOGITS], p->work[VALUES], R);
         }
         LS_LAUNCH(p->queue, join_chunks, (int)(BH * R), threads_for(4 * chunks), 0, z, first, R, chunks, most, sum,
@@ -898,7 +895,8 @@ __global__ static void weigh_chunks_backward(shape z, int64_t first, int64_t R, 
                                              ls_real *logits, ls_real *dlogits)
 {
     const int warp = threadIdx.x / LS_WARP;
-    const int64_t c = blockIdx.x, g = blockIdx.y, at = (g * gridDim.x + c) * CHUNK * R, lo = c * CHUNK;
+    const int64_t chunks = chunks_of(z.S), g = blockIdx.x / chunks, lo = blockIdx.x % chunks * CHUNK;
+    const int64_t at = blockIdx.x * CHUNK * R;
     const uint8_t *dead = pad == NULL ? NULL : pad + g / z.H * z.S;
     EACH_LANE(r, R)
     {
@@ -927,7 +925,6 @@ static ls_status partial_backward(ls_pass *p, int phase)
 {
     const shape z = shape_of(p);
     const int64_t BH = p->B * p->H, d = p->d, chunks = chunks_of(p->S), n = chunks * CHUNK, some = together(&z);
-    const dim3 blocks((unsigned)chunks, (unsigned)BH);
     const ls_real *sent = p->summary[SUMS].sent;
     ls_real *dsent = p->summary[SUMS].dsent;
     const ls_view scaled = matrices(p->work[SCALED], p->H, z.R, d), dx = matrices(dsent, p->H, z.R, d + 2);
@@ -941,8 +938,8 @@ static ls_status partial_backward(ls_pass *p, int phase)
             const ls_view e = matrices(p->work[LOGITS], p->H, n, R), de = matrices(p->work[DLOGITS], p->H, n, R);
             multiply_rows(p, p->own.k, scaled, first, R, p->work[LOGITS]);
             multiply_rows(p, p->own.v, this_dx, 0, R, p->work[DLOGITS]);
-            LS_LAUNCH(p->queue, weigh_chunks_backward, blocks, LS_THREADS, 0, z, first, R, p->own.pad, rows_of(p),
-                      chosen_of(p), sent, dsent, p->work[LOGITS], p->work[DLOGITS]);
+            LS_LAUNCH(p->queue, weigh_chunks_backward, (int)(BH * chunks), LS_THREADS, 0, z, first, R, p->own.pad,
+                      rows_of(p), chosen_of(p), sent, dsent, p->work[LOGITS], p->work[DLOGITS]);
             ls_gemm_heads(p->queue, 0, 0, p->S, d, R, 1, e, this_dx, 1, p->own.dv, p->B, p->H);
             ls_gemm_heads(p->queue, 0, 0, p->S, d, R, 1, de, this_q, 1, p->own.dk, p->B, p->H);
             multiply_chunks(p, p->scale, p->work[DLOGITS], p->work[KEYS], R);

@@ -4,6 +4,7 @@
 #include "harness.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 static ls_context *cpu;
@@ -75,6 +76,10 @@ int main(int argc, char **argv)
         compare("longshort", LS_CS, "r=2,w=3,c=4", 1, 1, 1040, 12);
         compare("longshort", LS_NS, "r=2,w=3", 1, 1, 2000, 10);
         refuse("local", LS_NS, "w=2", 40000);
+        if (getenv("LONGSPAN_TEST_EVERY") == NULL) { /* minutes on the emulated GPU */
+            compare("probsparse", LS_CS, "f=1", 33000, 2, 2, 1);
+            compare("longshort", LS_CS, "r=2,w=3,c=2", 33000, 2, 2, 3);
+        }
     }
     ls_context_free(cpu);
     return world_close();
