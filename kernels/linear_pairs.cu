@@ -24,8 +24,8 @@ __device__ static inline outlook outlook_of(const linear &x, int64_t i)
     y.at = x.relative + i;
     y.sees = !x.causal || y.at + 1 > x.n ? x.n : y.at + 1;
     const int turns = x.turns && x.n > 0;
-    y.sine = turns ? sin(x.turn * (double)y.at) : 0;
-    y.cosine = turns ? cos(x.turn * (double)y.at) : 1;
+    y.sine = turns ? x.stand[2 * i] : 0;
+    y.cosine = turns ? x.stand[2 * i + 1] : 1;
     return y;
 }
 
@@ -343,9 +343,10 @@ static level load_pairs(ls_pass *p, linear *x, const all_keys *k, cut c, int64_t
     ls_linear_go_to(p, x, c, p->T, at);
     x->M = x->s.K * x->s.C;
     x->relative = p->query_span[0].lo + x->s.first;
+    x->stand = queries_of(p).angle + 2 * x->s.first;
     ls_linear_load_queries(p, x);
     const level end = {x->c + x->M - 1, x->M, 0};
-    const side keys = {NULL, 0};
+    const side keys = {NULL, NULL};
     if (x->exponentials > 0) LAUNCH_ROWS(p, see_keys, *x, k->top);
     linear of_keys = *x;
     of_keys.s = k->s;

@@ -90,7 +90,8 @@ void ls_linear_cuda_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     const sizes s = sizes_of(p);
     const int64_t r = features_of(p), F = turned(p), d = p->d;
     const int64_t keys = has_pairs(p) ? s.G * p->all_keys : 0;
-    const int64_t doubles = ls_max(s.G * F * (d + 1), keys * (r + d)) + 2 * CAUSAL_ROWS;
+    const int64_t turns = CAUSAL_ROWS + angles_of(p, p->T) + angles_of(p, p->S);
+    const int64_t doubles = ls_max(s.G * F * (d + 1), keys * (r + d)) + 2 * turns;
     p->work[QUERIES] = ls_take(work, (1 + s.back + s.near) * s.R * r);
     p->work[KEYS] = ls_take(work, (1 + s.back + s.near) * s.R * r);
     p->work[TURNED] = ls_take(work, (1 + s.back + s.turns) * s.R * F);
@@ -102,13 +103,24 @@ void ls_linear_cuda_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[ALL_KEYS] = ls_take(work, keys * (2 * r + d + 1) + (s.back && keys > 0 ? s.P * p->all_keys * (r + d) : 0));
 }
 
-__global__ static void fill_steps(double turn, double *step)
+/* sin and cos once for all heads: of steps, of the positions of queries, and of keys. */
+__global__ static void fill_angles(double turn, ls_span queries, ls_span keys, double *to)
 {
-    LS_EACH(j, CAUSAL_ROWS)
+    LS_EACH(i, CAUSAL_ROWS + queries.n + keys.n)
     {
-        step[2 * j] = sin(turn * (double)j);
-        step[2 * j + 1] = cos(turn * (double)j);
+        const int64_t q = i - CAUSAL_ROWS, k = q - queries.n;
+        const double at = turn * (double)(q < 0 ? i : k < 0 ? queries.lo + q : keys.lo + k);
+        to[2 * i] = sin(at);
+        to[2 * i + 1] = cos(at);
     }
+}
+
+static void make_angles(ls_pass *p, double turn, double *to)
+{
+    const ls_span queries = {0, p->query_span[0].lo, angles_of(p, p->T)};
+    const ls_span keys = {0, p->own.span[0].lo, angles_of(p, p->S)};
+    LS_LAUNCH(p->queue, fill_angles, ls_blocks(CAUSAL_ROWS + queries.n + keys.n, LS_THREADS), LS_THREADS, 0, turn,
+              queries, keys, to);
 }
 
 linear ls_linear_begin(ls_pass *p)
@@ -119,7 +131,6 @@ linear ls_linear_begin(ls_pass *p)
     const int64_t F = x.F = turned(p), r = x.r = features_of(p), d = x.d = p->d, R = s.R;
     x.exponentials = exponentials_of(p);
     x.turns = s.turns;
-    x.turn = x.turns ? map->turn(p) : 0;
     x.floor = map->floor(p);
     purse w = {p->work[QUERIES]};
     x.a = give(&w, R * r);
@@ -145,7 +156,8 @@ linear ls_linear_begin(ls_pass *p)
     x.z = give(&w, s.P * F);
     x.all_z = give(&w, s.G * F);
     x.step = (double *)(void *)p->work[DOUBLES];
-    x.running = x.step + 2 * CAUSAL_ROWS;
+    x.stand = x.step;
+    x.running = x.step + 2 * (CAUSAL_ROWS + angles_of(p, p->T) + angles_of(p, p->S));
     w.at = p->work[TRACE];
     x.top = give(&w, R);
     x.flows = give(&w, R);
@@ -154,7 +166,7 @@ linear ls_linear_begin(ls_pass *p)
     x.delta = x.all_delta = give(&w, s.traced);
     x.start = give(&w, s.G * s.starts);
     x.each_start = s.starts;
-    if (x.turns) LS_LAUNCH(p->queue, fill_steps, 1, CAUSAL_ROWS, 0, x.turn, x.step);
+    if (x.turns) make_angles(p, map->turn(p), x.step);
     return x;
 }
 
@@ -257,7 +269,7 @@ __global__ static void find_maxima(linear x, side k, ls_real *start)
     }
 }
 
-/* sin ω(i+1), cos ω(i+1) of global position i. */
+/* sin ω(i+1), cos ω(i+1) of row t, at global position i. */
 namespace
 {
 typedef struct angle {
@@ -265,13 +277,12 @@ typedef struct angle {
 } angle;
 } // namespace
 
-__device__ static inline angle angle_of(const linear &x, int64_t i)
+__device__ static inline angle angle_of(const linear &x, const side &s, int64_t t)
 {
     angle y = {0, 1};
     if (!x.turns) return y;
-    const double at = x.turn * (double)(i + 1);
-    y.sine = (ls_real)sin(at);
-    y.cosine = (ls_real)cos(at);
+    y.sine = (ls_real)s.angle[2 * (t + 1)];
+    y.cosine = (ls_real)s.angle[2 * (t + 1) + 1];
     return y;
 }
 
@@ -281,7 +292,7 @@ __global__ static void ready_keys(linear x, side k, level c, int turned)
     {
         const place at = place_of(x.s, R);
         const int there = is_there(x.s, k.pad, at), turns = x.turns && turned;
-        const angle y = turns ? angle_of(x, k.lo + at.t) : angle{0, 1};
+        const angle y = turns ? angle_of(x, k, at.t) : angle{0, 1};
         const ls_real top = x.exponentials > 0 ? level_of(c, x.s, at) : 0, from = top == -INFINITY ? 0 : top;
         LS_EACH_LANE(f, x.r)
         {
@@ -324,7 +335,7 @@ __global__ static void ready_queries(linear x, side q, level before, level end, 
     {
         const place at = place_of(x.s, R);
         const int there = is_there(x.s, q.pad, at);
-        const angle y = A != NULL ? angle_of(x, q.lo + at.t) : angle{0, 1};
+        const angle y = A != NULL ? angle_of(x, q, at.t) : angle{0, 1};
         const views v = views_of(x, R, at, before, end);
         const ls_real by = scale == NULL ? 1 : scale[R];
         LS_EACH_LANE(f, x.r)
@@ -377,7 +388,7 @@ __global__ static void finish_queries(linear x, side q, level before, level end,
     LS_EACH_ROW(R, rows_of(x.s))
     {
         const place at = place_of(x.s, R);
-        const angle y = past ? angle_of(x, q.lo + at.t) : angle{0, 1};
+        const angle y = past ? angle_of(x, q, at.t) : angle{0, 1};
         const views v = views_of(x, R, at, before, end);
         const ls_real *a = x.a + R * x.r, *dA = x.dA + R * x.F;
         ls_real *da = x.da + R * x.r;
@@ -405,7 +416,7 @@ __global__ static void finish_keys(linear x, side k, const ls_real *z)
     {
         const place at = place_of(x.s, R);
         const int there = is_there(x.s, k.pad, at);
-        const angle y = angle_of(x, k.lo + at.t);
+        const angle y = angle_of(x, k, at.t);
         const ls_real *dB = x.dB + R * x.F, *sum = z + R / x.M * x.F;
         LS_EACH_LANE(f, x.r)
         {

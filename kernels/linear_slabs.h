@@ -43,10 +43,11 @@ typedef struct slab {
     int64_t B, H, K, C, first, rows;
 } slab;
 
-/* Queries or keys: pad (B,rows) or NULL, and the global position of the first row. */
+/* Queries or keys: pad (B,rows) or NULL; where things turn, sin ωi and cos ωi of global positions i, from that of the
+ * first row on, (angles_of(rows),2). */
 typedef struct side {
     const uint8_t *pad;
-    int64_t lo;
+    const double *angle;
 } side;
 
 typedef struct place {
@@ -63,7 +64,7 @@ typedef struct level {
 typedef struct linear {
     slab s;
     int64_t r, F, d, exponentials;
-    double turn, floor;
+    double floor;
     int turns;
     /* within: of each problem's M queries the first has its n keys at `relative`, - relative + 1, ... from itself */
     int64_t M, n, relative;
@@ -75,6 +76,7 @@ typedef struct linear {
     ls_real *w, *dw;                /* (R,n) */
     ls_real *S, *z, *all_S, *all_z; /* (P,F,d), (P,F); (G,F,d), (G,F) */
     double *running, *step;         /* (G, F (d+1)); (CAUSAL_ROWS,2) sin jω, cos jω */
+    const double *stand;            /* within, (M,2): sin, cos of ω(relative + i) */
     ls_real *top, *flows;           /* (R) */
     ls_real *c, *inverse, *delta;   /* (R) of this slab, in backward of all slabs one after the other */
     ls_real *all_c, *all_inverse, *all_delta;
@@ -115,15 +117,22 @@ static inline int64_t chunks_of(const linear *x)
     return x->s.H * x->s.B * x->s.K;
 }
 
+/* Angles of so many rows, those past the end in the last chunk among them, and of the position after. */
+static inline int64_t angles_of(const ls_pass *p, int64_t rows)
+{
+    return ((const ls_feature_map *)p->kit)->turn != NULL ? rows + ROWS + 1 : 0;
+}
+
+/* DOUBLES: step, angles of queries and of keys, running. */
 static inline side queries_of(const ls_pass *p)
 {
-    side q = {p->pad_q, p->query_span[0].lo};
+    side q = {p->pad_q, (const double *)(const void *)p->work[DOUBLES] + 2 * CAUSAL_ROWS};
     return q;
 }
 
 static inline side keys_of(const ls_pass *p)
 {
-    side k = {p->own.pad, p->own.span[0].lo};
+    side k = {p->own.pad, queries_of(p).angle + 2 * angles_of(p, p->T)};
     return k;
 }
 
