@@ -1,6 +1,6 @@
-/* Longshort's LayerNorms on a GPU, in double; formulas in longshort_norm.c. Forward a warp has a row. Backward, first a
- * warp has a row and its gradient and makes their four averages; then each element of dx is on its own, and sums over
- * rows are made in slices, for 32 columns by 8 warps. */
+/* Longshort's LayerNorms on a GPU, in double; formulas in longshort_norm.c. A warp has a row, backward first to make
+ * the four averages of it and its gradient, then for dx; sums over rows are made in slices, for 32 columns by 8 warps.
+ */
 #include "longshort_cuda.h"
 
 enum { WARPS = LS_THREADS / LS_WARP };
@@ -12,19 +12,55 @@ typedef struct moments {
 } moments;
 } // namespace
 
-static __device__ ls_real element(const longshort_rows *x, ls_view v, int64_t row, int64_t e)
+/* Row t of group g, and column e = h d + f of it: found once for all views, and without dividing for each element. */
+namespace
 {
-    return ls_row(v, row / x->n, e / x->d, row % x->n)[e % x->d];
+typedef struct place {
+    int64_t g, t;
+} place;
+typedef struct column {
+    int64_t e, h, f;
+} column;
+} // namespace
+
+static __device__ place place_of(const longshort_rows *x, int64_t row)
+{
+    const int64_t g = row / x->n;
+    return place{g, row - g * x->n};
 }
 
+static __device__ column column_of(const longshort_rows *x, int64_t e)
+{
+    const int64_t h = e / x->d;
+    return column{e, h, e - h * x->d};
+}
+
+static __device__ void next(const longshort_rows *x, column *c)
+{
+    c->e += LS_WARP;
+    for (c->f += LS_WARP; c->f >= x->d; c->f -= x->d) c->h++;
+}
+
+static __device__ ls_real *element(ls_view v, place at, column c)
+{
+    return ls_row(v, at.g, c.h, at.t) + c.f;
+}
+
+#define EACH_ROW(row, of)                                                                                              \
+    for (int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / LS_WARP; row < (of).groups * (of).n;                \
+         row += (int64_t)gridDim.x * WARPS)
+#define EACH_COLUMN(c, of)                                                                                             \
+    for (column c = column_of(&(of), threadIdx.x % LS_WARP); c.e < (of).H * (of).d; next(&(of), &c))
+
 /* In one pass: var = avg((x-c)²) - avg(x-c)², with c an element of the row so that the difference keeps its digits. */
-static __device__ void moments_of(const longshort_rows *x, int64_t row, moments *m)
+static __device__ void moments_of(const longshort_rows *x, place at, moments *m)
 {
     const int64_t E = x->H * x->d;
-    const double c = (double)element(x, x->v, row, 0);
+    const double c = (double)*element(x->v, at, column{0, 0, 0});
     double s = 0, q = 0;
-    for (int64_t e = threadIdx.x % LS_WARP; e < E; e += LS_WARP) {
-        const double a = (double)element(x, x->v, row, e) - c;
+    EACH_COLUMN(i, *x)
+    {
+        const double a = (double)*element(x->v, at, i) - c;
         s += a;
         q += a * a;
     }
@@ -36,19 +72,20 @@ static __device__ void moments_of(const longshort_rows *x, int64_t row, moments 
 
 static __global__ void normalise(longshort_rows x, const uint8_t *pad, const ls_real *w, const ls_real *b, ls_view y)
 {
-    const int64_t E = x.H * x.d;
-    const int lane = threadIdx.x % LS_WARP;
-    for (int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / LS_WARP; row < x.groups * x.n;
-         row += (int64_t)gridDim.x * WARPS) {
+    EACH_ROW(row, x)
+    {
         const int padded = ls_is_padded(pad, row);
-        moments m;
-        if (!padded) moments_of(&x, row, &m);
-        for (int64_t e = lane; e < E; e += LS_WARP) {
-            ls_real *to = &ls_row(y, row / x.n, e / x.d, row % x.n)[e % x.d];
-            *to =
-                padded
-                    ? 0
-                    : (ls_real)(((double)element(&x, x.v, row, e) - m.mean) * m.inverse * (double)w[e] + (double)b[e]);
+        const place at = place_of(&x, row);
+        moments m = {0, 0, 0, 0};
+        if (!padded) moments_of(&x, at, &m);
+        EACH_COLUMN(c, x)
+        {
+            ls_real z = 0;
+            if (!padded) {
+                const double xhat = ((double)*element(x.v, at, c) - m.mean) * m.inverse;
+                z = (ls_real)(xhat * (double)w[c.e] + (double)b[c.e]);
+            }
+            *element(y, at, c) = z;
         }
     }
 }
@@ -56,20 +93,21 @@ static __global__ void normalise(longshort_rows x, const uint8_t *pad, const ls_
 static __global__ void make_moments(longshort_rows x, const uint8_t *pad, const ls_real *w, ls_view dy, moments *to)
 {
     const int64_t E = x.H * x.d;
-    const int lane = threadIdx.x % LS_WARP;
-    for (int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / LS_WARP; row < x.groups * x.n;
-         row += (int64_t)gridDim.x * WARPS) {
+    EACH_ROW(row, x)
+    {
         if (ls_is_padded(pad, row)) continue;
+        const place at = place_of(&x, row);
         moments m = {0, 0, 0, 0};
-        moments_of(&x, row, &m);
-        for (int64_t e = lane; e < E; e += LS_WARP) {
-            const double g = (double)element(&x, dy, row, e) * (double)w[e];
+        moments_of(&x, at, &m);
+        EACH_COLUMN(c, x)
+        {
+            const double g = (double)*element(dy, at, c) * (double)w[c.e];
             m.g += g;
-            m.gx += g * (((double)element(&x, x.v, row, e) - m.mean) * m.inverse);
+            m.gx += g * (((double)*element(x.v, at, c) - m.mean) * m.inverse);
         }
         m.g = ls_warp_sum(m.g) / (double)E;
         m.gx = ls_warp_sum(m.gx) / (double)E;
-        if (lane == 0) to[row] = m;
+        if (threadIdx.x % LS_WARP == 0) to[row] = m;
     }
 }
 
@@ -79,11 +117,13 @@ static __global__ void sum_columns(longshort_rows x, const uint8_t *pad, ls_view
     __shared__ double sum[2][WARPS][LS_WARP];
     const int64_t E = x.H * x.d, rows = x.groups * x.n, e = (int64_t)blockIdx.x * LS_WARP + threadIdx.x % LS_WARP;
     const int lane = threadIdx.x % LS_WARP, warp = threadIdx.x / LS_WARP;
+    const column c = column_of(&x, e);
     double dw = 0, db = 0;
     for (int64_t row = (int64_t)blockIdx.y * WARPS + warp; row < rows && e < E; row += (int64_t)gridDim.y * WARPS) {
         if (ls_is_padded(pad, row)) continue;
-        const double d = (double)element(&x, dy, row, e);
-        dw += d * (((double)element(&x, x.v, row, e) - of[row].mean) * of[row].inverse);
+        const place at = place_of(&x, row);
+        const double d = (double)*element(dy, at, c);
+        dw += d * (((double)*element(x.v, at, c) - of[row].mean) * of[row].inverse);
         db += d;
     }
     sum[0][warp][lane] = dw;
@@ -109,17 +149,21 @@ static __global__ void add_slices(int64_t E, int64_t slices, const double *parti
 static __global__ void differentiate(longshort_rows x, const uint8_t *pad, const ls_real *w, ls_view dy,
                                      const moments *of, ls_view dx, int add)
 {
-    const int64_t E = x.H * x.d;
-    LS_EACH(i, x.groups * x.n * E)
+    EACH_ROW(row, x)
     {
-        const int64_t row = i / E, e = i % E;
-        ls_real *to = &ls_row(dx, row / x.n, e / x.d, row % x.n)[e % x.d], y = 0;
-        if (!ls_is_padded(pad, row)) {
-            const moments m = of[row];
-            const double xhat = ((double)element(&x, x.v, row, e) - m.mean) * m.inverse;
-            y = (ls_real)(m.inverse * ((double)element(&x, dy, row, e) * (double)w[e] - m.g - xhat * m.gx));
+        const int padded = ls_is_padded(pad, row);
+        const place at = place_of(&x, row);
+        moments m = {0, 0, 0, 0};
+        if (!padded) m = of[row];
+        EACH_COLUMN(c, x)
+        {
+            ls_real *to = element(dx, at, c), y = 0;
+            if (!padded) {
+                const double xhat = ((double)*element(x.v, at, c) - m.mean) * m.inverse;
+                y = (ls_real)(m.inverse * ((double)*element(dy, at, c) * (double)w[c.e] - m.g - xhat * m.gx));
+            }
+            *to = add ? *to + y : y;
         }
-        *to = add ? *to + y : y;
     }
 }
 
@@ -155,8 +199,8 @@ void ls_longshort_cuda_norm_backward(ls_pass *p, int weight, longshort_rows x, c
     LS_LAUNCH(p->queue, sum_columns, columns_and_slices, LS_THREADS, 0, x, pad, dy, m, partial);
     LS_LAUNCH(p->queue, add_slices, ls_blocks(2 * E, LS_THREADS), LS_THREADS, 0, E, slices, partial,
               norms + weight * E);
-    LS_LAUNCH(p->queue, differentiate, ls_blocks(rows * E, LS_THREADS), LS_THREADS, 0, x, pad, parameter(p, weight), dy,
-              m, dx, add);
+    LS_LAUNCH(p->queue, differentiate, ls_blocks(rows, WARPS), LS_THREADS, 0, x, pad, parameter(p, weight), dy, m, dx,
+              add);
 }
 
 void ls_longshort_cuda_begin_norms(ls_pass *p)
