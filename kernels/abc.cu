@@ -39,6 +39,7 @@ enum { PHI_K, PHI_V }; /* param[] */
  * slots (B,H,2,R,d), centres (B,H,2,d), constants (B,H,2,R) */
 enum { A_K, A_V, M_K, M_V, W, LOGIT, DP, U, STATES, DSTATES, TOPS, PIECES, CENTRED, CENTRES, CONSTANTS };
 enum { TILE = 64, DEEP = 8, LD = DEEP + 1 }; /* of products in a block: rows and columns, depth at a time */
+enum { DEEPER = 32 };                        /* where there is room for more between two barriers */
 enum { CHUNK = TILE, MOST_PIECES = 512 };
 
 /* ------------------------------------------------------------------------------------------------ sizes */
@@ -145,35 +146,43 @@ __device__ static double weight(double from, double to)
 
 /* What a block of 256 threads has in shared memory. */
 struct desk {
+    enum { deep = DEEP, ld = LD, across = 0 };
     double g[TILE * TILE];
     double a[TILE * LD], b[TILE * LD], m[TILE * LD];
 };
 
+/* The same where it is products alone. across: of an operand's numbers, those of one k lie side by side in memory. */
+template <int Across> struct bench {
+    enum { deep = DEEPER, ld = DEEPER + 1, across = Across };
+    double a[TILE * ld], b[TILE * ld];
+};
+
 /* done(i, j, Σ_k a(i,k) b(k,j)), i < m, j < n, k < depth > 0, by 256 threads, each with 4x4 of every 64x64. Thread x, y
  * has rows y + 16 u and columns x + 16 v. */
-template <class A, class B, class Done>
-__device__ static void product(desk *x, int m, int n, int depth, A a, B b, Done done)
+template <class Desk, class A, class B, class Done>
+__device__ static void product(Desk *x, int m, int n, int depth, A a, B b, Done done)
 {
+    constexpr int deep = Desk::deep, ld = Desk::ld;
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
     for (int i0 = 0; i0 < m; i0 += TILE)
         for (int j0 = 0; j0 < n; j0 += TILE) {
             const int tall = (m - i0 + 15) / 16, wide = (n - j0 + 15) / 16;
             double sum[4][4] = {};
-            for (int k0 = 0; k0 < depth; k0 += DEEP) {
+            for (int k0 = 0; k0 < depth; k0 += deep) {
                 __syncthreads();
-                for (int at = threadIdx.x; at < TILE * DEEP; at += blockDim.x) {
-                    const int i = at / DEEP, k = at % DEEP;
-                    x->a[i * LD + k] = i0 + i < m && k0 + k < depth ? a(i0 + i, k0 + k) : 0;
-                    x->b[i * LD + k] = j0 + i < n && k0 + k < depth ? b(k0 + k, j0 + i) : 0;
+                for (int at = threadIdx.x; at < TILE * deep; at += blockDim.x) {
+                    const int i = Desk::across ? at % TILE : at / deep, k = Desk::across ? at / TILE : at % deep;
+                    x->a[i * ld + k] = i0 + i < m && k0 + k < depth ? a(i0 + i, k0 + k) : 0;
+                    x->b[i * ld + k] = j0 + i < n && k0 + k < depth ? b(k0 + k, j0 + i) : 0;
                 }
                 __syncthreads();
-                for (int k = 0; k < DEEP; k++)
+                for (int k = 0; k < deep; k++)
 #pragma unroll
                     for (int u = 0; u < 4; u++)
 #pragma unroll
                         for (int v = 0; v < 4; v++)
                             if (u < tall && v < wide)
-                                sum[u][v] += x->a[(ty + 16 * u) * LD + k] * x->b[(tx + 16 * v) * LD + k];
+                                sum[u][v] += x->a[(ty + 16 * u) * ld + k] * x->b[(tx + 16 * v) * ld + k];
             }
 #pragma unroll
             for (int u = 0; u < 4; u++)
@@ -247,7 +256,7 @@ static void make_logits(ls_pass *p)
 __global__ static void sum_chunk(chunking c, int R, int d, rows k, rows v, const ls_real *a_k, const ls_real *a_v,
                                  double *states, double *tops)
 {
-    __shared__ desk x;
+    __shared__ bench<1> x;
     const int which = blockIdx.y, lane = threadIdx.x % LS_WARP, stride = d + 2;
     const place at = place_of(c);
     const rows from = which ? v : k;
@@ -434,7 +443,7 @@ __global__ static void softmax_rows_backward(int64_t rows, int64_t H, int64_t T,
 __global__ static void sum_slot_gradients(chunking c, int R, int d, rows q, rows dout, const ls_real *dl,
                                           const ls_real *p, double *piece)
 {
-    __shared__ desk x;
+    __shared__ bench<1> x;
     const int which = blockIdx.y;
     const place at = place_of(c);
     const rows from = which ? dout : q;
@@ -488,7 +497,7 @@ static ls_status apply_backward(ls_pass *p, int phase)
 __global__ static void sum_map_gradients(chunking c, int R, int d, rows k, rows v, const ls_real *da, const ls_real *db,
                                          const ls_real *centres, double *piece)
 {
-    __shared__ desk x;
+    __shared__ bench<1> x;
     const int which = blockIdx.y;
     const place at = place_of(c);
     const rows from = which ? v : k;
@@ -552,7 +561,7 @@ __global__ static void take_shares(chunking c, int R, int d, rows k, rows v, con
                                    const ls_real *constants, const ls_real *centres, ls_real *a_k, ls_real *a_v,
                                    ls_real *e_k, ls_real *e_v)
 {
-    __shared__ desk x;
+    __shared__ bench<0> x;
     const int which = blockIdx.y;
     const place at = place_of(c);
     const rows from = which ? v : k;
