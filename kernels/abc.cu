@@ -41,6 +41,7 @@ enum { A_K, A_V, M_K, M_V, W, LOGIT, DP, U, STATES, DSTATES, TOPS, PIECES, CENTR
 enum { TILE = 64, DEEP = 8, LD = DEEP + 1 }; /* of products in a block: rows and columns, depth at a time */
 enum { DEEPER = 32 };                        /* where there is room for more between two barriers */
 enum { CHUNK = TILE, MOST_PIECES = 512 };
+enum { AHEAD = 8 }; /* chunks whose sums are read before their turn */
 
 /* ------------------------------------------------------------------------------------------------ sizes */
 
@@ -515,7 +516,13 @@ __global__ static void add_pieces(int64_t n, int64_t count, const double *piece,
     LS_EACH(i, n)
     {
         double sum = 0;
-        for (int64_t c = 0; c < count; c++) sum += piece[c * n + i];
+        for (int64_t c0 = 0; c0 < count; c0 += AHEAD) {
+            double x[AHEAD];
+#pragma unroll
+            for (int c = 0; c < AHEAD; c++) x[c] = c0 + c < count ? piece[(c0 + c) * n + i] : 0;
+#pragma unroll
+            for (int c = 0; c < AHEAD; c++) sum += x[c];
+        }
         to[i] += (ls_real)sum;
     }
 }
@@ -609,8 +616,6 @@ static ls_status sums_backward(ls_pass *p, int phase)
 }
 
 /* ------------------------------------------------------------------------------------------------ apply, causal */
-
-enum { AHEAD = 8 }; /* chunks whose sums a scan reads before their turn */
 
 /* A thread for each s and each entry of x passes the chunks: their sums become the states that enter. m is made of
  * tops, for threads that share it do not go in step. */

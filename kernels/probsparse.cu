@@ -43,6 +43,7 @@ enum { TOGETHER = 128 }; /* queries */
 enum { TILES = 128 };    /* blocks that count the rows of a batch row */
 enum { DRAWN = 128 };    /* samples drawn at a time by a warp: four for each lane */
 enum { WARPS = LS_THREADS / LS_WARP };
+enum { AHEAD = 8 }; /* chunks whose sums a scan reads before their turn */
 
 /* What most kernels want to know. */
 typedef struct shape {
@@ -643,12 +644,17 @@ __global__ static void scan_chunks(int64_t BH, int64_t chunks, int64_t d, int re
 {
     LS_EACH(i, BH * d)
     {
-        double *at = sum + i / d * chunks * d + i % d, so_far = 0;
-        for (int64_t c = 0; c < chunks; c++) {
-            double *x = at + (reverse ? chunks - 1 - c : c) * d;
-            const double next = so_far + *x;
-            *x = so_far;
-            so_far = next;
+        const int64_t step = reverse ? -d : d;
+        double *at = sum + (i / d * chunks + (reverse ? chunks - 1 : 0)) * d + i % d, so_far = 0;
+        for (int64_t c0 = 0; c0 < chunks; c0 += AHEAD) {
+            double own[AHEAD];
+#pragma unroll
+            for (int c = 0; c < AHEAD; c++) own[c] = c0 + c < chunks ? at[(c0 + c) * step] : 0;
+#pragma unroll
+            for (int c = 0; c < AHEAD; c++) {
+                if (c0 + c < chunks) at[(c0 + c) * step] = so_far;
+                so_far += own[c];
+            }
         }
         total[i] = (ls_real)so_far;
     }
