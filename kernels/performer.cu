@@ -3,7 +3,7 @@
  * How the work is divided. Logits W x are one product for each head, over all rows of a slab; what follows goes row by
  * row, a warp for each. W is drawn number by number, in double; each block of d rows that is to be orthogonal belongs
  * to one block of threads, in which a warp has a row: row k is taken out of all rows after it at once, so that a step
- * for each row is all that has to wait. */
+ * for each row is all that has to wait. Meanwhile the rows lie in shared memory, if they fit there. */
 #include "linear_cuda.h"
 
 extern "C" {
@@ -12,6 +12,7 @@ extern "C" {
 #include "rng_inline.h"
 
 enum { EXPONENTIALS = LS_LINEAR_WORK, DRAW }; /* work[]; DRAW holds doubles */
+enum { ROOM = 96 << 10 };                     /* of shared memory in a block, what all GPUs have that this is for */
 
 /* ------------------------------------------------------------------------------------------------ projection */
 
@@ -33,27 +34,31 @@ __global__ static void draw_normals(int64_t H, int64_t each, source s, double *w
 
 /* Blocks of d rows of w (H,m,d) become orthogonal, by Gram-Schmidt: twice, since once is not enough for its rounding.
  */
-__global__ static void orthogonalise(int64_t H, int64_t m, int64_t d, double *w)
+__global__ static void orthogonalise(int64_t H, int64_t m, int64_t d, int fits, double *w)
 {
+    LS_SHARED(double, memory);
     const int64_t blocks = (m + d - 1) / d;
     const int warp = threadIdx.x / LS_WARP, warps = blockDim.x / LS_WARP;
     for (int64_t at = blockIdx.x; at < H * blocks; at += gridDim.x) {
         const int64_t h = at / blocks, first = at % blocks * d, n = ls_min(d, m - first);
-        double *rows = w + (h * m + first) * d;
+        double *all = w + (h * m + first) * d, *rows = fits ? memory : all;
+        for (int64_t e = threadIdx.x; fits && e < n * d; e += blockDim.x) rows[e] = all[e];
+        __syncthreads();
         for (int64_t k = 0; k < 2 * n; k++) {
             const double *y = rows + k % n * d;
+            double square = 0;
+            LS_EACH_LANE(e, d) square += y[e] * y[e];
+            square = ls_warp_sum(square);
             for (int64_t i = k % n + 1 + warp; i < n; i += warps) {
-                double *x = rows + i * d, along = 0, square = 0;
-                LS_EACH_LANE(e, d)
-                {
-                    along += x[e] * y[e];
-                    square += y[e] * y[e];
-                }
-                along = ls_warp_sum(along) / ls_warp_sum(square);
+                double *x = rows + i * d, along = 0;
+                LS_EACH_LANE(e, d) along += x[e] * y[e];
+                along = ls_warp_sum(along) / square;
                 LS_EACH_LANE(e, d) x[e] -= along * y[e];
             }
             __syncthreads();
         }
+        for (int64_t e = threadIdx.x; fits && e < n * d; e += blockDim.x) all[e] = rows[e];
+        __syncthreads(); /* all have written theirs when others are read */
     }
 }
 
@@ -96,8 +101,11 @@ static void project(ls_pass *p)
     const source s = {p->seed, p->stream * 65536u, (uint32_t)p->draw};
     const int orthogonal = p->option[ORTHOGONAL] != 0;
     LS_LAUNCH(p->queue, draw_normals, ls_blocks(n, LS_THREADS), LS_THREADS, 0, p->H, m * d, s, w);
+    const size_t bytes = (size_t)(ls_min(m, d) * d) * sizeof *w;
+    const int fits = bytes <= ROOM;
     if (orthogonal)
-        LS_LAUNCH(p->queue, orthogonalise, ls_blocks(p->H * ((m + d - 1) / d), 1), LS_THREADS, 0, p->H, m, d, w);
+        LS_LAUNCH(p->queue, orthogonalise, ls_blocks(p->H * ((m + d - 1) / d), 1), LS_THREADS, fits ? bytes : 0, p->H,
+                  m, d, fits, w);
     LS_LAUNCH(p->queue, scale_projection, ls_row_blocks(p->H * m), LS_THREADS, 0, p->H, m, d, root, orthogonal, s, w,
               to);
 }
