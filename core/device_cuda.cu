@@ -364,10 +364,11 @@ static ls_status take_piece(ls_queue *q, size_t bytes, bounce_piece **piece)
     const int busy = oldest == cudaErrorNotReady;
     if (busy) cudaGetLastError(); /* it is none */
     if (!busy) LS_TRY(failed(oldest, q->device, what));
-    if (r->count == 0 || (busy && (size_t)(r->count + 1) * PIECE_BYTES[k] <= MOST_PINNED))
-        LS_TRY(add_piece(q, r, PIECE_BYTES[k]));
-    else if (busy)
-        LS_TRY(until(q, copied, what));
+    const int first = r->count == 0, more = busy && (size_t)(r->count + 1) * PIECE_BYTES[k] <= MOST_PINNED;
+    ls_status added = LS_ERR_MEMORY;
+    if (first || more) added = add_piece(q, r, PIECE_BYTES[k]);
+    if (first) LS_TRY(added);
+    if (busy && added != LS_OK) LS_TRY(until(q, copied, what)); /* no more of them: the oldest will do */
     *piece = &r->piece[r->next];
     r->next = (r->next + 1) % r->count;
     return LS_OK;
