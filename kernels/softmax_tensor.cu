@@ -5,127 +5,162 @@
  * rows of the other side pass. Operands are rounded to bfloat16 where they enter shared memory; sums, m, l, δ,
  * exponentials and everything in device memory are floats.
  *
- * Which element of a matrix a thread holds of a fragment is found out with a matrix whose elements are their own
- * numbers, see spots: so masks and exponentials are applied where the sums are.
+ * Scores never leave registers: what a thread has of the sums s = q kᵀ is, rounded, what it has to have of s as the
+ * left factor of the next product, see cuda_mma.h. Backward it makes 32 columns of s and dp at a time, for which there
+ * are registers beside the sums of the results.
  *
- * Tensor cores for bfloat16 exist from compute capability 8.0 on, and not in the emulator of the tests: there the plain
- * twin in softmax.cu runs in every case, and is what the emulated tests cover. On a GPU a test compares the two. */
+ * The emulator of the tests does what tensor cores do: there, as on a GPU, a test compares these kernels with their
+ * plain twins in softmax.cu. */
 #include "cuda.h"
 #include "softmax_tiles.h"
 
 #include <cuda_bf16.h>
-#include <mma.h>
+#include <cuda_mma.h>
 
-namespace wmma = nvcuda::wmma;
 typedef __nv_bfloat16 narrow;
-typedef wmma::fragment<wmma::accumulator, 16, 16, 16, float> sums;
-typedef wmma::fragment<wmma::matrix_a, 16, 16, 16, narrow, wmma::row_major> left;
-typedef wmma::fragment<wmma::matrix_b, 16, 16, 16, narrow, wmma::row_major> right;
-typedef wmma::fragment<wmma::matrix_b, 16, 16, 16, narrow, wmma::col_major> right_transposed;
 
-static const int PART = 16, PARTS = TILE / PART, SPOTS = 8, FACTOR_ROW = TILE + 8, SCORE_ROW = TILE + 8;
+enum { PART = 16, EIGHTS = TILE / 8, HALF = TILE / 2, HALF_EIGHTS = HALF / 8 };
 
 /* Rows of tiles in shared memory: 16 bytes more than the features, so that rows begin in different banks. */
 template <int D> struct of_width {
-    static const int ROW = D + 8, TILE_SIZE = TILE * ROW, PARTS_WIDE = D / PART;
+    static const int ROW = D + 8, TILE_SIZE = TILE * ROW;
 };
 
-extern __shared__ __align__(128) unsigned char tensor_memory[];
-
-/* The row and the column of each element that this thread has of any 16×16 fragment of sums. room: 256 floats. */
-typedef struct spots {
-    int row[SPOTS], column[SPOTS];
-} spots;
-__device__ static inline spots find_spots(float *room)
+/* What a thread has of its warp's 16 rows, which begin at `first` of the tile: rows `row` and row + 8, and of every
+ * eight columns the two from `column` on. Its four numbers of eight columns: two of the one row, two of the other. */
+typedef struct spot {
+    int first, row, column;
+} spot;
+__device__ static inline spot spot_of()
 {
-    for (int i = threadIdx.x; i < PART * PART; i += THREADS) room[i] = (float)i;
-    __syncthreads();
-    sums numbers;
-    static_assert(sums::num_elements == SPOTS, "a warp holds 256 sums");
-    wmma::load_matrix_sync(numbers, room, PART, wmma::mem_row_major);
-    spots s;
-    for (int e = 0; e < SPOTS; e++) s.row[e] = (int)numbers.x[e] / PART, s.column[e] = (int)numbers.x[e] % PART;
-    __syncthreads();
-    return s;
+    const int lane = threadIdx.x % LS_WARP, first = PART * (threadIdx.x / LS_WARP);
+    return {first, first + lane / 4, 2 * (lane % 4)};
 }
 
-/* to (64,ROW) = the rows of a tile; 0 where there are none, or a row is padded. */
-template <int D>
-__device__ static inline void load(narrow *to, const softmax_call &p, ls_view v, const place &x, const tile &t,
-                                   const uint8_t *pad)
+/* Two factors as cuda_mma.h takes them. */
+__device__ static inline uint32_t rounded(float x, float y)
 {
-    for (int i = threadIdx.x; i < TILE * D / 4; i += THREADS) {
-        const int r = i / (D / 4), f = 4 * (i % (D / 4));
-        float4 y = make_float4(0, 0, 0, 0);
-        if (r >= t.first && r < t.last && !ls_is_padded(pad, t.row + r))
-            y = *(const float4 *)(ls_row(v, x.b, x.h, t.row + r) + f);
-        __nv_bfloat162 *at = (__nv_bfloat162 *)(to + r * of_width<D>::ROW + f);
-        at[0] = __floats2bfloat162_rn(y.x, y.y), at[1] = __floats2bfloat162_rn(y.z, y.w);
+    const __nv_bfloat162 two = __floats2bfloat162_rn(x, y);
+    uint32_t bits;
+    memcpy(&bits, &two, sizeof bits);
+    return bits;
+}
+
+/* to (64,ROW) = the rows of a tile; 0 where there are none, or a row is padded. A thread asks for up to eight pieces of
+ * rows before it waits for the first of them; for more there are no registers. */
+template <int D>
+__device__ static inline void load(narrow *to, ls_view v, const place &x, const tile &t, const uint8_t *pad)
+{
+    const int fours = D / 4, each = TILE * fours / THREADS; /* of a row, of a thread */
+    const int at_once = each <= 8 ? each : each / 2;
+    const int64_t first = x.b * v.sb + x.h * v.sh + t.row * v.st;
+#pragma unroll 1
+    for (int from = (int)threadIdx.x; from < TILE * fours; from += at_once * THREADS) {
+        float4 y[at_once];
+        int exists[at_once];
+#pragma unroll
+        for (int i = 0; i < at_once; i++) {
+            const int r = (from + i * THREADS) / fours;
+            exists[i] = r >= t.first && r < t.last;
+        }
+        if (pad != NULL)
+#pragma unroll
+            for (int i = 0; i < at_once; i++)
+                exists[i] = exists[i] ? pad[t.row + (from + i * THREADS) / fours] == 0 : 0;
+#pragma unroll
+        for (int i = 0; i < at_once; i++) {
+            const int at = from + i * THREADS, r = at / fours, f = 4 * (at % fours);
+            y[i] = exists[i] ? *(const float4 *)(v.p + (first + r * v.st + f)) : make_float4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int i = 0; i < at_once; i++) {
+            const int at = from + i * THREADS, r = at / fours, f = 4 * (at % fours);
+            *(uint2 *)(to + r * of_width<D>::ROW + f) = make_uint2(rounded(y[i].x, y[i].y), rounded(y[i].z, y[i].w));
+        }
     }
 }
 
-/* s[n] = 16 rows of a times the transpose of 16 rows of b, for the four parts of a tile b. */
-template <int D> __device__ static inline void multiply_features(const narrow *a, const narrow *b, sums s[PARTS])
+/* s (16, 8 N) = 16 rows of a times the transpose of 8 N rows of b. A row of b is a column of its transpose, and is read
+ * as it lies: rows 0..7 and 8..15 of two eights, features 0..7 and 8..15 of each. */
+template <int D, int N> __device__ static inline void multiply_features(const narrow *a, const narrow *b, float s[N][4])
 {
-    for (int n = 0; n < PARTS; n++) wmma::fill_fragment(s[n], 0);
+    const int lane = threadIdx.x % LS_WARP;
+    a += lane % 16 * of_width<D>::ROW + lane / 16 * 8;
+    b += (lane / 16 * 8 + lane % 8) * of_width<D>::ROW + lane / 8 % 2 * 8;
+#pragma unroll
+    for (int n = 0; n < N; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
 #pragma unroll
     for (int f = 0; f < D; f += PART) {
-        left x;
-        wmma::load_matrix_sync(x, a + f, of_width<D>::ROW);
+        uint32_t x[4];
+        ls_mma_load(x, a + f);
 #pragma unroll
-        for (int n = 0; n < PARTS; n++) {
-            right_transposed y;
-            wmma::load_matrix_sync(y, b + n * PART * of_width<D>::ROW + f, of_width<D>::ROW);
-            wmma::mma_sync(s[n], x, y, s[n]);
+        for (int n = 0; n < N; n += 2) {
+            uint32_t y[4];
+            ls_mma_load(y, b + 8 * n * of_width<D>::ROW + f);
+            ls_mma(s[n], x, y[0], y[1]);
+            ls_mma(s[n + 1], x, y[2], y[3]);
         }
     }
 }
 
-/* o[n] += 16 rows of factors (16,64) times a tile b, for each 16 of its features. */
-template <int D>
-__device__ static inline void multiply_rows(const narrow *factors, int row, const narrow *b,
-                                            sums o[of_width<D>::PARTS_WIDE])
+/* o (16,D) += s (16, 8 N), rounded, times 8 N rows of b: rows 0..7 and 8..15 of 16, two eights of features of each,
+ * transposed. */
+template <int D, int N>
+__device__ static inline void multiply_rows(const float s[N][4], const narrow *b, float o[D / 8][4])
 {
+    const int lane = threadIdx.x % LS_WARP;
+    b += lane % 16 * of_width<D>::ROW + lane / 16 * 8;
 #pragma unroll
-    for (int j = 0; j < PARTS; j++) {
-        left x;
-        wmma::load_matrix_sync(x, factors + j * PART, row);
+    for (int j = 0; j < N; j += 2) {
+        const uint32_t x[4] = {rounded(s[j][0], s[j][1]), rounded(s[j][2], s[j][3]), rounded(s[j + 1][0], s[j + 1][1]),
+                               rounded(s[j + 1][2], s[j + 1][3])};
 #pragma unroll
-        for (int n = 0; n < of_width<D>::PARTS_WIDE; n++) {
-            right y;
-            wmma::load_matrix_sync(y, b + j * PART * of_width<D>::ROW + n * PART, of_width<D>::ROW);
-            wmma::mma_sync(o[n], x, y, o[n]);
+        for (int n = 0; n < D / 8; n += 2) {
+            uint32_t y[4];
+            ls_mma_load_transposed(y, b + 8 * j * of_width<D>::ROW + 8 * n);
+            ls_mma(o[n], x, y[0], y[1]);
+            ls_mma(o[n + 1], x, y[2], y[3]);
         }
     }
 }
 
-/* Rows r0 .. r0 + 15 of a block's tile: v += scale · o. */
+/* A warp's 16 rows: v += scale · o. */
 template <int D>
-__device__ static inline void add_rows(ls_view v, const place &x, const spots &at, int r0, float scale,
-                                       const sums o[of_width<D>::PARTS_WIDE])
+__device__ static inline void add_rows(ls_view v, const place &x, const spot &at, float scale, const float o[D / 8][4])
 {
 #pragma unroll
-    for (int n = 0; n < of_width<D>::PARTS_WIDE; n++)
+    for (int half = 0; half < 2; half++) {
+        const int r = at.row + 8 * half;
+        if (r < x.t.first || r >= x.t.last) continue;
+        float *to = ls_row(v, x.b, x.h, x.t.row + r) + at.column;
 #pragma unroll
-        for (int e = 0; e < SPOTS; e++) {
-            const int r = r0 + at.row[e];
-            if (r >= x.t.first && r < x.t.last)
-                ls_row(v, x.b, x.h, x.t.row + r)[n * PART + at.column[e]] += scale * o[n].x[e];
+        for (int n = 0; n < D / 8; n++) {
+            float2 y = *(float2 *)(to + 8 * n);
+            y.x += scale * o[n][2 * half], y.y += scale * o[n][2 * half + 1];
+            *(float2 *)(to + 8 * n) = y;
         }
+    }
 }
 
-/* Which keys of a tile exist and are not padded, one for each. */
-__device__ static inline void load_seen(uint8_t *seen, const tile &t, const uint8_t *pad)
+/* Which keys of a tile exist and are not padded: a bit for each, 32 in a word. */
+__device__ static inline void load_seen(uint32_t seen[2], const tile &t, const uint8_t *pad)
 {
     const int r = threadIdx.x;
-    if (r < TILE) seen[r] = r >= t.first && r < t.last && !ls_is_padded(pad, t.row + r);
+    if (r >= TILE) return; /* a whole warp */
+    const uint32_t bits = __ballot_sync(0xffffffffu, r >= t.first && r < t.last && !ls_is_padded(pad, t.row + r));
+    if (r % LS_WARP == 0) seen[r / LS_WARP] = bits;
 }
 
-struct statistics {
-    float top[TILE], inverse[TILE], delta[TILE];
-};
+/* Key j of one tile is not after query i of another where j <= i + this. */
+__device__ static inline int ahead_of(const softmax_call &p, const tile &queries, const tile &keys)
+{
+    return p.causal ? (int)ls_max(-TILE, ls_min(TILE, queries.at - keys.at)) : TILE;
+}
 
 /* m, 1 / l and δ of the queries of a tile; +inf and 0 where there are none, so that p = 0. */
+struct alignas(8) statistics {
+    float top[TILE], inverse[TILE], delta[TILE];
+};
 __device__ static inline void load_statistics(statistics &to, const softmax_call &p, const place &x, const tile &t)
 {
     const int r = threadIdx.x;
@@ -144,183 +179,206 @@ __device__ static inline const uint8_t *pads_of(const uint8_t *pad, int64_t b, i
 
 /* ------------------------------------------------------------------------------------------------ forward */
 
-/* Two lanes have a row: of every eight columns, four each. */
+/* Scores of a tile become -inf where a key may not be seen. */
+__device__ static inline void mask_scores(const uint32_t seen[2], int ahead, const spot &at, float s[EIGHTS][4])
+{
+    if ((seen[0] & seen[1]) == 0xffffffffu && TILE - 1 <= at.first + ahead) return; /* the warp's rows see all */
+    const uint32_t bits[2] = {seen[0] >> at.column, seen[1] >> at.column};
+#pragma unroll
+    for (int n = 0; n < EIGHTS; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int there = bits[8 * n / LS_WARP] >> (8 * n % LS_WARP + e % 2) & 1;
+            const int past = 8 * n + at.column + e % 2 <= at.row + 8 * (e / 2) + ahead;
+            s[n][e] = there && past ? s[n][e] : -INFINITY;
+        }
+}
+
 template <int D> __global__ static void __launch_bounds__(THREADS) forward_kernel(softmax_call p)
 {
-    __shared__ uint8_t seen[TILE];
-    __shared__ float shrinks[TILE];
-    narrow *q = (narrow *)tensor_memory, *k = q + of_width<D>::TILE_SIZE, *v = k + of_width<D>::TILE_SIZE;
-    float *scores = (float *)(v + of_width<D>::TILE_SIZE); /* (64,SCORE_ROW); then p, in the first half of each row */
+    LS_SHARED(narrow, memory);
+    __shared__ uint32_t seen[2];
+    narrow *q = memory, *k = q + of_width<D>::TILE_SIZE, *v = k + of_width<D>::TILE_SIZE;
     const place x = place_of(p, p.query, p.queries, 1);
-    const int lane = threadIdx.x % LS_WARP, r0 = PART * (threadIdx.x / LS_WARP), r = r0 + lane / 2, half = lane % 2;
-    const int exists = r >= x.t.first && r < x.t.last;
-    const int64_t row = x.head * p.T + x.t.row + r;
+    const spot at = spot_of();
     const uint8_t *pad_k = pads_of(p.pad_k, x.b, p.n);
-    const spots at = find_spots(scores);
-    float m = exists ? p.m[row] : -INFINITY, l = exists ? p.l[row] : 0;
-    sums o[of_width<D>::PARTS_WIDE];
+    float m[2], l[2], o[D / 8][4];
 #pragma unroll
-    for (int n = 0; n < of_width<D>::PARTS_WIDE; n++)
+    for (int half = 0; half < 2; half++) {
+        const int r = at.row + 8 * half, exists = r >= x.t.first && r < x.t.last;
+        const int64_t row = x.head * p.T + x.t.row + r;
+        m[half] = exists ? p.m[row] : -INFINITY;
+        l[half] = exists && at.column == 0 ? p.l[row] : 0; /* the four threads of a row have parts of the sum */
+        const float *from = exists ? ls_row(p.out, x.b, x.h, x.t.row + r) + at.column : NULL;
 #pragma unroll
-        for (int e = 0; e < SPOTS; e++) {
-            const int i = r0 + at.row[e];
-            const int there = i >= x.t.first && i < x.t.last;
-            o[n].x[e] = there ? ls_row(p.out, x.b, x.h, x.t.row + i)[n * PART + at.column[e]] : 0;
+        for (int n = 0; n < D / 8; n++) {
+            const float2 y = exists ? *(const float2 *)(from + 8 * n) : make_float2(0, 0);
+            o[n][2 * half] = y.x, o[n][2 * half + 1] = y.y;
         }
-    load<D>(q, p, p.q, x, x.t, pads_of(p.pad_q, x.b, p.T));
+    }
+    load<D>(q, p.q, x, x.t, pads_of(p.pad_q, x.b, p.T));
     for (int span = 0; span < p.keys; span++) {
         const int64_t tiles = tiles_before(p, p.key[span], x.t);
         for (int64_t number = 0; number < tiles; number++) {
             const tile t = tile_in(p.key[span], number);
             __syncthreads();
-            load<D>(k, p, p.k, x, t, NULL);
-            load<D>(v, p, p.v, x, t, NULL);
+            load<D>(k, p.k, x, t, NULL);
+            load<D>(v, p.v, x, t, NULL);
             load_seen(seen, t, pad_k);
             __syncthreads();
-            sums s[PARTS];
-            multiply_features<D>(q + r0 * of_width<D>::ROW, k, s);
-            for (int n = 0; n < PARTS; n++)
-                wmma::store_matrix_sync(scores + r0 * SCORE_ROW + n * PART, s[n], SCORE_ROW, wmma::mem_row_major);
-            __syncwarp();
-            float y[TILE / 2], here = -INFINITY, more = 0;
+            float s[EIGHTS][4];
+            multiply_features<D, EIGHTS>(q + at.first * of_width<D>::ROW, k, s);
+            mask_scores(seen, ahead_of(p, x.t, t), at, s);
 #pragma unroll
-            for (int c = 0; c < TILE / 2; c++) {
-                const int j = c / 4 * 8 + 4 * half + c % 4;
-                const int visible = seen[j] && (!p.causal || t.at + j <= x.t.at + r);
-                y[c] = visible ? p.scale * scores[r * SCORE_ROW + j] : -INFINITY;
-                here = fmaxf(here, y[c]);
+            for (int half = 0; half < 2; half++) {
+                float here = -INFINITY, more = 0;
+#pragma unroll
+                for (int n = 0; n < EIGHTS; n++) here = fmaxf(here, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+                here = fmaxf(here, __shfl_xor_sync(0xffffffffu, here, 1));
+                here = fmaxf(here, __shfl_xor_sync(0xffffffffu, here, 2));
+                const float top = fmaxf(p.scale * here, m[half]), shrink = ls_statistics_weight(m[half], top);
+#pragma unroll
+                for (int n = 0; n < EIGHTS; n++)
+#pragma unroll
+                    for (int e = 2 * half; e < 2 * half + 2; e++) {
+                        s[n][e] = __expf(p.scale * s[n][e] - ls_statistics_top(top));
+                        more += s[n][e];
+                    }
+                l[half] = l[half] * shrink + more;
+                m[half] = top;
+#pragma unroll
+                for (int n = 0; n < D / 8; n++) o[n][2 * half] *= shrink, o[n][2 * half + 1] *= shrink;
             }
-            here = fmaxf(here, __shfl_xor_sync(0xffffffffu, here, 1));
-            const float top = fmaxf(here, m), shrink = ls_statistics_weight(m, top);
-            __syncwarp(); /* both lanes have read the row */
-            narrow *factors = (narrow *)(scores + r * SCORE_ROW);
-#pragma unroll
-            for (int c = 0; c < TILE / 2; c += 2) {
-                const float a = __expf(y[c] - ls_statistics_top(top)), b = __expf(y[c + 1] - ls_statistics_top(top));
-                *(__nv_bfloat162 *)(factors + c / 4 * 8 + 4 * half + c % 4) = __floats2bfloat162_rn(a, b);
-                more += a + b;
-            }
-            more += __shfl_xor_sync(0xffffffffu, more, 1);
-            l = l * shrink + more;
-            m = top;
-            if (half == 0) shrinks[r] = shrink;
-            __syncwarp();
-#pragma unroll
-            for (int n = 0; n < of_width<D>::PARTS_WIDE; n++)
-#pragma unroll
-                for (int e = 0; e < SPOTS; e++) o[n].x[e] *= shrinks[r0 + at.row[e]];
-            multiply_rows<D>((const narrow *)(scores + r0 * SCORE_ROW), 2 * SCORE_ROW, v, o);
+            multiply_rows<D, EIGHTS>(s, v, o);
         }
     }
-    if (exists && half == 0) p.m[row] = m, p.l[row] = l;
 #pragma unroll
-    for (int n = 0; n < of_width<D>::PARTS_WIDE; n++)
+    for (int half = 0; half < 2; half++) {
+        const int r = at.row + 8 * half;
+        const int64_t row = x.head * p.T + x.t.row + r;
+        float sum = l[half] + __shfl_xor_sync(0xffffffffu, l[half], 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (r < x.t.first || r >= x.t.last) continue;
+        if (at.column == 0) p.m[row] = m[half], p.l[row] = sum;
+        float *to = ls_row(p.out, x.b, x.h, x.t.row + r) + at.column;
 #pragma unroll
-        for (int e = 0; e < SPOTS; e++) {
-            const int i = r0 + at.row[e];
-            if (i >= x.t.first && i < x.t.last)
-                ls_row(p.out, x.b, x.h, x.t.row + i)[n * PART + at.column[e]] = o[n].x[e];
-        }
+        for (int n = 0; n < D / 8; n++) *(float2 *)(to + 8 * n) = make_float2(o[n][2 * half], o[n][2 * half + 1]);
+    }
 }
 
 /* ------------------------------------------------------------------------------------------------ backward */
 
-/* dq += scale Σ_j ds k */
+/* dq += scale Σ_j ds k. As in the twin, 1 / l comes last, and what is rounded is ds l. */
 template <int D> __global__ static void __launch_bounds__(THREADS) queries_backward_kernel(softmax_call p)
 {
-    __shared__ uint8_t seen[TILE];
-    __shared__ statistics of;
-    narrow *q = (narrow *)tensor_memory, *dout = q + of_width<D>::TILE_SIZE, *k = dout + of_width<D>::TILE_SIZE;
-    narrow *v = k + of_width<D>::TILE_SIZE, *gradients = v + of_width<D>::TILE_SIZE; /* (64,FACTOR_ROW) */
+    LS_SHARED(narrow, memory);
+    __shared__ uint32_t seen[2];
+    narrow *q = memory, *dout = q + of_width<D>::TILE_SIZE, *k = dout + of_width<D>::TILE_SIZE;
+    narrow *v = k + of_width<D>::TILE_SIZE;
     const place x = place_of(p, p.query, p.queries, 1);
-    const int r0 = PART * (threadIdx.x / LS_WARP);
+    const spot at = spot_of();
     const uint8_t *pad_q = pads_of(p.pad_q, x.b, p.T), *pad_k = pads_of(p.pad_k, x.b, p.n);
-    const spots at = find_spots((float *)gradients);
-    load<D>(q, p, p.q, x, x.t, pad_q);
-    load<D>(dout, p, p.dout, x, x.t, pad_q);
-    load_statistics(of, p, x, x.t);
-    sums dq[of_width<D>::PARTS_WIDE];
-    for (int n = 0; n < of_width<D>::PARTS_WIDE; n++) wmma::fill_fragment(dq[n], 0);
+    float top[2], delta[2], dq[D / 8][4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int r = at.row + 8 * half, exists = r >= x.t.first && r < x.t.last;
+        const int64_t row = x.head * p.T + x.t.row + r;
+        top[half] = exists ? p.top[row] : INFINITY;
+        delta[half] = exists ? p.delta[row] : 0;
+    }
+    load<D>(q, p.q, x, x.t, pad_q);
+    load<D>(dout, p.dout, x, x.t, pad_q);
     for (int span = 0; span < p.keys; span++) {
         const int64_t tiles = tiles_before(p, p.key[span], x.t);
         for (int64_t number = 0; number < tiles; number++) {
             const tile t = tile_in(p.key[span], number);
             __syncthreads();
-            load<D>(k, p, p.k, x, t, NULL);
-            load<D>(v, p, p.v, x, t, NULL);
+            load<D>(k, p.k, x, t, NULL);
+            load<D>(v, p.v, x, t, NULL);
             load_seen(seen, t, pad_k);
             __syncthreads();
-            sums s[PARTS], dp[PARTS];
-            multiply_features<D>(q + r0 * of_width<D>::ROW, k, s);
-            multiply_features<D>(dout + r0 * of_width<D>::ROW, v, dp);
+            const int ahead = ahead_of(p, x.t, t);
+#pragma unroll 1
+            for (int j = 0; j < TILE; j += HALF) {
+                float s[HALF_EIGHTS][4], dp[HALF_EIGHTS][4];
+                multiply_features<D, HALF_EIGHTS>(q + at.first * of_width<D>::ROW, k + j * of_width<D>::ROW, s);
+                multiply_features<D, HALF_EIGHTS>(dout + at.first * of_width<D>::ROW, v + j * of_width<D>::ROW, dp);
+                const uint32_t bits = seen[j / HALF] >> at.column;
 #pragma unroll
-            for (int n = 0; n < PARTS; n++)
+                for (int n = 0; n < HALF_EIGHTS; n++)
 #pragma unroll
-                for (int e = 0; e < SPOTS; e++) {
-                    const int i = r0 + at.row[e], j = n * PART + at.column[e];
-                    const int visible = seen[j] && (!p.causal || t.at + j <= x.t.at + i);
-                    const float prob = visible ? of.inverse[i] * __expf(p.scale * s[n].x[e] - of.top[i]) : 0;
-                    gradients[i * FACTOR_ROW + j] = __float2bfloat16(prob * (dp[n].x[e] - of.delta[i]));
-                }
-            __syncwarp();
-            multiply_rows<D>(gradients + r0 * FACTOR_ROW, FACTOR_ROW, k, dq);
+                    for (int e = 0; e < 4; e++) {
+                        const int there = bits >> (8 * n + e % 2) & 1;
+                        const int past = j + 8 * n + at.column + e % 2 <= at.row + 8 * (e / 2) + ahead;
+                        const float weight = __expf(p.scale * s[n][e] - top[e / 2]);
+                        s[n][e] = there && past ? weight * (dp[n][e] - delta[e / 2]) : 0;
+                    }
+                multiply_rows<D, HALF_EIGHTS>(s, k + j * of_width<D>::ROW, dq);
+            }
         }
     }
-    add_rows<D>(p.dq, x, at, r0, p.scale, dq);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int r = at.row + 8 * half;
+        const float inverse = r >= x.t.first && r < x.t.last ? p.inverse[x.head * p.T + x.t.row + r] : 0;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) dq[n][2 * half] *= inverse, dq[n][2 * half + 1] *= inverse;
+    }
+    add_rows<D>(p.dq, x, at, p.scale, dq);
 }
 
 /* dk += scale Σ_i ds q, dv += Σ_i p do. Rows of a tile are keys here, its columns queries. */
 template <int D> __global__ static void __launch_bounds__(THREADS) keys_backward_kernel(softmax_call p)
 {
-    __shared__ uint8_t seen[TILE];
+    LS_SHARED(narrow, memory);
+    __shared__ uint32_t seen[2];
     __shared__ statistics of;
-    narrow *k = (narrow *)tensor_memory, *v = k + of_width<D>::TILE_SIZE, *q = v + of_width<D>::TILE_SIZE;
-    narrow *dout = q + of_width<D>::TILE_SIZE, *factors = dout + of_width<D>::TILE_SIZE; /* (64,FACTOR_ROW) */
+    narrow *k = memory, *v = k + of_width<D>::TILE_SIZE, *q = v + of_width<D>::TILE_SIZE;
+    narrow *dout = q + of_width<D>::TILE_SIZE;
     const place x = place_of(p, p.key, p.keys, 0);
-    const int r0 = PART * (threadIdx.x / LS_WARP);
+    const spot at = spot_of();
     const uint8_t *pad_q = pads_of(p.pad_q, x.b, p.T);
-    const spots at = find_spots((float *)factors);
-    load<D>(k, p, p.k, x, x.t, NULL);
-    load<D>(v, p, p.v, x, x.t, NULL);
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+    load<D>(k, p.k, x, x.t, NULL);
+    load<D>(v, p.v, x, x.t, NULL);
     load_seen(seen, x.t, pads_of(p.pad_k, x.b, p.n));
-    sums dk[of_width<D>::PARTS_WIDE], dv[of_width<D>::PARTS_WIDE];
-    for (int n = 0; n < of_width<D>::PARTS_WIDE; n++) wmma::fill_fragment(dk[n], 0), wmma::fill_fragment(dv[n], 0);
     for (int span = 0; span < p.queries; span++) {
         const int64_t tiles = tiles_in(p.query[span]);
         for (int64_t number = tiles_from(p, p.query[span], x.t); number < tiles; number++) {
             const tile t = tile_in(p.query[span], number);
             __syncthreads();
-            load<D>(q, p, p.q, x, t, pad_q);
-            load<D>(dout, p, p.dout, x, t, pad_q);
+            load<D>(q, p.q, x, t, pad_q);
+            load<D>(dout, p.dout, x, t, pad_q);
             load_statistics(of, p, x, t);
             __syncthreads();
-            sums s[PARTS], dp[PARTS];
-            multiply_features<D>(k + r0 * of_width<D>::ROW, q, s);
-            multiply_features<D>(v + r0 * of_width<D>::ROW, dout, dp);
+            const int ahead = ahead_of(p, t, x.t);
+            const uint32_t bits = seen[at.row / LS_WARP] >> at.row % LS_WARP;
+#pragma unroll 1
+            for (int i = 0; i < TILE; i += HALF) {
+                float s[HALF_EIGHTS][4], dp[HALF_EIGHTS][4];
+                multiply_features<D, HALF_EIGHTS>(k + at.first * of_width<D>::ROW, q + i * of_width<D>::ROW, s);
+                multiply_features<D, HALF_EIGHTS>(v + at.first * of_width<D>::ROW, dout + i * of_width<D>::ROW, dp);
 #pragma unroll
-            for (int n = 0; n < PARTS; n++)
+                for (int n = 0; n < HALF_EIGHTS; n++) {
+                    const int c = i + 8 * n + at.column;
+                    const float2 top = *(const float2 *)(of.top + c), inverse = *(const float2 *)(of.inverse + c);
+                    const float2 delta = *(const float2 *)(of.delta + c);
 #pragma unroll
-                for (int e = 0; e < SPOTS; e++) {
-                    const int j = r0 + at.row[e], i = n * PART + at.column[e];
-                    const int visible = seen[j] && (!p.causal || x.t.at + j <= t.at + i);
-                    const float prob = visible ? of.inverse[i] * __expf(p.scale * s[n].x[e] - of.top[i]) : 0;
-                    dp[n].x[e] = prob * (dp[n].x[e] - of.delta[i]);
-                    factors[j * FACTOR_ROW + i] = __float2bfloat16(prob);
+                    for (int e = 0; e < 4; e++) {
+                        const int there = bits >> 8 * (e / 2) & 1;
+                        const int past = at.row + 8 * (e / 2) <= c + e % 2 + ahead;
+                        const float weight = __expf(p.scale * s[n][e] - (e % 2 == 0 ? top.x : top.y));
+                        s[n][e] = there && past ? (e % 2 == 0 ? inverse.x : inverse.y) * weight : 0;
+                        dp[n][e] = s[n][e] * (dp[n][e] - (e % 2 == 0 ? delta.x : delta.y));
+                    }
                 }
-            __syncwarp();
-            multiply_rows<D>(factors + r0 * FACTOR_ROW, FACTOR_ROW, dout, dv);
-            __syncwarp(); /* all have read p; ds takes its place */
-#pragma unroll
-            for (int n = 0; n < PARTS; n++)
-#pragma unroll
-                for (int e = 0; e < SPOTS; e++)
-                    factors[(r0 + at.row[e]) * FACTOR_ROW + n * PART + at.column[e]] = __float2bfloat16(dp[n].x[e]);
-            __syncwarp();
-            multiply_rows<D>(factors + r0 * FACTOR_ROW, FACTOR_ROW, q, dk);
+                multiply_rows<D, HALF_EIGHTS>(s, dout + i * of_width<D>::ROW, dv);
+                multiply_rows<D, HALF_EIGHTS>(dp, q + i * of_width<D>::ROW, dk);
+            }
         }
     }
-    add_rows<D>(p.dk, x, at, r0, p.scale, dk);
-    add_rows<D>(p.dv, x, at, r0, 1, dv);
+    add_rows<D>(p.dk, x, at, p.scale, dk);
+    add_rows<D>(p.dv, x, at, 1, dv);
 }
 
 /* ------------------------------------------------------------------------------------------------ host */
@@ -333,13 +391,13 @@ static int suits(const ls_pass *p, const softmax_call &x)
 
 template <int D> static void forward(ls_pass *p, const softmax_call &x, int blocks)
 {
-    const size_t shared = 3u * of_width<D>::TILE_SIZE * sizeof(narrow) + TILE * SCORE_ROW * sizeof(float);
+    const size_t shared = 3u * of_width<D>::TILE_SIZE * sizeof(narrow);
     LS_LAUNCH(p->queue, forward_kernel<D>, blocks, THREADS, shared, x);
 }
 
 template <int D> static void backward(ls_pass *p, const softmax_call &x, int query_blocks, int key_blocks)
 {
-    const size_t shared = (4 * of_width<D>::TILE_SIZE + TILE * FACTOR_ROW) * sizeof(narrow);
+    const size_t shared = 4u * of_width<D>::TILE_SIZE * sizeof(narrow);
     LS_LAUNCH(p->queue, queries_backward_kernel<D>, query_blocks, THREADS, shared, x);
     LS_LAUNCH(p->queue, keys_backward_kernel<D>, key_blocks, THREADS, shared, x);
 }

@@ -9,10 +9,8 @@ target_compile_definitions(longspan_double PUBLIC LS_REAL_DOUBLE)
 # ---- the CUDA kernels on the CPU: the same .cu files as C++, before whose headers the emulator's stand. CMake knows one
 # language of a file, so each gets a file of one line; -O2, since there is much to compile and little that vectors.
 enable_language(CXX)
-set(emulated_sources ${cuda_sources})
-list(FILTER emulated_sources EXCLUDE REGEX "_tensor[.]cu$") # tensor cores are not emulated
 set(emulated_wrappers)
-foreach(source ${emulated_sources})
+foreach(source ${cuda_sources})
   file(RELATIVE_PATH wrapper ${PROJECT_SOURCE_DIR} ${source})
   set(wrapper ${PROJECT_BINARY_DIR}/emulated/${wrapper}.cpp)
   file(CONFIGURE OUTPUT ${wrapper} CONTENT "#include \"${source}\"\n")
@@ -22,8 +20,7 @@ endforeach()
 set_source_files_properties(${PROJECT_BINARY_DIR}/emulated/kernels/linear_slabs.cu.cpp PROPERTIES
   COMPILE_DEFINITIONS LS_LINEAR_SLAB=512)
 function(longspan_emulated name)
-  add_library(${name} STATIC EXCLUDE_FROM_ALL ${sources} ${emulated_wrappers}
-    ${PROJECT_SOURCE_DIR}/tests/emulator/emulator.cpp ${PROJECT_SOURCE_DIR}/tests/emulator/softmax_tensor.cpp)
+  add_library(${name} STATIC EXCLUDE_FROM_ALL ${sources} ${ARGN} ${PROJECT_SOURCE_DIR}/tests/emulator/emulator.cpp)
   longspan_library(${name})
   set_target_properties(${name} PROPERTIES CXX_STANDARD 20 CXX_STANDARD_REQUIRED ON CXX_EXTENSIONS OFF)
   # and so little memory for operands in bfloat16 that products are cut
@@ -32,8 +29,11 @@ function(longspan_emulated name)
   target_compile_options(${name} PRIVATE
     "$<$<COMPILE_LANGUAGE:CXX>:-O2;-Wno-unknown-pragmas;-Wno-deprecated-enum-enum-conversion>")
 endfunction()
-longspan_emulated(longspan_emulated)
-longspan_emulated(longspan_emulated_double)
+longspan_emulated(longspan_emulated ${emulated_wrappers})
+# tensor cores know no double
+list(TRANSFORM emulated_wrappers REPLACE "^.*/softmax_tensor[.]cu[.]cpp$"
+  ${PROJECT_SOURCE_DIR}/tests/emulator/softmax_tensor.cpp OUTPUT_VARIABLE emulated_double)
+longspan_emulated(longspan_emulated_double ${emulated_double})
 target_compile_definitions(longspan_emulated_double PUBLIC LS_REAL_DOUBLE)
 add_library(trainer_emulated STATIC EXCLUDE_FROM_ALL ${trainer_sources})
 trainer_library(trainer_emulated longspan_emulated)

@@ -246,6 +246,12 @@ static inline float __fdividef(float x, float y)
 {
     return x / y;
 }
+/* as the hardware does it, whose error grows with |x|; not by its name, which glibc has taken */
+static inline float emulator_expf(float x)
+{
+    return exp2f(x * 1.44269504f);
+}
+#define __expf emulator_expf
 static inline int __float_as_int(float x)
 {
     int i;

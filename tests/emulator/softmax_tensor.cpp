@@ -1,5 +1,5 @@
-/* In place of kernels/softmax_tensor.cu: the emulator has no tensor cores, every call is for softmax.cu's own kernels.
- */
+/* In place of kernels/softmax_tensor.cu where numbers are double, which bfloat16 is never made of: every call is for
+ * softmax.cu's own kernels. */
 #include "softmax_tiles.h"
 
 int ls_softmax_tensor_forward(ls_pass *, const softmax_call *, int)

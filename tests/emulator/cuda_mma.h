@@ -1,0 +1,90 @@
+/* Tensor cores under the emulator: see core/cuda_mma.h, which this header stands before. What a lane has of a matrix is
+ * written here once more, from the PTX ISA's figures of ldmatrix and mma.m16n8k16, as what the number at a row and a
+ * column is called; sums are floats, from the first number to the last. */
+#ifndef LS_CUDA_MMA_H
+#define LS_CUDA_MMA_H
+
+#include <cuda_bf16.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+namespace emulator
+{
+/* What the lanes of a warp bring to one instruction. One block runs at a time. */
+struct mma_table {
+    int line[32];
+    const __nv_bfloat16 *row[32];
+    uint32_t a[32][4], b[32][2];
+};
+static mma_table mma_tables[32]; /* of the warps of a block */
+
+/* All have written their part of the table when this returns. */
+static inline void mma_meet(const mma_table &table)
+{
+    __syncwarp();
+    const int mine = table.line[threadIdx.x % 32];
+    if (mine != table.line[0]) {
+        fprintf(stderr, "emulator: lanes of a warp are at matrix instructions of lines %d and %d\n", table.line[0],
+                mine);
+        abort();
+    }
+}
+
+static inline float mma_number(uint32_t two, int which)
+{
+    return __bfloat162float({(uint16_t)(which == 0 ? two & 0xffff : two >> 16)});
+}
+static inline float mma_a(const mma_table &table, int row, int column)
+{
+    return mma_number(table.a[row % 8 * 4 + column % 8 / 2][row / 8 + column / 8 * 2], column % 2);
+}
+static inline float mma_b(const mma_table &table, int row, int column)
+{
+    return mma_number(table.b[column * 4 + row % 8 / 2][row / 8], row % 2);
+}
+
+static inline void mma_load(uint32_t x[4], const __nv_bfloat16 *row, bool transposed, int line)
+{
+    const int lane = (int)threadIdx.x % 32;
+    mma_table &table = mma_tables[threadIdx.x / 32];
+    if ((uintptr_t)row % 16 != 0) {
+        fprintf(stderr, "emulator: a row of a matrix instruction is not aligned\n");
+        abort();
+    }
+    table.row[lane] = row, table.line[lane] = line;
+    mma_meet(table);
+    for (int i = 0; i < 4; i++) {
+        const __nv_bfloat16 *const *matrix = table.row + 8 * i;
+        const int g = lane / 4, t = lane % 4 * 2;
+        const __nv_bfloat16 low = transposed ? matrix[t][g] : matrix[g][t];
+        const __nv_bfloat16 high = transposed ? matrix[t + 1][g] : matrix[g][t + 1];
+        x[i] = low.bits | (uint32_t)high.bits << 16;
+    }
+    __syncwarp();
+}
+} // namespace emulator
+
+static inline void ls_mma_load(uint32_t x[4], const __nv_bfloat16 *row, int line = __builtin_LINE())
+{
+    emulator::mma_load(x, row, false, line);
+}
+
+static inline void ls_mma_load_transposed(uint32_t x[4], const __nv_bfloat16 *row, int line = __builtin_LINE())
+{
+    emulator::mma_load(x, row, true, line);
+}
+
+static inline void ls_mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, int line = __builtin_LINE())
+{
+    const int lane = (int)threadIdx.x % 32;
+    emulator::mma_table &table = emulator::mma_tables[threadIdx.x / 32];
+    memcpy(table.a[lane], a, sizeof table.a[lane]);
+    table.b[lane][0] = b0, table.b[lane][1] = b1, table.line[lane] = line;
+    emulator::mma_meet(table);
+    for (int e = 0; e < 4; e++)
+        for (int k = 0; k < 16; k++)
+            c[e] += emulator::mma_a(table, lane / 4 + e / 2 * 8, k) * emulator::mma_b(table, k, lane % 4 * 2 + e % 2);
+    __syncwarp();
+}
+
+#endif
