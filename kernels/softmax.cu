@@ -72,6 +72,7 @@ static softmax_call call_of(const ls_pass *p)
     for (int i = 0; i < x.queries; i++) x.query[i] = p->query_span[i];
     for (int i = 0; i < x.keys; i++) x.key[i] = p->visit.span[i];
     x.m = p->work[MAXIMUM], x.l = p->work[SUM], x.delta = p->work[DELTA];
+    x.taken = p->work[SUM]; /* which nobody else uses backward */
     x.top = p->saved[TOP], x.inverse = x.top + p->B * p->H * p->T;
     x.attn_mask = p->attn_mask, x.mask_per_head = p->attn_mask_per_head;
     x.dropout_mask = p->dropout_mask;
@@ -485,8 +486,8 @@ ls_status ls_softmax_finish_backward_cuda(ls_pass *p, int phase)
 }
 
 /* Where a tile has all the keys that a row sees, δ is taken from it, as in row_backward of softmax.c, and left for
- * keys_backward_kernel. Not in bf16: the tensor cores' twin does not.
- *   dq_i += scale Σ_j ds_ij k_j, ds = p (D do_i·v_j - δ_i), p = e^(s - m) / l. */
+ * keys_backward_kernel: not in p.delta, which blocks of other slices may still read. Not in bf16: the tensor cores'
+ * twin does not. dq_i += scale Σ_j ds_ij k_j, ds = p (D do_i·v_j - δ_i), p = e^(s - m) / l. */
 template <int N, bool EXTRAS>
 __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backward_kernel(softmax_call p)
 {
@@ -529,10 +530,7 @@ __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backwa
                     mass += e.x[j], flow += e.x[j] * dp[i][j];
                 }
                 mass = across(mass, sum()), flow = across(flow, sum());
-                if (lives && !p.narrow && ls_statistics_whole(mass * p.inverse[row + r])) {
-                    delta[i] = flow / mass;
-                    if (c0 == 0) p.delta[row + r] = delta[i];
-                }
+                if (lives && !p.narrow && ls_statistics_whole(mass * p.inverse[row + r])) delta[i] = flow / mass;
                 for (int j = 0; j < COLUMNS; j++) ds.x[j] = e.x[j] * (dp[i][j] - delta[i]);
                 gradients[staying(r, c0 / COLUMNS)] = narrowed<EXTRAS>(p, ds);
             }
@@ -550,8 +548,9 @@ __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backwa
     }
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
-        const int r = r0 + i;
-        const ls_real inverse = r >= x.t.first && r < x.t.last ? p.inverse[row + r] : 0;
+        const int r = r0 + i, exists = r >= x.t.first && r < x.t.last;
+        const ls_real inverse = exists ? p.inverse[row + r] : 0;
+        if (exists && c0 == 0 && x.slice == 0) p.taken[row + r] = delta[i];
 #pragma unroll
         for (int n = 0; n < N; n++)
             for (int c = 0; c < COLUMNS; c++) dq[n][i][c] *= inverse;
@@ -583,7 +582,7 @@ template <int N, bool EXTRAS> __global__ static void __launch_bounds__(THREADS, 
                 const int c = c0 + j, exists = c >= t.first && c < t.last;
                 const int64_t row = x.head * p.T + t.row + c;
                 const ls_real top = exists ? p.top[row] : INFINITY, inverse = exists ? p.inverse[row] : 0;
-                const ls_real delta = exists ? p.delta[row] : 0;
+                const ls_real delta = exists ? p.taken[row] : 0;
                 const int lives = top != INFINITY; /* else masks may hold anything */
                 const ls_real *mask = EXTRAS && p.attn_mask != NULL && lives ? mask_row(p, x, t.row + c) : NULL;
 #pragma unroll

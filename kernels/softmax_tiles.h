@@ -25,6 +25,7 @@ typedef struct softmax_call {
     ls_span query[2], key[2];
     ls_real *m, *l;                 /* (slices,B,H,T) */
     ls_real *top, *inverse, *delta; /* of queries: m, 1 / l, δ; m = +inf and 0 where p shall be 0 */
+    ls_real *taken;                 /* backward: δ as queries_backward_kernel of softmax.cu leaves it for the keys */
     const ls_real *attn_mask, *dropout_mask;
     int mask_per_head, draws;
     ls_real *weights;

@@ -1,6 +1,6 @@
 /* Shapes that meet a GPU's limits, against the CPU: heads so wide that a block needs more shared memory than it has
  * unasked, and heads so many that a grid has no second dimension for them. What no block can have is refused by name.
- */
+ * And heads that several blocks make: all the same. */
 #include "harness.h"
 
 #include <stdio.h>
@@ -65,6 +65,43 @@ static void refuse(const char *mechanism, ls_pattern pattern, const char *option
     problem_free(&p);
 }
 
+/* The second half of each row becomes the first. */
+static void repeat(int64_t rows, int64_t d, ls_real *x)
+{
+    for (int64_t i = 0; i < rows; i++, x += d) memcpy(x + d / 2, x, (size_t)(d / 2) * sizeof *x);
+}
+
+/* Blocks make 128 features of softmax's results. Where all have the same numbers to go by, features 128 apart are the
+ * same bit for bit, whichever block was first: here steep logits choose one key, and δ is taken from its tile. */
+static void slices(void)
+{
+    const case_row row = {"softmax", LS_NS, "", STEEP};
+    setting s = setting_of(&row, 1, 2, 256, 150);
+    problem p;
+    answer a = {0};
+    s.pad = PAD_NONE;
+    watchdog(300);
+    if (problem_draw(&s, &p) != LS_OK) {
+        verdict(0, "slices: %s", here.error);
+        return;
+    }
+    const int64_t rows = p.B * p.heads * p.T;
+    ls_real *const tensors[] = {p.query, p.key, p.value, p.dout};
+    for (int i = 0; i < 4; i++) repeat(rows, p.d, tensors[i]);
+    const int ok = problem_run(here.all, here.comm, &p, NULL, NULL, &a) == LS_OK;
+    ls_real *const results[] = {a.out, a.dquery, a.dkey, a.dvalue};
+    for (int i = 0; ok && i < 4; i++) {
+        int64_t differ = 0;
+        for (int64_t r = 0; r < rows; r++)
+            differ +=
+                memcmp(results[i] + r * p.d, results[i] + r * p.d + p.d / 2, (size_t)(p.d / 2) * sizeof(ls_real)) != 0;
+        verdict(differ == 0, "slices: tensor %d: %lld of %lld rows differ", i, (long long)differ, (long long)rows);
+    }
+    verdict(ok, "slices: %s", ok ? "" : here.error);
+    answer_free(&a);
+    problem_free(&p);
+}
+
 int main(int argc, char **argv)
 {
     world_open(&argc, &argv);
@@ -76,6 +113,7 @@ int main(int argc, char **argv)
         compare("longshort", LS_CS, "r=2,w=3,c=4", 1, 1, 1040, 12);
         compare("longshort", LS_NS, "r=2,w=3", 1, 1, 2000, 10);
         refuse("local", LS_NS, "w=2", 40000);
+        slices();
         if (getenv("LONGSPAN_TEST_EVERY") == NULL) { /* minutes on the emulated GPU */
             compare("probsparse", LS_CS, "f=1", 33000, 2, 2, 1);
             compare("longshort", LS_CS, "r=2,w=3,c=2", 33000, 2, 2, 3);
