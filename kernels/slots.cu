@@ -97,29 +97,92 @@ template <typename T, int I, int J> __device__ static inline void clear(T (&x)[I
         for (int j = 0; j < J; j++) x[i][j] = 0;
 }
 
+/* Four features that follow one another. Where all rows begin at a multiple of their size, they are read at once. */
+struct alignas(4 * sizeof(ls_real)) four {
+    ls_real x[4];
+};
+__device__ static inline bool is_aligned(const ls_real *x)
+{
+    return (uintptr_t)x % sizeof(four) == 0;
+}
+
+/* Which part of a tile (ROWS,COLUMNS) a thread loads: four features of rows `first` + APART i. */
+template <int ROWS, int COLUMNS> struct share_of {
+    static const int GROUPS = COLUMNS / 4, APART = THREADS / GROUPS, EACH = ROWS / APART;
+    int first, column;
+    __device__ share_of() : first((int)threadIdx.x / GROUPS), column(4 * ((int)threadIdx.x % GROUPS)) {}
+};
+
+/* y[i] = the four at from + i step, of which `left` exist; 0 where there are none, or row i does not exist. All are
+ * asked for before the first is waited for. */
+template <int EACH>
+__device__ static inline void load_fours(const ls_real *from, int64_t step, int64_t left, bool wide,
+                                         const bool (&exists)[EACH], four (&y)[EACH])
+{
+    if (wide) {
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+            y[i] = exists[i] && left > 0 ? *(const four *)(from + i * step) : four{{0, 0, 0, 0}};
+    } else {
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) y[i].x[c] = exists[i] && c < left ? from[i * step + c] : 0;
+    }
+}
+
+template <int ROWS, int COLUMNS>
+__device__ static inline void store_fours(const share_of<ROWS, COLUMNS> &me, int pitch,
+                                          const four (&y)[share_of<ROWS, COLUMNS>::EACH], ls_real *to)
+{
+    to += me.first * pitch + me.column;
+#pragma unroll
+    for (int i = 0; i < me.EACH; i++, to += me.APART * pitch)
+        if (pitch % 4 == 0)
+            *(four *)to = y[i];
+        else
+            for (int c = 0; c < 4; c++) to[c] = y[i].x[c];
+}
+
 /* to (ROWS, pitch): rows [t, t + ROWS) before `end`, features [e0, e0 + COLUMNS); 0 where there is none, or a pad. */
 template <int ROWS, int COLUMNS>
-__device__ static void load_rows(ls_slot_sizes s, const ls_slot_rows &x, const place &at, int64_t t, int64_t end,
-                                 int64_t e0, int pitch, ls_real *to)
+__device__ static inline void load_rows(ls_slot_sizes s, const ls_slot_rows &x, const place &at, int64_t t, int64_t end,
+                                        int64_t e0, int pitch, ls_real *to)
 {
-    for (int i = threadIdx.x; i < ROWS * COLUMNS; i += THREADS) {
-        const int64_t row = t + i / COLUMNS, e = e0 + i % COLUMNS;
-        ls_real y = 0;
-        if (row < end && e < s.d && !ls_is_padded(x.pad, at.b * x.n + row))
-            y = ls_row(x.x, at.b, at.h, row)[e] - (x.centre == NULL ? 0 : x.centre[at.g * s.d + e]);
-        to[i / COLUMNS * pitch + i % COLUMNS] = y;
-    }
+    const share_of<ROWS, COLUMNS> me;
+    const int64_t e = e0 + me.column, row = t + me.first;
+    const bool whole = s.d % 4 == 0;
+    const bool wide = whole && is_aligned(x.x.p) && x.x.sb % 4 == 0 && x.x.sh % 4 == 0 && x.x.st % 4 == 0;
+    bool exists[me.EACH];
+    four y[me.EACH], centre[1] = {};
+#pragma unroll
+    for (int i = 0; i < me.EACH; i++) exists[i] = row + i * me.APART < end;
+    if (x.pad != NULL)
+#pragma unroll
+        for (int i = 0; i < me.EACH; i++) exists[i] = exists[i] && x.pad[at.b * x.n + row + i * me.APART] == 0;
+    load_fours(ls_row(x.x, at.b, at.h, row) + e, me.APART * x.x.st, s.d - e, wide, exists, y);
+    if (x.centre != NULL)
+        load_fours(x.centre + at.g * s.d + e, 0, s.d - e, whole && is_aligned(x.centre), {true}, centre);
+#pragma unroll
+    for (int i = 0; i < me.EACH; i++)
+        for (int c = 0; c < 4; c++) y[i].x[c] = exists[i] ? y[i].x[c] - centre[0].x[c] : 0;
+    store_fours(me, pitch, y, to);
 }
 
 /* to (ROWS, pitch): the same of slots [r, r + ROWS), rows of a matrix x (R, stride). */
 template <int ROWS, int COLUMNS>
-__device__ static void load_slots(ls_slot_sizes s, const ls_real *x, int64_t stride, int64_t r, int64_t e0, int pitch,
-                                  ls_real *to)
+__device__ static inline void load_slots(ls_slot_sizes s, const ls_real *x, int64_t stride, int64_t r, int64_t e0,
+                                         int pitch, ls_real *to)
 {
-    for (int i = threadIdx.x; i < ROWS * COLUMNS; i += THREADS) {
-        const int64_t slot = r + i / COLUMNS, e = e0 + i % COLUMNS;
-        to[i / COLUMNS * pitch + i % COLUMNS] = slot < s.R && e < s.d ? x[slot * stride + e] : 0;
-    }
+    const share_of<ROWS, COLUMNS> me;
+    const int64_t e = e0 + me.column, slot = r + me.first;
+    bool exists[me.EACH];
+    four y[me.EACH];
+#pragma unroll
+    for (int i = 0; i < me.EACH; i++) exists[i] = slot + i * me.APART < s.R;
+    load_fours(x + slot * stride + e, me.APART * stride, s.d - e, s.d % 4 == 0 && stride % 4 == 0 && is_aligned(x),
+               exists, y);
+    store_fours(me, pitch, y, to);
 }
 
 /* Which rows and slots of a tile a thread holds: rows ROW + 16 i, slots SLOT + 8 j. */
@@ -172,8 +235,8 @@ static __global__ void write_slots(ls_slot_sizes s, ls_slot_rows keys, const ls_
                                    double *parts)
 {
     constexpr int EACH = SLOTS / 8, SHARE = THREADS / SLOTS, PITCH_W = SLOTS + 1;
-    __shared__ ls_real a[TILE * PITCH], b[SLOTS * PITCH], weight[TILE * PITCH_W], norm[TILE], share[THREADS],
-        top[SLOTS];
+    __shared__ __align__(sizeof(four)) ls_real a[TILE * PITCH], b[SLOTS * PITCH], weight[TILE * PITCH_W], norm[TILE],
+        share[THREADS], top[SLOTS];
     __shared__ double maximum[SLOTS], total[SLOTS], shrink[SLOTS];
     const place at = place_of(s, splits, slot_tiles, SLOTS, feature_tiles);
     const int64_t tiles = parts_of(keys.n, TILE), last = tiles * (at.part + 1) / splits;
@@ -284,7 +347,7 @@ static __global__ void write_gradients(ls_slot_sizes s, ls_slot_rows keys, const
                                        ls_real *dlogits)
 {
     constexpr int EACH = SLOTS / 8;
-    __shared__ ls_real a[TILE * PITCH], b[SLOTS * PITCH], norm[TILE];
+    __shared__ __align__(sizeof(four)) ls_real a[TILE * PITCH], b[SLOTS * PITCH], norm[TILE];
     const place at = place_of(s, parts_of(n, TILE), slot_tiles, SLOTS, 1);
     const int64_t first = at.part * TILE, t = t0 + first, stride = s.d + 2, elements = at.g * s.R * stride;
     ls_real l[4][EACH], de[4][EACH];
@@ -458,7 +521,7 @@ static __global__ void read_slots(ls_slot_sizes s, ls_slot_rows queries, const l
                                   const ls_real *values, const ls_real *centre, ls_view out, int64_t feature_tiles)
 {
     constexpr int EACH = SLOTS / 8, PITCH_W = SLOTS + 1, STEP = SLOTS < CHUNK ? SLOTS : CHUNK;
-    __shared__ ls_real a[TILE * PITCH], b[SLOTS * PITCH], weight[TILE * PITCH_W];
+    __shared__ __align__(sizeof(four)) ls_real a[TILE * PITCH], b[SLOTS * PITCH], weight[TILE * PITCH_W];
     const place at = place_of(s, parts_of(queries.n, TILE), 1, SLOTS, feature_tiles);
     const int64_t t = at.part * TILE;
     ls_real l[4][EACH], x[4][8], m[4], sum[4], shrink[4];
@@ -517,7 +580,7 @@ static __global__ void read_gradients(ls_slot_sizes s, ls_slot_rows queries, con
                                       int64_t n, ls_real *p, ls_real *dlogits)
 {
     constexpr int EACH = SLOTS / 8;
-    __shared__ ls_real a[TILE * PITCH], b[SLOTS * PITCH];
+    __shared__ __align__(sizeof(four)) ls_real a[TILE * PITCH], b[SLOTS * PITCH];
     const place at = place_of(s, parts_of(n, TILE), 1, SLOTS, 1);
     const int64_t first = at.part * TILE, t = t0 + first, matrix = at.g * s.R * s.d;
     ls_real l[4][EACH], dp[4][EACH], m[4], sum[4], mean[4], shrink[4];
@@ -571,7 +634,7 @@ static __global__ void sum_rows(ls_slot_sizes s, const ls_real *matrix, ls_slot_
                                 double *columns)
 {
     constexpr int EACH = SLOTS / 8, PITCH_W = SLOTS + 1;
-    __shared__ ls_real a[CHUNK * WIDTH], weight[TILE * PITCH_W];
+    __shared__ __align__(sizeof(four)) ls_real a[CHUNK * WIDTH], weight[TILE * PITCH_W];
     const place at = place_of(s, splits, slot_tiles, SLOTS, feature_tiles);
     const int64_t tiles = parts_of(n, TILE), last = tiles * (at.part + 1) / splits, G = s.B * s.H;
     const int me = threadIdx.x;
