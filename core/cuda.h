@@ -96,6 +96,17 @@ static inline int ls_blocks(int64_t n, int threads)
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (int64_t)gridDim.x * blockDim.x)
 enum { LS_THREADS = 256, LS_WARP = 32 };
 
+/* Rows R < n, one for each warp of the grid, and the numbers e < n of a row, by the lanes of the warp. */
+#define LS_EACH_ROW(R, n)                                                                                              \
+    for (int64_t R = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / LS_WARP; R < (n);                              \
+         R += (int64_t)gridDim.x * blockDim.x / LS_WARP)
+#define LS_EACH_LANE(e, n) for (int64_t e = threadIdx.x % LS_WARP; e < (n); e += LS_WARP)
+
+static inline int ls_row_blocks(int64_t rows)
+{
+    return ls_blocks(rows * LS_WARP, LS_THREADS);
+}
+
 /* The sum, the maximum over the 32 threads of a warp, all of which call; every thread gets it. */
 template <typename T> __device__ static inline T ls_warp_sum(T x)
 {

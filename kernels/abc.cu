@@ -385,40 +385,39 @@ static void make_probabilities(ls_pass *p)
 }
 
 /* out = centre, on which the product is laid. A warp for each row, here and in blank. */
-__global__ static void put_centres(int64_t rows, int64_t H, int64_t T, int d, const ls_real *centres, ls_view out)
+__global__ static void put_centres(int64_t rows, int64_t H, int64_t T, int64_t d, const ls_real *centres, ls_view out)
 {
-    const int lane = threadIdx.x % LS_WARP, warps = blockDim.x / LS_WARP;
-    for (int64_t i = (int64_t)blockIdx.x * warps + threadIdx.x / LS_WARP; i < rows; i += (int64_t)gridDim.x * warps) {
+    LS_EACH_ROW(i, rows)
+    {
         const int64_t bh = i / T;
         const ls_real *from = centres + (bh * 2 + 1) * d;
         ls_real *to = ls_row(out, bh / H, bh % H, i % T);
-        for (int e = lane; e < d; e += LS_WARP) to[e] = from[e];
+        LS_EACH_LANE(e, d) to[e] = from[e];
     }
 }
 
-__global__ static void blank(int64_t rows, int64_t H, int64_t T, int d, const uint8_t *pad, ls_view out)
+__global__ static void blank(int64_t rows, int64_t H, int64_t T, int64_t d, const uint8_t *pad, ls_view out)
 {
-    const int lane = threadIdx.x % LS_WARP, warps = blockDim.x / LS_WARP;
-    for (int64_t i = (int64_t)blockIdx.x * warps + threadIdx.x / LS_WARP; i < rows; i += (int64_t)gridDim.x * warps) {
+    LS_EACH_ROW(i, rows)
+    {
         const int64_t bh = i / T, b = bh / H, t = i % T;
         if (!pad[b * T + t]) continue;
         ls_real *to = ls_row(out, b, bh % H, t);
-        for (int e = lane; e < d; e += LS_WARP) to[e] = 0;
+        LS_EACH_LANE(e, d) to[e] = 0;
     }
 }
 
 static ls_status apply(ls_pass *p, int phase)
 {
     const int64_t rows = p->B * p->H * p->T;
-    const int blocks = ls_blocks(rows * LS_WARP, LS_THREADS);
+    const int blocks = ls_row_blocks(rows);
     if (rows == 0) return LS_OK;
     make_slots(p, p->summary[phase].got);
     make_probabilities(p);
-    LS_LAUNCH(p->queue, put_centres, blocks, LS_THREADS, 0, rows, p->H, p->T, (int)p->d, p->work[CENTRES], p->out);
+    LS_LAUNCH(p->queue, put_centres, blocks, LS_THREADS, 0, rows, p->H, p->T, p->d, p->work[CENTRES], p->out);
     ls_gemm_heads(p->queue, 0, 0, p->T, p->d, slots(p), 1, table_of(p, A_K, p->T), slots_of(p, 1), 1, p->out, p->B,
                   p->H);
-    if (p->pad_q != NULL)
-        LS_LAUNCH(p->queue, blank, blocks, LS_THREADS, 0, rows, p->H, p->T, (int)p->d, p->pad_q, p->out);
+    if (p->pad_q != NULL) LS_LAUNCH(p->queue, blank, blocks, LS_THREADS, 0, rows, p->H, p->T, p->d, p->pad_q, p->out);
     return ls_launched(p->queue, "abc: apply");
 }
 

@@ -21,15 +21,4 @@ int64_t ls_linear_cuda_rows(const ls_pass *p); /* the most rows of a call, of al
 extern const ls_cuda_kernel ls_linear_cuda_kernels[];
 }
 
-/* Rows R < n, one for each warp of the grid, and the numbers e < n of a row, by the lanes of the warp. */
-#define LS_EACH_ROW(R, n)                                                                                              \
-    for (int64_t R = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / LS_WARP; R < (n);                              \
-         R += (int64_t)gridDim.x * blockDim.x / LS_WARP)
-#define LS_EACH_LANE(e, n) for (int64_t e = threadIdx.x % LS_WARP; e < (n); e += LS_WARP)
-
-static inline int ls_row_blocks(int64_t rows)
-{
-    return ls_blocks(rows * LS_WARP, LS_THREADS);
-}
-
 #endif

@@ -378,8 +378,8 @@ static void centres_backward(ls_pass *p)
 
 /* ------------------------------------------------------------------------------------------------ bands */
 
-/* Keys of one head where tiles find them: n rows, of the halo those from `row` on. Tiles of neighbours have
- * most of their keys in common, so a block of monotonic windows brings its rows together, also as columns, and adds up
+/* Keys of one head where tiles find them: n rows, of the halo those from `row` on. Tiles of neighbours have most of
+ * their keys in common, so a block of monotonic windows brings its rows together, also as columns, and adds up
  * their gradients there. In local-p, and for a few queries, they are where the halo has them. */
 typedef struct band {
     int64_t row, n, st, dst, ld;
@@ -562,7 +562,7 @@ static void store(const ls_pass *p, const tile *t, const ls_real *rows, ls_view 
         memcpy(ls_row(v, t->b, t->h, t->query[r]), rows + r * p->d, (size_t)p->d * sizeof *rows);
 }
 
-/* Row `row` of the halo, of a band's k, v, .. */
+/* The tile's first key in a band's k, v, dk or dv. */
 static ls_real *first_row(const tile *t, ls_real *rows, int64_t st)
 {
     return rows + (t->row - t->x->row) * st;

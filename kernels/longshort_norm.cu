@@ -46,9 +46,6 @@ static __device__ ls_real *element(ls_view v, place at, column c)
     return ls_row(v, at.g, c.h, at.t) + c.f;
 }
 
-#define EACH_ROW(row, of)                                                                                              \
-    for (int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / LS_WARP; row < (of).groups * (of).n;                \
-         row += (int64_t)gridDim.x * WARPS)
 #define EACH_COLUMN(c, of)                                                                                             \
     for (column c = column_of(&(of), threadIdx.x % LS_WARP); c.e < (of).H * (of).d; next(&(of), &c))
 
@@ -72,7 +69,7 @@ static __device__ void moments_of(const longshort_rows *x, place at, moments *m)
 
 static __global__ void normalise(longshort_rows x, const uint8_t *pad, const ls_real *w, const ls_real *b, ls_view y)
 {
-    EACH_ROW(row, x)
+    LS_EACH_ROW(row, x.groups * x.n)
     {
         const int padded = ls_is_padded(pad, row);
         const place at = place_of(&x, row);
@@ -93,7 +90,7 @@ static __global__ void normalise(longshort_rows x, const uint8_t *pad, const ls_
 static __global__ void make_moments(longshort_rows x, const uint8_t *pad, const ls_real *w, ls_view dy, moments *to)
 {
     const int64_t E = x.H * x.d;
-    EACH_ROW(row, x)
+    LS_EACH_ROW(row, x.groups * x.n)
     {
         if (ls_is_padded(pad, row)) continue;
         const place at = place_of(&x, row);
@@ -149,7 +146,7 @@ static __global__ void add_slices(int64_t E, int64_t slices, const double *parti
 static __global__ void differentiate(longshort_rows x, const uint8_t *pad, const ls_real *w, ls_view dy,
                                      const moments *of, ls_view dx, int add)
 {
-    EACH_ROW(row, x)
+    LS_EACH_ROW(row, x.groups * x.n)
     {
         const int padded = ls_is_padded(pad, row);
         const place at = place_of(&x, row);
@@ -183,7 +180,7 @@ void ls_longshort_cuda_norm(ls_pass *p, int weight, longshort_rows x, const uint
 {
     const int64_t rows = x.groups * x.n;
     if (rows > 0)
-        LS_LAUNCH(p->queue, normalise, ls_blocks(rows, WARPS), LS_THREADS, 0, x, pad, parameter(p, weight),
+        LS_LAUNCH(p->queue, normalise, ls_row_blocks(rows), LS_THREADS, 0, x, pad, parameter(p, weight),
                   parameter(p, weight + 1), y);
 }
 
@@ -195,11 +192,11 @@ void ls_longshort_cuda_norm_backward(ls_pass *p, int weight, longshort_rows x, c
     double *norms = (double *)(void *)p->work[NORMS], *partial = norms + 4 * E;
     if (rows == 0) return;
     const dim3 columns_and_slices((unsigned)((E + LS_WARP - 1) / LS_WARP), (unsigned)slices);
-    LS_LAUNCH(p->queue, make_moments, ls_blocks(rows, WARPS), LS_THREADS, 0, x, pad, parameter(p, weight), dy, m);
+    LS_LAUNCH(p->queue, make_moments, ls_row_blocks(rows), LS_THREADS, 0, x, pad, parameter(p, weight), dy, m);
     LS_LAUNCH(p->queue, sum_columns, columns_and_slices, LS_THREADS, 0, x, pad, dy, m, partial);
     LS_LAUNCH(p->queue, add_slices, ls_blocks(2 * E, LS_THREADS), LS_THREADS, 0, E, slices, partial,
               norms + weight * E);
-    LS_LAUNCH(p->queue, differentiate, ls_blocks(rows, WARPS), LS_THREADS, 0, x, pad, parameter(p, weight), dy, m, dx,
+    LS_LAUNCH(p->queue, differentiate, ls_row_blocks(rows), LS_THREADS, 0, x, pad, parameter(p, weight), dy, m, dx,
               add);
 }
 

@@ -146,12 +146,6 @@ __device__ static inline int64_t own_row(const shape *z, int64_t position)
     return t >= 0 && t < z->T ? t : -1;
 }
 
-/* One warp for each of n things. */
-#define EACH_WARP(i, n)                                                                                                \
-    for (int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / LS_WARP; i < (n);                              \
-         i += (int64_t)gridDim.x * blockDim.x / LS_WARP)
-#define EACH_LANE(e, n) for (int64_t e = threadIdx.x % LS_WARP; e < (n); e += LS_WARP)
-
 /* A block for n things to be shared out: up to LS_THREADS, whole warps. */
 static int threads_for(int64_t n)
 {
@@ -192,7 +186,7 @@ __global__ static void tally_rows(ls_view x, const uint8_t *pad, int64_t H, int6
         const int64_t t = i / H, h = i % H;
         if (ls_is_padded(pad, b * n + t)) continue;
         const ls_real *row = ls_row(x, b, h, t);
-        EACH_LANE(e, d)
+        LS_EACH_LANE(e, d)
         {
             const ls_real size = row[e] < 0 ? -row[e] : row[e];
             most = size > most ? size : most;
@@ -405,7 +399,7 @@ __global__ static void score_samples(scoring a)
     __shared__ int32_t lists[WARPS][DRAWN];
     const int lane = threadIdx.x % LS_WARP, half = lane / LANES;
     int32_t *list = lists[threadIdx.x / LS_WARP];
-    EACH_WARP(at, a.z.B * a.z.H * a.z.T)
+    LS_EACH_ROW(at, a.z.B * a.z.H * a.z.T)
     {
         const int64_t t = at % a.z.T, h = at / a.z.T % a.z.H, b = at / a.z.T / a.z.H;
         if (ls_is_padded(a.pad_q, b * a.z.T + t)) continue;
@@ -676,11 +670,11 @@ static void sum_rows(ls_pass *p, ls_view x, const uint8_t *pad, const int32_t *s
 /* sent (B,H,u,d): the owner of a selected query sends it, the others 0. */
 __global__ static void send_queries(shape z, ls_view q, const rows *row, const int64_t *chosen, ls_real *sent)
 {
-    EACH_WARP(i, z.B * z.H * z.u)
+    LS_EACH_ROW(i, z.B * z.H * z.u)
     {
         const int64_t g = i / z.u, b = g / z.H;
         const int64_t t = i % z.u < row[b].top ? own_row(&z, chosen[i]) : -1;
-        EACH_LANE(e, z.d) sent[i * z.d + e] = t >= 0 ? ls_row(q, b, g % z.H, t)[e] : 0;
+        LS_EACH_LANE(e, z.d) sent[i * z.d + e] = t >= 0 ? ls_row(q, b, g % z.H, t)[e] : 0;
     }
 }
 
@@ -696,21 +690,21 @@ static ls_status queries(ls_pass *p, int phase)
 
 __global__ static void return_queries(shape z, const rows *row, const int64_t *chosen, const ls_real *dsent, ls_view dq)
 {
-    EACH_WARP(i, z.B * z.H * z.u)
+    LS_EACH_ROW(i, z.B * z.H * z.u)
     {
         const int64_t g = i / z.u, b = g / z.H;
         const int64_t t = i % z.u < row[b].top ? own_row(&z, chosen[i]) : -1;
-        EACH_LANE(e, t >= 0 ? z.d : 0) ls_row(dq, b, g % z.H, t)[e] += dsent[i * z.d + e];
+        LS_EACH_LANE(e, t >= 0 ? z.d : 0) ls_row(dq, b, g % z.H, t)[e] += dsent[i * z.d + e];
     }
 }
 
 /* dv += what the rows of later ranks owe to all values of this one, more (B,H,d). */
 __global__ static void add_to_values(shape z, const uint8_t *pad, const ls_real *more, ls_view dv)
 {
-    EACH_WARP(i, z.B * z.H * z.S)
+    LS_EACH_ROW(i, z.B * z.H * z.S)
     {
         const int64_t t = i % z.S, g = i / z.S, b = g / z.H;
-        EACH_LANE(e, ls_is_padded(pad, b * z.S + t) ? 0 : z.d) ls_row(dv, b, g % z.H, t)[e] += more[g * z.d + e];
+        LS_EACH_LANE(e, ls_is_padded(pad, b * z.S + t) ? 0 : z.d) ls_row(dv, b, g % z.H, t)[e] += more[g * z.d + e];
     }
 }
 
@@ -731,21 +725,21 @@ static ls_status queries_backward(ls_pass *p, int phase)
 /* scaled (B,H,R,d) = scale·q of the selected, got (B,H,u,d); 0 for the mean. */
 __global__ static void scale_queries(shape z, ls_real scale, const ls_real *got, ls_real *scaled)
 {
-    EACH_WARP(i, z.B * z.H * z.R)
+    LS_EACH_ROW(i, z.B * z.H * z.R)
     {
         const int64_t g = i / z.R, r = i % z.R - z.lead;
-        EACH_LANE(e, z.d) scaled[i * z.d + e] = r < 0 ? 0 : scale * got[(g * z.u + r) * z.d + e];
+        LS_EACH_LANE(e, z.d) scaled[i * z.d + e] = r < 0 ? 0 : scale * got[(g * z.u + r) * z.d + e];
     }
 }
 
 /* to (B,H,n,d) = the S rows of x, 0 where padded and after them. */
 __global__ static void copy_rows(shape z, ls_view x, const uint8_t *pad, int64_t n, ls_real *to)
 {
-    EACH_WARP(i, z.B * z.H * n)
+    LS_EACH_ROW(i, z.B * z.H * n)
     {
         const int64_t t = i % n, g = i / n, b = g / z.H;
         const int dead = t >= z.S || ls_is_padded(pad, b * z.S + t);
-        EACH_LANE(e, z.d) to[i * z.d + e] = dead ? 0 : ls_row(x, b, g % z.H, t)[e];
+        LS_EACH_LANE(e, z.d) to[i * z.d + e] = dead ? 0 : ls_row(x, b, g % z.H, t)[e];
     }
 }
 
@@ -769,7 +763,7 @@ __global__ static void weigh_chunks(shape z, int64_t first, int64_t R, const uin
     const uint8_t *dead = pad == NULL ? NULL : pad + g / z.H * z.S;
     ls_real *l = logits + state * CHUNK;
     const int64_t lo = c * CHUNK, hi = ls_min(z.S, lo + CHUNK);
-    EACH_LANE(r, R)
+    LS_EACH_LANE(r, R)
     {
         const int64_t seen = ls_min(hi, keys_seen(&z, row, chosen, g, first + r));
         ls_real top = -INFINITY;
@@ -778,7 +772,7 @@ __global__ static void weigh_chunks(shape z, int64_t first, int64_t R, const uin
         tops[warp][r] = top;
     }
     __syncthreads();
-    EACH_LANE(r, R)
+    LS_EACH_LANE(r, R)
     {
         const int64_t seen = ls_min(hi, keys_seen(&z, row, chosen, g, first + r));
         ls_real top = tops[0][r];
@@ -904,7 +898,7 @@ __global__ static void weigh_chunks_backward(shape z, int64_t first, int64_t R, 
     const int64_t chunks = chunks_of(z.S), g = blockIdx.x / chunks, lo = blockIdx.x % chunks * CHUNK;
     const int64_t at = blockIdx.x * CHUNK * R;
     const uint8_t *dead = pad == NULL ? NULL : pad + g / z.H * z.S;
-    EACH_LANE(r, R)
+    LS_EACH_LANE(r, R)
     {
         const int64_t seen = keys_seen(&z, row, chosen, g, first + r), element = (g * z.R + first + r) * (z.d + 2);
         const ls_real m = sent[element] == -INFINITY ? 0 : sent[element], ds = dsent[element + 1];
@@ -967,12 +961,12 @@ __device__ static inline ls_real output_of(const ls_real *element, int64_t e)
 /* NS, NC: the selected queries have their softmax, the others the mean. */
 __global__ static void write_rows(shape z, const uint8_t *pad, const int32_t *slot, const ls_real *got, ls_view out)
 {
-    EACH_WARP(i, z.B * z.H * z.T)
+    LS_EACH_ROW(i, z.B * z.H * z.T)
     {
         const int64_t t = i % z.T, g = i / z.T, b = g / z.H;
         const int dead = ls_is_padded(pad, b * z.T + t);
         const ls_real *element = got + (g * z.R + (slot[i] < 0 ? 0 : z.lead + slot[i])) * (z.d + 2);
-        EACH_LANE(e, z.d) ls_row(out, b, g % z.H, t)[e] = dead ? 0 : output_of(element, e);
+        LS_EACH_LANE(e, z.d) ls_row(out, b, g % z.H, t)[e] = dead ? 0 : output_of(element, e);
     }
 }
 
@@ -1015,7 +1009,7 @@ static ls_status apply(ls_pass *p, int phase)
 __global__ static void give_back(shape z, const rows *row, const int64_t *chosen, const ls_real *got, ls_view dout,
                                  const ls_real *rest, ls_real *dgot)
 {
-    EACH_WARP(i, z.B * z.H * z.R)
+    LS_EACH_ROW(i, z.B * z.H * z.R)
     {
         const int64_t g = i / z.R, b = g / z.H, r = i % z.R - z.lead;
         const int64_t t = r >= 0 && r < row[b].top ? own_row(&z, chosen[g * z.u + r]) : -1;
@@ -1025,7 +1019,7 @@ __global__ static void give_back(shape z, const rows *row, const int64_t *chosen
         const double s = (double)element[1];
         const int alive = from != NULL && s > 0;
         double dot = 0;
-        EACH_LANE(e, z.d)
+        LS_EACH_LANE(e, z.d)
         {
             const double share = alive ? (double)from[e] / s : 0;
             to[2 + e] = (ls_real)share;
@@ -1038,9 +1032,9 @@ __global__ static void give_back(shape z, const rows *row, const int64_t *chosen
 
 __global__ static void clear_rows(int64_t B, int64_t H, int64_t n, int64_t d, ls_view x)
 {
-    EACH_WARP(i, B * H * n)
+    LS_EACH_ROW(i, B * H * n)
     {
-        EACH_LANE(e, d) ls_row(x, i / n / H, i / n % H, i % n)[e] = 0;
+        LS_EACH_LANE(e, d) ls_row(x, i / n / H, i / n % H, i % n)[e] = 0;
     }
 }
 

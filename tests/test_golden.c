@@ -1,5 +1,5 @@
-/* test_golden DIR: every group of every *.h5 in DIR (layout: golden/README.md) against the library, in every layout of
- * memory, on one rank or on many. A case of a mechanism that the library does not have is skipped.
+/* test_golden DIR [N]: every group (or one in N) of every *.h5 in DIR (layout: golden/README.md) against the library,
+ * in every layout of memory, on one rank or on many. A case of a mechanism that the library does not have is skipped.
  *
  * Tolerance: relative error max|a-b| / max|b| per tensor, 1e-5 in float (or 4 times the error that the file itself
  * states for a naive float32 evaluation, where that is more), 1e-10 in double. A gradient that is zero but for rounding
@@ -573,7 +573,7 @@ int main(int argc, char **argv)
     int skipped = 0, broken = 0;
     names files = {0};
     DIR *folder = argc == 2 || argc == 3 ? opendir(argv[1]) : NULL;
-    const int every = argc == 3 ? atoi(argv[2]) : 1;
+    const int wanted = argc == 3 ? atoi(argv[2]) : 1, every = wanted < 1 ? 1 : wanted;
     if (folder == NULL) {
         if (here.rank == 0) printf("usage: test_golden DIR [N]: a folder of *.h5 files, one case in N of each\n");
     } else {
@@ -595,7 +595,7 @@ int main(int argc, char **argv)
         }
         worst = 0;
         names groups = members(file, ".");
-        for (int g = 0; g<groups.count; g += every> 0 ? every : 1) {
+        for (int g = 0; g < groups.count; g += every) {
             watchdog(240);
             if (run_case(file, files.name[i], groups.name[g]) == SKIPPED) skipped++;
         }

@@ -2,6 +2,7 @@
  * unasked, and heads so many that a grid has no second dimension for them. What no block can have is refused by name.
  * And heads that several blocks make: all the same. */
 #include "harness.h"
+#include "where.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -105,9 +106,14 @@ static void slices(void)
 int main(int argc, char **argv)
 {
     world_open(&argc, &argv);
+    if (test_device() != LS_CUDA) {
+        printf("skipped: these are limits of GPUs\n");
+        MPI_Finalize();
+        return TEST_SKIPPED;
+    }
     const ls_context_options options = {.comm = here.comm, .device = LS_CPU, .seed = 2024};
     verdict(ls_context_create(&options, &cpu) == LS_OK, "%s", ls_last_error());
-    if (test_device() == LS_CUDA && cpu != NULL) {
+    if (cpu != NULL) {
         compare("local", LS_NC, "w=2,align=1", 1, 1, 1040, 4);
         compare("local", LS_NS, "w=2", 1, 1, 2600, 4);
         compare("longshort", LS_CS, "r=2,w=3,c=4", 1, 1, 1040, 12);
