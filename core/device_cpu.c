@@ -39,6 +39,11 @@ static void *alloc(size_t bytes)
     return aligned_alloc(256, (bytes + 255) / 256 * 256);
 }
 
+static size_t most(void)
+{
+    return 0;
+}
+
 static void poison(void *p, size_t bytes)
 {
     memset(p, 0xff, bytes); /* all ones is a NaN in both precisions */
@@ -88,6 +93,7 @@ const ls_device_ops ls_cpu_device = {.name = "cpu",
                                      .close = close_queue,
                                      .alloc = alloc,
                                      .release = free,
+                                     .most = most,
                                      .alloc_host = alloc,
                                      .release_host = free,
                                      .poison = poison,

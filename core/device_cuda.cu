@@ -2,6 +2,7 @@
 #include "cuda.h"
 
 #include <limits.h>
+#include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -94,6 +95,61 @@ struct ls_bounce {
     bounce_ring ring[PIECE_SIZES];
 };
 
+/* What this process has of the device's memory: nobody else knows how much a pointer stands for. */
+struct holding {
+    void *p;
+    size_t bytes;
+    holding *next;
+};
+static pthread_mutex_t ledger = PTHREAD_MUTEX_INITIALIZER;
+static holding *holdings;
+static size_t held, most_held;
+
+static void *alloc(size_t bytes)
+{
+    holding *h = static_cast<holding *>(malloc(sizeof *h));
+    void *p = NULL;
+    if (h == NULL || cudaSetDevice(opened) != cudaSuccess || cudaMalloc(&p, bytes > 0 ? bytes : 1) != cudaSuccess) {
+        cudaGetLastError();
+        free(h);
+        return NULL;
+    }
+    h->p = p;
+    h->bytes = bytes;
+    pthread_mutex_lock(&ledger);
+    h->next = holdings;
+    holdings = h;
+    held += bytes;
+    if (held > most_held) most_held = held;
+    pthread_mutex_unlock(&ledger);
+    return p;
+}
+
+static void release(void *p)
+{
+    if (p == NULL) return;
+    pthread_mutex_lock(&ledger);
+    for (holding **at = &holdings; *at != NULL; at = &(*at)->next) {
+        holding *h = *at;
+        if (h->p != p) continue;
+        *at = h->next;
+        held -= h->bytes;
+        free(h);
+        break;
+    }
+    pthread_mutex_unlock(&ledger);
+    if (cudaSetDevice(opened) == cudaSuccess) cudaDeviceSynchronize(); /* it may be in use; cudaFree need not wait */
+    cudaFree(p);
+}
+
+static size_t most(void)
+{
+    pthread_mutex_lock(&ledger);
+    const size_t bytes = most_held;
+    pthread_mutex_unlock(&ledger);
+    return bytes;
+}
+
 static void free_bounce(ls_bounce *b)
 {
     for (int k = 0; b != NULL && k < PIECE_SIZES; k++) {
@@ -113,7 +169,7 @@ static void close_queue(ls_queue *q)
     if (q->stream != NULL) cudaStreamSynchronize(q->stream);
     free_bounce(q->bounce);
     if (q->end != NULL) cudaEventDestroy(q->end);
-    if (q->narrow != NULL) cudaFree(q->narrow);
+    release(q->narrow);
     if (q->blas != NULL) cublasDestroy(q->blas);
     if (q->stream != NULL) cudaStreamDestroy(q->stream);
     free(q);
@@ -134,8 +190,12 @@ static ls_status make_queue(ls_queue *q)
     /* products of floats in floats: TF32 only where a call asks for it */
     if (status == CUBLAS_STATUS_SUCCESS) status = cublasSetMathMode(q->blas, CUBLAS_DEFAULT_MATH);
     if (status == CUBLAS_STATUS_SUCCESS && q->precision != LS_BF16) return LS_OK;
-    if (status == CUBLAS_STATUS_SUCCESS)
-        return failed(cudaMalloc(&q->narrow, LS_NARROW_BYTES), q->device, "memory for operands in bfloat16");
+    if (status == CUBLAS_STATUS_SUCCESS) {
+        q->narrow = alloc(LS_NARROW_BYTES);
+        return q->narrow != NULL ? LS_OK
+                                 : ls_fail(LS_ERR_MEMORY, "CUDA device %d: no memory for operands in bfloat16: %s",
+                                           q->device, advice(cudaErrorMemoryAllocation));
+    }
     return ls_fail(status == CUBLAS_STATUS_ALLOC_FAILED ? LS_ERR_MEMORY : LS_ERR_INTERNAL,
                    "CUDA device %d: cuBLAS cannot be opened: %s: free the device of other programs", q->device,
                    cublasGetStatusString(status));
@@ -195,21 +255,6 @@ static ls_status open_beside(ls_queue *of, ls_queue **queue)
     else
         *queue = q;
     return status;
-}
-
-static void *alloc(size_t bytes)
-{
-    void *p = NULL;
-    if (cudaSetDevice(opened) == cudaSuccess && cudaMalloc(&p, bytes > 0 ? bytes : 1) == cudaSuccess) return p;
-    cudaGetLastError();
-    return NULL;
-}
-
-static void release(void *p)
-{
-    if (p == NULL) return;
-    if (cudaSetDevice(opened) == cudaSuccess) cudaDeviceSynchronize(); /* it may be in use; cudaFree need not wait */
-    cudaFree(p);
 }
 
 static void *alloc_host(size_t bytes)
@@ -452,6 +497,7 @@ extern "C" const ls_device_ops ls_cuda_device = {.name = "cuda",
                                                  .close = close_queue,
                                                  .alloc = alloc,
                                                  .release = release,
+                                                 .most = most,
                                                  .alloc_host = alloc_host,
                                                  .release_host = release_host,
                                                  .poison = poison,

@@ -106,6 +106,7 @@ for percent in 30 60 80; do
 done
 refuse "a directory that holds a run" 2 "resume" -- train good.yaml --set run.directory=well
 refuse "resume with another model" 2 "model.embed_dim" -- train good.yaml --resume $good --set model.embed_dim=32
+refuse "generate: an unknown key" 2 "model.width" -- generate $good --set model.width=3 --input good.tsv
 refuse "empty source" 2 "empty" -- generate $good --input /dev/null
 
 # ---- places that cannot be written (a file in the way: root may write anywhere else)

@@ -109,4 +109,15 @@ say "eval: CPU $a; GPU $b"
 awk -v a="$a" -v b="$b" 'BEGIN { split(a, x, " +"); split(b, y, " +"); d = x[2] - y[2]; exit !(d < 1e-4 && d > -1e-4) }' ||
   fail "eval differs"
 "$cpu" eval gpu/best.h5 --split valid | grep '^result' >/dev/null || fail "eval of a GPU's checkpoint on the CPU"
+for device in cpu cuda; do
+  printf 'the cat ran home' | "$gpu" generate gpu/best.h5 --max-bytes 12 --set device=$device >"written_$device" ||
+    fail "generate with device=$device"
+done
+cmp written_cpu written_cuda || fail "generate writes another text on the GPU than on the CPU"
+
+# ---- memory of the GPU is counted, and two ranks that share a sequence have less of it each
+device_memory() { sed -n 's/.*"peak_device_memory_bytes":\([0-9]*\),.*/\1/p' "$1/metrics.jsonl" | tail -n 1; }
+read -r none one two < <(echo "$(device_memory cpu) $(device_memory gpu) $(device_memory gpu_two)")
+say "memory of GPUs: $none, $one, $two bytes on the CPU, on one rank, on two"
+[ "$none" -eq 0 ] && [ "$one" -gt 100000 ] && [ "$two" -gt "$one" ] && [ "$two" -lt $((2 * one)) ] || fail "memory of GPUs"
 say "the same on both"

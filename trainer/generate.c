@@ -21,12 +21,14 @@ static const char usage[] =
     "  --top-k K           draw from the K most probable bytes only (default: from all)\n"
     "  --seed N            of the draws (default 0)\n"
     "  --prefix TEXT       the first bytes of the target, continued by the model; they count as bytes written\n"
+    "  --set KEY=VALUE     change a key of the checkpoint's configuration, e.g. device=cpu\n"
     "  --help              this text\n";
 
 typedef struct generate_options {
     const char *checkpoint, *input, *prefix;
     int64_t max_bytes, top_k, seed;
     double temperature; /* 0: greedy */
+    text_list set;
     int help;
 } generate_options;
 
@@ -44,17 +46,14 @@ static ls_status read_positive(const char *option, const char *text, double *val
 
 static ls_status parse(int argc, char **argv, generate_options *o)
 {
-    static const struct option options[] = {{"input", required_argument, NULL, 'i'},
-                                            {"max-bytes", required_argument, NULL, 'n'},
-                                            {"greedy", no_argument, NULL, 'g'},
-                                            {"temperature", required_argument, NULL, 't'},
-                                            {"top-k", required_argument, NULL, 'k'},
-                                            {"seed", required_argument, NULL, 's'},
-                                            {"prefix", required_argument, NULL, 'p'},
-                                            {"help", no_argument, NULL, 'h'},
-                                            {NULL, 0, NULL, 0}};
-    static const char *const known[] = {"--input",  "--max-bytes", "--greedy", "--temperature", "--top-k", "--seed",
-                                        "--prefix", "--help",      NULL};
+    static const struct option options[] = {
+        {"input", required_argument, NULL, 'i'},  {"max-bytes", required_argument, NULL, 'n'},
+        {"greedy", no_argument, NULL, 'g'},       {"temperature", required_argument, NULL, 't'},
+        {"top-k", required_argument, NULL, 'k'},  {"seed", required_argument, NULL, 's'},
+        {"prefix", required_argument, NULL, 'p'}, {"set", required_argument, NULL, 'c'},
+        {"help", no_argument, NULL, 'h'},         {NULL, 0, NULL, 0}};
+    static const char *const known[] = {"--input", "--max-bytes", "--greedy", "--temperature", "--top-k",
+                                        "--seed",  "--prefix",    "--set",    "--help",        NULL};
     *o = (generate_options){.input = "-", .prefix = "", .max_bytes = 1024};
     int greedy = 0, which;
     opterr = 0; /* rank 0 alone says what is wrong */
@@ -81,6 +80,9 @@ static ls_status parse(int argc, char **argv, generate_options *o)
             break;
         case 'p':
             o->prefix = optarg;
+            break;
+        case 'c':
+            LS_TRY(text_list_add(&o->set, optarg));
             break;
         case 'h':
             o->help = 1;
@@ -175,7 +177,7 @@ static ls_status make_batch(const ranks *r, generation *g)
 static ls_status prepare(const generate_options *o, ranks *r, generation *g)
 {
     /* before standard input is waited for */
-    LS_TRY(checkpoint_config_everywhere(r, o->checkpoint, NULL, 0, &g->c));
+    LS_TRY(checkpoint_config_everywhere(r, o->checkpoint, o->set.item, o->set.count, &g->c));
     LS_TRY(read_everywhere(r, o->input, &g->source, &g->source_size));
     if (g->source_size == 0)
         LS_FAIL(LS_ERR_ARGUMENT, "generate: the input %s is empty: give at least one byte",
@@ -240,13 +242,14 @@ int command_generate(int argc, char **argv, ranks *r)
     ls_status status = parse(argc, argv, &o);
     if (status == LS_OK && o.help) {
         if (r->rank == 0) fputs(usage, stdout);
-        return EXIT_OK;
+    } else if (status == LS_OK) {
+        status = generate(&o, r, &g);
     }
-    if (status == LS_OK) status = generate(&o, r, &g);
     decoder_free(g.d);
     model_free(g.m);
     batch_free(&g.b);
     device_free(r, g.params);
     free(g.source);
+    free(o.set.item);
     return status == LS_OK ? EXIT_OK : report_error(r, status);
 }

@@ -123,12 +123,12 @@ ls_status metrics_step(metrics *m, const step_metrics *s)
     char order[20];
     snprintf(order, sizeof order, "%016llx", (unsigned long long)s->order);
     const double speed = s->seconds > 0 ? (double)s->tokens / s->seconds : 0;
-    LS_TRY(
-        append(m, json_pack("{s:I, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I, s:s}", "step", (json_int_t)s->step,
-                            "samples", (json_int_t)s->samples, "tokens", (json_int_t)s->tokens, "loss", s->loss, "nll",
-                            s->nll, "grad_norm", s->grad_norm, "lr", s->rate, "seconds", s->seconds,
-                            "tokens_per_second", speed, "bytes_exchanged", (json_int_t)s->bytes_exchanged,
-                            "peak_memory_bytes", (json_int_t)s->peak_memory, "order", order)));
+    LS_TRY(append(m, json_pack("{s:I, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I, s:I, s:s}", "step",
+                               (json_int_t)s->step, "samples", (json_int_t)s->samples, "tokens", (json_int_t)s->tokens,
+                               "loss", s->loss, "nll", s->nll, "grad_norm", s->grad_norm, "lr", s->rate, "seconds",
+                               s->seconds, "tokens_per_second", speed, "bytes_exchanged",
+                               (json_int_t)s->bytes_exchanged, "peak_memory_bytes", (json_int_t)s->peak_memory,
+                               "peak_device_memory_bytes", (json_int_t)s->peak_device_memory, "order", order)));
     const double left = (double)(s->steps - s->step) * s->seconds;
     const int last = s->step == s->steps;
     if (!m->terminal && !last && now() - m->shown < SHOW_EVERY) return LS_OK;

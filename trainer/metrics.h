@@ -3,7 +3,8 @@
  * step:        step, samples, tokens (labels of this step), loss (objective, nats per token), nll (without smoothing),
  *              grad_norm (before clipping), lr, seconds (wall clock of rank 0), tokens_per_second,
  *              bytes_exchanged (this step, sent by all ranks through both contexts),
- *              peak_memory_bytes (of the processes so far, summed over ranks), order (digest of the batch's documents)
+ *              peak_memory_bytes (of the processes so far, summed over ranks), peak_device_memory_bytes (the same of
+ *              what they had of their GPUs; 0 on the CPU), order (digest of the batch's documents)
  * evaluation:  step, valid_nll (nats per token), valid_bits_per_byte, valid_tokens, valid_documents, valid_seconds,
  * best
  */
@@ -15,7 +16,7 @@
 typedef struct step_metrics {
     int64_t step, steps, samples, tokens;
     double loss, nll, grad_norm, rate, seconds;
-    uint64_t bytes_exchanged, peak_memory, order;
+    uint64_t bytes_exchanged, peak_memory, peak_device_memory, order;
 } step_metrics;
 
 typedef struct evaluation_metrics {

@@ -65,7 +65,7 @@ typedef struct run {
     evaluation last;
     double seconds; /* of all steps of this process */
     int64_t tokens;
-    uint64_t sent, peak_memory;
+    uint64_t sent, peak_memory, peak_device_memory;
     rehearsal test;
 } run;
 
@@ -416,15 +416,16 @@ static ls_status take_step(run *t, int *stop)
     struct rusage use;
     getrusage(RUSAGE_SELF, &use);
     const uint64_t sent = bytes_sent(t->r);
-    uint64_t counts[2] = {sent - t->sent, (uint64_t)use.ru_maxrss * 1024}, all[2] = {0};
+    uint64_t counts[3] = {sent - t->sent, (uint64_t)use.ru_maxrss * 1024, t->r->sequence->ops->most()}, all[3] = {0};
     t->sent = sent;
-    if (MPI_Reduce(counts, all, 2, MPI_UINT64_T, MPI_SUM, 0, t->r->comm) != MPI_SUCCESS) {
+    if (MPI_Reduce(counts, all, 3, MPI_UINT64_T, MPI_SUM, 0, t->r->comm) != MPI_SUCCESS) {
         LS_FAIL(LS_ERR_COMM, "mpi: adding up the bytes of step %lld failed", (long long)step);
     }
     const double seconds = seconds_now() - begin;
     t->seconds += seconds;
     t->tokens += labels;
     t->peak_memory = all[1];
+    t->peak_device_memory = all[2];
     const step_metrics line = {.step = step,
                                .steps = c->train.steps,
                                .samples = t->w.s.samples,
@@ -436,6 +437,7 @@ static ls_status take_step(run *t, int *stop)
                                .seconds = seconds,
                                .bytes_exchanged = all[0],
                                .peak_memory = all[1],
+                               .peak_device_memory = all[2],
                                .order = XXH3_64bits(t->index, (size_t)c->train.batch * sizeof *t->index)};
     if (t->r->rank == 0) t->late = metrics_step(t->log, &line);
     return LS_OK;
@@ -503,9 +505,10 @@ static ls_status loop(run *t)
         if (t->last.tokens > 0) {
             printf(", valid %.4f nats per token, %.4f bits per byte", t->last.nll, bits_per_byte(t->last.nll));
         }
-        printf(", %.0f tokens/s, peak memory %.0f MiB on %d rank%s; the results are in %s\n",
-               (double)t->tokens / t->seconds, (double)t->peak_memory / 1048576, t->r->size, t->r->size == 1 ? "" : "s",
-               c->run.directory);
+        printf(", %.0f tokens/s, peak memory %.0f MiB on %d rank%s", (double)t->tokens / t->seconds,
+               (double)t->peak_memory / 1048576, t->r->size, t->r->size == 1 ? "" : "s");
+        if (t->peak_device_memory > 0) printf(" and %.0f MiB of GPUs", (double)t->peak_device_memory / 1048576);
+        printf("; the results are in %s\n", c->run.directory);
     }
     return LS_OK;
 }
