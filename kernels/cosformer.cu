@@ -1,59 +1,83 @@
-/* cosFormer on a GPU: the feature map of cosformer.c, number by number; the phases are those of linear.cu. */
+/* cosFormer on a GPU: the feature map of cosformer.c, row by row, a warp for each; the phases are those of linear.cu.
+ */
 #include "linear_cuda.h"
 
 extern "C" {
 #include "cosformer.h"
 }
 
-__global__ static void relu(int64_t n, const ls_real *x, ls_real *y)
+using namespace ls_linear;
+
+/* y (R,d): rows that are there, activated. */
+__global__ static void activate_rows(slab s, int64_t d, int act, ls_view rows, const uint8_t *pad, ls_real *y)
 {
-    LS_EACH(i, n) y[i] = ls_relu(x[i]);
+    LS_EACH_ROW(R, rows_of(s))
+    {
+        const place at = place_of(s, R);
+        if (!is_there(s, pad, at)) continue;
+        const ls_real *x = ls_row(rows, at.b, at.h, at.t);
+        LS_EACH_LANE(e, d) y[R * d + e] = act == RELU ? ls_relu(x[e]) : ls_one_plus_elu(x[e]);
+    }
 }
 
-__global__ static void one_plus_elu(int64_t n, const ls_real *x, ls_real *y)
+__global__ static void activate_rows_backward(slab s, int64_t d, int act, ls_view rows, const uint8_t *pad,
+                                              const ls_real *dy, ls_view drows, int add)
 {
-    LS_EACH(i, n) y[i] = ls_one_plus_elu(x[i]);
+    LS_EACH_ROW(R, rows_of(s))
+    {
+        const place at = place_of(s, R);
+        if (at.t >= s.rows) continue;
+        const int there = is_there(s, pad, at);
+        const ls_real *x = ls_row(rows, at.b, at.h, at.t);
+        ls_real *to = ls_row(drows, at.b, at.h, at.t);
+        LS_EACH_LANE(e, d)
+        {
+            const ls_real g = there ? dy[R * d + e] : 0;
+            const ls_real dx = !there ? 0 : act == RELU ? ls_relu_backward(x[e], g) : ls_one_plus_elu_backward(x[e], g);
+            to[e] = add ? to[e] + dx : dx;
+        }
+    }
 }
 
-__global__ static void relu_backward(int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
+static void activate(ls_pass *p, slab s, ls_view rows, const uint8_t *pad, ls_real *y)
 {
-    LS_EACH(i, n) dx[i] = ls_relu_backward(x[i], dy[i]);
+    LS_LAUNCH(p->queue, activate_rows, ls_row_blocks(rows_of(s)), LS_THREADS, 0, s, p->d, (int)p->option[ACT], rows,
+              pad, y);
 }
 
-__global__ static void one_plus_elu_backward(int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
+static void backward(ls_pass *p, slab s, ls_view rows, const uint8_t *pad, const ls_real *dy, ls_view drows, int add)
 {
-    LS_EACH(i, n) dx[i] = ls_one_plus_elu_backward(x[i], dy[i]);
+    LS_LAUNCH(p->queue, activate_rows_backward, ls_row_blocks(rows_of(s)), LS_THREADS, 0, s, p->d, (int)p->option[ACT],
+              rows, pad, dy, drows, add);
 }
 
-static void activate(ls_pass *p, int64_t n, const ls_real *rows, ls_real *a)
+static void queries(ls_pass *p, slab s, ls_real *a)
 {
-    const int64_t all = p->H * n * p->d;
-    const int blocks = ls_blocks(all, LS_THREADS);
-    if ((int)p->option[ACT] == RELU)
-        LS_LAUNCH(p->queue, relu, blocks, LS_THREADS, 0, all, rows, a);
-    else
-        LS_LAUNCH(p->queue, one_plus_elu, blocks, LS_THREADS, 0, all, rows, a);
+    activate(p, s, p->q, p->pad_q, a);
 }
 
-static void keys(ls_pass *p, int64_t n, const ls_real *rows, ls_real *b, ls_real *top)
+static void keys(ls_pass *p, slab s, ls_real *b, ls_real *top)
 {
     (void)top;
-    activate(p, n, rows, b);
+    activate(p, s, p->own.k, p->own.pad, b);
 }
 
-static void backward(ls_pass *p, int64_t n, const ls_real *rows, const ls_real *dy, ls_real *drows)
+static void queries_backward(ls_pass *p, slab s, const ls_real *da)
 {
-    const int64_t all = p->H * n * p->d;
-    const int blocks = ls_blocks(all, LS_THREADS);
-    if ((int)p->option[ACT] == RELU)
-        LS_LAUNCH(p->queue, relu_backward, blocks, LS_THREADS, 0, all, rows, dy, drows);
-    else
-        LS_LAUNCH(p->queue, one_plus_elu_backward, blocks, LS_THREADS, 0, all, rows, dy, drows);
+    backward(p, s, p->q, p->pad_q, da, p->dq, 0);
+}
+
+static void keys_backward(ls_pass *p, slab s, const ls_real *db, int add)
+{
+    backward(p, s, p->own.k, p->own.pad, db, p->own.dk, add);
 }
 
 extern "C" {
-const ls_feature_map_cuda ls_cosformer_map_cuda = {
-    .prepare = NULL, .queries = activate, .keys = keys, .queries_backward = backward, .keys_backward = backward};
+const ls_feature_map_cuda ls_cosformer_map_cuda = {.prepare = NULL,
+                                                   .queries = queries,
+                                                   .keys = keys,
+                                                   .queries_backward = queries_backward,
+                                                   .keys_backward = keys_backward};
 const ls_cuda_mechanism ls_cosformer_cuda = {
     .plan = ls_linear_cuda_plan, .kernel = ls_linear_cuda_kernels, .host_bytes = NULL};
 }

@@ -34,7 +34,9 @@ static ls_status kernel_sums_backward(ls_pass *p, int phase)
         ls_linear_load_keys(p, &x);
         const level all = {x.start, x.each_start, 0};
         ls_linear_ready_keys(p, &x, keys_of(p), all, 1);
-        ls_linear_take_gradients(p, &x, x.all_S, x.all_z, p->pattern == LS_CS);
+        ls_linear_take_gradients(p, &x, x.all_S, x.all_z);
+        map_of(p)->keys_backward(p, x.s, x.db, p->pattern == LS_CS);
+        ls_linear_put_products(p, &x, x.B, x.all_S, p->pattern == LS_CS, p->own.dv);
     }
     return ls_launched(p->queue, "linear attention: gradient of sums");
 }
@@ -56,9 +58,8 @@ static ls_status kernel_apply(ls_pass *p, int phase)
     ls_linear_unpack(p, &x, p->summary[phase].got, p->summary[phase].got, NULL);
     for (int64_t k = 0; k < c.N; k += c.K) {
         load_turned_queries(p, &x, c, k);
-        ls_linear_weigh(p, &x, x.all_z);
-        ls_linear_multiply(p, 0, 0, x.M, x.d, x.F, x.A, x.all_S, 0, x.out, p->B * p->H);
-        ls_linear_put_rows(p, &x, x.out, x.inverse, p->out, p->pad_q, 0);
+        ls_linear_weigh(p, &x, x.all_z, 1);
+        ls_linear_put_products(p, &x, x.A, x.all_S, 0, p->out);
     }
     return ls_launched(p->queue, "linear attention: apply");
 }
@@ -78,7 +79,7 @@ static ls_status kernel_apply_backward(ls_pass *p, int phase)
         ls_linear_gather(p, &x, x.A, x.dout, x.delta);
         ls_linear_scan_states(p, &x, nowhere, 0);
         ls_linear_finish_queries(p, &x, nowhere, nowhere, 1, 0);
-        ls_linear_write_queries(p, &x);
+        map_of(p)->queries_backward(p, x.s, x.da);
     }
     ls_linear_pack(p, &x, NULL, s->dgot);
     return ls_launched(p->queue, "linear attention: gradient of apply");

@@ -50,7 +50,7 @@ ls_status ls_linear_cuda_causal(ls_pass *p, int phase)
         load_causal(p, &x);
         find_prefixes(p, &x);
         const int64_t chunks = chunks_of(&x);
-        ls_linear_weigh(p, &x, x.z);
+        ls_linear_weigh(p, &x, x.z, 0);
         ls_linear_multiply(p, 0, 0, c.C, x.d, c.C, x.w, x.v, 0, x.out, chunks);
         ls_linear_multiply(p, 0, 0, c.C, x.d, x.F, x.A, x.S, 1, x.out, chunks);
         ls_linear_put_rows(p, &x, x.out, x.inverse, p->out, p->pad_q, 0);
@@ -73,7 +73,7 @@ static void sweep_past(ls_pass *p, linear *x, cut c)
         ls_linear_near_gradients(p, x, after_chunks(x), chunks, 1, x->db, x->out);
         ls_linear_finish_queries(p, x, before_chunks(x), after_chunks(x), 1, 1);
         ls_linear_clean_rows(p, x);
-        ls_linear_write_queries(p, x);
+        map_of(p)->queries_backward(p, x->s, x->da);
         ls_linear_write_keys(p, x, 0);
     }
 }
@@ -91,7 +91,9 @@ static void sweep_future(ls_pass *p, linear *x, cut c)
         ls_linear_ready_queries(p, x, before_chunks(x), after_chunks(x), x->inverse, x->A);
         ls_linear_gather(p, x, x->A, x->dout, x->delta);
         ls_linear_scan_states(p, x, before_chunks(x), KEEPS | REVERSED);
-        ls_linear_take_gradients(p, x, x->S, x->z, 1);
+        ls_linear_take_gradients(p, x, x->S, x->z);
+        ls_linear_multiply(p, 0, 0, c.C, x->d, x->F, x->B, x->S, 0, x->out, chunks_of(x));
+        ls_linear_write_keys(p, x, 1);
     }
 }
 

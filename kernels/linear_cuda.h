@@ -6,14 +6,56 @@
 
 extern "C" {
 #include "linear.h"
+}
 
-/* ls_feature_map on a GPU: launches of kernels for n rows of each head, rows (H,n,d), features (H,n,r), top (H,n). */
+namespace ls_linear /* other files have types of these names, too */
+{
+/* Rows (H,B,K,C), of which those of one (b,h) begin with row `first` of the shard's `rows`. */
+typedef struct slab {
+    int64_t B, H, K, C, first, rows;
+} slab;
+
+typedef struct place {
+    int64_t g, b, h, u, t; /* g = h B + b; row u of g in the slab is row t of the shard */
+} place;
+
+LS_BOTH_SIDES int64_t rows_per_head(const slab &s)
+{
+    return s.B * s.K * s.C;
+}
+
+LS_BOTH_SIDES int64_t rows_of(const slab &s)
+{
+    return s.H * rows_per_head(s);
+}
+
+__device__ static inline place place_of(const slab &s, int64_t R)
+{
+    place at;
+    at.g = R / (s.K * s.C);
+    at.u = R - at.g * (s.K * s.C);
+    at.h = at.g / s.B;
+    at.b = at.g - at.h * s.B;
+    at.t = s.first + at.u;
+    return at;
+}
+
+/* Neither past the end nor padded. */
+__device__ static inline int is_there(const slab &s, const uint8_t *pad, place at)
+{
+    return at.t < s.rows && !ls_is_padded(pad, at.b * s.rows + at.t);
+}
+} // namespace ls_linear
+
+extern "C" {
+/* ls_feature_map on a GPU: launches of kernels for the rows (R) of a slab, which lie in p->q or p->own.k and whose
+ * gradients go to p->dq or p->own.dk. Features (R,r), top (R); of rows that are not there they stay as they are. */
 typedef struct ls_feature_map_cuda {
     void (*prepare)(ls_pass *);
-    void (*queries)(ls_pass *, int64_t n, const ls_real *rows, ls_real *a);
-    void (*keys)(ls_pass *, int64_t n, const ls_real *rows, ls_real *b, ls_real *top);
-    void (*queries_backward)(ls_pass *, int64_t n, const ls_real *rows, const ls_real *da, ls_real *drows);
-    void (*keys_backward)(ls_pass *, int64_t n, const ls_real *rows, const ls_real *db, ls_real *drows);
+    void (*queries)(ls_pass *, ls_linear::slab s, ls_real *a);
+    void (*keys)(ls_pass *, ls_linear::slab s, ls_real *b, ls_real *top);
+    void (*queries_backward)(ls_pass *, ls_linear::slab s, const ls_real *da);
+    void (*keys_backward)(ls_pass *, ls_linear::slab s, const ls_real *db, int add); /* add: += */
 } ls_feature_map_cuda;
 
 void ls_linear_cuda_plan(ls_pass *p, ls_arena *saved, ls_arena *work);

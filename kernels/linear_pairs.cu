@@ -52,7 +52,7 @@ __device__ static double weigh_row(const linear &x, const outlook &y, int64_t R,
     return ls_warp_sum(sum);
 }
 
-__global__ static void weigh(linear x, const ls_real *z)
+__global__ static void weigh(linear x, const ls_real *z, int divides)
 {
     LS_EACH_ROW(R, rows_of(x.s))
     {
@@ -60,6 +60,7 @@ __global__ static void weigh(linear x, const ls_real *z)
         const double D = weigh_row(x, outlook_of(x, R % x.M), R, z == NULL ? NULL : z + R / x.M * x.F);
         const ls_real inverse = ls_linear_inverse(D, x.floor, &flows);
         if (threadIdx.x % LS_WARP == 0) x.inverse[R] = inverse;
+        LS_EACH_LANE(f, divides ? x.F : 0) x.A[R * x.F + f] *= inverse;
     }
 }
 
@@ -95,9 +96,9 @@ __global__ static void weigh_backward(linear x, const ls_real *z, int divides)
     }
 }
 
-void ls_linear_weigh(ls_pass *p, const linear *x, const ls_real *z)
+void ls_linear_weigh(ls_pass *p, const linear *x, const ls_real *z, int divides)
 {
-    LAUNCH_ROWS(p, weigh, *x, z);
+    LAUNCH_ROWS(p, weigh, *x, z, divides);
 }
 
 void ls_linear_weigh_backward(ls_pass *p, const linear *x, const ls_real *z, int divides)
@@ -363,7 +364,7 @@ ls_status ls_linear_cuda_pairs(ls_pass *p, int phase)
     const cut c = ls_linear_cut_rows(p, p->T, CAUSAL_ROWS);
     for (int64_t k = 0; k < c.N; k += c.K) {
         load_pairs(p, &x, &keys, c, k);
-        ls_linear_weigh(p, &x, NULL);
+        ls_linear_weigh(p, &x, NULL, 0);
         ls_linear_multiply(p, 0, 0, x.M, x.d, x.n, x.w, keys.v, 0, x.out, p->B * p->H);
         ls_linear_put_rows(p, &x, x.out, x.inverse, p->out, p->pad_q, 0);
     }
@@ -386,7 +387,7 @@ ls_status ls_linear_cuda_pairs_backward(ls_pass *p, int phase)
         const numbers db = {keys.db, S * x.r, 0}, dv = {keys.dv, S * x.d, 0};
         ls_linear_scan(p, &x, db, dv, nowhere, 0);
         ls_linear_finish_queries(p, &x, nowhere, end, 0, 1);
-        ls_linear_write_queries(p, &x);
+        map_of(p)->queries_backward(p, x.s, x.da);
     }
     LS_LAUNCH(p->queue, send_gradients, ls_row_blocks(G * S), LS_THREADS, 0, message_of(p, &x, S), G * S, x.running,
               p->gathered[phase].dall);

@@ -95,7 +95,7 @@ void ls_linear_cuda_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[QUERIES] = ls_take(work, (1 + s.back + s.near) * s.R * r);
     p->work[KEYS] = ls_take(work, (1 + s.back + s.near) * s.R * r);
     p->work[TURNED] = ls_take(work, (1 + s.back + s.turns) * s.R * F);
-    p->work[STAGE] = ls_take(work, (s.back ? 7 : 4) * s.R * d);
+    p->work[STAGE] = ls_take(work, (2 + s.back) * s.R * d);
     p->work[WEIGHTS] = ls_take(work, (1 + s.back) * s.R * s.n);
     p->work[STATES] = ls_take(work, (s.P + s.G) * F * (d + 1));
     p->work[DOUBLES] = (ls_real *)ls_arena_take(work, (size_t)doubles * sizeof(double));
@@ -145,8 +145,9 @@ linear ls_linear_begin(ls_pass *p)
     x.B = x.turns ? give(&w, R * F) : x.b;
     x.dA = x.dB = s.back ? give(&w, R * F) : NULL;
     w.at = p->work[STAGE];
-    ls_real **const staged[] = {&x.q, &x.k, &x.v, &x.out, &x.dout, &x.dq, &x.dk};
-    for (int i = 0; i < (s.back ? 7 : 4); i++) *staged[i] = give(&w, R * d);
+    x.v = give(&w, R * d);
+    x.out = give(&w, R * d);
+    x.dout = s.back ? give(&w, R * d) : NULL;
     w.at = p->work[WEIGHTS];
     x.w = give(&w, R * s.n);
     x.dw = s.back ? give(&w, R * s.n) : NULL;
@@ -178,11 +179,6 @@ void ls_linear_go_to(const ls_pass *p, linear *x, cut c, int64_t rows, int64_t k
     x->s.C = c.C;
     x->s.first = k * c.C;
     x->s.rows = rows;
-}
-
-static int64_t rows_per_head(const linear *x)
-{
-    return x->s.B * x->s.K * x->s.C;
 }
 
 /* ------------------------------------------------------------------------------------------------ rows */
@@ -229,6 +225,15 @@ void ls_linear_put_rows(ls_pass *p, const linear *x, const ls_real *from, const 
               pad, add);
 }
 
+void ls_linear_put_products(ls_pass *p, const linear *x, const ls_real *rows, const ls_real *S, double beta, ls_view to)
+{
+    const int64_t row = x->s.K * x->s.C * x->F, state = x->F * x->d;
+    const ls_view a = {const_cast<ls_real *>(rows), row, x->s.B * row, x->F};
+    const ls_view b = {const_cast<ls_real *>(S), state, x->s.B * state, x->d};
+    to.p += x->s.first * to.st;
+    ls_gemm_heads(p->queue, 0, 0, existing(x), x->d, x->F, 1, a, b, beta, to, x->s.B, x->s.H);
+}
+
 void ls_linear_multiply(ls_pass *p, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, const ls_real *a,
                         const ls_real *b, double beta, ls_real *c, int64_t batch)
 {
@@ -238,34 +243,54 @@ void ls_linear_multiply(ls_pass *p, int transpose_a, int transpose_b, int64_t m,
 
 /* ------------------------------------------------------------------------------------------------ features */
 
-/* c of each row of keys, the maximum so far, from start[g] on; start[g + 1..] := c after each chunk. A block for each
- * (b,h): blockDim rows at a time. */
-__global__ static void find_maxima(linear x, side k, ls_real *start)
+/* Of each chunk alone: c (R), the maximum so far, and in start[g + k + 1] that of chunk k. A warp for each chunk. */
+__global__ static void find_maxima(linear x, side k, int64_t chunks, ls_real *start)
 {
-    __shared__ ls_real highest[LS_THREADS / LS_WARP];
-    const int lane = threadIdx.x % LS_WARP, warp = threadIdx.x / LS_WARP, warps = blockDim.x / LS_WARP;
-    const int64_t rows = x.s.K * x.s.C;
-    for (int64_t g = blockIdx.x; g < x.s.H * x.s.B; g += gridDim.x) {
-        ls_real *level = start + g * x.each_start, before = level[0];
-        for (int64_t first = 0; first < rows; first += blockDim.x) {
-            const int64_t u = first + threadIdx.x, R = g * rows + u;
-            ls_real c = before;
-            if (u < rows && is_there(x.s, k.pad, place_of(x.s, R)) && x.top[R] > c) c = x.top[R];
+    LS_EACH_ROW(P, chunks)
+    {
+        const int lane = threadIdx.x % LS_WARP;
+        ls_real most = -INFINITY;
+        for (int64_t i = 0; i < x.s.C; i += LS_WARP) {
+            const int64_t R = P * x.s.C + i + lane;
+            ls_real c = most;
+            if (i + lane < x.s.C && is_there(x.s, k.pad, place_of(x.s, R)) && x.top[R] > c) c = x.top[R];
             for (int step = 1; step < LS_WARP; step *= 2) {
                 const ls_real other = __shfl_sync(0xffffffffu, c, lane < step ? lane : lane - step);
                 if (other > c) c = other;
             }
-            if (lane == LS_WARP - 1) highest[warp] = c;
-            __syncthreads();
-            for (int i = 0; i < warps; i++) {
-                if (i < warp && highest[i] > c) c = highest[i];
-                if (highest[i] > before) before = highest[i];
-            }
-            __syncthreads();
-            if (u >= rows) continue;
-            x.c[R] = c;
-            if ((u + 1) % x.s.C == 0) level[(u + 1) / x.s.C] = c;
+            if (i + lane < x.s.C) x.c[R] = c;
+            most = __shfl_sync(0xffffffffu, c, LS_WARP - 1);
         }
+        if (lane == 0) start[P / x.s.K * x.each_start + P % x.s.K + 1] = most;
+    }
+}
+
+/* start[g + 1..] := the maximum from start[g] on. A warp for each g. */
+__global__ static void follow_maxima(int64_t G, int64_t K, ls_real *start, int64_t each)
+{
+    LS_EACH_ROW(g, G)
+    {
+        const int lane = threadIdx.x % LS_WARP;
+        ls_real *level = start + g * each, most = level[0];
+        for (int64_t k = 1; k <= K; k += LS_WARP) {
+            ls_real c = k + lane <= K && level[k + lane] > most ? level[k + lane] : most;
+            for (int step = 1; step < LS_WARP; step *= 2) {
+                const ls_real other = __shfl_sync(0xffffffffu, c, lane < step ? lane : lane - step);
+                if (other > c) c = other;
+            }
+            if (k + lane <= K) level[k + lane] = c;
+            most = __shfl_sync(0xffffffffu, c, LS_WARP - 1);
+        }
+    }
+}
+
+/* c of rows, from that within their chunks. */
+__global__ static void raise_maxima(linear x, level before)
+{
+    LS_EACH(R, rows_of(x.s))
+    {
+        const ls_real c = level_of(before, x.s, place_of(x.s, R));
+        if (c > x.c[R]) x.c[R] = c;
     }
 }
 
@@ -301,7 +326,7 @@ __global__ static void ready_keys(linear x, side k, level c, int turned)
             /* above 0 are only keys that nobody sees */
             const ls_real b = e ? ls_exp(raw - from > 0 ? 0 : raw - from) : raw;
             if (!there) x.x[R * x.r + f] = raw;
-            x.b[R * x.r + f] = b;
+            if (x.b != x.x) x.b[R * x.r + f] = b;
             if (!turns) continue;
             x.B[R * x.F + f] = y.sine * b;
             x.B[R * x.F + x.r + f] = y.cosine * b;
@@ -342,7 +367,7 @@ __global__ static void ready_queries(linear x, side q, level before, level end, 
         {
             const int e = f < x.exponentials;
             const ls_real a = there ? x.a[R * x.r + f] : 0, past = by * (e ? v.past * a : a);
-            x.a[R * x.r + f] = a;
+            if (!there) x.a[R * x.r + f] = a;
             if (x.a_near != x.a) x.a_near[R * x.r + f] = e ? v.near * a : a;
             if (A == NULL) continue;
             A[R * x.F + f] = x.turns ? y.sine * past : past;
@@ -353,22 +378,24 @@ __global__ static void ready_queries(linear x, side q, level before, level end, 
 
 void ls_linear_load_queries(ls_pass *p, const linear *x)
 {
-    ls_linear_stage(p, x, p->q, p->pad_q, x->q);
-    map_of(p)->queries(p, rows_per_head(x), x->q, x->a);
+    map_of(p)->queries(p, x->s, x->a);
 }
 
 void ls_linear_load_keys(ls_pass *p, const linear *x)
 {
-    ls_linear_stage(p, x, p->own.k, p->own.pad, x->k);
     ls_linear_stage(p, x, p->own.v, p->own.pad, x->v);
-    map_of(p)->keys(p, rows_per_head(x), x->k, x->x, x->top);
+    map_of(p)->keys(p, x->s, x->x, x->top);
 }
 
 void ls_linear_follow_maxima(ls_pass *p, const linear *x)
 {
     if (x->exponentials == 0) return;
-    LS_LAUNCH(p->queue, find_maxima, ls_blocks(x->s.H * x->s.B, 1), LS_THREADS, 0, *x, keys_of(p),
-              x->start + x->s.first / x->s.C);
+    const int64_t chunks = chunks_of(x), G = x->s.H * x->s.B;
+    ls_real *start = x->start + x->s.first / x->s.C;
+    LS_LAUNCH(p->queue, find_maxima, ls_row_blocks(chunks), LS_THREADS, 0, *x, keys_of(p), chunks, start);
+    LS_LAUNCH(p->queue, follow_maxima, ls_row_blocks(G), LS_THREADS, 0, G, x->s.K, start, x->each_start);
+    if (x->causal)
+        LS_LAUNCH(p->queue, raise_maxima, ls_blocks(chunks * x->s.C, LS_THREADS), LS_THREADS, 0, *x, before_chunks(x));
 }
 
 void ls_linear_ready_keys(ls_pass *p, const linear *x, side k, level c, int turned)
@@ -446,26 +473,16 @@ void ls_linear_clean_rows(ls_pass *p, const linear *x)
     LAUNCH_ROWS(p, clean_rows, *x, keys_of(p), x->r, x->db);
 }
 
-void ls_linear_write_queries(ls_pass *p, const linear *x)
-{
-    map_of(p)->queries_backward(p, rows_per_head(x), x->q, x->da, x->dq);
-    ls_linear_put_rows(p, x, x->dq, NULL, p->dq, p->pad_q, 0);
-}
-
 void ls_linear_write_keys(ls_pass *p, const linear *x, int add)
 {
-    map_of(p)->keys_backward(p, rows_per_head(x), x->k, x->db, x->dk);
-    ls_linear_put_rows(p, x, x->dk, NULL, p->own.dk, p->own.pad, add);
+    map_of(p)->keys_backward(p, x->s, x->db, add);
     ls_linear_put_rows(p, x, x->out, NULL, p->own.dv, p->own.pad, add);
 }
 
-void ls_linear_take_gradients(ls_pass *p, const linear *x, const ls_real *S, const ls_real *z, int add)
+void ls_linear_take_gradients(ls_pass *p, const linear *x, const ls_real *S, const ls_real *z)
 {
-    const int64_t problems = chunks_of(x) * x->s.C / x->M;
-    ls_linear_multiply(p, 0, 0, x->M, x->d, x->F, x->B, S, 0, x->out, problems);
-    ls_linear_multiply(p, 0, 1, x->M, x->F, x->d, x->v, S, 0, x->dB, problems);
+    ls_linear_multiply(p, 0, 1, x->M, x->F, x->d, x->v, S, 0, x->dB, chunks_of(x) * x->s.C / x->M);
     LAUNCH_ROWS(p, finish_keys, *x, keys_of(p), z);
-    ls_linear_write_keys(p, x, add);
 }
 
 /* ------------------------------------------------------------------------------------------------ states */
@@ -499,13 +516,18 @@ __global__ static void scan(int64_t G, int64_t K, numbers a, numbers b, level st
         const int64_t g = at / (a.n + b.n), i = at - g * (a.n + b.n), e = i < a.n ? i : i - a.n;
         const numbers y = i < a.n ? a : b;
         const ls_real *c = start.p != NULL && e < y.scaled ? start.p + g * start.each_g : NULL;
+        constexpr int DEEP = 8; /* numbers on their way at a time */
+        ls_real *x = y.x + g * K * y.n + e;
         double sum = running[at];
-        for (int64_t n = 0; n < K; n++) {
-            const int64_t k = how & REVERSED ? K - 1 - n : n;
-            ls_real *x = y.x + (g * K + k) * y.n + e;
-            const double change = (double)*x;
-            if (how & KEEPS) *x = (ls_real)sum;
-            sum = (c == NULL ? sum : sum * ls_linear_change(c[k], c[k + 1])) + change;
+        for (int64_t n = 0; n < K; n += DEEP) {
+            ls_real change[DEEP];
+            for (int u = 0; u < DEEP; u++)
+                change[u] = n + u < K ? x[(how & REVERSED ? K - 1 - n - u : n + u) * y.n] : 0;
+            for (int u = 0; u < DEEP && n + u < K; u++) {
+                const int64_t k = how & REVERSED ? K - 1 - n - u : n + u;
+                if (how & KEEPS) x[k * y.n] = (ls_real)sum;
+                sum = (c == NULL ? sum : sum * ls_linear_change(c[k], c[k + 1])) + (double)change[u];
+            }
         }
         running[at] = sum;
     }

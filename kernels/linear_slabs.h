@@ -38,21 +38,12 @@ typedef struct cut {
     int64_t C, N, K;
 } cut;
 
-/* Rows (H,B,K,C), of which those of one (b,h) begin with row `first` of the shard's `rows`. */
-typedef struct slab {
-    int64_t B, H, K, C, first, rows;
-} slab;
-
 /* Queries or keys: pad (B,rows) or NULL; where things turn, sin ωi and cos ωi of global positions i, from that of the
  * first row on, (angles_of(rows),2). */
 typedef struct side {
     const uint8_t *pad;
     const double *angle;
 } side;
-
-typedef struct place {
-    int64_t g, b, h, u, t; /* g = h B + b; row u of g in the slab is row t of the shard */
-} place;
 
 /* c of chunks: that of chunk k of g is p[g each_g + k each_k]; p NULL: none. */
 typedef struct level {
@@ -69,8 +60,8 @@ typedef struct linear {
     /* within: of each problem's M queries the first has its n keys at `relative`, - relative + 1, ... from itself */
     int64_t M, n, relative;
     int causal;
-    ls_real *q, *k, *v, *dout, *out, *dq, *dk; /* (R,d); in backward out holds dv */
-    ls_real *a, *da, *x, *b, *db;              /* (R,r); b = x where there are no exponentials */
+    ls_real *v, *dout, *out;        /* (R,d); in backward out holds dv */
+    ls_real *a, *da, *x, *b, *db;   /* (R,r); b = x where there are no exponentials */
     ls_real *a_near;                /* (R,r) a as it sees keys that are seen from c at the end; a or its own */
     ls_real *A, *dA, *B, *dB;       /* (R,F); dA and dB are the same memory, B = b where nothing turns */
     ls_real *w, *dw;                /* (R,n) */
@@ -117,6 +108,12 @@ static inline int64_t chunks_of(const linear *x)
     return x->s.H * x->s.B * x->s.K;
 }
 
+/* Rows of the slab that the shard has, of each (b,h). */
+static inline int64_t existing(const linear *x)
+{
+    return ls_min(x->s.K * x->s.C, x->s.rows - x->s.first);
+}
+
 /* Angles of so many rows, those past the end in the last chunk among them, and of the position after. */
 static inline int64_t angles_of(const ls_pass *p, int64_t rows)
 {
@@ -152,28 +149,6 @@ static inline level after_chunks(const linear *x)
 
 /* ------------------------------------------------------------------------------------------------ rows */
 
-__device__ static inline int64_t rows_of(const slab &s)
-{
-    return s.H * s.B * s.K * s.C;
-}
-
-__device__ static inline place place_of(const slab &s, int64_t R)
-{
-    place at;
-    at.g = R / (s.K * s.C);
-    at.u = R - at.g * (s.K * s.C);
-    at.h = at.g / s.B;
-    at.b = at.g - at.h * s.B;
-    at.t = s.first + at.u;
-    return at;
-}
-
-/* Neither past the end nor padded. */
-__device__ static inline int is_there(const slab &s, const uint8_t *pad, place at)
-{
-    return at.t < s.rows && !ls_is_padded(pad, at.b * s.rows + at.t);
-}
-
 __device__ static inline ls_real level_of(level c, const slab &s, place at)
 {
     return c.p[at.g * c.each_g + at.u / s.C * c.each_k];
@@ -202,11 +177,14 @@ void ls_linear_go_to(const ls_pass *p, linear *x, cut c, int64_t rows, int64_t k
 void ls_linear_stage(ls_pass *p, const linear *x, ls_view v, const uint8_t *pad, ls_real *to);
 void ls_linear_put_rows(ls_pass *p, const linear *x, const ls_real *from, const ls_real *scale, ls_view v,
                         const uint8_t *pad, int add);
+/* Rows of (b,h) in `to` = (beta 0) or += (beta 1) those in rows (R,F) times its S (F,d). */
+void ls_linear_put_products(ls_pass *p, const linear *x, const ls_real *rows, const ls_real *S, double beta,
+                            ls_view to);
 /* C_i (m,n) = op(A_i) op(B_i) + beta C_i, a batch of matrices that lie one after the other. */
 void ls_linear_multiply(ls_pass *p, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, const ls_real *a,
                         const ls_real *b, double beta, ls_real *c, int64_t batch);
 
-/* q and a; k, v, and x, top: not yet ready. */
+/* a; x, top, and v: not yet ready. */
 void ls_linear_load_queries(ls_pass *p, const linear *x);
 void ls_linear_load_keys(ls_pass *p, const linear *x);
 /* c of each key, the maximum so far, and in start that after each chunk. Without exponentials: nothing. */
@@ -221,10 +199,9 @@ void ls_linear_ready_queries(ls_pass *p, const linear *x, level before, level en
 void ls_linear_finish_queries(ls_pass *p, const linear *x, level before, level end, int past, int near);
 /* db := 0 where no key is. */
 void ls_linear_clean_rows(ls_pass *p, const linear *x);
-/* What keys that are ready get from S, z, which are gradients here: of M rows each. dk and dv are written. */
-void ls_linear_take_gradients(ls_pass *p, const linear *x, const ls_real *S, const ls_real *z, int add);
-/* dq from da; dk from db, and dv. */
-void ls_linear_write_queries(ls_pass *p, const linear *x);
+/* db of keys that are ready, from S, z, which are gradients here: of M rows each. */
+void ls_linear_take_gradients(ls_pass *p, const linear *x, const ls_real *S, const ls_real *z);
+/* dk from db, and dv, which is in out. */
 void ls_linear_write_keys(ls_pass *p, const linear *x, int add);
 
 /* S, z of each chunk := Σ rows_i matrix_iᵀ, Σ weight_i rows_i; weight (R) is taken negative, NULL: 1. */
@@ -247,8 +224,8 @@ void ls_linear_unpack(ls_pass *p, const linear *x, const ls_real *elements, cons
 /* w (M,n) of each problem = a·b. */
 void ls_linear_multiply_near(ls_pass *p, const linear *x, level end, int64_t problems);
 /* inverse of each row: w, which holds a·b, becomes the weights of what is within; z (F) of each problem or NULL: of
- * what came before. */
-void ls_linear_weigh(ls_pass *p, const linear *x, const ls_real *z);
+ * what came before. With `divides` A becomes A / D. */
+void ls_linear_weigh(ls_pass *p, const linear *x, const ls_real *z, int divides);
 /* w, dw, dA hold a·b, do·v, S do: they become w / D, the gradient of a·b, and that of A, which, with `divides`, becomes
  * A / D. δ is the sum of what it is taken from, in double. */
 void ls_linear_weigh_backward(ls_pass *p, const linear *x, const ls_real *z, int divides);

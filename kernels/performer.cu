@@ -1,15 +1,18 @@
 /* Performer on a GPU: the feature map of performer.c; the phases are those of linear.cu.
  *
- * How the work is divided. Logits W x are one product for each head, over all rows of a slab; what follows goes row by
- * row, a warp for each. W is drawn number by number, in double; each block of d rows that is to be orthogonal belongs
- * to one block of threads, in which a warp has a row: row k is taken out of all rows after it at once, so that a step
- * for each row is all that has to wait. Meanwhile the rows lie in shared memory, if they fit there. */
+ * How the work is divided. A block takes a tile of rows and makes their features, or from the gradient of these that of
+ * the rows, in one pass over memory: W x goes by pieces of shared memory, what follows row by row, a warp for each. So
+ * rows are read where they lie, and nothing wider than features is written in between. W is drawn number by number, in
+ * double; each block of d rows that is to be orthogonal belongs to one block of threads, in which a warp has a row: row
+ * k is taken out of all rows after it at once, so that a step for each row is all that has to wait. Meanwhile the rows
+ * lie in shared memory, if they fit there. */
 #include "linear_cuda.h"
 
 extern "C" {
 #include "performer.h"
 }
 #include "rng_inline.h"
+using namespace ls_linear;
 
 enum { EXPONENTIALS = LS_LINEAR_WORK, DRAW }; /* work[]; DRAW holds doubles */
 enum { ROOM = 96 << 10 };                     /* of shared memory in a block, what all GPUs have that this is for */
@@ -110,7 +113,12 @@ static void project(ls_pass *p)
               to);
 }
 
-/* ------------------------------------------------------------------------------------------------ features */
+/* ------------------------------------------------------------------------------------------------ rows */
+
+/* A block has TILE rows of one head at a time: thread (group, column) the rows group, group + GROUPS, ... */
+enum { TILE = 128, COLUMNS = 8, GROUPS = LS_THREADS / COLUMNS, EACH = TILE / GROUPS };
+enum { WIDE = 16, DEEP = 64 };               /* features, and numbers of a row, that meet at a time */
+enum { PITCH = DEEP + 4, SHORT = WIDE + 4 }; /* of pieces in shared memory: rows side by side begin in other banks */
 
 namespace
 {
@@ -119,6 +127,15 @@ typedef struct shape {
     ls_real scale, eps;
     int any; /* any_will_do() */
 } shape;
+
+/* What is read at once. */
+typedef struct alignas(4 * sizeof(ls_real)) four {
+    ls_real v[4];
+} four;
+
+typedef struct tile {
+    int64_t h, first, count; /* rows [first, first + count) of all that head h has in the slab */
+} tile;
 } // namespace
 
 static shape shape_of(const ls_pass *p)
@@ -126,6 +143,57 @@ static shape shape_of(const ls_pass *p)
     const shape s = {num_features(p), p->d, (ls_real)p->scale, (ls_real)p->option[EPS], any_will_do(p)};
     return s;
 }
+
+/* Whether d numbers of any row can be read by fours. */
+static int reads_fours(ls_view v, int64_t d)
+{
+    return (d | v.sb | v.sh | v.st) % 4 == 0 && (uintptr_t)v.p % sizeof(four) == 0;
+}
+
+LS_BOTH_SIDES int64_t tiles_of(const slab &s)
+{
+    return s.H * ((rows_per_head(s) + TILE - 1) / TILE);
+}
+
+__device__ static inline tile tile_of(const slab &s, int64_t i)
+{
+    const int64_t n = rows_per_head(s), each = (n + TILE - 1) / TILE;
+    tile t;
+    t.h = i / each;
+    t.first = i % each * TILE;
+    t.count = ls_min(TILE, n - t.first);
+    return t;
+}
+
+/* Numbers [e0, e0 + DEEP) of the tile's rows, 0 where there are none. */
+__device__ static void load_rows(const slab &s, tile t, int64_t d, int64_t e0, ls_view rows, const uint8_t *pad,
+                                 int fours, ls_real *to)
+{
+    for (int i = threadIdx.x; i < TILE * DEEP / 4; i += LS_THREADS) {
+        const int r = i / (DEEP / 4), e = i % (DEEP / 4) * 4;
+        four x = {};
+        if (r < t.count && e0 + e < d) {
+            const place at = place_of(s, t.h * rows_per_head(s) + t.first + r);
+            const ls_real *from = ls_row(rows, at.b, at.h, at.t) + e0 + e;
+            const int there = is_there(s, pad, at);
+            if (there && fours) x = *(const four *)from;
+            for (int k = 0; k < 4 && there && !fours; k++)
+                if (e0 + e + k < d) x.v[k] = from[k];
+        }
+        *(four *)(to + r * PITCH + e) = x;
+    }
+}
+
+/* W (m,d) of a head: features [f0, f0 + WIDE), numbers [e0, e0 + DEEP), 0 where there are none. */
+__device__ static void load_projection(shape x, const ls_real *W, int64_t f0, int64_t e0, ls_real *to)
+{
+    for (int i = threadIdx.x; i < WIDE * DEEP; i += LS_THREADS) {
+        const int f = i / DEEP, e = i % DEEP;
+        to[f * PITCH + e] = f0 + f < x.m && e0 + e < x.d ? W[(f0 + f) * x.d + e0 + e] : 0;
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ features */
 
 /* |row|²/2 of the scaled row, for all lanes. */
 __device__ static inline ls_real half_of(shape s, const ls_real *row)
@@ -142,102 +210,180 @@ __device__ static inline ls_real highest(int64_t n, const ls_real *x)
     return ls_warp_max(top);
 }
 
-/* e (n,m) holds logits and becomes exponentials; a (n,m+1). */
-__global__ static void finish_queries(int64_t n, shape s, const ls_real *rows, ls_real *e, ls_real *a)
+/* A row a (m+1) of logits becomes features; e (m) their exponentials, NULL: not wanted. */
+__device__ static void finish_query(shape x, const ls_real *row, ls_real *a, ls_real *e)
 {
-    LS_EACH_ROW(R, n)
+    ls_real sum = 0;
+    const ls_real half = x.any ? 0 : half_of(x, row), top = highest(x.m, a) + half;
+    LS_EACH_LANE(r, x.m)
     {
-        ls_real *x = e + R * s.m, *to = a + R * (s.m + 1), sum = 0;
-        const ls_real half = s.any ? 0 : half_of(s, rows + R * s.d), top = highest(s.m, x) + half;
-        LS_EACH_LANE(r, s.m)
-        {
-            const ls_real y = ls_exp(x[r] - top);
-            x[r] = y;
-            to[r] = y + s.eps;
-            sum += y;
+        const ls_real y = ls_exp(a[r] - top);
+        if (e != NULL) e[r] = y;
+        a[r] = y + x.eps;
+        sum += y;
+    }
+    sum = ls_warp_sum(sum);
+    if (threadIdx.x % LS_WARP == 0) a[x.m] = x.eps * (sum + (ls_real)x.m * x.eps);
+}
+
+/* A row b (m+1) of logits becomes exponents, and a 1. */
+__device__ static void finish_key(shape x, const ls_real *row, ls_real *b, ls_real *top)
+{
+    const ls_real half = half_of(x, row), most = highest(x.m, b);
+    LS_EACH_LANE(r, x.m) b[r] -= half;
+    if (threadIdx.x % LS_WARP != 0) return;
+    b[x.m] = 1;
+    *top = most - (x.any ? half : 0);
+}
+
+/* y (R,m+1) = the features of rows. Products are those of floats, whatever the precision: they become exponents. Keys
+ * have top, queries not. */
+__global__ static void make_features(slab s, shape x, ls_view rows, const uint8_t *pad, int fours, const ls_real *W,
+                                     ls_real *y, ls_real *e, ls_real *top)
+{
+    __shared__ __align__(32) ls_real of_rows[TILE * PITCH];
+    __shared__ __align__(32) ls_real of_w[WIDE * PITCH];
+    const int group = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
+    for (int64_t i = blockIdx.x; i < tiles_of(s); i += gridDim.x) {
+        const tile t = tile_of(s, i);
+        const int64_t R = t.h * rows_per_head(s) + t.first;
+        for (int64_t f0 = 0; f0 < x.m; f0 += WIDE) {
+            ls_real sum[EACH][2] = {{0}};
+            for (int64_t e0 = 0; e0 < x.d; e0 += DEEP) {
+                __syncthreads();
+                if (f0 == 0 || x.d > DEEP) load_rows(s, t, x.d, e0, rows, pad, fours, of_rows);
+                load_projection(x, W + t.h * x.m * x.d, f0, e0, of_w);
+                __syncthreads();
+                for (int k = 0; k < DEEP; k += 4) {
+                    const four w[2] = {*(const four *)(of_w + column * PITCH + k),
+                                       *(const four *)(of_w + (column + COLUMNS) * PITCH + k)};
+#pragma unroll
+                    for (int u = 0; u < EACH; u++) {
+                        const four z = *(const four *)(of_rows + (group + u * GROUPS) * PITCH + k);
+#pragma unroll
+                        for (int j = 0; j < 4; j++) sum[u][0] += z.v[j] * w[0].v[j], sum[u][1] += z.v[j] * w[1].v[j];
+                    }
+                }
+            }
+            for (int u = 0; u < EACH; u++)
+                for (int v = 0; v < 2; v++) {
+                    const int64_t r = group + u * GROUPS, f = f0 + column + v * COLUMNS;
+                    if (r < t.count && f < x.m) y[(R + r) * (x.m + 1) + f] = sum[u][v];
+                }
         }
-        sum = ls_warp_sum(sum);
-        if (threadIdx.x % LS_WARP == 0) to[s.m] = s.eps * (sum + (ls_real)s.m * s.eps);
+        __syncthreads(); /* the logits of a row are there */
+        for (int64_t r = R + threadIdx.x / LS_WARP; r < R + t.count; r += LS_THREADS / LS_WARP) {
+            const place at = place_of(s, r);
+            if (!is_there(s, pad, at)) continue;
+            const ls_real *row = ls_row(rows, at.b, at.h, at.t);
+            ls_real *to = y + r * (x.m + 1);
+            if (top == NULL)
+                finish_query(x, row, to, e == NULL ? NULL : e + r * x.m);
+            else
+                finish_key(x, row, to, top + r);
+        }
     }
 }
 
-/* b (n,m+1) holds logits and becomes exponents, and a 1. */
-__global__ static void finish_keys(int64_t n, shape s, const ls_real *rows, ls_real *b, ls_real *top)
+static void features(ls_pass *p, slab s, ls_view rows, const uint8_t *pad, ls_real *y, ls_real *e, ls_real *top)
 {
-    LS_EACH_ROW(R, n)
-    {
-        ls_real *x = b + R * (s.m + 1);
-        const ls_real half = half_of(s, rows + R * s.d), most = highest(s.m, x);
-        LS_EACH_LANE(r, s.m) x[r] -= half;
-        if (threadIdx.x % LS_WARP != 0) continue;
-        x[s.m] = 1;
-        top[R] = most - (s.any ? half : 0);
+    LS_LAUNCH(p->queue, make_features, ls_blocks(tiles_of(s), 1), LS_THREADS, 0, s, shape_of(p), rows, pad,
+              reads_fours(rows, p->d), p->saved[PROJECTION], y, e, top);
+}
+
+static void queries(ls_pass *p, slab s, ls_real *a)
+{
+    features(p, s, p->q, p->pad_q, a, p->backward ? p->work[EXPONENTIALS] : NULL, NULL);
+}
+
+static void keys(ls_pass *p, slab s, ls_real *b, ls_real *top)
+{
+    features(p, s, p->own.k, p->own.pad, b, NULL, top);
+}
+
+/* ------------------------------------------------------------------------------------------------ gradients */
+
+/* The gradient of logits [f0, f0 + WIDE) of the tile's rows, from dy (R,m+1), that of features: queries have e. */
+__device__ static void load_gradients(shape x, int64_t R, int64_t count, int64_t f0, const ls_real *e,
+                                      const ls_real *dy, ls_real *to)
+{
+    for (int i = threadIdx.x; i < TILE * WIDE; i += LS_THREADS) {
+        const int64_t r = i / WIDE, f = f0 + i % WIDE;
+        const ls_real *from = dy + (R + r) * (x.m + 1);
+        ls_real g = 0;
+        if (r < count && f < x.m) g = e == NULL ? from[f] : e[(R + r) * x.m + f] * (from[f] + x.eps * from[x.m]);
+        to[r * SHORT + i % WIDE] = g;
     }
 }
 
-/* x (n,ld) of each head = W rows. They become exponents: not rounded. */
-static void logits(ls_pass *p, int64_t n, const ls_real *rows, ls_real *x, int64_t ld)
+/* drows = scale^½ Wᵀ dx - scale row Σ_m dx, dx the gradient of logits; W is scaled already. */
+__global__ static void features_backward(slab s, shape x, ls_view rows, const uint8_t *pad, int fours, const ls_real *W,
+                                         const ls_real *e, const ls_real *dy, ls_view drows, int add)
 {
-    const int64_t m = num_features(p), d = p->d;
-    ls_gemm_batch_exact(p->queue, 0, 1, n, m, d, 1, rows, d, n * d, p->saved[PROJECTION], d, m * d, 0, x, ld, n * ld,
-                        p->H);
-}
-
-static void queries(ls_pass *p, int64_t n, const ls_real *rows, ls_real *a)
-{
-    ls_real *e = p->work[EXPONENTIALS];
-    logits(p, n, rows, e, num_features(p));
-    LS_LAUNCH(p->queue, finish_queries, ls_row_blocks(p->H * n), LS_THREADS, 0, p->H * n, shape_of(p), rows, e, a);
-}
-
-static void keys(ls_pass *p, int64_t n, const ls_real *rows, ls_real *b, ls_real *top)
-{
-    logits(p, n, rows, b, num_features(p) + 1);
-    LS_LAUNCH(p->queue, finish_keys, ls_row_blocks(p->H * n), LS_THREADS, 0, p->H * n, shape_of(p), rows, b, top);
-}
-
-/* e, the exponentials, becomes the gradient of exponents; da (n,m+1). */
-__global__ static void queries_to_exponents(int64_t n, shape s, const ls_real *da, ls_real *e)
-{
-    LS_EACH_ROW(R, n)
-    {
-        const ls_real *from = da + R * (s.m + 1), both = s.eps * from[s.m];
-        LS_EACH_LANE(r, s.m) e[R * s.m + r] *= from[r] + both;
+    __shared__ __align__(32) ls_real of_x[TILE * SHORT];
+    __shared__ __align__(32) ls_real of_w[WIDE * PITCH];
+    const int group = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
+    const int64_t pieces = (x.d + DEEP - 1) / DEEP;
+    for (int64_t i = blockIdx.x; i < tiles_of(s) * pieces; i += gridDim.x) {
+        const tile t = tile_of(s, i / pieces);
+        const int64_t R = t.h * rows_per_head(s) + t.first, e0 = i % pieces * DEEP;
+        ls_real sum[EACH][2][4] = {{{0}}}, all[EACH] = {0};
+        for (int64_t f0 = 0; f0 < x.m; f0 += WIDE) {
+            __syncthreads();
+            load_gradients(x, R, t.count, f0, e, dy, of_x);
+            load_projection(x, W + t.h * x.m * x.d, f0, e0, of_w);
+            __syncthreads();
+            for (int k = 0; k < WIDE; k++) {
+                const four w[2] = {*(const four *)(of_w + k * PITCH + column * 4),
+                                   *(const four *)(of_w + k * PITCH + DEEP / 2 + column * 4)};
+#pragma unroll
+                for (int u = 0; u < EACH; u++) {
+                    const ls_real z = of_x[(group + u * GROUPS) * SHORT + k];
+                    all[u] += z;
+#pragma unroll
+                    for (int j = 0; j < 4; j++) sum[u][0][j] += z * w[0].v[j], sum[u][1][j] += z * w[1].v[j];
+                }
+            }
+        }
+        for (int u = 0; u < EACH; u++)
+            for (int v = 0; v < 2; v++) {
+                const int64_t r = group + u * GROUPS, from = e0 + v * (DEEP / 2) + column * 4;
+                if (r >= t.count) continue;
+                const place at = place_of(s, R + r);
+                if (at.t >= s.rows) continue;
+                const int there = is_there(s, pad, at);
+                const ls_real *row = ls_row(rows, at.b, at.h, at.t);
+                ls_real *to = ls_row(drows, at.b, at.h, at.t);
+                if (from < x.d && fours) {
+                    const four z = there ? *(const four *)(row + from) : four{};
+                    four y = add ? *(const four *)(to + from) : four{};
+                    for (int j = 0; j < 4 && there; j++) y.v[j] += sum[u][v][j] - x.scale * all[u] * z.v[j];
+                    *(four *)(to + from) = y;
+                }
+                for (int j = 0; j < 4 && from + j < x.d && !fours; j++) {
+                    const ls_real y = there ? sum[u][v][j] - x.scale * all[u] * row[from + j] : 0;
+                    to[from + j] = add ? to[from + j] + y : y;
+                }
+            }
     }
 }
 
-/* drows -= scale row Σ dx; dx (n,ld). */
-__global__ static void subtract_halves(int64_t n, shape s, const ls_real *rows, const ls_real *dx, int64_t ld,
-                                       ls_real *drows)
+static void backward(ls_pass *p, slab s, ls_view rows, const uint8_t *pad, const ls_real *e, const ls_real *dy,
+                     ls_view drows, int add)
 {
-    LS_EACH_ROW(R, n)
-    {
-        ls_real sum = 0;
-        LS_EACH_LANE(r, s.m) sum += dx[R * ld + r];
-        sum = s.scale * ls_warp_sum(sum);
-        LS_EACH_LANE(e, s.d) drows[R * s.d + e] -= sum * rows[R * s.d + e];
-    }
+    const int64_t pieces = (p->d + DEEP - 1) / DEEP;
+    LS_LAUNCH(p->queue, features_backward, ls_blocks(tiles_of(s) * pieces, 1), LS_THREADS, 0, s, shape_of(p), rows, pad,
+              reads_fours(rows, p->d) && reads_fours(drows, p->d), p->saved[PROJECTION], e, dy, drows, add);
 }
 
-/* drows = scale^½ Wᵀ dx - scale row Σ_m dx; dx (n,ld). */
-static void logits_backward(ls_pass *p, int64_t n, const ls_real *rows, const ls_real *dx, int64_t ld, ls_real *drows)
+static void queries_backward(ls_pass *p, slab s, const ls_real *da)
 {
-    const int64_t m = num_features(p), d = p->d;
-    ls_gemm_batch(p->queue, 0, 0, n, d, m, 1, dx, ld, n * ld, p->saved[PROJECTION], d, m * d, 0, drows, d, n * d, p->H);
-    LS_LAUNCH(p->queue, subtract_halves, ls_row_blocks(p->H * n), LS_THREADS, 0, p->H * n, shape_of(p), rows, dx, ld,
-              drows);
+    backward(p, s, p->q, p->pad_q, p->work[EXPONENTIALS], da, p->dq, 0); /* exponentials as queries() left them */
 }
 
-static void queries_backward(ls_pass *p, int64_t n, const ls_real *rows, const ls_real *da, ls_real *drows)
+static void keys_backward(ls_pass *p, slab s, const ls_real *db, int add)
 {
-    ls_real *e = p->work[EXPONENTIALS]; /* as queries() left them */
-    LS_LAUNCH(p->queue, queries_to_exponents, ls_row_blocks(p->H * n), LS_THREADS, 0, p->H * n, shape_of(p), da, e);
-    logits_backward(p, n, rows, e, num_features(p), drows);
-}
-
-static void keys_backward(ls_pass *p, int64_t n, const ls_real *rows, const ls_real *db, ls_real *drows)
-{
-    logits_backward(p, n, rows, db, num_features(p) + 1, drows);
+    backward(p, s, p->own.k, p->own.pad, NULL, db, p->own.dk, add);
 }
 
 /* ------------------------------------------------------------------------------------------------ table */

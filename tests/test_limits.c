@@ -1,6 +1,6 @@
 /* Shapes that meet a GPU's limits, against the CPU: heads so wide that a block needs more shared memory than it has
  * unasked, and heads so many that a grid has no second dimension for them. What no block can have is refused by name.
- * And heads that several blocks make: all the same. */
+ * And heads that several blocks make, all the same; features that a block makes piece by piece. */
 #include "harness.h"
 #include "where.h"
 
@@ -120,6 +120,12 @@ int main(int argc, char **argv)
         compare("longshort", LS_NS, "r=2,w=3", 1, 1, 2000, 10);
         refuse("local", LS_NS, "w=2", 40000);
         slices();
+        /* features of several tiles and pieces, rows that can be read by fours and rows that cannot */
+        compare("performer", LS_NS, "m=40", 2, 2, 80, 300);
+        compare("performer", LS_CS, "m=17", 1, 3, 66, 200);
+        compare("performer", LS_NC, "m=70", 2, 1, 132, 150);
+        compare("cosformer", LS_NS, "", 2, 2, 68, 300);
+        compare("cosformer", LS_CS, "act=1,max_len=250", 1, 2, 33, 200);
         if (getenv("LONGSPAN_TEST_EVERY") == NULL) { /* minutes on the emulated GPU */
             compare("probsparse", LS_CS, "f=1", 33000, 2, 2, 1);
             compare("longshort", LS_CS, "r=2,w=3,c=2", 33000, 2, 2, 3);
