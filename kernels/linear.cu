@@ -13,8 +13,7 @@ static ls_status kernel_sums(ls_pass *p, int phase)
         ls_linear_go_to(p, &x, c, p->S, k);
         ls_linear_load_keys(p, &x);
         ls_linear_follow_maxima(p, &x);
-        ls_linear_ready_keys(p, &x, keys_of(p), after_chunks(&x), 1);
-        ls_linear_gather(p, &x, x.B, x.v, NULL);
+        ls_linear_gather_keys(p, &x);
         ls_linear_scan_states(p, &x, before_chunks(&x), 0);
     }
     ls_linear_pack(p, &x, x.start + c.N, p->summary[phase + 1].sent);
@@ -34,7 +33,8 @@ static ls_status kernel_sums_backward(ls_pass *p, int phase)
         ls_linear_load_keys(p, &x);
         const level all = {x.start, x.each_start, 0};
         ls_linear_ready_keys(p, &x, keys_of(p), all, 1);
-        ls_linear_take_gradients(p, &x, x.all_S, x.all_z);
+        ls_linear_take_products(p, &x, p->own.v, x.all_S, x.dB);
+        ls_linear_finish_keys(p, &x, x.all_z);
         map_of(p)->keys_backward(p, x.s, x.db, p->pattern == LS_CS);
         ls_linear_put_products(p, &x, x.B, x.all_S, p->pattern == LS_CS, p->own.dv);
     }
@@ -73,10 +73,9 @@ static ls_status kernel_apply_backward(ls_pass *p, int phase)
     ls_linear_clear(p, &x, x.F * (x.d + 1), NULL);
     for (int64_t k = 0; k < c.N; k += c.K) {
         load_turned_queries(p, &x, c, k);
-        ls_linear_stage(p, &x, p->dout, p->pad_q, x.dout);
-        ls_linear_multiply(p, 0, 1, x.M, x.F, x.d, x.dout, x.all_S, 0, x.dA, p->B * p->H);
+        ls_linear_take_products(p, &x, p->dout, x.all_S, x.dA);
         ls_linear_weigh_backward(p, &x, x.all_z, 1);
-        ls_linear_gather(p, &x, x.A, x.dout, x.delta);
+        ls_linear_gather_gradients(p, &x);
         ls_linear_scan_states(p, &x, nowhere, 0);
         ls_linear_finish_queries(p, &x, nowhere, nowhere, 1, 0);
         map_of(p)->queries_backward(p, x.s, x.da);

@@ -25,8 +25,9 @@ static void load_causal(ls_pass *p, linear *x)
 {
     ls_linear_load_queries(p, x);
     ls_linear_load_keys(p, x);
+    ls_linear_stage(p, x, p->own.v, p->own.pad, x->v);
     ls_linear_follow_maxima(p, x);
-    ls_linear_ready_keys(p, x, keys_of(p), after_chunks(x), 1);
+    ls_linear_ready_keys(p, x, keys_of(p), after_chunks(x), 0);
     ls_linear_ready_queries(p, x, before_chunks(x), after_chunks(x), NULL, x->A);
     ls_linear_multiply_near(p, x, after_chunks(x), chunks_of(x));
 }
@@ -34,7 +35,7 @@ static void load_causal(ls_pass *p, linear *x)
 /* S, z of each chunk := the state before it. */
 static void find_prefixes(ls_pass *p, const linear *x)
 {
-    ls_linear_gather(p, x, x->B, x->v, NULL);
+    ls_linear_gather_keys(p, x);
     ls_linear_scan_states(p, x, before_chunks(x), KEEPS);
 }
 
@@ -86,12 +87,13 @@ static void sweep_future(ls_pass *p, linear *x, cut c)
         go_to_causal(p, x, c, k);
         ls_linear_load_queries(p, x);
         ls_linear_load_keys(p, x);
-        ls_linear_stage(p, x, p->dout, p->pad_q, x->dout);
+        ls_linear_stage(p, x, p->own.v, p->own.pad, x->v);
         ls_linear_ready_keys(p, x, keys_of(p), after_chunks(x), 1);
         ls_linear_ready_queries(p, x, before_chunks(x), after_chunks(x), x->inverse, x->A);
-        ls_linear_gather(p, x, x->A, x->dout, x->delta);
+        ls_linear_gather_gradients(p, x);
         ls_linear_scan_states(p, x, before_chunks(x), KEEPS | REVERSED);
-        ls_linear_take_gradients(p, x, x->S, x->z);
+        ls_linear_multiply(p, 0, 1, c.C, x->F, x->d, x->v, x->S, 0, x->dB, chunks_of(x));
+        ls_linear_finish_keys(p, x, x->z);
         ls_linear_multiply(p, 0, 0, c.C, x->d, x->F, x->B, x->S, 0, x->out, chunks_of(x));
         ls_linear_write_keys(p, x, 1);
     }

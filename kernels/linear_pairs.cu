@@ -234,6 +234,7 @@ ls_status ls_linear_cuda_share(ls_pass *p, int phase)
     if (c.N > 0) {
         ls_linear_go_to(p, &x, c, p->S, 0);
         ls_linear_load_keys(p, &x);
+        ls_linear_stage(p, &x, p->own.v, p->own.pad, x.v);
         LAUNCH_ROWS(p, send_keys, x, keys_of(p), message_of(p, &x, p->S), p->gathered[phase + 1].mine);
     }
     return ls_launched(p->queue, "linear attention: share");

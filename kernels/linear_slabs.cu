@@ -1,4 +1,4 @@
-/* Slabs of linear attention on a GPU: memory, rows, features made ready, gradients on their way back, states. Theory:
+/* Slabs of linear attention on a GPU: memory, rows, features made ready, gradients on their way back. Theory:
  * linear_slabs.h. */
 #include "linear_slabs.h"
 
@@ -225,13 +225,37 @@ void ls_linear_put_rows(ls_pass *p, const linear *x, const ls_real *from, const 
               pad, add);
 }
 
+/* Rows (R,width) of a slab, and matrices (G,each), as views. */
+static ls_view view_of_rows(const linear *x, const ls_real *rows, int64_t width)
+{
+    const int64_t g = x->s.K * x->s.C * width;
+    const ls_view v = {const_cast<ls_real *>(rows), g, x->s.B * g, width};
+    return v;
+}
+
+static ls_view view_of_states(const linear *x, const ls_real *S)
+{
+    const int64_t g = x->F * x->d;
+    const ls_view v = {const_cast<ls_real *>(S), g, x->s.B * g, x->d};
+    return v;
+}
+
+static ls_view from_first(const linear *x, ls_view v)
+{
+    v.p += x->s.first * v.st;
+    return v;
+}
+
 void ls_linear_put_products(ls_pass *p, const linear *x, const ls_real *rows, const ls_real *S, double beta, ls_view to)
 {
-    const int64_t row = x->s.K * x->s.C * x->F, state = x->F * x->d;
-    const ls_view a = {const_cast<ls_real *>(rows), row, x->s.B * row, x->F};
-    const ls_view b = {const_cast<ls_real *>(S), state, x->s.B * state, x->d};
-    to.p += x->s.first * to.st;
-    ls_gemm_heads(p->queue, 0, 0, existing(x), x->d, x->F, 1, a, b, beta, to, x->s.B, x->s.H);
+    ls_gemm_heads(p->queue, 0, 0, existing(x), x->d, x->F, 1, view_of_rows(x, rows, x->F), view_of_states(x, S), beta,
+                  from_first(x, to), x->s.B, x->s.H);
+}
+
+void ls_linear_take_products(ls_pass *p, const linear *x, ls_view from, const ls_real *S, ls_real *rows)
+{
+    ls_gemm_heads(p->queue, 0, 1, existing(x), x->F, x->d, 1, from_first(x, from), view_of_states(x, S), 0,
+                  view_of_rows(x, rows, x->F), x->s.B, x->s.H);
 }
 
 void ls_linear_multiply(ls_pass *p, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, const ls_real *a,
@@ -292,23 +316,6 @@ __global__ static void raise_maxima(linear x, level before)
         const ls_real c = level_of(before, x.s, place_of(x.s, R));
         if (c > x.c[R]) x.c[R] = c;
     }
-}
-
-/* sin ω(i+1), cos ω(i+1) of row t, at global position i. */
-namespace
-{
-typedef struct angle {
-    ls_real sine, cosine;
-} angle;
-} // namespace
-
-__device__ static inline angle angle_of(const linear &x, const side &s, int64_t t)
-{
-    angle y = {0, 1};
-    if (!x.turns) return y;
-    y.sine = (ls_real)s.angle[2 * (t + 1)];
-    y.cosine = (ls_real)s.angle[2 * (t + 1) + 1];
-    return y;
 }
 
 __global__ static void ready_keys(linear x, side k, level c, int turned)
@@ -383,7 +390,6 @@ void ls_linear_load_queries(ls_pass *p, const linear *x)
 
 void ls_linear_load_keys(ls_pass *p, const linear *x)
 {
-    ls_linear_stage(p, x, p->own.v, p->own.pad, x->v);
     map_of(p)->keys(p, x->s, x->x, x->top);
 }
 
@@ -479,154 +485,7 @@ void ls_linear_write_keys(ls_pass *p, const linear *x, int add)
     ls_linear_put_rows(p, x, x->out, NULL, p->own.dv, p->own.pad, add);
 }
 
-void ls_linear_take_gradients(ls_pass *p, const linear *x, const ls_real *S, const ls_real *z)
+void ls_linear_finish_keys(ls_pass *p, const linear *x, const ls_real *z)
 {
-    ls_linear_multiply(p, 0, 1, x->M, x->F, x->d, x->v, S, 0, x->dB, chunks_of(x) * x->s.C / x->M);
     LAUNCH_ROWS(p, finish_keys, *x, keys_of(p), z);
-}
-
-/* ------------------------------------------------------------------------------------------------ states */
-
-/* z (chunks,F) := Σ weight_i rows_i over the C rows of each chunk; weight (R) is taken negative, NULL: 1. */
-__global__ static void sum_rows(int64_t chunks, int64_t C, int64_t F, const ls_real *rows, const ls_real *weight,
-                                ls_real *z)
-{
-    LS_EACH(at, chunks * F)
-    {
-        const int64_t chunk = at / F, f = at - chunk * F;
-        double sum = 0;
-        for (int64_t i = chunk * C; i < (chunk + 1) * C; i++)
-            sum += (weight == NULL ? 1 : -(double)weight[i]) * (double)rows[i * F + f];
-        z[at] = (ls_real)sum;
-    }
-}
-
-void ls_linear_gather(ls_pass *p, const linear *x, const ls_real *rows, const ls_real *matrix, const ls_real *weight)
-{
-    const int64_t chunks = chunks_of(x);
-    ls_linear_multiply(p, 1, 0, x->F, x->d, x->s.C, rows, matrix, 0, x->S, chunks);
-    LS_LAUNCH(p->queue, sum_rows, ls_blocks(chunks * x->F, LS_THREADS), LS_THREADS, 0, chunks, x->s.C, x->F, rows,
-              weight, x->z);
-}
-
-__global__ static void scan(int64_t G, int64_t K, numbers a, numbers b, level start, int how, double *running)
-{
-    LS_EACH(at, G * (a.n + b.n))
-    {
-        const int64_t g = at / (a.n + b.n), i = at - g * (a.n + b.n), e = i < a.n ? i : i - a.n;
-        const numbers y = i < a.n ? a : b;
-        const ls_real *c = start.p != NULL && e < y.scaled ? start.p + g * start.each_g : NULL;
-        constexpr int DEEP = 8; /* numbers on their way at a time */
-        ls_real *x = y.x + g * K * y.n + e;
-        double sum = running[at];
-        for (int64_t n = 0; n < K; n += DEEP) {
-            ls_real change[DEEP];
-            for (int u = 0; u < DEEP; u++)
-                change[u] = n + u < K ? x[(how & REVERSED ? K - 1 - n - u : n + u) * y.n] : 0;
-            for (int u = 0; u < DEEP && n + u < K; u++) {
-                const int64_t k = how & REVERSED ? K - 1 - n - u : n + u;
-                if (how & KEEPS) x[k * y.n] = (ls_real)sum;
-                sum = (c == NULL ? sum : sum * ls_linear_change(c[k], c[k + 1])) + (double)change[u];
-            }
-        }
-        running[at] = sum;
-    }
-}
-
-void ls_linear_scan(ls_pass *p, const linear *x, numbers a, numbers b, level start, int how)
-{
-    const int64_t G = x->s.H * x->s.B;
-    LS_LAUNCH(p->queue, scan, ls_blocks(G * (a.n + b.n), LS_THREADS), LS_THREADS, 0, G, x->s.K, a, b, start, how,
-              x->running);
-}
-
-void ls_linear_scan_states(ls_pass *p, const linear *x, level start, int how)
-{
-    const numbers S = {x->S, x->F * x->d, x->exponentials * x->d}, z = {x->z, x->F, x->exponentials};
-    ls_linear_scan(p, x, S, z, x->exponentials > 0 ? start : nowhere, how);
-}
-
-/* States on their way: (B,H) of [c] and F rows [S_f, z_f]. */
-namespace
-{
-typedef struct parcel {
-    int64_t B, H, F, d;
-    int has_c;
-} parcel;
-} // namespace
-
-static parcel parcel_of(const ls_pass *p, const linear *x)
-{
-    const parcel s = {p->B, p->H, x->F, x->d, x->exponentials > 0};
-    return s;
-}
-
-/* Where number i of G F (d+1) is on its way; *g, *e: in running (G), [S][z]. */
-__device__ static inline int64_t on_its_way(const parcel &s, int64_t i, int64_t *g, int64_t *e)
-{
-    const int64_t each = s.F * (s.d + 1), at = i % each, f = at / (s.d + 1), column = at % (s.d + 1);
-    const int64_t b = i / each / s.H, h = i / each % s.H;
-    *g = h * s.B + b;
-    *e = column < s.d ? f * s.d + column : s.F * s.d + f;
-    return (i / each) * (s.has_c + each) + s.has_c + at;
-}
-
-/* c: that of g is c[g each], NULL: 0. */
-__global__ static void pack_states(parcel s, const double *running, const ls_real *c, int64_t each, ls_real *elements)
-{
-    LS_EACH(i, s.B * s.H * s.F * (s.d + 1))
-    {
-        int64_t g, e;
-        const int64_t to = on_its_way(s, i, &g, &e);
-        elements[to] = (ls_real)running[g * s.F * (s.d + 1) + e];
-        if (s.has_c && i % (s.F * (s.d + 1)) == 0) elements[to - 1] = c == NULL ? 0 : c[g * each];
-    }
-}
-
-/* To S, z, or where running is not NULL to it. c_of: where c is from, if not from elements. */
-__global__ static void unpack_states(parcel s, const ls_real *elements, const ls_real *c_of, ls_real *S, ls_real *z,
-                                     double *running, ls_real *c, int64_t each)
-{
-    LS_EACH(i, s.B * s.H * s.F * (s.d + 1))
-    {
-        int64_t g, e;
-        const int64_t from = on_its_way(s, i, &g, &e), SS = s.F * s.d;
-        const ls_real y = elements[from];
-        if (running != NULL)
-            running[g * (SS + s.F) + e] = (double)y;
-        else if (e < SS)
-            S[g * SS + e] = y;
-        else
-            z[g * s.F + e - SS] = y;
-        if (s.has_c && i % (SS + s.F) == 0) c[g * each] = c_of[from - 1];
-    }
-}
-
-__global__ static void clear_states(int64_t G, int64_t n, double *running, ls_real *c, int64_t each)
-{
-    LS_EACH(i, G * n)
-    {
-        running[i] = 0;
-        if (c != NULL && i % n == 0) c[i / n * each] = -INFINITY;
-    }
-}
-
-void ls_linear_clear(ls_pass *p, const linear *x, int64_t n, ls_real *c)
-{
-    const int64_t G = p->B * p->H;
-    LS_LAUNCH(p->queue, clear_states, ls_blocks(G * n, LS_THREADS), LS_THREADS, 0, G, n, x->running, c, x->each_start);
-}
-
-void ls_linear_pack(ls_pass *p, const linear *x, const ls_real *c, ls_real *elements)
-{
-    const parcel s = parcel_of(p, x);
-    LS_LAUNCH(p->queue, pack_states, ls_blocks(s.B * s.H * s.F * (s.d + 1), LS_THREADS), LS_THREADS, 0, s, x->running,
-              c, x->each_start, elements);
-}
-
-void ls_linear_unpack(ls_pass *p, const linear *x, const ls_real *elements, const ls_real *c_of, double *running)
-{
-    const parcel s = parcel_of(p, x);
-    LS_LAUNCH(p->queue, unpack_states, ls_blocks(s.B * s.H * s.F * (s.d + 1), LS_THREADS), LS_THREADS, 0, s, elements,
-              c_of, x->all_S, x->all_z, running, x->start, x->each_start);
 }

@@ -1,6 +1,6 @@
 /* Linear attention by feature maps on a GPU: the phases of linear.c, its formulas and what it sums in double. Here is
  * what its files share, and nobody else. They are those of the CPU: linear.cu, linear_causal.cu, linear_pairs.cu, and
- * what is linear_rows.h there is linear_slabs.cu.
+ * what is linear_rows.h there is linear_slabs.cu and linear_states.cu.
  *
  * How the work is divided. Rows are cut into chunks of C (128; where queries see keys one by one 64), and some chunks
  * of all heads and batch rows, about 65536 rows together, make a slab: memory does not grow with the sequence, and a
@@ -81,6 +81,11 @@ typedef struct numbers {
     int64_t n, scaled;
 } numbers;
 
+/* sin, cos of ω times a position. */
+typedef struct angle {
+    ls_real sine, cosine;
+} angle;
+
 /* Hands out a buffer of work[]. */
 typedef struct purse {
     ls_real *at;
@@ -154,6 +159,16 @@ __device__ static inline ls_real level_of(level c, const slab &s, place at)
     return c.p[at.g * c.each_g + at.u / s.C * c.each_k];
 }
 
+/* sin ω(i+1), cos ω(i+1) of row t, at global position i. */
+__device__ static inline angle angle_of(const linear &x, const side &s, int64_t t)
+{
+    angle y = {0, 1};
+    if (!x.turns) return y;
+    y.sine = (ls_real)s.angle[2 * (t + 1)];
+    y.cosine = (ls_real)s.angle[2 * (t + 1) + 1];
+    return y;
+}
+
 /* Does c rise too much in problem number i for its keys to be seen from c at its end? */
 __device__ static inline int is_steep(const linear &x, int64_t i, ls_real end)
 {
@@ -180,11 +195,13 @@ void ls_linear_put_rows(ls_pass *p, const linear *x, const ls_real *from, const 
 /* Rows of (b,h) in `to` = (beta 0) or += (beta 1) those in rows (R,F) times its S (F,d). */
 void ls_linear_put_products(ls_pass *p, const linear *x, const ls_real *rows, const ls_real *S, double beta,
                             ls_view to);
+/* rows (R,F) = rows of (b,h) in `from` times its Sᵀ. Those of padded rows may be anything. */
+void ls_linear_take_products(ls_pass *p, const linear *x, ls_view from, const ls_real *S, ls_real *rows);
 /* C_i (m,n) = op(A_i) op(B_i) + beta C_i, a batch of matrices that lie one after the other. */
 void ls_linear_multiply(ls_pass *p, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, const ls_real *a,
                         const ls_real *b, double beta, ls_real *c, int64_t batch);
 
-/* a; x, top, and v: not yet ready. */
+/* a; x, top: not yet ready. */
 void ls_linear_load_queries(ls_pass *p, const linear *x);
 void ls_linear_load_keys(ls_pass *p, const linear *x);
 /* c of each key, the maximum so far, and in start that after each chunk. Without exponentials: nothing. */
@@ -199,13 +216,17 @@ void ls_linear_ready_queries(ls_pass *p, const linear *x, level before, level en
 void ls_linear_finish_queries(ls_pass *p, const linear *x, level before, level end, int past, int near);
 /* db := 0 where no key is. */
 void ls_linear_clean_rows(ls_pass *p, const linear *x);
-/* db of keys that are ready, from S, z, which are gradients here: of M rows each. */
-void ls_linear_take_gradients(ls_pass *p, const linear *x, const ls_real *S, const ls_real *z);
+/* db from dB and z, a gradient of M rows each. */
+void ls_linear_finish_keys(ls_pass *p, const linear *x, const ls_real *z);
 /* dk from db, and dv, which is in out. */
 void ls_linear_write_keys(ls_pass *p, const linear *x, int add);
 
-/* S, z of each chunk := Σ rows_i matrix_iᵀ, Σ weight_i rows_i; weight (R) is taken negative, NULL: 1. */
-void ls_linear_gather(ls_pass *p, const linear *x, const ls_real *rows, const ls_real *matrix, const ls_real *weight);
+/* ------------------------------------------------------------------------------------------------ linear_states.cu */
+
+/* S, z of each chunk := Σ B_j v_jᵀ, Σ B_j, seen from c after the chunk; B need not be ready. */
+void ls_linear_gather_keys(ls_pass *p, const linear *x);
+/* The gradient of states: Σ A_i do_iᵀ, - Σ δ_i A_i, where A was divided by D. */
+void ls_linear_gather_gradients(ls_pass *p, const linear *x);
 /* running (G,a.n+b.n) grows by all chunks, from the first to the last or REVERSED; KEEPS: chunks get what it was before
  * them. start: c before the first chunk and after each; p NULL: there is no c. What is after a chunk's keys is seen
  * from c after it, and on the other side of it from c before it. */

@@ -117,8 +117,7 @@ static void project(ls_pass *p)
 
 /* A block has TILE rows of one head at a time: thread (group, column) the rows group, group + GROUPS, ... */
 enum { TILE = 128, COLUMNS = 8, GROUPS = LS_THREADS / COLUMNS, EACH = TILE / GROUPS };
-enum { WIDE = 16, DEEP = 64 };               /* features, and numbers of a row, that meet at a time */
-enum { PITCH = DEEP + 4, SHORT = WIDE + 4 }; /* of pieces in shared memory: rows side by side begin in other banks */
+enum { WIDE = 16, SHORT = WIDE + 4 }; /* features that meet at a time; see PITCH */
 
 namespace
 {
@@ -127,11 +126,6 @@ typedef struct shape {
     ls_real scale, eps;
     int any; /* any_will_do() */
 } shape;
-
-/* What is read at once. */
-typedef struct alignas(4 * sizeof(ls_real)) four {
-    ls_real v[4];
-} four;
 
 typedef struct tile {
     int64_t h, first, count; /* rows [first, first + count) of all that head h has in the slab */
@@ -142,12 +136,6 @@ static shape shape_of(const ls_pass *p)
 {
     const shape s = {num_features(p), p->d, (ls_real)p->scale, (ls_real)p->option[EPS], any_will_do(p)};
     return s;
-}
-
-/* Whether d numbers of any row can be read by fours. */
-static int reads_fours(ls_view v, int64_t d)
-{
-    return (d | v.sb | v.sh | v.st) % 4 == 0 && (uintptr_t)v.p % sizeof(four) == 0;
 }
 
 LS_BOTH_SIDES int64_t tiles_of(const slab &s)
@@ -163,25 +151,6 @@ __device__ static inline tile tile_of(const slab &s, int64_t i)
     t.first = i % each * TILE;
     t.count = ls_min(TILE, n - t.first);
     return t;
-}
-
-/* Numbers [e0, e0 + DEEP) of the tile's rows, 0 where there are none. */
-__device__ static void load_rows(const slab &s, tile t, int64_t d, int64_t e0, ls_view rows, const uint8_t *pad,
-                                 int fours, ls_real *to)
-{
-    for (int i = threadIdx.x; i < TILE * DEEP / 4; i += LS_THREADS) {
-        const int r = i / (DEEP / 4), e = i % (DEEP / 4) * 4;
-        four x = {};
-        if (r < t.count && e0 + e < d) {
-            const place at = place_of(s, t.h * rows_per_head(s) + t.first + r);
-            const ls_real *from = ls_row(rows, at.b, at.h, at.t) + e0 + e;
-            const int there = is_there(s, pad, at);
-            if (there && fours) x = *(const four *)from;
-            for (int k = 0; k < 4 && there && !fours; k++)
-                if (e0 + e + k < d) x.v[k] = from[k];
-        }
-        *(four *)(to + r * PITCH + e) = x;
-    }
 }
 
 /* W (m,d) of a head: features [f0, f0 + WIDE), numbers [e0, e0 + DEEP), 0 where there are none. */
@@ -251,7 +220,7 @@ __global__ static void make_features(slab s, shape x, ls_view rows, const uint8_
             ls_real sum[EACH][2] = {{0}};
             for (int64_t e0 = 0; e0 < x.d; e0 += DEEP) {
                 __syncthreads();
-                if (f0 == 0 || x.d > DEEP) load_rows(s, t, x.d, e0, rows, pad, fours, of_rows);
+                if (f0 == 0 || x.d > DEEP) load_rows<TILE>(s, R, t.count, x.d, e0, rows, pad, fours, of_rows);
                 load_projection(x, W + t.h * x.m * x.d, f0, e0, of_w);
                 __syncthreads();
                 for (int k = 0; k < DEEP; k += 4) {
