@@ -46,13 +46,10 @@ __device__ static inline int is_there(const slab &s, const uint8_t *pad, place a
     return at.t < s.rows && !ls_is_padded(pad, at.b * s.rows + at.t);
 }
 
-/* What is read at once, and whether d numbers of any row of a view can be read so. */
-typedef struct alignas(4 * sizeof(ls_real)) four {
-    ls_real v[4];
-} four;
+/* Whether d numbers of any row of a view can be read by fours. */
 static inline int reads_fours(ls_view v, int64_t d)
 {
-    return (d | v.sb | v.sh | v.st) % 4 == 0 && (uintptr_t)v.p % sizeof(four) == 0;
+    return (d | v.sb | v.sh | v.st) % 4 == 0 && ls_is_four(v.p);
 }
 
 /* Pieces of rows in shared memory: numbers of a row that are there at a time, and from one row to the next, so that
@@ -66,16 +63,16 @@ __device__ static void load_rows(const slab &s, int64_t R, int64_t count, int64_
 {
     for (int i = threadIdx.x; i < N * DEEP / 4; i += LS_THREADS) {
         const int r = i / (DEEP / 4), e = i % (DEEP / 4) * 4;
-        four x = {};
+        ls_four x = {};
         if (r < count && e0 + e < d) {
             const place at = place_of(s, R + r);
             const ls_real *from = ls_row(rows, at.b, at.h, at.t) + e0 + e;
             const int there = is_there(s, pad, at);
-            if (there && fours) x = *(const four *)from;
+            if (there && fours) x = ls_four_at(from);
             for (int k = 0; k < 4 && there && !fours; k++)
                 if (e0 + e + k < d) x.v[k] = from[k];
         }
-        *(four *)(to + r * PITCH + e) = x;
+        *(ls_four *)(to + r * PITCH + e) = x;
     }
 }
 } // namespace ls_linear

@@ -83,7 +83,7 @@ __global__ static void gather(linear x, side k, level c, const ls_real *made, ls
 #pragma unroll 4
                 for (int r = 0; r < count; r++) {
                     const few<EACH> b = *(const few<EACH> *)(of_rows + r * WIDE_PITCH + mine);
-                    const four v = *(const four *)(of_matrix + r * PITCH + column);
+                    const ls_four v = ls_four_at(of_matrix + r * PITCH + column);
 #pragma unroll
                     for (int a = 0; a < EACH; a++)
 #pragma unroll

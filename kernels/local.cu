@@ -23,11 +23,11 @@ extern "C" const ls_cuda_mechanism ls_local_cuda;
 enum { ROWS = 16, WARPS = 4, EACH = ROWS / WARPS, THREADS = WARPS * LS_WARP }; /* of a tile, of a warp */
 enum {
     GUESTS = LS_WARP,
-    WIDE = GUESTS + 1,
+    WIDE = GUESTS + 4,
     PIECE = 64,
-    PITCH = PIECE + 1,
+    PITCH = PIECE + 4,
     PIECE_REALS = GUESTS * PITCH
-};                                                            /* one more: no bank conflicts */
+};                                                            /* four more: reading by fours meets no bank twice */
 enum { RUN = 256, SCAN = 4 * LS_THREADS };                    /* of the sort, of the scan */
 enum { SLICES = 64 };                                         /* partial sums of du */
 enum { CENTRE, ORDER, SORTED, ROW, TOP, INVERSE };            /* saved[] */
@@ -47,7 +47,7 @@ static int64_t all_rows(const ls_pass *p)
 static int tile_rows(const ls_pass *p)
 {
     const int64_t most = (47 << 10) / (int64_t)sizeof(ls_real) - PIECE_REALS;
-    return (int)ls_max(1, ls_min(ROWS, most / (4 * p->d + 2 * WIDE)));
+    return (int)ls_max(1, ls_min(ROWS, most / (4 * ls_fours(p->d) + 2 * WIDE)));
 }
 
 static int64_t tiles_of(const ls_pass *p)
@@ -217,19 +217,31 @@ static __device__ int64_t find_slot(const windows *x, const keys *s, int64_t g, 
 
 /* ------------------------------------------------------------------------------------------------ tiles */
 
-/* own (rows,d) in shared memory = scale · row, one for each; 0 for NULL. Seen by all threads after the next barrier. */
+/* Rows of a tile in shared memory are `room` reals, d to the next four. own_r = scale · row, one for each; 0 for NULL
+ * and from d on. Seen by all threads after the next barrier. */
 static __device__ void load_own(ls_real *own, int r, const ls_real *row, ls_real scale, int64_t d)
 {
-    for (int64_t e = threadIdx.x % LS_WARP; e < d; e += LS_WARP) own[r * d + e] = row != NULL ? scale * row[e] : 0;
+    const int64_t room = ls_fours(d);
+    for (int64_t e = threadIdx.x % LS_WARP; e < room; e += LS_WARP)
+        own[r * room + e] = row != NULL && e < d ? scale * row[e] : 0;
 }
 
-/* piece (32,n) = features [e0, e0 + n) of the visitors; 0 for NULL. */
-static __device__ void load_piece(const ls_real *const *visitor, int64_t e0, int n, ls_real *piece)
+/* piece (32,64) = features [e0, e0 + 64) of the visitors; 0 for NULL and from d on. */
+static __device__ void load_piece(const ls_real *const *visitor, int64_t e0, int64_t d, ls_real *piece)
 {
     __syncthreads();
-    for (int i = threadIdx.x / LS_WARP; i < LS_WARP; i += WARPS)
-        for (int e = threadIdx.x % LS_WARP; e < n; e += LS_WARP)
-            piece[i * PITCH + e] = visitor[i] != NULL ? visitor[i][e0 + e] : 0;
+    for (int i = threadIdx.x; i < GUESTS * PIECE / 4; i += THREADS) {
+        const int e = i % (PIECE / 4) * 4;
+        const ls_real *row = visitor[i / (PIECE / 4)];
+        ls_four x = {};
+        if (row != NULL && d % 4 == 0 && ls_is_four(row)) {
+            if (e0 + e < d) x = ls_four_at(row + e0 + e);
+        } else if (row != NULL) {
+            for (int k = 0; k < 4; k++)
+                if (e0 + e + k < d) x.v[k] = row[e0 + e + k];
+        }
+        *(ls_four *)(piece + i / (PIECE / 4) * PITCH + e) = x;
+    }
     __syncthreads();
 }
 
@@ -241,39 +253,46 @@ static __device__ void dots(const ls_real *own, int rows, const ls_real *const *
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
     for (int u = 0; u < EACH; u++) s[u] = 0;
     for (int64_t e0 = 0; e0 < d; e0 += PIECE) {
-        const int n = (int)ls_min(PIECE, d - e0);
-        const ls_real *mine[EACH], *theirs = piece + lane * PITCH;
-        for (int u = 0; u < EACH; u++) mine[u] = own + ls_min(warp + u * WARPS, rows - 1) * d + e0;
-        load_piece(visitor, e0, n, piece);
-        for (int e = 0; e < n; e++) {
-            const T x = T(theirs[e]);
-#pragma unroll
-            for (int u = 0; u < EACH; u++) s[u] += T(mine[u][e]) * x;
+        const ls_real *mine[EACH], *theirs[EACH];
+        for (int u = 0; u < EACH; u++) {
+            mine[u] = own + ls_min(warp + u * WARPS, rows - 1) * ls_fours(d) + e0;
+            theirs[u] = piece + lane * PITCH;
         }
+        load_piece(visitor, e0, d, piece);
+        ls_dots(mine, theirs, 1, (int)ls_fours(ls_min(PIECE, d - e0)), s);
     }
 }
 
-/* sum_r (d) = shrink_r sum_r + Σ_visitors weight (rows,32) · visitor; the weights of a row were written by its warp. */
+/* sum_r = shrink_r sum_r + Σ_visitors weight (rows,32) · visitor; the weights of a row were written by its warp. A lane
+ * has K features of a piece. */
+template <int K>
+static __device__ void add_piece(const ls_real *const (&w)[EACH], int rows, int64_t e0, int64_t d, const ls_real *piece,
+                                 const ls_real (&shrink)[EACH], ls_real *sum)
+{
+    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
+    ls_real x[EACH][K] = {{0}};
+    ls_weighted(w, piece + lane, PITCH, x);
+    for (int u = 0; u < EACH; u++)
+        for (int k = 0; k < K; k++) {
+            const int64_t r = warp + u * WARPS, e = e0 + k * LS_WARP + lane;
+            if (r >= rows || e >= d) continue;
+            ls_real *to = sum + r * ls_fours(d) + e;
+            *to = shrink[u] * *to + x[u][k];
+        }
+}
+
 static __device__ void add_weighted(const ls_real *weight, int rows, const ls_real *const *visitor, int64_t d,
                                     ls_real *piece, const ls_real (&shrink)[EACH], ls_real *sum)
 {
-    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
+    const int warp = threadIdx.x / LS_WARP;
+    const ls_real *w[EACH];
+    for (int u = 0; u < EACH; u++) w[u] = weight + ls_min(warp + u * WARPS, rows - 1) * WIDE;
     for (int64_t e0 = 0; e0 < d; e0 += PIECE) {
-        const int n = (int)ls_min(PIECE, d - e0);
-        const ls_real *w[EACH];
-        for (int u = 0; u < EACH; u++) w[u] = weight + ls_min(warp + u * WARPS, rows - 1) * WIDE;
-        load_piece(visitor, e0, n, piece);
-        for (int e = lane; e < n; e += LS_WARP) {
-            ls_real x[EACH] = {0};
-            for (int j = 0; j < LS_WARP; j++)
-#pragma unroll
-                for (int u = 0; u < EACH; u++) x[u] += w[u][j] * piece[j * PITCH + e];
-            for (int u = 0; u < EACH; u++)
-                if (warp + u * WARPS < rows) {
-                    ls_real *to = sum + (warp + u * WARPS) * d + e0 + e;
-                    *to = shrink[u] * *to + x[u];
-                }
-        }
+        load_piece(visitor, e0, d, piece);
+        if (d - e0 > LS_WARP)
+            add_piece<2>(w, rows, e0, d, piece, shrink, sum);
+        else
+            add_piece<1>(w, rows, e0, d, piece, shrink, sum);
     }
 }
 
@@ -336,7 +355,8 @@ static __global__ void attend(windows x, keys s, ls_view q, int64_t d, int rows,
 {
     LS_SHARED(ls_real, memory);
     __shared__ visitors visit;
-    ls_real *own = memory, *sum = own + rows * d, *piece = sum + rows * d, *weight = piece + PIECE_REALS;
+    const int64_t room = ls_fours(d), all = rows * room;
+    ls_real *own = memory, *sum = own + all, *piece = sum + all, *weight = piece + PIECE_REALS;
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
     const query_tile t = find_queries(&x, &s, rows);
     const int64_t b = t.g / x.H, h = t.g % x.H;
@@ -373,7 +393,7 @@ static __global__ void attend(windows x, keys s, ls_view q, int64_t d, int rows,
         const ls_real l = ls_warp_sum(total[u]), inverse = l > 0 ? 1 / l : 0;
         const int64_t row = t.g * x.T + t.w[u].query;
         ls_real *to = sent != NULL ? sent + row * (2 + d) + 2 : ls_row(out, b, h, t.w[u].query);
-        for (int64_t e = lane; e < d; e += LS_WARP) to[e] = (sent != NULL ? 1 : inverse) * sum[r * d + e];
+        for (int64_t e = lane; e < d; e += LS_WARP) to[e] = (sent != NULL ? 1 : inverse) * sum[r * room + e];
         if (lane > 0) continue;
         if (sent != NULL) {
             to[-2] = top[u];
@@ -388,7 +408,7 @@ static __global__ void attend(windows x, keys s, ls_view q, int64_t d, int rows,
 static size_t tile_bytes(const ls_pass *p, int arrays, int weights)
 {
     const int64_t rows = tile_rows(p);
-    return (size_t)((arrays * p->d + weights * WIDE) * rows + PIECE_REALS) * sizeof(ls_real);
+    return (size_t)((arrays * ls_fours(p->d) + weights * WIDE) * rows + PIECE_REALS) * sizeof(ls_real);
 }
 
 static ls_real narrowness(const ls_pass *p)
@@ -441,12 +461,14 @@ static __device__ pair weigh(const windows *x, int seen, ls_real score, ls_real 
     return p;
 }
 
-static __global__ void query_gradients(windows x, keys s, ls_view q, ls_view dout, ls_view dq, int64_t d, int rows,
-                                       ls_real scale, ls_real narrow, softmax_rows soft)
+static __global__ void __launch_bounds__(THREADS, 3)
+    query_gradients(windows x, keys s, ls_view q, ls_view dout, ls_view dq, int64_t d, int rows, ls_real scale,
+                    ls_real narrow, softmax_rows soft)
 {
     LS_SHARED(ls_real, memory);
     __shared__ visitors visit;
-    ls_real *own = memory, *down = own + rows * d, *sum = down + rows * d, *piece = sum + rows * d;
+    const int64_t room = ls_fours(d), all = rows * room;
+    ls_real *own = memory, *down = own + all, *sum = down + all, *piece = sum + all;
     ls_real *weight = piece + PIECE_REALS;
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
     const query_tile t = find_queries(&x, &s, rows);
@@ -463,29 +485,49 @@ static __global__ void query_gradients(windows x, keys s, ls_view q, ls_view dou
         load_own(down, r, sees ? ls_row(dout, b, h, t.w[u].query) : NULL, 1, d);
         load_own(sum, r, NULL, 0, d);
     }
+    /* where the tile sees at most twice 32 keys, the first pass keeps what it finds of pairs for the second */
+    const int keeps = t.to - t.from <= 2 * GUESTS;
+    ls_real kept[2][2][EACH];              /* Σ terms of δ, and a, of the first and the last 32 */
     for (int pass = 0; pass < 2; pass++) { /* 0: δ and dp; 1: dq */
-        for (int64_t key = t.from; key < t.to; key += LS_WARP) {
+        for (int64_t key = t.from; key < t.to; key += GUESTS) {
             const int64_t mine = key + lane;
-            ls_real score[EACH], gain[EACH];
+            const int last = key > t.from;
+            ls_real given[EACH], share[EACH];
             invite_keys(&s, t.g, x.H, key, t.to, &visit);
-            dots(own, rows, visit.k, d, piece, score);
-            dots(down, rows, visit.v, d, piece, gain);
+            if (pass == 0 || !keeps) {
+                ls_real score[EACH], gain[EACH];
+                dots(own, rows, visit.k, d, piece, score);
+                dots(down, rows, visit.v, d, piece, gain);
+                for (int u = 0; u < EACH; u++) {
+                    const int r = warp + u * WARPS;
+                    const int seen =
+                        r < t.n && !t.blind[u] && mine >= t.w[u].from && mine < t.w[u].to && !visit.hidden[lane];
+                    const pair a = weigh(&x, seen, score[u], top[u], inverse[u], t.w[u].offset + (double)mine, narrow);
+                    given[u] = a.weight * gain[u], share[u] = a.a;
+                    if (pass > 0) continue;
+                    delta[u] += given[u];
+                    slope[u] += given[u] * a.distance;
+                    if (last)
+                        kept[1][0][u] = given[u], kept[1][1][u] = share[u];
+                    else
+                        kept[0][0][u] = given[u], kept[0][1][u] = share[u];
+                }
+            } else {
+                for (int u = 0; u < EACH; u++) {
+                    given[u] = last ? kept[1][0][u] : kept[0][0][u];
+                    share[u] = last ? kept[1][1][u] : kept[0][1][u];
+                }
+            }
+            if (pass == 0) {
+                __syncthreads(); /* the visitors go */
+                continue;
+            }
+            __syncwarp(); /* the weights before have been read */
             for (int u = 0; u < EACH; u++) {
                 const int r = warp + u * WARPS;
-                if (r >= rows) break;
-                const int seen =
-                    r < t.n && !t.blind[u] && mine >= t.w[u].from && mine < t.w[u].to && !visit.hidden[lane];
-                const pair a = weigh(&x, seen, score[u], top[u], inverse[u], t.w[u].offset + (double)mine, narrow);
-                const ls_real given = a.weight * gain[u];
-                weight[r * WIDE + lane] = given - a.a * delta[u];
-                if (pass > 0) continue;
-                delta[u] += given;
-                slope[u] += given * a.distance;
+                if (r < rows) weight[r * WIDE + lane] = given[u] - share[u] * delta[u];
             }
-            if (pass > 0)
-                add_weighted(weight, rows, visit.k, d, piece, keep, sum);
-            else
-                __syncthreads(); /* the visitors go */
+            add_weighted(weight, rows, visit.k, d, piece, keep, sum);
         }
         for (int u = 0; u < EACH && pass == 0; u++) delta[u] = ls_warp_sum(delta[u]), slope[u] = ls_warp_sum(slope[u]);
     }
@@ -493,7 +535,7 @@ static __global__ void query_gradients(windows x, keys s, ls_view q, ls_view dou
         const int r = warp + u * WARPS;
         if (r >= t.n) break;
         ls_real *to = ls_row(dq, b, h, t.w[u].query);
-        for (int64_t e = lane; e < d; e += LS_WARP) to[e] = scale * sum[r * d + e];
+        for (int64_t e = lane; e < d; e += LS_WARP) to[e] = scale * sum[r * room + e];
         if (lane > 0) continue;
         soft.delta[t.g * x.T + t.w[u].query] = delta[u];
         if (x.order != NULL) soft.dcentre[t.g * x.T + t.w[u].query] = -2 * narrow * slope[u]; /* 4 / w² */
@@ -505,8 +547,9 @@ static __device__ void gradients_of_keys(const windows *x, const keys *s, int64_
                                          ls_view dout, ls_view dk, ls_view dv, int64_t d, int rows, ls_real scale,
                                          ls_real narrow, const softmax_rows *soft, ls_real *memory, visitors *visit)
 {
-    ls_real *own_k = memory, *own_v = own_k + rows * d, *sum_k = own_v + rows * d, *sum_v = sum_k + rows * d;
-    ls_real *piece = sum_v + rows * d, *weight = piece + PIECE_REALS, *dscore = weight + rows * WIDE;
+    const int64_t room = ls_fours(d), all = rows * room;
+    ls_real *own_k = memory, *own_v = own_k + all, *sum_k = own_v + all, *sum_v = sum_k + all;
+    ls_real *piece = sum_v + all, *weight = piece + PIECE_REALS, *dscore = weight + rows * WIDE;
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
     const int64_t b = g / x->H, h = g % x->H;
     const int64_t begin = find_slot(x, s, g, r, 0), end = find_slot(x, s, g, r + n - 1, 1);
@@ -547,8 +590,8 @@ static __device__ void gradients_of_keys(const windows *x, const keys *s, int64_
     for (int i = warp; i < n; i += WARPS) {
         ls_real *to_k = key_row(s, dk, g, x->H, r + i), *to_v = key_row(s, dv, g, x->H, r + i);
         for (int64_t e = lane; e < d; e += LS_WARP) {
-            to_k[e] = scale * sum_k[i * d + e];
-            to_v[e] = sum_v[i * d + e];
+            to_k[e] = scale * sum_k[i * room + e];
+            to_v[e] = sum_v[i * room + e];
         }
     }
     __syncthreads(); /* the visitors go */
@@ -647,7 +690,7 @@ static __global__ void make_centres(int64_t H, int64_t T, int64_t keys_in_all, l
 {
     LS_SHARED(ls_real, memory);
     __shared__ visitors visit;
-    ls_real *own = memory, *piece = own + rows * d;
+    ls_real *own = memory, *piece = own + rows * ls_fours(d);
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
     const int64_t tiles = (T + rows - 1) / rows, g = blockIdx.x / tiles, t = blockIdx.x % tiles * rows;
     const int64_t b = g / H, h = g % H;
@@ -808,9 +851,10 @@ static __global__ void predictor_gradients(int64_t H, int64_t T, int64_t slices,
                                            int64_t d, int rows, predictor f, const ls_real *counts, const double *exact,
                                            const ls_real *dcentre, ls_real *dhidden, ls_real *clean, double *dvector)
 {
-    LS_SHARED(double, sums);
+    LS_SHARED(double, sums); /* (4,d) */
     __shared__ visitors visit;
-    ls_real *own = (ls_real *)(sums + WARPS * d), *piece = own + rows * d;
+    const int64_t room = ls_fours(d);
+    ls_real *own = (ls_real *)(sums + WARPS * d), *piece = own + rows * room;
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
     const int64_t g = blockIdx.x / slices, b = g / H, h = g % H;
     const ls_real *map = f.map + h * d * d, *vector = f.vector + h * d;
@@ -826,7 +870,7 @@ static __global__ void predictor_gradients(int64_t H, int64_t T, int64_t slices,
             if (r < rows)
                 load_own(own, r, here && !ls_is_padded(pad, b * T + t + r) ? ls_row(q, b, h, t + r) : NULL, 1, d);
             if (here && last > 0) dz[u] = (double)dcentre[row] * exact[row] * (1 - exact[row] / last);
-            for (int64_t e = lane; e < d && here; e += LS_WARP) clean[row * d + e] = own[r * d + e];
+            for (int64_t e = lane; e < d && here; e += LS_WARP) clean[row * d + e] = own[r * room + e];
         }
         for (int64_t c = 0; c < d; c += LS_WARP) {
             double x[EACH];

@@ -13,7 +13,7 @@
 #include "longshort_cuda.h"
 
 enum { FAR, AROUND, BAND };
-enum { WIDE = LS_PAIR_GUESTS + 1, LAST_ROW = LS_PAIR_ROWS - 1, LAST_GUEST = LS_PAIR_GUESTS - 1 };
+enum { WIDE = LS_PAIR_WIDE, LAST_ROW = LS_PAIR_ROWS - 1, LAST_GUEST = LS_PAIR_GUESTS - 1 };
 
 /* What kernels know of a call. Queries: T rows of each (b,h), from position first. Near keys: n rows from position lo.
  * N: far vectors that the last query sees; 0 where there are none, as in a step, which has `start`: the softmax over
@@ -283,8 +283,8 @@ static __global__ void attend(scene x, ls_view out)
 {
     LS_SHARED(ls_real, memory);
     __shared__ guests g;
-    ls_real *sum = memory;
-    const ls_pair_memory m = ls_pair_memory_at(sum + x.rows * x.d);
+    const ls_pair_memory m = ls_pair_memory_at(memory);
+    ls_real *sum = memory + LS_PAIR_ALL;
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
     const tile t = find_tile(&x, blockIdx.x / x.tiles, blockIdx.x % x.tiles);
     ls_real top[LS_PAIR_EACH], total[LS_PAIR_EACH], shrink[LS_PAIR_EACH];
@@ -377,7 +377,7 @@ static void set_scene(ls_pass *p, int phase)
 
 static size_t bytes_of(const ls_pass *p, int rows, int64_t sums)
 {
-    return ls_pair_bytes() + (size_t)(sums * rows * p->d) * sizeof(ls_real);
+    return ls_pair_bytes(sums * rows * p->d);
 }
 
 ls_status ls_longshort_cuda_attend(ls_pass *p, int phase)
@@ -401,10 +401,11 @@ static __device__ ls_real probability(const scene *x, int64_t row, ls_real score
 /* A block has every slices-th tile of a (b,h). partial (B,H,slices,2,d), CS: Σ of dq by way of q + r_w, of q + r_r. */
 static __global__ void query_gradients(scene x, int64_t slices, ls_view dq, double *partial)
 {
-    LS_SHARED(double, dr); /* (2,d) */
+    LS_SHARED(ls_real, memory);
     __shared__ guests g;
+    const ls_pair_memory m = ls_pair_memory_at(memory);
+    double *dr = (double *)(memory + LS_PAIR_ALL); /* (2,d) */
     ls_real *sum = (ls_real *)(dr + 2 * x.d), *sum_w = sum + x.rows * x.d, *sum_r = sum_w + x.rows * x.d;
-    const ls_pair_memory m = ls_pair_memory_at(sum_r + x.rows * x.d);
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
     const ls_real keep[LS_PAIR_EACH] = {1, 1, 1, 1};
     for (int64_t e = threadIdx.x; e < 2 * x.d; e += LS_PAIR_THREADS) dr[e] = 0;
@@ -490,8 +491,8 @@ static __global__ void key_gradients(scene x, ls_view dk, ls_view dv)
 {
     LS_SHARED(ls_real, memory);
     __shared__ ls_group key, value, query, query_r, dout, distance;
-    ls_real *sum_k = memory, *sum_v = sum_k + x.rows * x.d;
-    const ls_pair_memory m = ls_pair_memory_at(sum_v + x.rows * x.d);
+    const ls_pair_memory m = ls_pair_memory_at(memory);
+    ls_real *sum_k = memory + LS_PAIR_ALL, *sum_v = sum_k + x.rows * x.d;
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP, thread = threadIdx.x;
     const int64_t tiles = (x.n + x.rows - 1) / x.rows, g = blockIdx.x / tiles, row = blockIdx.x % tiles * x.rows;
     const int64_t b = g / x.H, h = g % x.H, e = ls_max(x.w / 2, 1);
@@ -554,8 +555,8 @@ static __global__ void vector_gradients(scene x, int64_t length, int by_distance
 {
     LS_SHARED(ls_real, memory);
     __shared__ ls_group key, value, query, dout;
-    ls_real *sum_k = memory, *sum_v = sum_k + x.rows * x.d;
-    const ls_pair_memory m = ls_pair_memory_at(sum_v + x.rows * x.d);
+    const ls_pair_memory m = ls_pair_memory_at(memory);
+    ls_real *sum_k = memory + LS_PAIR_ALL, *sum_v = sum_k + x.rows * x.d;
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP, thread = threadIdx.x;
     const int64_t tiles = tiles_in(x.N, x.rows), g = blockIdx.x / tiles, b = g / x.H, h = g % x.H;
     const int64_t row = blockIdx.x % tiles * x.rows, end = ls_min(x.T, (blockIdx.y + 1) * length);
@@ -614,8 +615,8 @@ static __global__ void distance_gradients(scene x, int64_t length, ls_real *part
 {
     LS_SHARED(ls_real, memory);
     __shared__ ls_group key, value, query_w, query_r, dout, distance;
-    ls_real *sum = memory;
-    const ls_pair_memory m = ls_pair_memory_at(sum + x.rows * x.d);
+    const ls_pair_memory m = ls_pair_memory_at(memory);
+    ls_real *sum = memory + LS_PAIR_ALL;
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP, thread = threadIdx.x;
     const int64_t tiles = tiles_in(x.D, x.rows), g = blockIdx.x / tiles, b = g / x.H, h = g % x.H;
     const int64_t row = blockIdx.x % tiles * x.rows, begin = ls_max(blockIdx.y * length, row - x.first);
@@ -735,7 +736,7 @@ static void backward_of_queries(ls_pass *p, scene x)
     cut(&x, ls_pair_rows(p->d, 3, sizeof(ls_real), 2 * p->d * (int64_t)sizeof(double)));
     const int64_t slices = x.causal ? ls_min(query_slices(p), x.tiles) : x.tiles, all = p->H * p->d;
     double *partial = x.causal ? (double *)(void *)p->work[SLICES] : NULL;
-    const size_t bytes = bytes_of(p, x.rows, 3) + (size_t)(2 * p->d) * sizeof(double);
+    const size_t bytes = bytes_of(p, x.rows, 3) + (size_t)ls_fours(2 * p->d) * sizeof(double);
     if (p->B * p->H * slices == 0) return;
     LS_LAUNCH(p->queue, query_gradients, (int)(p->B * p->H * slices), LS_PAIR_THREADS, bytes, x, slices, p->dq,
               partial);

@@ -76,10 +76,10 @@ static ranges chunks_of(const ls_pass *p)
 /* A block: columns [tile · rows, ..) of head h, for one range and batch row. */
 static __global__ void sum_tokens(ranges x, tokens s, int rows, ls_real *elements)
 {
-    LS_SHARED(double, memory);
+    LS_SHARED(ls_real, memory);
     __shared__ ls_group keys, values;
-    double *sum_k = memory, *sum_v = sum_k + rows * s.d;
-    const ls_pair_memory m = ls_pair_memory_at((ls_real *)(sum_v + rows * s.d));
+    const ls_pair_memory m = ls_pair_memory_at(memory);
+    double *sum_k = (double *)(memory + LS_PAIR_ALL), *sum_v = sum_k + rows * s.d;
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
     const int64_t tiles = (s.r + rows - 1) / rows, column = blockIdx.x % tiles * rows, rest = blockIdx.x / tiles;
     const int64_t h = rest % s.H, b = rest / s.H % s.B, range = rest / s.H / s.B;
@@ -109,7 +109,7 @@ static __global__ void sum_tokens(ranges x, tokens s, int rows, ls_real *element
             shrink[u] = ls_exp(top[u] - base);
             total[u] = total[u] * (double)shrink[u] + (double)e;
             top[u] = next;
-            m.weight[i * (LS_PAIR_GUESTS + 1) + lane] = e;
+            m.weight[i * LS_PAIR_WIDE + lane] = e;
         }
         ls_pair_sums(m.weight, &keys, rows, s.d, m, shrink, sum_k);
         ls_pair_sums(m.weight, &values, rows, s.d, m, shrink, sum_v);
@@ -131,7 +131,7 @@ static void make_sums(ls_pass *p, ranges x, tokens s)
 {
     const int rows = (int)ls_min(s.r, ls_pair_rows(s.d, 2, sizeof(double), 0));
     const int64_t blocks = x.count * s.B * s.H * ((s.r + rows - 1) / rows);
-    const size_t bytes = ls_pair_bytes() + (size_t)(2 * rows * s.d) * sizeof(double);
+    const size_t bytes = ls_pair_bytes(0) + (size_t)ls_fours(2 * rows * s.d) * sizeof(double);
     if (blocks > 0) LS_LAUNCH(p->queue, sum_tokens, (int)blocks, LS_PAIR_THREADS, bytes, x, s, rows, p->work[SUMS]);
 }
 
@@ -249,8 +249,8 @@ static __global__ void token_gradients(ranges x, tokens s, int rows, const ls_re
 {
     LS_SHARED(ls_real, memory);
     __shared__ ls_group keys, values, dkeys, dvalues;
-    ls_real *sum_k = memory, *sum_v = sum_k + rows * s.d;
-    const ls_pair_memory m = ls_pair_memory_at(sum_v + rows * s.d);
+    const ls_pair_memory m = ls_pair_memory_at(memory);
+    ls_real *sum_k = memory + LS_PAIR_ALL, *sum_v = sum_k + rows * s.d;
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
     const int64_t tiles = (x.length + rows - 1) / rows, rest = blockIdx.x / tiles, E = s.H * s.d;
     const int64_t h = rest % s.H, group = rest / s.H, b = group % s.B;
@@ -288,7 +288,7 @@ static __global__ void token_gradients(ranges x, tokens s, int rows, const ls_re
             const int i = warp + u * LS_PAIR_WARPS;
             ls_real e = 0;
             if (exists && there[u]) e = ls_exp(ls_row(s.extra, b, 0, begin + i)[column] - top);
-            m.weight[i * (LS_PAIR_GUESTS + 1) + lane] = e;
+            m.weight[i * LS_PAIR_WIDE + lane] = e;
             if (exists && begin + i < end)
                 ls_row(dextra, b, 0, begin + i)[column] = there[u] ? e * (owed + score[u]) : 0;
         }
@@ -314,7 +314,7 @@ static void gradients_of_tokens(ls_pass *p, ranges x, tokens s, const ls_real *e
     if (blocks == 0) return;
     LS_LAUNCH(p->queue, centre_vectors, ls_blocks(groups * s.H * LS_WARP, LS_THREADS), LS_THREADS, 0, groups, s.H, s.r,
               s.d, p->work[RAW], delements, centre, constant);
-    const size_t bytes = ls_pair_bytes() + (size_t)(2 * rows * s.d) * sizeof(ls_real);
+    const size_t bytes = ls_pair_bytes(2 * rows * s.d);
     LS_LAUNCH(p->queue, token_gradients, (int)blocks, LS_PAIR_THREADS, bytes, x, s, rows, elements, delements, centre,
               constant, dk, dv, add, dextra);
 }

@@ -19,9 +19,11 @@ enum {
     LS_PAIR_MOST = LS_PAIR_ROWS + LS_PAIR_GUESTS,
     LS_PAIR_BAND = LS_PAIR_MOST - 1, /* rows of a band */
     LS_PAIR_PIECE = 32,
-    LS_PAIR_PITCH = LS_PAIR_PIECE + 1,            /* one more: lanes meet no bank twice */
+    LS_PAIR_PITCH = LS_PAIR_PIECE + 4,            /* four more: lanes that read by fours meet no bank twice */
     LS_PAIR_REALS = LS_PAIR_MOST * LS_PAIR_PITCH, /* of a piece */
-    LS_PAIR_WEIGHTS = LS_PAIR_ROWS * (LS_PAIR_GUESTS + 1)
+    LS_PAIR_WIDE = LS_PAIR_GUESTS + 4,            /* from the weights of a row to those of the next */
+    LS_PAIR_WEIGHTS = LS_PAIR_ROWS * LS_PAIR_WIDE,
+    LS_PAIR_ALL = 2 * LS_PAIR_REALS + 2 * LS_PAIR_WEIGHTS
 };
 
 typedef struct ls_group {
@@ -30,13 +32,13 @@ typedef struct ls_group {
     int n, base, by_row, by_lane;
 } ls_group;
 
-/* What a block has in dynamic shared memory, besides sums of its own. */
+/* What a block has at the start of its dynamic shared memory, LS_PAIR_ALL reals; `sums` more numbers follow. */
 typedef struct ls_pair_memory {
-    ls_real *a, *b, *weight, *weight2; /* pieces; weights (16,33), of a pair at r · 33 + j */
+    ls_real *a, *b, *weight, *weight2; /* pieces; weights (16,36), of a pair at r · 36 + j */
 } ls_pair_memory;
-static inline size_t ls_pair_bytes(void)
+static inline size_t ls_pair_bytes(int64_t sums)
 {
-    return (2 * LS_PAIR_REALS + 2 * LS_PAIR_WEIGHTS) * sizeof(ls_real);
+    return (size_t)(LS_PAIR_ALL + ls_fours(sums)) * sizeof(ls_real);
 }
 static __device__ inline ls_pair_memory ls_pair_memory_at(ls_real *x)
 {
@@ -48,7 +50,7 @@ static __device__ inline ls_pair_memory ls_pair_memory_at(ls_real *x)
  * left for groups. */
 static inline int ls_pair_rows(int64_t d, int64_t sums, int64_t size, int64_t more)
 {
-    const int64_t room = (42 << 10) - (int64_t)ls_pair_bytes() - more;
+    const int64_t room = (42 << 10) - (int64_t)ls_pair_bytes(0) - more;
     return (int)ls_max(1, ls_min((int64_t)LS_PAIR_ROWS, room / (sums * d * size)));
 }
 
@@ -67,16 +69,15 @@ static __device__ inline void ls_group_guests(ls_group *g, ls_real scale)
     ls_group_is(g, LS_PAIR_GUESTS, 0, 0, 1, scale);
 }
 
-/* Features [e0, e0 + n) of a group. */
-static __device__ inline void ls_load_piece(const ls_group *g, int64_t e0, int n, ls_real *piece)
+/* Features [e0, e0 + 32) of a group, 0 from d on. */
+static __device__ inline void ls_load_piece(const ls_group *g, int64_t e0, int64_t d, ls_real *piece)
 {
+    const int64_t e = e0 + threadIdx.x % LS_WARP;
     for (int i = threadIdx.x / LS_WARP; i < g->n; i += LS_PAIR_WARPS) {
         const ls_real *row = g->row[i], *more = g->more[i];
-        for (int e = threadIdx.x % LS_WARP; e < n; e += LS_WARP) {
-            ls_real x = 0;
-            if (row != NULL) x = g->scale * row[e0 + e] + (more != NULL ? more[e0 + e] : 0);
-            piece[i * LS_PAIR_PITCH + e] = x;
-        }
+        ls_real x = 0;
+        if (row != NULL && e < d) x = g->scale * row[e] + (more != NULL ? more[e] : 0);
+        piece[i * LS_PAIR_PITCH + threadIdx.x % LS_WARP] = x;
     }
 }
 
@@ -86,30 +87,26 @@ static __device__ inline void ls_pair_dots(const ls_group *a, const ls_group *b,
 {
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
     for (int64_t e0 = 0; e0 < d; e0 += LS_PAIR_PIECE) {
-        const int n = (int)ls_min(LS_PAIR_PIECE, d - e0);
+        const int n = (int)ls_fours(ls_min(LS_PAIR_PIECE, d - e0));
         const ls_real *x[LS_PAIR_EACH], *y[LS_PAIR_EACH];
         __syncthreads();
-        ls_load_piece(a, e0, n, m.a);
-        ls_load_piece(b, e0, n, m.b);
+        ls_load_piece(a, e0, d, m.a);
+        ls_load_piece(b, e0, d, m.b);
         for (int u = 0; u < LS_PAIR_EACH; u++) {
             const int r = warp + u * LS_PAIR_WARPS;
             x[u] = m.a + (a->base + a->by_row * r + a->by_lane * lane) * LS_PAIR_PITCH;
             y[u] = m.b + (b->base + b->by_row * r + b->by_lane * lane) * LS_PAIR_PITCH;
         }
-        const int shared = b->by_row == 0;
+        const int alike = b->by_row == 0; /* all rows have the same guests */
         __syncthreads();
-        if (shared) /* all rows have the same guests */
-            for (int e = 0; e < n; e++) {
-                const ls_real guest = y[0][e];
-#pragma unroll
-                for (int u = 0; u < LS_PAIR_EACH; u++) s[u] += x[u][e] * guest;
-            }
+        if (alike)
+            ls_dots(x, y, 1, n, s);
         else
-            for (int e = 0; e < n; e++)
-#pragma unroll
-                for (int u = 0; u < LS_PAIR_EACH; u++) s[u] += x[u][e] * y[u][e];
+            ls_dots(x, y, 0, n, s);
     }
 }
+
+static_assert((int)LS_PAIR_WARPS == 4, "rows of a band are as far apart as ls_weighted_band says");
 
 /* sum_r (d) = shrink_r sum_r + Σ_guests weight · guest, for the tile's first `rows`; the weights of a row were written
  * by its warp. */
@@ -119,25 +116,28 @@ static __device__ void ls_pair_sums(const ls_real *weight, const ls_group *g, in
 {
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
     for (int64_t e0 = 0; e0 < d; e0 += LS_PAIR_PIECE) {
-        const int n = (int)ls_min(LS_PAIR_PIECE, d - e0);
         __syncthreads();
-        ls_load_piece(g, e0, n, m.b);
+        ls_load_piece(g, e0, d, m.b);
         const int base = g->base, by_row = g->by_row, by_lane = g->by_lane;
         __syncthreads();
-        if (lane >= n) continue;
-        ls_real x[LS_PAIR_EACH] = {0};
-        for (int j = 0; j < LS_PAIR_GUESTS; j++)
-#pragma unroll
-            for (int u = 0; u < LS_PAIR_EACH; u++) {
-                const int r = warp + u * LS_PAIR_WARPS;
-                x[u] += weight[r * (LS_PAIR_GUESTS + 1) + j] *
-                        m.b[(base + by_row * r + by_lane * j) * LS_PAIR_PITCH + lane];
-            }
+        if (e0 + lane >= d) continue;
+        /* a band is taken in the order of its guests: where rows and lanes run apart, from the last row to the first */
+        const int back = by_row * by_lane < 0;
+        const ls_real *w[LS_PAIR_EACH];
+        ls_real x[LS_PAIR_EACH][1] = {{0}};
+        for (int u = 0; u < LS_PAIR_EACH; u++)
+            w[u] = weight + (warp + (back ? LS_PAIR_EACH - 1 - u : u) * LS_PAIR_WARPS) * LS_PAIR_WIDE;
+        const int first = base + by_row * (warp + (back ? (LS_PAIR_EACH - 1) * LS_PAIR_WARPS : 0));
+        const ls_real *y = m.b + first * LS_PAIR_PITCH + lane;
+        if (by_row == 0)
+            ls_weighted(w, y, by_lane * LS_PAIR_PITCH, x);
+        else
+            ls_weighted_band(w, y, by_lane * LS_PAIR_PITCH, x);
         for (int u = 0; u < LS_PAIR_EACH; u++) {
-            const int r = warp + u * LS_PAIR_WARPS;
-            if (r >= rows) break;
+            const int v = back ? LS_PAIR_EACH - 1 - u : u, r = warp + v * LS_PAIR_WARPS;
+            if (r >= rows) continue;
             T *to = sum + r * d + e0 + lane;
-            *to = T(shrink[u]) * *to + T(x[u]);
+            *to = T(shrink[v]) * *to + T(x[u][0]);
         }
     }
 }

@@ -224,11 +224,11 @@ __global__ static void make_features(slab s, shape x, ls_view rows, const uint8_
                 load_projection(x, W + t.h * x.m * x.d, f0, e0, of_w);
                 __syncthreads();
                 for (int k = 0; k < DEEP; k += 4) {
-                    const four w[2] = {*(const four *)(of_w + column * PITCH + k),
-                                       *(const four *)(of_w + (column + COLUMNS) * PITCH + k)};
+                    const ls_four w[2] = {ls_four_at(of_w + column * PITCH + k),
+                                          ls_four_at(of_w + (column + COLUMNS) * PITCH + k)};
 #pragma unroll
                     for (int u = 0; u < EACH; u++) {
-                        const four z = *(const four *)(of_rows + (group + u * GROUPS) * PITCH + k);
+                        const ls_four z = ls_four_at(of_rows + (group + u * GROUPS) * PITCH + k);
 #pragma unroll
                         for (int j = 0; j < 4; j++) sum[u][0] += z.v[j] * w[0].v[j], sum[u][1] += z.v[j] * w[1].v[j];
                     }
@@ -303,8 +303,8 @@ __global__ static void features_backward(slab s, shape x, ls_view rows, const ui
             load_projection(x, W + t.h * x.m * x.d, f0, e0, of_w);
             __syncthreads();
             for (int k = 0; k < WIDE; k++) {
-                const four w[2] = {*(const four *)(of_w + k * PITCH + column * 4),
-                                   *(const four *)(of_w + k * PITCH + DEEP / 2 + column * 4)};
+                const ls_four w[2] = {ls_four_at(of_w + k * PITCH + column * 4),
+                                      ls_four_at(of_w + k * PITCH + DEEP / 2 + column * 4)};
 #pragma unroll
                 for (int u = 0; u < EACH; u++) {
                     const ls_real z = of_x[(group + u * GROUPS) * SHORT + k];
@@ -324,10 +324,10 @@ __global__ static void features_backward(slab s, shape x, ls_view rows, const ui
                 const ls_real *row = ls_row(rows, at.b, at.h, at.t);
                 ls_real *to = ls_row(drows, at.b, at.h, at.t);
                 if (from < x.d && fours) {
-                    const four z = there ? *(const four *)(row + from) : four{};
-                    four y = add ? *(const four *)(to + from) : four{};
+                    const ls_four z = there ? ls_four_at(row + from) : ls_four{};
+                    ls_four y = add ? ls_four_at(to + from) : ls_four{};
                     for (int j = 0; j < 4 && there; j++) y.v[j] += sum[u][v][j] - x.scale * all[u] * z.v[j];
-                    *(four *)(to + from) = y;
+                    *(ls_four *)(to + from) = y;
                 }
                 for (int j = 0; j < 4 && from + j < x.d && !fours; j++) {
                     const ls_real y = there ? sum[u][v][j] - x.scale * all[u] * row[from + j] : 0;

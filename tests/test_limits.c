@@ -125,6 +125,12 @@ int main(int argc, char **argv)
         compare("performer", LS_CS, "m=17", 1, 3, 66, 200);
         compare("performer", LS_NC, "m=70", 2, 1, 132, 150);
         compare("cosformer", LS_NS, "", 2, 2, 68, 300);
+        /* rows in several pieces; windows that a tile of queries sees in two parts, and in more */
+        compare("local", LS_NS, "w=9", 2, 2, 68, 100);
+        compare("local", LS_CS, "w=70", 1, 2, 130, 150);
+        compare("local", LS_NC, "w=9,align=1", 1, 2, 70, 100);
+        compare("longshort", LS_NS, "r=3,w=9", 1, 2, 68, 90);
+        compare("longshort", LS_CS, "r=2,w=9,c=8", 1, 2, 70, 90);
         compare("cosformer", LS_CS, "act=1,max_len=250", 1, 2, 33, 200);
         if (getenv("LONGSPAN_TEST_EVERY") == NULL) { /* minutes on the emulated GPU */
             compare("probsparse", LS_CS, "f=1", 33000, 2, 2, 1);
