@@ -1,8 +1,9 @@
 /* How the work is divided: a block of 128 threads takes 64 rows of one (b,h) against a tile of 16, 32 or 64 slots. Of
  * their logits each thread holds 4 rows x 2, 4 or 8 slots in registers; features come through shared memory, 32 at a
- * time. What needs all slots (reading) goes on over their tiles with running maxima; what needs all keys (writing,
- * sums) is split over blocks, each of which goes over several tiles of rows, sums a tile in ls_real and tiles in
- * double, and leaves its part in `room`, from where a second kernel combines the parts in their order.
+ * time, and are read there by fours. What needs all slots (reading) goes on over their tiles with running maxima; what
+ * needs all keys (writing, sums) is split over blocks, each of which goes over several tiles of rows, sums a tile in
+ * ls_real and tiles in double, and leaves its part in `room`, from where a second kernel combines the parts in their
+ * order.
  *
  * Rows of features wider than 64 are made 64 features to a block; the logits are then made by each of these blocks. */
 #include "slots_cuda.h"
@@ -11,7 +12,7 @@ enum {
     TILE = 64,         /* rows */
     THREADS = 128,     /* of which 8 neighbours have the same rows */
     CHUNK = 32,        /* features of a product that makes logits; rows or slots of one that makes features */
-    PITCH = CHUNK + 1, /* of its matrices, so that columns lie in different banks */
+    PITCH = CHUNK + 4, /* of its matrices, so that rows that are read by fours lie in different banks */
     WIDTH = 64,        /* features that a block makes */
     BLOCKS = 1024,     /* wanted where rows are split */
     MOST_SPLITS = 256,
@@ -71,20 +72,68 @@ __device__ static place place_of(ls_slot_sizes s, int64_t parts, int64_t slot_ti
     return place{g, g / s.H, g % s.H, j % slot_tiles * slots, i % feature_tiles * WIDTH, k % parts};
 }
 
-/* sum[i][j] += Σ_k a[k a_next + i a_each] b[k b_next + j b_each] over k < n */
-template <int I, int J>
-__device__ static inline void product(int n, const ls_real *a, int a_next, int a_each, const ls_real *b, int b_next,
-                                      int b_each, ls_real (&sum)[I][J])
+/* N numbers side by side, read four at a time. */
+template <int N> struct alignas((N < 4 ? N : 4) * sizeof(ls_real)) few {
+    ls_real v[N];
+};
+template <int N> __device__ static inline few<N> few_at(const ls_real *x)
 {
-    for (int k = 0; k < n; k++, a += a_next, b += b_next) {
-        ls_real x[I];
+    return *reinterpret_cast<const few<N> *>(x);
+}
+
+/* sum[i][j] += Σ_k a_i[k] b_j[k], k < CHUNK: rows a_i lie a_each numbers apart, b_j b_each. */
+template <int I, int J>
+__device__ static inline void product_of_rows(const ls_real *a, int a_each, const ls_real *b, int b_each,
+                                              ls_real (&sum)[I][J])
+{
+#pragma unroll 1
+    for (int k = 0; k < CHUNK; k += 4) {
+        few<4> x[I];
 #pragma unroll
-        for (int i = 0; i < I; i++) x[i] = a[i * a_each];
+        for (int i = 0; i < I; i++) x[i] = few_at<4>(a + i * a_each + k);
 #pragma unroll
         for (int j = 0; j < J; j++) {
-            const ls_real y = b[j * b_each];
+            const few<4> y = few_at<4>(b + j * b_each + k);
 #pragma unroll
-            for (int i = 0; i < I; i++) sum[i][j] += x[i] * y;
+            for (int i = 0; i < I; i++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) sum[i][j] += x[i].v[c] * y.v[c];
+        }
+    }
+}
+
+/* sum[i][j] += Σ_k a_k[i] b_k[j], k < n: rows a_k lie a_next numbers apart, b_k WIDTH. */
+template <int I>
+__device__ static inline void product_of_columns(int n, const ls_real *a, int a_next, const ls_real *b,
+                                                 ls_real (&sum)[I][4])
+{
+#pragma unroll 2
+    for (int k = 0; k < n; k++, a += a_next, b += WIDTH) {
+        const few<I> x = few_at<I>(a);
+        const few<4> y = few_at<4>(b);
+#pragma unroll
+        for (int i = 0; i < I; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) sum[i][j] += x.v[i] * y.v[j];
+    }
+}
+
+/* sum[i][j] += Σ_k a_i[k] b_k[j], k < n, a multiple of 4: rows a_i lie a_each numbers apart, b_k WIDTH; numbers 4 to 7
+ * of a row b_k lie WIDTH / 2 behind the others. */
+template <int I>
+__device__ static inline void product(int n, const ls_real *a, int a_each, const ls_real *b, ls_real (&sum)[I][8])
+{
+    for (int k = 0; k < n; k += 4) {
+        few<4> x[I];
+#pragma unroll
+        for (int i = 0; i < I; i++) x[i] = few_at<4>(a + i * a_each + k);
+#pragma unroll
+        for (int c = 0; c < 4; c++, b += WIDTH) {
+            const few<4> y[2] = {few_at<4>(b), few_at<4>(b + WIDTH / 2)};
+#pragma unroll
+            for (int i = 0; i < I; i++)
+#pragma unroll
+                for (int j = 0; j < 8; j++) sum[i][j] += x[i].v[c] * y[j / 4].v[j % 4];
         }
     }
 }
@@ -95,15 +144,6 @@ template <typename T, int I, int J> __device__ static inline void clear(T (&x)[I
     for (int i = 0; i < I; i++)
 #pragma unroll
         for (int j = 0; j < J; j++) x[i][j] = 0;
-}
-
-/* Four features that follow one another. Where all rows begin at a multiple of their size, they are read at once. */
-struct alignas(4 * sizeof(ls_real)) four {
-    ls_real x[4];
-};
-__device__ static inline bool is_aligned(const ls_real *x)
-{
-    return (uintptr_t)x % sizeof(four) == 0;
 }
 
 /* Which part of a tile (ROWS,COLUMNS) a thread loads: four features of rows `first` + APART i. */
@@ -117,31 +157,26 @@ template <int ROWS, int COLUMNS> struct share_of {
  * asked for before the first is waited for. */
 template <int EACH>
 __device__ static inline void load_fours(const ls_real *from, int64_t step, int64_t left, bool wide,
-                                         const bool (&exists)[EACH], four (&y)[EACH])
+                                         const bool (&exists)[EACH], ls_four (&y)[EACH])
 {
     if (wide) {
 #pragma unroll
-        for (int i = 0; i < EACH; i++)
-            y[i] = exists[i] && left > 0 ? *(const four *)(from + i * step) : four{{0, 0, 0, 0}};
+        for (int i = 0; i < EACH; i++) y[i] = exists[i] && left > 0 ? ls_four_at(from + i * step) : ls_four{};
     } else {
 #pragma unroll
         for (int i = 0; i < EACH; i++)
 #pragma unroll
-            for (int c = 0; c < 4; c++) y[i].x[c] = exists[i] && c < left ? from[i * step + c] : 0;
+            for (int c = 0; c < 4; c++) y[i].v[c] = exists[i] && c < left ? from[i * step + c] : 0;
     }
 }
 
 template <int ROWS, int COLUMNS>
 __device__ static inline void store_fours(const share_of<ROWS, COLUMNS> &me, int pitch,
-                                          const four (&y)[share_of<ROWS, COLUMNS>::EACH], ls_real *to)
+                                          const ls_four (&y)[share_of<ROWS, COLUMNS>::EACH], ls_real *to)
 {
     to += me.first * pitch + me.column;
 #pragma unroll
-    for (int i = 0; i < me.EACH; i++, to += me.APART * pitch)
-        if (pitch % 4 == 0)
-            *(four *)to = y[i];
-        else
-            for (int c = 0; c < 4; c++) to[c] = y[i].x[c];
+    for (int i = 0; i < me.EACH; i++, to += me.APART * pitch) *(ls_four *)to = y[i];
 }
 
 /* to (ROWS, pitch): rows [t, t + ROWS) before `end`, features [e0, e0 + COLUMNS); 0 where there is none, or a pad. */
@@ -152,9 +187,9 @@ __device__ static inline void load_rows(ls_slot_sizes s, const ls_slot_rows &x, 
     const share_of<ROWS, COLUMNS> me;
     const int64_t e = e0 + me.column, row = t + me.first;
     const bool whole = s.d % 4 == 0;
-    const bool wide = whole && is_aligned(x.x.p) && x.x.sb % 4 == 0 && x.x.sh % 4 == 0 && x.x.st % 4 == 0;
+    const bool wide = whole && ls_is_four(x.x.p) && x.x.sb % 4 == 0 && x.x.sh % 4 == 0 && x.x.st % 4 == 0;
     bool exists[me.EACH];
-    four y[me.EACH], centre[1] = {};
+    ls_four y[me.EACH], centre[1] = {};
 #pragma unroll
     for (int i = 0; i < me.EACH; i++) exists[i] = row + i * me.APART < end;
     if (x.pad != NULL)
@@ -162,10 +197,10 @@ __device__ static inline void load_rows(ls_slot_sizes s, const ls_slot_rows &x, 
         for (int i = 0; i < me.EACH; i++) exists[i] = exists[i] && x.pad[at.b * x.n + row + i * me.APART] == 0;
     load_fours(ls_row(x.x, at.b, at.h, row) + e, me.APART * x.x.st, s.d - e, wide, exists, y);
     if (x.centre != NULL)
-        load_fours(x.centre + at.g * s.d + e, 0, s.d - e, whole && is_aligned(x.centre), {true}, centre);
+        load_fours(x.centre + at.g * s.d + e, 0, s.d - e, whole && ls_is_four(x.centre), {true}, centre);
 #pragma unroll
     for (int i = 0; i < me.EACH; i++)
-        for (int c = 0; c < 4; c++) y[i].x[c] = exists[i] ? y[i].x[c] - centre[0].x[c] : 0;
+        for (int c = 0; c < 4; c++) y[i].v[c] = exists[i] ? y[i].v[c] - centre[0].v[c] : 0;
     store_fours(me, pitch, y, to);
 }
 
@@ -177,10 +212,10 @@ __device__ static inline void load_slots(ls_slot_sizes s, const ls_real *x, int6
     const share_of<ROWS, COLUMNS> me;
     const int64_t e = e0 + me.column, slot = r + me.first;
     bool exists[me.EACH];
-    four y[me.EACH];
+    ls_four y[me.EACH];
 #pragma unroll
     for (int i = 0; i < me.EACH; i++) exists[i] = slot + i * me.APART < s.R;
-    load_fours(x + slot * stride + e, me.APART * stride, s.d - e, s.d % 4 == 0 && stride % 4 == 0 && is_aligned(x),
+    load_fours(x + slot * stride + e, me.APART * stride, s.d - e, s.d % 4 == 0 && stride % 4 == 0 && ls_is_four(x),
                exists, y);
     store_fours(me, pitch, y, to);
 }
@@ -188,6 +223,9 @@ __device__ static inline void load_slots(ls_slot_sizes s, const ls_real *x, int6
 /* Which rows and slots of a tile a thread holds: rows ROW + 16 i, slots SLOT + 8 j. */
 #define ROW ((int)threadIdx.x / 8)
 #define SLOT ((int)threadIdx.x % 8)
+/* Where features are made for slots: its slots, a few side by side, and the first of its four columns. */
+#define MINE ((int)threadIdx.x / 16)
+#define COLUMN (4 * ((int)threadIdx.x % 16))
 
 /* sum = the products of 64 rows from t with a tile of slots. a (TILE,PITCH), b (SLOTS,PITCH): shared memory, which
  * nobody uses when the block comes here together. norm (TILE) gets |row|², NULL: not wanted. */
@@ -204,7 +242,7 @@ __device__ static void scores(ls_slot_sizes s, const ls_slot_rows &rows, const p
         load_rows<TILE, CHUNK>(s, rows, at, t, end, e, PITCH, a);
         load_slots<SLOTS, CHUNK>(s, slots, stride, slot, e, PITCH, b);
         __syncthreads();
-        product(CHUNK, a + ROW * PITCH, 1, 16 * PITCH, b + SLOT * PITCH, 1, 8 * PITCH, sum);
+        product_of_rows(a + ROW * PITCH, 16 * PITCH, b + SLOT * PITCH, 8 * PITCH, sum);
         for (int i = 0; norm != NULL && me < TILE && i < CHUNK; i++) square += a[me * PITCH + i] * a[me * PITCH + i];
     }
     if (norm != NULL && me < TILE) norm[me] = square;
@@ -234,8 +272,8 @@ static __global__ void write_slots(ls_slot_sizes s, ls_slot_rows keys, const ls_
                                    ls_slot_rows values, int64_t splits, int64_t slot_tiles, int64_t feature_tiles,
                                    double *parts)
 {
-    constexpr int EACH = SLOTS / 8, SHARE = THREADS / SLOTS, PITCH_W = SLOTS + 1;
-    __shared__ __align__(sizeof(four)) ls_real a[TILE * PITCH], b[SLOTS * PITCH], weight[TILE * PITCH_W], norm[TILE],
+    constexpr int EACH = SLOTS / 8, SHARE = THREADS / SLOTS, PITCH_W = SLOTS + 4;
+    __shared__ __align__(sizeof(ls_four)) ls_real a[TILE * PITCH], b[SLOTS * PITCH], weight[TILE * PITCH_W], norm[TILE],
         share[THREADS], top[SLOTS];
     __shared__ double maximum[SLOTS], total[SLOTS], shrink[SLOTS];
     const place at = place_of(s, splits, slot_tiles, SLOTS, feature_tiles);
@@ -286,7 +324,7 @@ static __global__ void write_slots(ls_slot_sizes s, ls_slot_rows keys, const ls_
             __syncthreads();
             load_rows<CHUNK, WIDTH>(s, values, at, t + k, values.n, at.feature, WIDTH, a);
             __syncthreads();
-            product(CHUNK, weight + k * PITCH_W + me / 16, PITCH_W, 8, a + me % 16, WIDTH, 16, sum);
+            product_of_columns(CHUNK, weight + k * PITCH_W + MINE * EACH, PITCH_W, a + COLUMN, sum);
         }
         if (me < SLOTS) {
             double z = 0;
@@ -296,7 +334,7 @@ static __global__ void write_slots(ls_slot_sizes s, ls_slot_rows keys, const ls_
 #pragma unroll
         for (int i = 0; i < EACH; i++)
 #pragma unroll
-            for (int j = 0; j < 4; j++) x[i][j] = x[i][j] * shrink[me / 16 + 8 * i] + (double)sum[i][j];
+            for (int j = 0; j < 4; j++) x[i][j] = x[i][j] * shrink[MINE * EACH + i] + (double)sum[i][j];
     }
     double *to = parts + (at.g * splits + at.part) * s.R * (s.d + 2);
     if (me < SLOTS && at.slot + me < s.R && at.feature == 0) {
@@ -307,7 +345,7 @@ static __global__ void write_slots(ls_slot_sizes s, ls_slot_rows keys, const ls_
     for (int i = 0; i < EACH; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const int64_t slot = at.slot + me / 16 + 8 * i, e = at.feature + me % 16 + 16 * j;
+            const int64_t slot = at.slot + MINE * EACH + i, e = at.feature + COLUMN + j;
             if (slot < s.R && e < s.d) to[slot * (s.d + 2) + 2 + e] = x[i][j];
         }
 }
@@ -347,7 +385,7 @@ static __global__ void write_gradients(ls_slot_sizes s, ls_slot_rows keys, const
                                        ls_real *dlogits)
 {
     constexpr int EACH = SLOTS / 8;
-    __shared__ __align__(sizeof(four)) ls_real a[TILE * PITCH], b[SLOTS * PITCH], norm[TILE];
+    __shared__ __align__(sizeof(ls_four)) ls_real a[TILE * PITCH], b[SLOTS * PITCH], norm[TILE];
     const place at = place_of(s, parts_of(n, TILE), slot_tiles, SLOTS, 1);
     const int64_t first = at.part * TILE, t = t0 + first, stride = s.d + 2, elements = at.g * s.R * stride;
     ls_real l[4][EACH], de[4][EACH];
@@ -520,8 +558,8 @@ template <int SLOTS>
 static __global__ void read_slots(ls_slot_sizes s, ls_slot_rows queries, const ls_real *slots, const ls_real *constant,
                                   const ls_real *values, const ls_real *centre, ls_view out, int64_t feature_tiles)
 {
-    constexpr int EACH = SLOTS / 8, PITCH_W = SLOTS + 1, STEP = SLOTS < CHUNK ? SLOTS : CHUNK;
-    __shared__ __align__(sizeof(four)) ls_real a[TILE * PITCH], b[SLOTS * PITCH], weight[TILE * PITCH_W];
+    constexpr int EACH = SLOTS / 8, PITCH_W = SLOTS + 4, STEP = SLOTS < CHUNK ? SLOTS : CHUNK;
+    __shared__ __align__(sizeof(ls_four)) ls_real a[TILE * PITCH], b[SLOTS * PITCH], weight[TILE * PITCH_W];
     const place at = place_of(s, parts_of(queries.n, TILE), 1, SLOTS, feature_tiles);
     const int64_t t = at.part * TILE;
     ls_real l[4][EACH], x[4][8], m[4], sum[4], shrink[4];
@@ -548,7 +586,7 @@ static __global__ void read_slots(ls_slot_sizes s, ls_slot_rows queries, const l
             __syncthreads();
             load_slots<STEP, WIDTH>(s, values + at.g * s.R * s.d, s.d, slot + k, at.feature, WIDTH, a);
             __syncthreads();
-            product(STEP, weight + ROW * PITCH_W + k, 1, 16 * PITCH_W, a + SLOT, WIDTH, 8, x);
+            product(STEP, weight + ROW * PITCH_W + k, 16 * PITCH_W, a + 4 * SLOT, x);
         }
     }
 #pragma unroll
@@ -558,7 +596,7 @@ static __global__ void read_slots(ls_slot_sizes s, ls_slot_rows queries, const l
         const int padded = ls_is_padded(queries.pad, at.b * queries.n + row);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            const int64_t e = at.feature + SLOT + 8 * j;
+            const int64_t e = at.feature + j / 4 * (WIDTH / 2) + 4 * SLOT + j % 4;
             if (e < s.d) ls_row(out, at.b, at.h, row)[e] = padded ? 0 : centre[at.g * s.d + e] + x[i][j] / sum[i];
         }
     }
@@ -580,7 +618,7 @@ static __global__ void read_gradients(ls_slot_sizes s, ls_slot_rows queries, con
                                       int64_t n, ls_real *p, ls_real *dlogits)
 {
     constexpr int EACH = SLOTS / 8;
-    __shared__ __align__(sizeof(four)) ls_real a[TILE * PITCH], b[SLOTS * PITCH];
+    __shared__ __align__(sizeof(ls_four)) ls_real a[TILE * PITCH], b[SLOTS * PITCH];
     const place at = place_of(s, parts_of(n, TILE), 1, SLOTS, 1);
     const int64_t first = at.part * TILE, t = t0 + first, matrix = at.g * s.R * s.d;
     ls_real l[4][EACH], dp[4][EACH], m[4], sum[4], mean[4], shrink[4];
@@ -633,8 +671,8 @@ static __global__ void sum_rows(ls_slot_sizes s, const ls_real *matrix, ls_slot_
                                 int64_t splits, int64_t slot_tiles, int64_t feature_tiles, double *parts,
                                 double *columns)
 {
-    constexpr int EACH = SLOTS / 8, PITCH_W = SLOTS + 1;
-    __shared__ __align__(sizeof(four)) ls_real a[CHUNK * WIDTH], weight[TILE * PITCH_W];
+    constexpr int EACH = SLOTS / 8, PITCH_W = SLOTS + 4;
+    __shared__ __align__(sizeof(ls_four)) ls_real a[CHUNK * WIDTH], weight[TILE * PITCH_W];
     const place at = place_of(s, splits, slot_tiles, SLOTS, feature_tiles);
     const int64_t tiles = parts_of(n, TILE), last = tiles * (at.part + 1) / splits, G = s.B * s.H;
     const int me = threadIdx.x;
@@ -653,7 +691,7 @@ static __global__ void sum_rows(ls_slot_sizes s, const ls_real *matrix, ls_slot_
             }
             load_rows<CHUNK, WIDTH>(s, rows, at, t0 + t + k, t0 + n, at.feature, WIDTH, a);
             __syncthreads();
-            product(CHUNK, weight + k * PITCH_W + me / 16, PITCH_W, 8, a + me % 16, WIDTH, 16, sum);
+            product_of_columns(CHUNK, weight + k * PITCH_W + MINE * EACH, PITCH_W, a + COLUMN, sum);
         }
 #pragma unroll
         for (int i = 0; i < EACH; i++)
@@ -667,7 +705,7 @@ static __global__ void sum_rows(ls_slot_sizes s, const ls_real *matrix, ls_slot_
     for (int i = 0; i < EACH; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const int64_t slot = me / 16 + 8 * i, e = at.feature + me % 16 + 16 * j;
+            const int64_t slot = MINE * EACH + i, e = at.feature + COLUMN + j;
             if (at.slot + slot < s.R && e < s.d) parts[(to + slot) * s.d + e] = x[i][j];
         }
 }

@@ -125,6 +125,12 @@ int main(int argc, char **argv)
         compare("performer", LS_CS, "m=17", 1, 3, 66, 200);
         compare("performer", LS_NC, "m=70", 2, 1, 132, 150);
         compare("cosformer", LS_NS, "", 2, 2, 68, 300);
+        /* slots in tiles of 16, of 32, and in two of 64; features for two blocks */
+        compare("nystrom", LS_NS, "m=12", 2, 2, 68, 300);
+        compare("nystrom", LS_NC, "m=24", 1, 2, 33, 150);
+        compare("nystrom", LS_CC, "m=70", 1, 1, 66, 200);
+        compare("lara", LS_NS, "c=70", 1, 2, 68, 300);
+        compare("lara", LS_NC, "c=9", 2, 1, 132, 150);
         /* rows in several pieces; windows that a tile of queries sees in two parts, and in more */
         compare("local", LS_NS, "w=9", 2, 2, 68, 100);
         compare("local", LS_CS, "w=70", 1, 2, 130, 150);
