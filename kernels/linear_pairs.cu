@@ -4,11 +4,6 @@
 
 /* ------------------------------------------------------------------------------------------------ within */
 
-__device__ static inline ls_real end_of(const linear &x, int64_t i, level end)
-{
-    return level_of(end, x.s, place_of(x.s, i * x.M + x.M - 1));
-}
-
 /* Query number i of a problem: where it stands among its keys, and how many of them it sees. */
 namespace
 {
@@ -104,13 +99,6 @@ void ls_linear_weigh(ls_pass *p, const linear *x, const ls_real *z, int divides)
 void ls_linear_weigh_backward(ls_pass *p, const linear *x, const ls_real *z, int divides)
 {
     LAUNCH_ROWS(p, weigh_backward, *x, z, divides);
-}
-
-/* The exponentials of key row j seen from c, or its other features. */
-__device__ static inline ls_real seen_from(const linear &x, int64_t row, int64_t f, ls_real c)
-{
-    const ls_real from = c == -INFINITY ? 0 : c;
-    return f < x.exponentials ? ls_exp(x.x[row * x.r + f] - from) : x.x[row * x.r + f];
 }
 
 /* Steep problems pair by pair, a block for each: w, da, and db, which is that of x. */

@@ -176,6 +176,19 @@ __device__ static inline int is_steep(const linear &x, int64_t i, ls_real end)
            end - x.c[i * x.M] > (ls_real)LS_LINEAR_RISE; /* also from -inf on, not if all is -inf */
 }
 
+/* c at the end of problem i. */
+__device__ static inline ls_real end_of(const linear &x, int64_t i, level end)
+{
+    return level_of(end, x.s, place_of(x.s, i * x.M + x.M - 1));
+}
+
+/* The exponentials of a key row seen from c, or its other features. */
+__device__ static inline ls_real seen_from(const linear &x, int64_t row, int64_t f, ls_real c)
+{
+    const ls_real from = c == -INFINITY ? 0 : c;
+    return f < x.exponentials ? ls_exp(x.x[row * x.r + f] - from) : x.x[row * x.r + f];
+}
+
 /* A kernel that takes x and goes by rows of the slab. */
 #define LAUNCH_ROWS(p, kernel, x, ...)                                                                                 \
     LS_LAUNCH((p)->queue, kernel, ls_row_blocks(chunks_of(&(x)) * (x).s.C), LS_THREADS, 0, x, __VA_ARGS__)
