@@ -3,7 +3,7 @@
 #include "linear_slabs.h"
 
 #ifndef LS_LINEAR_SLAB /* a test may make it so small that there are several slabs */
-#define LS_LINEAR_SLAB 65536
+#define LS_LINEAR_SLAB 131072
 #endif
 
 /* ------------------------------------------------------------------------------------------------ slabs */
@@ -75,7 +75,7 @@ static sizes sizes_of(const ls_pass *p)
     s.G = p->B * p->H;
     s.R = ls_linear_cuda_rows(p);
     s.P = ls_max(ls_linear_most_chunks(p, p->T), ls_linear_most_chunks(p, p->S));
-    s.n = ls_max(p->pattern == LS_CS ? queries.C : 0, has_pairs(p) ? p->all_keys : 0);
+    s.n = has_pairs(p) ? p->all_keys : 0;
     s.traced = ls_max(s.R, sweeps ? s.G * queries.N * queries.C : 0);
     s.starts = ls_max(p->pattern == LS_CS ? queries.N : 0, keys.N) + 1;
     s.back = p->backward != 0;
@@ -95,7 +95,7 @@ void ls_linear_cuda_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[QUERIES] = ls_take(work, (1 + s.back + s.near) * s.R * r);
     p->work[KEYS] = ls_take(work, (1 + s.back + s.near) * s.R * r);
     p->work[TURNED] = ls_take(work, (1 + s.back + s.turns) * s.R * F);
-    p->work[STAGE] = ls_take(work, (2 + s.back) * s.R * d);
+    p->work[STAGE] = ls_take(work, (s.n > 0 ? 2 + s.back : 0) * s.R * d);
     p->work[WEIGHTS] = ls_take(work, (1 + s.back) * s.R * s.n);
     p->work[STATES] = ls_take(work, (s.P + s.G) * F * (d + 1));
     p->work[DOUBLES] = (ls_real *)ls_arena_take(work, (size_t)doubles * sizeof(double));

@@ -3,22 +3,22 @@
  * what is linear_rows.h there is linear_slabs.cu and linear_states.cu.
  *
  * How the work is divided. Rows are cut into chunks of C (128; where queries see keys one by one 64), and some chunks
- * of all heads and batch rows, about 65536 rows together, make a slab: memory does not grow with the sequence, and a
- * slab is work enough for all of the GPU. Slabs go one after the other and hand on the state in double. In a slab rows
- * lie as (H,B,K,C,width): the chunks of one (b,h) side by side, all rows of a head side by side, rows past the end and
- * padded ones 0. So every product of a slab is one batch of equal matrices:
+ * of all heads and batch rows, about 131072 rows together, make a slab: memory does not grow with the sequence, and a
+ * slab is work enough for all of the GPU. Slabs go one after the other and hand on the state in double. In a slab
+ * features lie as (H,B,K,C,width): the chunks of one (b,h) side by side, all rows of a head side by side, rows past the
+ * end and padded ones 0; q, k, v and their gradients are read and written where they lie.
  *
- *   features   one product for each head                      keys, states   one for each chunk
- *   states of chunks: sums S = Bᵀ v, z = Σ B in parallel, then a scan over the K chunks, in double, a thread for each
- *   number: a chunk finds the sum of the chunks before it (in backward: after it) where its own sum was
- *
- * What stands between products is done row by row, a warp for each row.
+ *   states of chunks: sums S = Bᵀ v, z = Σ B, a block for each, then a scan over the K chunks, in double, a thread for
+ *   each number: a chunk finds the sum of the chunks before it (in backward: after it) where its own sum was
+ *   all keys: products of all rows of a (b,h) with its S, by cuBLAS; between them row by row, a warp for each
+ *   causal: all that a chunk gives out, or its rows get, in a block, by way of shared memory
+ *   few keys: products of staged rows (see ls_linear_stage), by cuBLAS
  *
  * Exponentials, c_i the maximum so far. A chunk's sum is seen from c at its end, and the scan takes it from c to c. A
  * query sees the state before its chunk through e^(c_before - c_i) <= 1. Within a chunk it sees keys from c at the end,
  * and makes up for it by e^(c_end - c_i), as long as c rises by at most RISE. Where it rises more (often the first
- * chunk of a sequence, hardly any later) products are done again pair by pair, with e^(x_j - c_i) as it is: by kernels
- * that run over all chunks and leave the others alone. */
+ * chunk of a sequence, hardly any later) it sees them pair by pair, with e^(x_j - c_i) as it is.
+ */
 #ifndef LS_LINEAR_SLABS_H
 #define LS_LINEAR_SLABS_H
 
@@ -64,7 +64,7 @@ typedef struct linear {
     ls_real *a, *da, *x, *b, *db;   /* (R,r); b = x where there are no exponentials */
     ls_real *a_near;                /* (R,r) a as it sees keys that are seen from c at the end; a or its own */
     ls_real *A, *dA, *B, *dB;       /* (R,F); dA and dB are the same memory, B = b where nothing turns */
-    ls_real *w, *dw;                /* (R,n) */
+    ls_real *w, *dw;                /* (R,n) of few keys */
     ls_real *S, *z, *all_S, *all_z; /* (P,F,d), (P,F); (G,F,d), (G,F) */
     double *running, *step;         /* (G, F (d+1)); (CAUSAL_ROWS,2) sin jω, cos jω */
     const double *stand;            /* within, (M,2): sin, cos of ω(relative + i) */
