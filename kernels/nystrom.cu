@@ -56,7 +56,7 @@ static int iterations(const ls_pass *p)
 
 static int64_t matrix_room(const ls_pass *p)
 {
-    return ls_pinv_scratch(landmarks(p)) + (iterations(p) + 2) * landmarks(p) * landmarks(p);
+    return ls_pinv_scratch_cuda(landmarks(p)) + (iterations(p) + 2) * landmarks(p) * landmarks(p);
 }
 
 /* (b,h) whose inverses are made at a time. */
@@ -502,7 +502,7 @@ static void make_F2(const ls_pass *p)
 static double *make_inverses(const ls_pass *p, int64_t g, int64_t n)
 {
     const int64_t m = landmarks(p);
-    double *scratch = ls_doubles(p->work[MATRICES]), *Z = scratch + n * ls_pinv_scratch(m);
+    double *scratch = ls_doubles(p->work[MATRICES]), *Z = scratch + n * ls_pinv_scratch_cuda(m);
     ls_pinv_cuda(p->queue, n, m, iterations(p), ls_doubles(p->work[F2]) + g * m * m, peaks(p) + g, Z, scratch);
     return Z;
 }

@@ -107,6 +107,7 @@ set(harness ${PROJECT_SOURCE_DIR}/tests/harness.c ${PROJECT_SOURCE_DIR}/tests/de
 set(golden ${PROJECT_SOURCE_DIR}/tests/golden)
 longspan_test(gemm DOUBLE)
 longspan_test(dense DOUBLE EMULATED 1 EMULATED_DOUBLE 1)
+longspan_test(pinv EMULATED 1)
 longspan_test(exchange DOUBLE RANKS 1 2 3 4 5 7)
 longspan_test(golden DOUBLE HDF5 SOURCES ${harness} RANKS 1 2 3 5 ARGS ${golden}
   EMULATED 1 3 EMULATED_DOUBLE 1 3)
@@ -163,7 +164,7 @@ if(LONGSPAN_HAS_CUDA)
         PROCESSORS ${ranks} LABELS gpu SKIP_RETURN_CODE 77)
     endforeach()
   endforeach()
-  foreach(name dense optim)
+  foreach(name dense pinv optim)
     add_test(NAME ${name}_gpu COMMAND test_${name})
     set_tests_properties(${name}_gpu PROPERTIES TIMEOUT 1500 LABELS gpu SKIP_RETURN_CODE 77 ENVIRONMENT
       "${test_environment};LONGSPAN_TEST_DEVICE=cuda;LONGSPAN_TEST_GPU=1")
