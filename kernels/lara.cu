@@ -28,7 +28,7 @@ enum {              /* work[] */
        WHOLE,
        SLOT_KEYS,
        /* doubles, backward: dN (B*H,C,d); da or dω (B*H,C,d) and g (B*H,C); dμ + dω, from read to write, and what it is
-        * before a map (2,B*H,c',d); maps, and their gradients (2,d,d) */
+        * before each map (3,B*H,c',d); maps, and their gradients (2,d,d) */
        DVALUES,
        DKEYS,
        DMU,
@@ -53,7 +53,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
     const int64_t d = p->d, G = p->B * p->H, R = count(p), c = landmarks(p), back = p->backward;
     const int64_t rows = ls_max(p->T, p->S), held = back * G * ls_slots_rows_at_once(sizes(p), rows) * R;
-    const int64_t parts = ls_max(ls_segment_room_of_pass(p, c), ls_slots_room(sizes(p), rows));
+    const int64_t parts = ls_max(ls_landmark_room(p, c), ls_slots_room(sizes(p), rows));
     p->saved[MU] = ls_take_doubles(saved, G * c * d);
     p->saved[OMEGA] = ls_take_doubles(saved, G * R * d);
     p->work[KEYS] = ls_take(work, G * R * d);
@@ -68,9 +68,9 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[SLOT_KEYS] = ls_take_doubles(work, G * R * d);
     p->work[DVALUES] = ls_take_doubles(work, back * G * R * d);
     p->work[DKEYS] = ls_take_doubles(work, back * G * R * (d + 1));
-    p->work[DMU] = ls_take_doubles(work, back * (1 + is_adaptive(p)) * G * c * d);
+    p->work[DMU] = ls_take_doubles(work, back * (1 + 2 * is_adaptive(p)) * G * c * d);
     p->work[MAPS] = ls_take_doubles(work, is_adaptive(p) * 2 * d * d);
-    p->work[DMAPS] = ls_take_doubles(work, back * is_adaptive(p) * d * d);
+    p->work[DMAPS] = ls_take_doubles(work, back * is_adaptive(p) * 2 * d * d);
     p->work[ROOM] = ls_take_doubles(work, ls_max(parts, G * R * d));
 }
 
@@ -83,23 +83,13 @@ static ls_slot_rows rows_of(ls_view x, const uint8_t *pad, int64_t n, const ls_r
 
 static ls_status segments(ls_pass *p, int phase)
 {
-    const int64_t each = landmarks(p) * p->d;
-    double *room = ls_doubles(p->work[ROOM]);
-    ls_real *sent = p->summary[phase + 1].sent;
-    for (int which = 0; which < 2; which++) {
-        const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 0);
-        ls_segment_sums_cuda(p->queue, &s, room, sent + which * each, sums(p));
-    }
-    ls_reference_sums_cuda(p, room, sent + 2 * each, sums(p));
+    ls_landmark_sums_cuda(p, landmarks(p), 2, ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent);
     return ls_launched(p->queue, "lara: segments");
 }
 
 static ls_status segments_backward(ls_pass *p, int phase)
 {
-    for (int which = 0; which < 2; which++) {
-        const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 1);
-        ls_segment_spread_cuda(p->queue, &s, p->summary[phase + 1].dsent + which * landmarks(p) * p->d, sums(p));
-    }
+    ls_landmark_spread_cuda(p, landmarks(p), 2, p->summary[phase + 1].dsent);
     return ls_launched(p->queue, "lara: backward of segments");
 }
 
@@ -111,24 +101,16 @@ static double *mean_of(const ls_pass *p, int which)
     return ls_doubles(p->work[MEANS]) + which * p->B * p->H * landmarks(p) * p->d;
 }
 
-/* `phase`: the one before which the sums were reduced. */
-static void load_means(const ls_pass *p, int phase)
+/* MEANS, and CENTRE = the values' reference. `phase`: the one before which the sums were reduced. */
+static void load_sums(const ls_pass *p, int phase)
 {
-    for (int which = 0; which < 2; which++)
-        ls_segment_means_cuda(p->queue, segments_of(p, which), p->B * p->H, p->d,
-                              p->summary[phase].got + which * landmarks(p) * p->d, sums(p), mean_of(p, which));
+    ls_landmark_means_cuda(p, landmarks(p), 2, p->summary[phase].got, mean_of(p, 0), p->work[CENTRE]);
 }
 
-/* CENTRE = the values' reference. */
-static void load_reference(const ls_pass *p, int phase)
+/* y (2,n): both, in double. */
+static __global__ void widen(int64_t n, const ls_real *x0, const ls_real *x1, double *y)
 {
-    ls_reference_cuda(p->queue, p->B * p->H, p->d, p->summary[phase].got + 2 * landmarks(p) * p->d, sums(p),
-                      p->work[CENTRE]);
-}
-
-static __global__ void widen(int64_t n, const ls_real *x, double *y)
-{
-    LS_EACH(i, n) y[i] = (double)x[i];
+    LS_EACH(i, 2 * n) y[i] = (double)(i < n ? x0[i] : x1[i - n]);
 }
 
 /* MAPS: the weights of both maps. */
@@ -136,9 +118,8 @@ static double *load_maps(const ls_pass *p)
 {
     const int64_t n = p->d * p->d;
     double *maps = ls_doubles(p->work[MAPS]);
-    for (int which = 0; which < 2; which++)
-        LS_LAUNCH(p->queue, widen, ls_blocks(n, LS_THREADS), LS_THREADS, 0, n,
-                  p->params + p->param[which ? K_WEIGHT : Q_WEIGHT].offset, maps + which * n);
+    LS_LAUNCH(p->queue, widen, ls_blocks(2 * n, LS_THREADS), LS_THREADS, 0, n, p->params + p->param[Q_WEIGHT].offset,
+              p->params + p->param[K_WEIGHT].offset, maps);
     return maps;
 }
 
@@ -169,13 +150,12 @@ static __global__ void make_omega(ls_slot_sizes s, int64_t c, noise x, const dou
     }
 }
 
-/* μ and ω of every (b,h), the same on all ranks. */
-static void make_landmarks(const ls_pass *p, int phase)
+/* From MEANS, μ and ω of every (b,h), the same on all ranks. */
+static void make_landmarks(const ls_pass *p)
 {
     const int64_t c = landmarks(p), d = p->d, rows = p->B * p->H * c;
     double *mu = ls_doubles(p->saved[MU]);
     noise x = {NULL, NULL, p->given_noise, is_noisy(p), p->seed, p->sample, p->stream};
-    load_means(p, phase);
     if (is_adaptive(p)) {
         const double *maps = load_maps(p);
         for (int which = 0; which < 2; which++)
@@ -194,47 +174,54 @@ static void load_omega(const ls_pass *p)
     ls_slots_round_cuda(p->queue, p->B * p->H * count(p) * p->d, p->scale, ls_doubles(p->saved[OMEGA]), p->work[KEYS]);
 }
 
-static __global__ void add_scaled(int64_t n, double scale, const double *x, ls_real *y)
+namespace
 {
-    LS_EACH(i, n) y[i] += (ls_real)(scale * x[i]);
+typedef struct gradients {
+    ls_real *weight[2], *bias[2];
+} gradients;
+} // namespace
+
+/* dmaps (2,d,d), and rows times a mean of them (d) to both biases. */
+static __global__ void add_gradients(int64_t d, double rows, const double *dmaps, const double *mean, gradients to)
+{
+    const int64_t n = d * d;
+    LS_EACH(i, 2 * (n + d))
+    {
+        const int which = i >= n + d;
+        const int64_t at = i - which * (n + d);
+        if (at < n)
+            to.weight[which][at] += (ls_real)dmaps[which * n + at];
+        else
+            to.bias[which][at - n] += (ls_real)(rows * mean[at - n]);
+    }
 }
 
-static void add_to_gradient(const ls_pass *p, int param, int64_t n, double scale, const double *x)
-{
-    LS_LAUNCH(p->queue, add_scaled, ls_blocks(n, LS_THREADS), LS_THREADS, 0, n, scale, x,
-              p->dparams + p->param[param].offset);
-}
-
-/* Of y = x Wᵀ + bias: dx = dy W; dW = dyᵀ x, dbias = Σ dy, over the landmarks of all (b,h). Returns dx. */
-static const double *map_backward(const ls_pass *p, int which, const double *dy)
+/* Of y = x Wᵀ + bias, for both maps, whose y add up: dx = dy W; dW = dyᵀ x, dbias = Σ dy, over the landmarks of all
+ * (b,h). Returns dx (2,rows,d). */
+static const double *maps_backward(const ls_pass *p, const double *dy)
 {
     const int64_t d = p->d, rows = p->B * p->H * landmarks(p);
-    double *dx = ls_doubles(p->work[DMU]) + rows * d, *dmap = ls_doubles(p->work[DMAPS]);
-    const double *map = ls_doubles(p->work[MAPS]) + which * d * d;
+    double *dx = ls_doubles(p->work[DMU]) + rows * d, *dmaps = ls_doubles(p->work[DMAPS]);
+    const double *maps = load_maps(p);
     double *bias = ls_doubles(p->work[MEAN]);
-    ls_gemm_batch_double(p->queue, 1, 0, d, d, rows, 1, dy, d, 0, mean_of(p, which), d, 0, 0, dmap, d, 0, 1);
-    add_to_gradient(p, which ? K_WEIGHT : Q_WEIGHT, d * d, 1, dmap);
+    const ls_param_info *of = p->param;
+    const gradients to = {{p->dparams + of[Q_WEIGHT].offset, p->dparams + of[K_WEIGHT].offset},
+                          {p->dparams + of[Q_BIAS].offset, p->dparams + of[K_BIAS].offset}};
+    ls_gemm_batch_double(p->queue, 1, 0, d, d, rows, 1, dy, d, 0, mean_of(p, 0), d, rows * d, 0, dmaps, d, d * d, 2);
     ls_slots_mean_cuda(p->queue, ls_slot_sizes{1, 1, rows, d}, dy, bias);
-    add_to_gradient(p, which ? K_BIAS : Q_BIAS, d, (double)rows, bias);
-    ls_gemm_batch_double(p->queue, 0, 0, rows, d, d, 1, dy, d, 0, map, d, 0, 0, dx, d, 0, 1);
+    LS_LAUNCH(p->queue, add_gradients, ls_blocks(2 * (d + 1) * d, LS_THREADS), LS_THREADS, 0, d, (double)rows,
+              (const double *)dmaps, (const double *)bias, to);
+    ls_gemm_batch_double(p->queue, 0, 0, rows, d, d, 1, dy, d, 0, maps, d, d * d, 0, dx, d, rows * d, 2);
     return dx;
 }
 
 /* DMU becomes the gradient of the sums of segments; the maps get theirs. */
 static void landmarks_backward(const ls_pass *p, int phase)
 {
-    const int64_t c = landmarks(p), d = p->d, G = p->B * p->H;
-    ls_real *dgot = p->summary[phase].dgot;
-    if (is_adaptive(p)) {
-        load_means(p, phase);
-        load_maps(p);
-    }
-    for (int which = 0; which < 2; which++) {
-        const double *dmean = ls_doubles(p->work[DMU]);
-        if (is_adaptive(p)) dmean = map_backward(p, which, dmean);
-        ls_segment_means_backward_cuda(p->queue, segments_of(p, which), G, d, dmean, dgot + which * c * d, sums(p));
-    }
-    ls_reference_clear_cuda(p->queue, G, d, dgot + 2 * c * d, sums(p));
+    const double *dmean = ls_doubles(p->work[DMU]);
+    if (is_adaptive(p)) dmean = maps_backward(p, dmean);
+    ls_landmark_means_backward_cuda(p, landmarks(p), 2, dmean, is_adaptive(p) ? p->B * p->H * landmarks(p) * p->d : 0,
+                                    p->summary[phase].dgot);
 }
 
 /* ------------------------------------------------------------------------------------------------ keys write */
@@ -251,9 +238,9 @@ static ls_slot_rows values_of(const ls_pass *p)
 
 static ls_status write(ls_pass *p, int phase)
 {
-    make_landmarks(p, phase);
+    load_sums(p, phase);
+    make_landmarks(p);
     load_omega(p);
-    load_reference(p, phase);
     ls_slots_write_cuda(p->queue, sizes(p), keys_of(p), p->work[KEYS], p->scale / 2, values_of(p),
                         ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent);
     return ls_launched(p->queue, "lara: write");
@@ -301,7 +288,7 @@ static ls_status write_backward(ls_pass *p, int phase)
     ls_real *e = p->work[PROBABILITIES], *dl = p->work[DLOGITS];
     double *domega = ls_doubles(p->work[DKEYS]), *room = ls_doubles(p->work[ROOM]);
     load_omega(p);
-    load_reference(p, phase);
+    load_sums(p, phase);
     ls_slots_constants_cuda(q, s, out->got, out->dsent, room, ls_doubles(p->work[MEAN]), p->work[CENTRE],
                             p->work[CONSTANT]);
     for (int64_t t = 0, n; t == 0 || t < p->S; t += n) {
@@ -355,19 +342,16 @@ static void load_slots(const ls_pass *p, int phase)
     const ls_slot_sizes s = sizes(p), scalars = {s.B, s.H, s.R, 1};
     const int64_t slots = s.B * s.H * s.R, c = landmarks(p);
     const double *mu = ls_doubles(p->saved[MU]), *omega = ls_doubles(p->saved[OMEGA]);
-    double *a = ls_doubles(p->work[SLOT_KEYS]), *mean = ls_doubles(p->work[MEAN]);
+    double *a = ls_doubles(p->work[SLOT_KEYS]);
     double *values = ls_doubles(p->work[ROOM]), *whole = ls_doubles(p->work[WHOLE]);
-    load_reference(p, phase - 1);
+    load_sums(p, phase - 1);
     LS_LAUNCH(q, make_keys, ls_blocks(slots * s.d, LS_THREADS), LS_THREADS, 0, s, c, p->scale, mu, omega, a);
-    ls_slots_mean_cuda(q, s, a, mean);
-    ls_slots_centred_cuda(q, s, 1, a, mean, p->work[KEYS], NULL, 0);
+    ls_slots_centre_cuda(q, s, 1, a, p->work[KEYS], NULL, 0);
     ls_slots_values_cuda(q, s, p->summary[phase].got, NULL, values);
-    ls_slots_mean_cuda(q, s, values, mean);
-    ls_slots_centred_cuda(q, s, 1, values, mean, p->work[VALUES], p->work[CENTRE], 1);
+    ls_slots_centre_cuda(q, s, 1, values, p->work[VALUES], p->work[CENTRE], 1);
     LS_LAUNCH(q, make_constants, ls_blocks(slots * LS_WARP, LS_THREADS), LS_THREADS, 0, s, c, p->scale, mu, omega,
               (const ls_real *)p->summary[phase].got, whole);
-    ls_slots_mean_cuda(q, scalars, whole, mean);
-    ls_slots_centred_cuda(q, scalars, 1, whole, mean, p->work[CONSTANT], NULL, 0);
+    ls_slots_centre_cuda(q, scalars, 1, whole, p->work[CONSTANT], NULL, 0);
 }
 
 static ls_slot_rows queries_of(const ls_pass *p)

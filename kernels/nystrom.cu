@@ -26,9 +26,8 @@ enum {               /* work[]; a short sequence has softmax's and ROOM */
        /* of a number of rows (B*H,n,m), backward */
        PROBABILITIES,
        DLOGITS,
-       /* doubles: q̄, k̄ (2,B*H,m,d); a mean of rows (B*H,d); dW, d(σ k̄) or d(σ q̄) (2,B*H,m,d); gradients of q̄, k̄, from
-        * read to write (2,B*H,m,d); F2 and its gradient (B*H,m,m); column sums of F2 (B*H,m), then peaks, then dpeaks
-        */
+       /* doubles: q̄, k̄ (2,B*H,m,d); a mean of rows (B*H,d); dW or d(σ q̄) (B*H,m,d); gradients of q̄, k̄, from read to
+        * write (2,B*H,m,d); F2 and its gradient (B*H,m,m); column sums of F2 (B*H,m), then peaks, then dpeaks */
        MEANS,
        MEAN,
        STATE,
@@ -91,13 +90,13 @@ static void plan_long(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[DLOGITS] = ls_take(work, held);
     p->work[MEANS] = ls_take_doubles(work, 2 * G * m * d);
     p->work[MEAN] = ls_take_doubles(work, G * d);
-    p->work[STATE] = ls_take_doubles(work, back * 2 * G * m * d);
+    p->work[STATE] = ls_take_doubles(work, back * G * m * d);
     p->work[DMEANS] = ls_take_doubles(work, back * 2 * G * m * d);
     p->work[F2] = ls_take_doubles(work, G * m * m);
     p->work[DF2] = ls_take_doubles(work, back * G * m * m);
     p->work[PEAKS] = ls_take_doubles(work, G * m + 2 * G);
     p->work[MATRICES] = ls_take_doubles(work, inverses_at_once(p) * matrix_room(p));
-    const int64_t sums = ls_max(ls_segment_room_of_pass(p, m), ls_slots_room(sizes(p), rows));
+    const int64_t sums = ls_max(ls_landmark_room(p, m), ls_slots_room(sizes(p), rows));
     p->work[ROOM] = ls_take_doubles(work, ls_max(ls_max(sums, 2 * G * m * d), room_of_filter(p)));
 }
 
@@ -297,22 +296,13 @@ static ls_status finish_short_backward(ls_pass *p, int phase)
 
 static ls_status segments(ls_pass *p, int phase)
 {
-    double *room = ls_doubles(p->work[ROOM]);
-    ls_real *sent = p->summary[phase + 1].sent;
-    for (int which = 2 - sequences(p); which < 2; which++) {
-        const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 0);
-        ls_segment_sums_cuda(p->queue, &s, room, sent + place(p, which), sums(p));
-    }
-    ls_reference_sums_cuda(p, room, sent + place(p, 2), sums(p));
+    ls_landmark_sums_cuda(p, landmarks(p), sequences(p), ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent);
     return ls_launched(p->queue, "nystrom: segments");
 }
 
 static ls_status segments_backward(ls_pass *p, int phase)
 {
-    for (int which = 2 - sequences(p); which < 2; which++) {
-        const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 1);
-        ls_segment_spread_cuda(p->queue, &s, p->summary[phase + 1].dsent + place(p, which), sums(p));
-    }
+    ls_landmark_spread_cuda(p, landmarks(p), sequences(p), p->summary[phase + 1].dsent);
     return ls_launched(p->queue, "nystrom: backward of segments");
 }
 
@@ -325,13 +315,7 @@ static double *mean_of(const ls_pass *p, int which)
 /* MEANS, and CENTRE = the values' reference. `phase`: the one before which the sums were reduced. */
 static void load_sums(const ls_pass *p, int phase)
 {
-    const ls_real *got = p->summary[phase].got;
-    for (int which = 0; which < 2; which++) {
-        const int from = sequences(p) == 1 ? 1 : which;
-        ls_segment_means_cuda(p->queue, segments_of(p, from), p->B * p->H, p->d, got + place(p, from), sums(p),
-                              mean_of(p, which));
-    }
-    ls_reference_cuda(p->queue, p->B * p->H, p->d, got + place(p, 2), sums(p), p->work[CENTRE]);
+    ls_landmark_means_cuda(p, landmarks(p), sequences(p), p->summary[phase].got, mean_of(p, 0), p->work[CENTRE]);
 }
 
 /* ------------------------------------------------------------------------------------------------ keys write */
@@ -343,8 +327,7 @@ static void load_queries(const ls_pass *p, int phase)
     const int64_t features = s.B * s.H * s.d;
     load_sums(p, phase);
     ls_slots_round_cuda(p->queue, features * s.R, p->scale, mean_of(p, 0), p->work[KEYS]);
-    ls_slots_mean_cuda(p->queue, s, mean_of(p, 1), ls_doubles(p->work[MEAN]));
-    ls_slots_round_cuda(p->queue, features, 1, ls_doubles(p->work[MEAN]), p->work[KEY_CENTRE]);
+    ls_slots_centre_cuda(p->queue, s, 1, mean_of(p, 1), NULL, p->work[KEY_CENTRE], 0);
 }
 
 static ls_slot_rows keys_of(const ls_pass *p)
@@ -382,7 +365,7 @@ static ls_status write_backward(ls_pass *p, int phase)
     const ls_slot_sizes s = sizes(p);
     const int64_t G = p->B * p->H, m = s.R, d = p->d, stride = d + 2, most = ls_slots_rows_at_once(s, p->S);
     const ls_summary *out = &p->summary[phase + 1];
-    ls_real *e = p->work[PROBABILITIES], *dl = p->work[DLOGITS], *dgot = p->summary[phase].dgot;
+    ls_real *e = p->work[PROBABILITIES], *dl = p->work[DLOGITS];
     double *dkeys = ls_doubles(p->work[STATE]), *dmean = ls_doubles(p->work[DMEANS]);
     const ls_view dx = {out->dsent + 2, p->H * m * stride, m * stride, stride};
     load_queries(p, phase);
@@ -400,37 +383,12 @@ static ls_status write_backward(ls_pass *p, int phase)
     }
     LS_LAUNCH(q, complete_means, ls_blocks(G * m * d, LS_THREADS), LS_THREADS, 0, G * m * d, p->scale,
               (const double *)dkeys, sequences(p) == 1, dmean);
-    for (int which = 2 - sequences(p); which < 2; which++)
-        ls_segment_means_backward_cuda(q, segments_of(p, which), G, d, dmean + which * G * m * d,
-                                       dgot + place(p, which), sums(p));
-    ls_reference_clear_cuda(q, G, d, dgot + place(p, 2), sums(p));
+    ls_landmark_means_backward_cuda(p, m, sequences(p), sequences(p) == 1 ? dmean + G * m * d : dmean, G * m * d,
+                                    p->summary[phase].dgot);
     return ls_launched(q, "nystrom: backward of write");
 }
 
 /* ------------------------------------------------------------------------------------------------ landmarks */
-
-/* One block to a row: x becomes its softmax. */
-static __global__ void softmax_rows(int64_t m, double *x)
-{
-    __shared__ double scratch[LS_WARP];
-    double *row = x + blockIdx.x * m, top = -INFINITY, sum = 0;
-    for (int64_t c = threadIdx.x; c < m; c += blockDim.x) top = row[c] > top ? row[c] : top;
-    top = ls_block_max(top, scratch);
-    for (int64_t c = threadIdx.x; c < m; c += blockDim.x) sum += row[c] = exp(row[c] - top);
-    sum = ls_block_sum(sum, scratch);
-    for (int64_t c = threadIdx.x; c < m; c += blockDim.x) row[c] /= sum;
-}
-
-/* The same of the gradient: dx becomes x (dx - Σ x dx). */
-static __global__ void softmax_rows_backward(int64_t m, const double *x, double *dx)
-{
-    __shared__ double scratch[LS_WARP];
-    const double *row = x + blockIdx.x * m;
-    double *drow = dx + blockIdx.x * m, mean = 0;
-    for (int64_t c = threadIdx.x; c < m; c += blockDim.x) mean += row[c] * drow[c];
-    mean = ls_block_sum(mean, scratch);
-    for (int64_t c = threadIdx.x; c < m; c += blockDim.x) drow[c] = row[c] * (drow[c] - mean);
-}
 
 /* PEAKS: the column sums of each matrix; peaks, one of each matrix; their gradients. */
 static double *column_sums(const ls_pass *p)
@@ -446,31 +404,47 @@ static double *dpeaks(const ls_pass *p)
     return peaks(p) + p->B * p->H;
 }
 
-static __global__ void sum_columns(int64_t G, int64_t m, const double *F, double *sums)
-{
-    LS_EACH(i, G * m)
-    {
-        double sum = 0;
-        for (int64_t r = 0; r < m; r++) sum += F[(i / m * m + r) * m + i % m];
-        sums[i] = sum;
-    }
-}
-
-/* peak_g, one block each: the greatest sum of its columns, or with `all` of everyone's. */
-static __global__ void find_peaks(int64_t G, int64_t m, int all, const double *sums, double *peak)
+/* One block to a matrix, (m,m) of F: its rows become their softmax. sums: of its columns; peak: the greatest of them.
+ */
+static __global__ void softmax_rows(int64_t m, double *F, double *sums, double *peak)
 {
     __shared__ double scratch[LS_WARP];
-    const int64_t from = all ? 0 : blockIdx.x * m, end = all ? G * m : from + m;
-    double top = 0;
-    for (int64_t i = from + threadIdx.x; i < end; i += blockDim.x) top = sums[i] > top ? sums[i] : top;
-    top = ls_block_max(top, scratch);
-    if (threadIdx.x == 0) peak[blockIdx.x] = top;
+    const int64_t g = blockIdx.x;
+    double greatest = 0;
+    F += g * m * m;
+    for (int64_t r = threadIdx.x / LS_WARP; r < m; r += blockDim.x / LS_WARP) {
+        double *row = F + r * m, top = -INFINITY, sum = 0;
+        LS_EACH_LANE(c, m) top = row[c] > top ? row[c] : top;
+        top = ls_warp_max(top);
+        LS_EACH_LANE(c, m) sum += row[c] = exp(row[c] - top);
+        sum = ls_warp_sum(sum);
+        LS_EACH_LANE(c, m) row[c] /= sum;
+    }
+    __syncthreads();
+    for (int64_t c = threadIdx.x; c < m; c += blockDim.x) {
+        double sum = 0;
+        for (int64_t r = 0; r < m; r++) sum += F[r * m + c];
+        sums[g * m + c] = sum;
+        greatest = sum > greatest ? sum : greatest;
+    }
+    greatest = ls_block_max(greatest, scratch);
+    if (threadIdx.x == 0) peak[g] = greatest;
 }
 
-/* One block to a matrix: its columns that reach the peak take their share of its gradient, which with `all` is the sum
- * of everyone's. */
-static __global__ void peaks_backward(int64_t G, int64_t m, int all, const double *sums, const double *peak,
-                                      const double *dpeak, double *dF)
+/* One block: the greatest of n peaks is everyone's. */
+static __global__ void share_peak(int64_t n, double *peak)
+{
+    __shared__ double scratch[LS_WARP];
+    double top = 0;
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) top = peak[i] > top ? peak[i] : top;
+    top = ls_block_max(top, scratch);
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) peak[i] = top;
+}
+
+/* One block to a matrix. Its columns that reach the peak take their share of its gradient, which with `all` is the sum
+ * of everyone's; then dF, the gradient of F, becomes that of what F is the softmax of: F (dF - Σ F dF) in each row. */
+static __global__ void softmax_rows_backward(int64_t G, int64_t m, int all, const double *F, const double *sums,
+                                             const double *peak, const double *dpeak, double *dF)
 {
     __shared__ double scratch[LS_WARP];
     const int64_t g = blockIdx.x, from = all ? 0 : g * m, end = all ? G * m : from + m;
@@ -478,9 +452,18 @@ static __global__ void peaks_backward(int64_t G, int64_t m, int all, const doubl
     for (int64_t i = from + threadIdx.x; i < end; i += blockDim.x) reaching += sums[i] >= peak[g];
     reaching = ls_block_sum(reaching, scratch);
     for (int64_t i = 0; all && i < G; i++) gradient += dpeak[i];
-    for (int64_t c = 0; c < m; c++) {
-        if (sums[g * m + c] < peak[g]) continue;
-        for (int64_t r = threadIdx.x; r < m; r += blockDim.x) dF[(g * m + r) * m + c] += gradient / reaching;
+    gradient /= reaching;
+    sums += g * m;
+    for (int64_t r = threadIdx.x / LS_WARP; r < m; r += blockDim.x / LS_WARP) {
+        const double *row = F + (g * m + r) * m;
+        double *drow = dF + (g * m + r) * m, mean = 0;
+        LS_EACH_LANE(c, m)
+        {
+            if (sums[c] >= peak[g]) drow[c] += gradient;
+            mean += row[c] * drow[c];
+        }
+        mean = ls_warp_sum(mean);
+        LS_EACH_LANE(c, m) drow[c] = row[c] * (drow[c] - mean);
     }
 }
 
@@ -491,11 +474,8 @@ static void make_F2(const ls_pass *p)
     double *F = ls_doubles(p->work[F2]);
     ls_gemm_batch_double(p->queue, 0, 1, m, m, d, p->scale, mean_of(p, 0), d, m * d, mean_of(p, 1), d, m * d, 0, F, m,
                          m * m, G);
-    LS_LAUNCH(p->queue, softmax_rows, (int)(G * m), 64, 0, m, F);
-    LS_LAUNCH(p->queue, sum_columns, ls_blocks(G * m, LS_THREADS), LS_THREADS, 0, G, m, (const double *)F,
-              column_sums(p));
-    LS_LAUNCH(p->queue, find_peaks, (int)G, LS_THREADS, 0, G, m, p->option[INIT] != 0, (const double *)column_sums(p),
-              peaks(p));
+    LS_LAUNCH(p->queue, softmax_rows, (int)G, LS_THREADS, 0, m, F, column_sums(p), peaks(p));
+    if (p->option[INIT] != 0) LS_LAUNCH(p->queue, share_peak, 1, LS_THREADS, 0, G, peaks(p));
 }
 
 /* The inverses of the n matrices from g on, in MATRICES: Z_0 .. are behind the scratch, dZ behind them. */
@@ -541,7 +521,7 @@ static __global__ void share_values(int64_t slots, int64_t d, const double *dV, 
     }
 }
 
-/* DF2 and the gradient of the slots from dW (STATE). */
+/* DF2 = the gradient of σ q̄ k̄ᵀ, and that of the slots, from dW (STATE). */
 static void solve_backward(const ls_pass *p, int phase)
 {
     ls_queue *q = p->queue;
@@ -560,25 +540,20 @@ static void solve_backward(const ls_pass *p, int phase)
     }
     LS_LAUNCH(q, share_values, ls_blocks(slots * (d + 2), LS_THREADS), LS_THREADS, 0, slots, d, (const double *)all_dV,
               p->summary[phase].got, p->summary[phase].dgot);
-    LS_LAUNCH(q, peaks_backward, (int)G, LS_THREADS, 0, G, m, p->option[INIT] != 0, (const double *)column_sums(p),
-              (const double *)peaks(p), (const double *)dpeaks(p), dF);
+    LS_LAUNCH(q, softmax_rows_backward, (int)G, LS_THREADS, 0, G, m, p->option[INIT] != 0,
+              (const double *)ls_doubles(p->work[F2]), (const double *)column_sums(p), (const double *)peaks(p),
+              (const double *)dpeaks(p), dF);
 }
 
-static __global__ void scale(int64_t n, double a, const double *x, double *y)
-{
-    LS_EACH(i, n) y[i] = a * x[i];
-}
-
-/* DMEANS = the gradients of q̄ and k̄ from DF2 and from d(σ k̄) (STATE). */
+/* DMEANS = the gradients of q̄ and k̄ from DF2 and from d(σ k̄), which is where that of k̄ will be. */
 static void means_backward(const ls_pass *p)
 {
-    const int64_t m = landmarks(p), d = p->d, G = p->B * p->H, n = G * m * d;
-    double *dF = ls_doubles(p->work[DF2]), *dq = ls_doubles(p->work[DMEANS]), *dk = dq + n;
-    LS_LAUNCH(p->queue, softmax_rows_backward, (int)(G * m), 64, 0, m, (const double *)ls_doubles(p->work[F2]), dF);
-    LS_LAUNCH(p->queue, scale, ls_blocks(n, LS_THREADS), LS_THREADS, 0, n, p->scale,
-              (const double *)ls_doubles(p->work[STATE]) + n, dk);
+    const int64_t m = landmarks(p), d = p->d, G = p->B * p->H;
+    const double *dF = ls_doubles(p->work[DF2]);
+    double *dq = ls_doubles(p->work[DMEANS]), *dk = dq + G * m * d;
     ls_gemm_batch_double(p->queue, 0, 0, m, d, m, p->scale, dF, m, m * m, mean_of(p, 1), d, m * d, 0, dq, d, m * d, G);
-    ls_gemm_batch_double(p->queue, 1, 0, m, d, m, p->scale, dF, m, m * m, mean_of(p, 0), d, m * d, 1, dk, d, m * d, G);
+    ls_gemm_batch_double(p->queue, 1, 0, m, d, m, p->scale, dF, m, m * m, mean_of(p, 0), d, m * d, p->scale, dk, d,
+                         m * d, G);
 }
 
 /* ------------------------------------------------------------------------------------------------ queries read */
@@ -587,12 +562,8 @@ static void means_backward(const ls_pass *p)
 static void load_slots(const ls_pass *p)
 {
     const ls_slot_sizes s = sizes(p);
-    double *mean = ls_doubles(p->work[MEAN]);
-    const double *W = ls_doubles(p->saved[VALUES_OUT]);
-    ls_slots_mean_cuda(p->queue, s, mean_of(p, 1), mean);
-    ls_slots_centred_cuda(p->queue, s, p->scale, mean_of(p, 1), mean, p->work[KEYS], NULL, 0);
-    ls_slots_mean_cuda(p->queue, s, W, mean);
-    ls_slots_centred_cuda(p->queue, s, 1, W, mean, p->work[VALUES], p->work[CENTRE], 0);
+    ls_slots_centre_cuda(p->queue, s, p->scale, mean_of(p, 1), p->work[KEYS], NULL, 0);
+    ls_slots_centre_cuda(p->queue, s, 1, ls_doubles(p->saved[VALUES_OUT]), p->work[VALUES], p->work[CENTRE], 0);
 }
 
 static ls_slot_rows queries_of(const ls_pass *p)
@@ -617,7 +588,8 @@ static ls_status read_backward(ls_pass *p, int phase)
     const ls_slot_sizes s = sizes(p);
     const int64_t m = s.R, d = p->d, most = ls_slots_rows_at_once(s, p->T);
     ls_real *prob = p->work[PROBABILITIES], *dl = p->work[DLOGITS];
-    double *dW = ls_doubles(p->work[STATE]), *dkeys = dW + p->B * p->H * m * d, *room = ls_doubles(p->work[ROOM]);
+    double *dW = ls_doubles(p->work[STATE]), *dkeys = ls_doubles(p->work[DMEANS]) + p->B * p->H * m * d,
+           *room = ls_doubles(p->work[ROOM]);
     const ls_slot_rows dout = rows_of(p->dout, p->pad_q, p->T, NULL);
     load_sums(p, phase - 1);
     load_slots(p);

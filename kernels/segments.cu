@@ -3,9 +3,20 @@
  * the parts in their order. The adjoint is one warp per row. */
 #include "segments_cuda.h"
 
-enum { BLOCKS = 1024, ROWS = 32 }; /* blocks wanted, rows that make a part worthwhile */
+enum { BLOCKS = 1024, ROWS = 32 }; /* blocks wanted for a sequence, rows that make a part worthwhile */
 
-/* ------------------------------------------------------------------------------------------------ sums */
+/* ------------------------------------------------------------------------------------------------ what is summed */
+
+namespace
+{
+/* n: one or two sequences, and the values. */
+typedef struct sources {
+    int n;
+    int64_t G, count, d;
+    ls_segmented of[3];
+    int64_t parts[3]; /* of a segment's rows */
+} sources;
+} // namespace
 
 static int64_t parts_of(int64_t G, int64_t n, ls_segments s)
 {
@@ -13,24 +24,39 @@ static int64_t parts_of(int64_t G, int64_t n, ls_segments s)
     return ls_max(1, ls_min(most, BLOCKS / ls_max(1, G * s.count)));
 }
 
-int64_t ls_segment_room(int64_t G, int64_t n, int64_t count, int64_t d)
+static sources sources_of(const ls_pass *p, int64_t count, int sequences, int gradients)
 {
-    const ls_segments s = {ls_max(n, 1) * count, count}; /* no segment has more than n rows here */
-    return parts_of(G, n, s) * G * count * d;
+    sources s = {sequences + 1, p->B * p->H, count, p->d, {}, {}};
+    for (int i = 0; i < s.n; i++) {
+        const int which = i + 2 - sequences;
+        s.of[i] = ls_segmented_rows(p, which < 2 ? count : 1, which, gradients);
+        s.parts[i] = parts_of(s.G, s.of[i].n, s.of[i].segments);
+    }
+    return s;
 }
 
-int64_t ls_segment_room_of_pass(const ls_pass *p, int64_t count)
+/* Segments of source i that are summed, each a block to a part. */
+LS_BOTH_SIDES int64_t blocks_of(const sources &s, int i)
+{
+    return s.G * s.of[i].segments.count * s.parts[i];
+}
+
+int64_t ls_landmark_room(const ls_pass *p, int64_t count)
 {
     const int64_t G = p->B * p->H, n = ls_max(p->T, p->S);
-    return ls_max(ls_segment_room(G, n, count, p->d), ls_segment_room(G, p->S, 1, p->d));
+    /* no segment has more than n rows here */
+    const ls_segments rows = {ls_max(n, 1) * count, count}, values = {ls_max(p->S, 1), 1};
+    return G * (2 * count * parts_of(G, n, rows) + parts_of(G, p->S, values)) * p->d;
 }
 
-/* parts (parts, G, count, d): one block sums one part of the rows of segment c of (b,h) g. */
-static __global__ void sum_parts(ls_segmented s, int64_t parts, double *to)
+/* ------------------------------------------------------------------------------------------------ sums */
+
+/* to (parts, G, count, d): this block sums one part of the rows of segment c of (b,h) g. */
+__device__ static inline void sum_part(const ls_segmented &s, int64_t parts, int64_t block, double *to)
 {
     __shared__ double sums[LS_THREADS];
     const int64_t G = s.B * s.H, count = s.segments.count;
-    const int64_t part = blockIdx.x % parts, c = blockIdx.x / parts % count, g = blockIdx.x / parts / count;
+    const int64_t part = block % parts, c = block / parts % count, g = block / parts / count;
     const int64_t b = g / s.H, h = g % s.H;
     const ls_span span = ls_segment_rows(&s, c);
     const int64_t from = span.row + span.n * part / parts, end = span.row + span.n * (part + 1) / parts;
@@ -51,124 +77,149 @@ static __global__ void sum_parts(ls_segmented s, int64_t parts, double *to)
     }
 }
 
-/* each: count d reals of every (b,h). */
-static __global__ void add_parts(int64_t G, int64_t each, int64_t parts, const double *from, ls_real *sums,
-                                 int64_t stride)
+/* How many keys of b are not padded, to each of its heads. */
+__device__ static inline void count_keys(const ls_segmented &values, int64_t b, ls_real *to, int64_t stride)
 {
-    LS_EACH(i, G * each)
+    __shared__ int64_t scratch[LS_WARP];
+    int64_t keys = 0;
+    for (int64_t j = threadIdx.x; j < values.n; j += blockDim.x) keys += !ls_is_padded(values.pad, b * values.n + j);
+    keys = ls_block_sum(keys, scratch);
+    for (int64_t h = threadIdx.x; h < values.H; h += blockDim.x) to[(b * values.H + h) * stride] = (ls_real)keys;
+}
+
+/* to: the parts of each source; behind their blocks one for each b counts its keys. */
+static __global__ void sum_parts(sources s, double *to, ls_real *keys, int64_t stride)
+{
+    int64_t block = blockIdx.x;
+    for (int i = 0; i < s.n; i++) {
+        const int64_t blocks = blocks_of(s, i);
+        if (block >= 0 && block < blocks) sum_part(s.of[i], s.parts[i], block, to);
+        block -= blocks;
+        to += blocks * s.d;
+    }
+    if (block >= 0) count_keys(s.of[s.n - 1], block, keys, stride);
+}
+
+static __global__ void add_parts(sources s, const double *from, ls_real *sums, int64_t stride)
+{
+    const int64_t each = s.count * s.d;
+    LS_EACH(i, s.G * (stride - 1))
     {
+        const int64_t g = i / (stride - 1), at = i % (stride - 1);
+        const int which = (int)(at / each < s.n - 1 ? at / each : s.n - 1);
+        const int64_t width = which < s.n - 1 ? each : s.d;
+        const double *parts = from + g * width + at - which * each;
+        for (int j = 0; j < which; j++) parts += blocks_of(s, j) * s.d;
         double sum = 0;
-        for (int64_t part = 0; part < parts; part++) sum += from[part * G * each + i];
-        sums[i / each * stride + i % each] = (ls_real)sum;
+        for (int64_t part = 0; part < s.parts[which]; part++) sum += parts[part * s.G * width];
+        sums[g * stride + at] = (ls_real)sum;
     }
 }
 
-void ls_segment_sums_cuda(ls_queue *q, const ls_segmented *s, double *room, ls_real *sums, int64_t stride)
+void ls_landmark_sums_cuda(const ls_pass *p, int64_t count, int sequences, double *room, ls_real *sums)
 {
-    const int64_t G = s->B * s->H, count = s->segments.count, parts = parts_of(G, s->n, s->segments);
-    if (G == 0) return;
-    LS_LAUNCH(q, sum_parts, (int)(G * count * parts), LS_THREADS, 0, *s, parts, room);
-    LS_LAUNCH(q, add_parts, ls_blocks(G * count * s->d, LS_THREADS), LS_THREADS, 0, G, count * s->d, parts,
-              (const double *)room, sums, stride);
+    const sources s = sources_of(p, count, sequences, 0);
+    const int64_t stride = ls_landmark_sums(count, sequences, s.d);
+    int64_t blocks = p->B;
+    if (s.G == 0) return;
+    for (int i = 0; i < s.n; i++) blocks += blocks_of(s, i);
+    LS_LAUNCH(p->queue, sum_parts, (int)blocks, LS_THREADS, 0, s, room, sums + stride - 1, stride);
+    LS_LAUNCH(p->queue, add_parts, ls_blocks(s.G * (stride - 1), LS_THREADS), LS_THREADS, 0, s, (const double *)room,
+              sums, stride);
 }
 
 /* ------------------------------------------------------------------------------------------------ adjoint */
 
-static __global__ void spread(ls_segmented s, const ls_real *dsums, int64_t stride)
+static __global__ void spread(sources s, const ls_real *dsums, int64_t stride)
 {
-    const int64_t warps = (int64_t)gridDim.x * blockDim.x / LS_WARP, rows = s.B * s.H * s.n;
-    const int lane = (int)threadIdx.x % LS_WARP;
-    for (int64_t row = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / LS_WARP; row < rows; row += warps) {
-        const int64_t g = row / s.n, i = row % s.n, b = g / s.H, h = g % s.H;
-        if (ls_is_padded(s.pad, b * s.n + i)) continue;
-        const ls_real *from = dsums + g * stride + ls_segment_of(s.segments, s.lo + i) * s.d;
-        ls_real *x = ls_row(s.x, b, h, i);
-        for (int64_t e = lane; e < s.d; e += LS_WARP) x[e] += from[e];
-    }
-}
-
-void ls_segment_spread_cuda(ls_queue *q, const ls_segmented *s, const ls_real *dsums, int64_t stride)
-{
-    if (s->B * s->H * s->n == 0) return;
-    LS_LAUNCH(q, spread, ls_blocks(s->B * s->H * s->n * LS_WARP, LS_THREADS), LS_THREADS, 0, *s, dsums, stride);
-}
-
-/* ------------------------------------------------------------------------------------------------ reference */
-
-/* One block for each b: how many keys are not padded. */
-static __global__ void count_keys(int64_t H, int64_t S, const uint8_t *pad, ls_real *to, int64_t stride)
-{
-    __shared__ int64_t scratch[LS_WARP];
-    int64_t keys = 0;
-    for (int64_t j = threadIdx.x; j < S; j += blockDim.x) keys += !ls_is_padded(pad, blockIdx.x * S + j);
-    keys = ls_block_sum(keys, scratch);
-    for (int64_t h = threadIdx.x; h < H; h += blockDim.x) to[(blockIdx.x * H + h) * stride] = (ls_real)keys;
-}
-
-void ls_reference_sums_cuda(const ls_pass *p, double *room, ls_real *sums, int64_t stride)
-{
-    const ls_segmented v = ls_segmented_rows(p, 1, 2, 0);
-    ls_segment_sums_cuda(p->queue, &v, room, sums, stride);
-    if (p->B == 0) return;
-    LS_LAUNCH(p->queue, count_keys, (int)p->B, LS_THREADS, 0, p->H, p->S, p->own.pad, sums + p->d, stride);
-}
-
-static __global__ void make_reference(int64_t G, int64_t d, const ls_real *sums, int64_t stride, ls_real *reference)
-{
-    LS_EACH(i, G * d)
+    const int64_t firsts = s.G * s.of[0].n, all = s.n > 2 ? firsts + s.G * s.of[1].n : firsts;
+    LS_EACH_ROW(R, all)
     {
-        const ls_real *sum = sums + i / d * stride;
-        reference[i] = sum[d] > 0 ? sum[i % d] / sum[d] : 0;
+        const int which = R >= firsts;
+        const ls_segmented &x = s.of[which];
+        const int64_t row = R - which * firsts, g = row / x.n, i = row % x.n, b = g / x.H, h = g % x.H;
+        if (ls_is_padded(x.pad, b * x.n + i)) continue;
+        const ls_real *from = dsums + g * stride + (which * s.count + ls_segment_of(x.segments, x.lo + i)) * s.d;
+        ls_real *to = ls_row(x.x, b, h, i);
+        LS_EACH_LANE(e, s.d) to[e] += from[e];
     }
 }
 
-void ls_reference_cuda(ls_queue *q, int64_t G, int64_t d, const ls_real *sums, int64_t stride, ls_real *reference)
+void ls_landmark_spread_cuda(const ls_pass *p, int64_t count, int sequences, const ls_real *dsums)
 {
-    LS_LAUNCH(q, make_reference, ls_blocks(G * d, LS_THREADS), LS_THREADS, 0, G, d, sums, stride, reference);
-}
-
-static __global__ void clear(int64_t G, int64_t n, ls_real *x, int64_t stride)
-{
-    LS_EACH(i, G * n) x[i / n * stride + i % n] = 0;
-}
-
-void ls_reference_clear_cuda(ls_queue *q, int64_t G, int64_t d, ls_real *dsums, int64_t stride)
-{
-    LS_LAUNCH(q, clear, ls_blocks(G * (d + 1), LS_THREADS), LS_THREADS, 0, G, d + 1, dsums, stride);
+    const sources s = sources_of(p, count, sequences, 1);
+    const int64_t rows = s.G * (s.of[0].n + (sequences > 1 ? s.of[1].n : 0));
+    if (rows > 0)
+        LS_LAUNCH(p->queue, spread, ls_row_blocks(rows), LS_THREADS, 0, s, dsums,
+                  ls_landmark_sums(count, sequences, s.d));
 }
 
 /* ------------------------------------------------------------------------------------------------ means */
 
-static __global__ void make_means(ls_segments s, int64_t G, int64_t d, const ls_real *sums, int64_t stride,
-                                  double *mean)
+namespace
 {
-    const int64_t each = s.count * d;
-    LS_EACH(i, G * each)
+/* Of the sequences that are summed, one or two. */
+typedef struct lengths {
+    int sequences;
+    int64_t G, d;
+    ls_segments of[2];
+} lengths;
+} // namespace
+
+static lengths lengths_of(const ls_pass *p, int64_t count, int sequences)
+{
+    const ls_segments queries = {p->all_queries, count}, keys = {p->all_keys, count};
+    return lengths{sequences, p->B * p->H, p->d, {sequences > 1 ? queries : keys, keys}};
+}
+
+static __global__ void make_means(lengths s, const ls_real *sums, int64_t stride, double *mean, ls_real *reference)
+{
+    const int64_t each = s.of[0].count * s.d, all = 2 * each + s.d;
+    LS_EACH(i, s.G * all)
     {
-        const int64_t at = i % each;
-        mean[i] = (double)sums[i / each * stride + at] / (double)ls_segment_tokens(s, at / d);
+        const int64_t g = i / all, at = i % all;
+        const ls_real *from = sums + g * stride;
+        if (at < 2 * each) {
+            const int which = at >= each;
+            const int64_t e = at - which * each;
+            mean[(which * s.G + g) * each + e] =
+                (double)from[s.sequences > 1 ? at : e] / (double)ls_segment_tokens(s.of[which], e / s.d);
+        } else {
+            const int64_t e = at - 2 * each;
+            from += s.sequences * each;
+            reference[g * s.d + e] = from[s.d] > 0 ? from[e] / from[s.d] : 0;
+        }
     }
 }
 
-void ls_segment_means_cuda(ls_queue *q, ls_segments s, int64_t G, int64_t d, const ls_real *sums, int64_t stride,
-                           double *mean)
+void ls_landmark_means_cuda(const ls_pass *p, int64_t count, int sequences, const ls_real *sums, double *mean,
+                            ls_real *reference)
 {
-    LS_LAUNCH(q, make_means, ls_blocks(G * s.count * d, LS_THREADS), LS_THREADS, 0, s, G, d, sums, stride, mean);
+    const lengths s = lengths_of(p, count, sequences);
+    LS_LAUNCH(p->queue, make_means, ls_blocks(s.G * (2 * count + 1) * s.d, LS_THREADS), LS_THREADS, 0, s, sums,
+              ls_landmark_sums(count, sequences, s.d), mean, reference);
 }
 
-static __global__ void share_means(ls_segments s, int64_t G, int64_t d, const double *dmean, ls_real *dsums,
-                                   int64_t stride)
+static __global__ void share_means(lengths s, const double *dmean, int64_t apart, ls_real *dsums, int64_t stride)
 {
-    const int64_t each = s.count * d;
-    LS_EACH(i, G * each)
+    const int64_t each = s.of[0].count * s.d;
+    LS_EACH(i, s.G * stride)
     {
-        const int64_t at = i % each;
-        dsums[i / each * stride + at] = (ls_real)(dmean[i] / (double)ls_segment_tokens(s, at / d));
+        const int64_t g = i / stride, at = i % stride;
+        const int which = at >= each;
+        const int64_t e = at - which * each;
+        dsums[i] =
+            at >= s.sequences * each
+                ? 0
+                : (ls_real)(dmean[which * apart + g * each + e] / (double)ls_segment_tokens(s.of[which], e / s.d));
     }
 }
 
-void ls_segment_means_backward_cuda(ls_queue *q, ls_segments s, int64_t G, int64_t d, const double *dmean,
-                                    ls_real *dsums, int64_t stride)
+void ls_landmark_means_backward_cuda(const ls_pass *p, int64_t count, int sequences, const double *dmean, int64_t apart,
+                                     ls_real *dsums)
 {
-    LS_LAUNCH(q, share_means, ls_blocks(G * s.count * d, LS_THREADS), LS_THREADS, 0, s, G, d, dmean, dsums, stride);
+    const lengths s = lengths_of(p, count, sequences);
+    const int64_t stride = ls_landmark_sums(count, sequences, s.d);
+    LS_LAUNCH(p->queue, share_means, ls_blocks(s.G * stride, LS_THREADS), LS_THREADS, 0, s, dmean, apart, dsums,
+              stride);
 }

@@ -440,19 +440,34 @@ void ls_slots_values_cuda(ls_queue *q, ls_slot_sizes s, const ls_real *element, 
     LS_LAUNCH(q, make_values, ls_blocks(n, LS_THREADS), LS_THREADS, 0, s, element, reference, values);
 }
 
-/* One block to 32 features of a (b,h): its warps take rows in turn. */
-static __global__ void make_mean(ls_slot_sizes s, const double *x, double *mean)
+/* A block has 32 features of a (b,h), its warps take rows in turn: what it begins with, and the mean of a feature. */
+typedef struct strip {
+    int64_t g, e;
+    int warp;
+} strip;
+__device__ static inline strip strip_of(int64_t d)
+{
+    const int64_t tiles = parts_of(d, LS_WARP);
+    return strip{blockIdx.x / tiles, blockIdx.x % tiles * LS_WARP + threadIdx.x % LS_WARP, (int)threadIdx.x / LS_WARP};
+}
+enum { WARPS = LS_THREADS / LS_WARP };
+__device__ static inline double mean_of(ls_slot_sizes s, strip at, const double *x)
 {
     __shared__ double part[LS_THREADS];
-    const int lane = threadIdx.x % LS_WARP, warp = threadIdx.x / LS_WARP, warps = LS_THREADS / LS_WARP;
-    const int64_t tiles = parts_of(s.d, LS_WARP), g = blockIdx.x / tiles, e = blockIdx.x % tiles * LS_WARP + lane;
     double sum = 0;
-    for (int64_t r = warp; e < s.d && r < s.R; r += warps) sum += x[(g * s.R + r) * s.d + e];
+    for (int64_t r = at.warp; at.e < s.d && r < s.R; r += WARPS) sum += x[(at.g * s.R + r) * s.d + at.e];
     part[threadIdx.x] = sum;
     __syncthreads();
-    if (warp > 0 || e >= s.d) return;
-    for (int i = 1; i < warps; i++) sum += part[i * LS_WARP + lane];
-    mean[g * s.d + e] = sum / (double)s.R;
+    sum = 0;
+    for (int i = 0; i < WARPS; i++) sum += part[i * LS_WARP + threadIdx.x % LS_WARP];
+    return sum / (double)s.R;
+}
+
+static __global__ void make_mean(ls_slot_sizes s, const double *x, double *mean)
+{
+    const strip at = strip_of(s.d);
+    const double y = mean_of(s, at, x);
+    if (at.warp == 0 && at.e < s.d) mean[at.g * s.d + at.e] = y;
 }
 
 void ls_slots_mean_cuda(ls_queue *q, ls_slot_sizes s, const double *x, double *mean)
@@ -461,23 +476,26 @@ void ls_slots_mean_cuda(ls_queue *q, ls_slot_sizes s, const double *x, double *m
     LS_LAUNCH(q, make_mean, (int)(s.B * s.H * parts_of(s.d, LS_WARP)), LS_THREADS, 0, s, x, mean);
 }
 
-static __global__ void centre_rows(ls_slot_sizes s, double scale, const double *x, const double *mean, ls_real *centred,
-                                   ls_real *rounded, int add)
+static __global__ void centre_rows(ls_slot_sizes s, double scale, const double *x, ls_real *centred, ls_real *rounded,
+                                   int add)
 {
-    const int64_t each = s.R * s.d;
-    LS_EACH(i, s.B * s.H * each)
-    {
-        const int64_t from = i / each * s.d + i % s.d;
-        centred[i] = (ls_real)(scale * (x[i] - mean[from]));
-        if (rounded != NULL && i % each < s.d) rounded[from] = (add ? rounded[from] : 0) + (ls_real)mean[from];
+    const strip at = strip_of(s.d);
+    const double mean = mean_of(s, at, x);
+    if (at.e >= s.d) return;
+    for (int64_t r = at.warp; centred != NULL && r < s.R; r += WARPS) {
+        const int64_t i = (at.g * s.R + r) * s.d + at.e;
+        centred[i] = (ls_real)(scale * (x[i] - mean));
     }
+    ls_real *to = rounded + at.g * s.d + at.e;
+    if (rounded != NULL && at.warp == 0) *to = (add ? *to : 0) + (ls_real)mean;
 }
 
-void ls_slots_centred_cuda(ls_queue *q, ls_slot_sizes s, double scale, const double *x, const double *mean,
-                           ls_real *centred, ls_real *rounded, int add)
+void ls_slots_centre_cuda(ls_queue *q, ls_slot_sizes s, double scale, const double *x, ls_real *centred,
+                          ls_real *rounded, int add)
 {
-    LS_LAUNCH(q, centre_rows, ls_blocks(s.B * s.H * s.R * s.d, LS_THREADS), LS_THREADS, 0, s, scale, x, mean, centred,
-              rounded, add);
+    if (s.B * s.H == 0) return;
+    LS_LAUNCH(q, centre_rows, (int)(s.B * s.H * parts_of(s.d, LS_WARP)), LS_THREADS, 0, s, scale, x, centred, rounded,
+              add);
 }
 
 static __global__ void scale_and_round(int64_t n, double scale, const double *x, ls_real *y)
@@ -490,15 +508,16 @@ void ls_slots_round_cuda(ls_queue *q, int64_t n, double scale, const double *x, 
     LS_LAUNCH(q, scale_and_round, ls_blocks(n, LS_THREADS), LS_THREADS, 0, n, scale, x, y);
 }
 
-/* c, which comes as the reference, moves by the mean; mean becomes by how much it did, as rounded. */
-static __global__ void move_centre(int64_t n, double *mean, ls_real *c)
+/* c, which comes as the reference, moves by the mean of values; by: how much it did, as rounded. */
+static __global__ void move_centre(ls_slot_sizes s, const double *values, double *by, ls_real *c)
 {
-    LS_EACH(i, n)
-    {
-        const ls_real reference = c[i];
-        c[i] = (ls_real)((double)reference + mean[i]);
-        mean[i] = (double)c[i] - (double)reference;
-    }
+    const strip at = strip_of(s.d);
+    const double mean = mean_of(s, at, values);
+    if (at.warp > 0 || at.e >= s.d) return;
+    const int64_t i = at.g * s.d + at.e;
+    const ls_real reference = c[i];
+    c[i] = (ls_real)((double)reference + mean);
+    by[i] = (double)c[i] - (double)reference;
 }
 
 /* One warp for each slot of each (b,h): constant = ds' + dx·(c - V) */
@@ -521,9 +540,9 @@ void ls_slots_constants_cuda(ls_queue *q, ls_slot_sizes s, const ls_real *got, c
                              double *mean, ls_real *c, ls_real *constant)
 {
     const int64_t G = s.B * s.H;
+    if (G == 0) return;
     ls_slots_values_cuda(q, s, got, NULL, values);
-    ls_slots_mean_cuda(q, s, values, mean);
-    LS_LAUNCH(q, move_centre, ls_blocks(G * s.d, LS_THREADS), LS_THREADS, 0, G * s.d, mean, c);
+    LS_LAUNCH(q, move_centre, (int)(G * parts_of(s.d, LS_WARP)), LS_THREADS, 0, s, (const double *)values, mean, c);
     LS_LAUNCH(q, make_constants, ls_blocks(G * s.R * LS_WARP, LS_THREADS), LS_THREADS, 0, s, dsent,
               (const double *)values, (const double *)mean, constant);
 }

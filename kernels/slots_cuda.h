@@ -42,10 +42,10 @@ void ls_slots_values_cuda(ls_queue *q, ls_slot_sizes s, const ls_real *element, 
                           double *values);
 /* mean (B*H,d) of the rows of x (B*H,R,d). */
 void ls_slots_mean_cuda(ls_queue *q, ls_slot_sizes s, const double *x, double *mean);
-/* centred = scale (x - mean), of the same shapes, rounded; rounded (B*H,d) = the mean, or += with `add`; NULL: not
+/* centred = scale (x - mean), of the same shape, rounded; rounded (B*H,d) = the mean, or += with `add`; NULL: not
  * wanted. */
-void ls_slots_centred_cuda(ls_queue *q, ls_slot_sizes s, double scale, const double *x, const double *mean,
-                           ls_real *centred, ls_real *rounded, int add);
+void ls_slots_centre_cuda(ls_queue *q, ls_slot_sizes s, double scale, const double *x, ls_real *centred,
+                          ls_real *rounded, int add);
 /* y (n) = scale x, rounded. */
 void ls_slots_round_cuda(ls_queue *q, int64_t n, double scale, const double *x, ls_real *y);
 /* c and constant as ls_slots_constants. values (B*H,R,d), mean (B*H,d): room. */
