@@ -36,17 +36,6 @@ template <typename... P> static bool wide(int64_t n, const P *...p)
     return n % 4 == 0 && ((uintptr_t(p) | ...) & (sizeof(pack<4>) - 1)) == 0;
 }
 
-/* The rows of a warp, and the places of a lane in a row of n. */
-#define EACH_ROW(r, rows)                                                                                              \
-    for (int64_t r = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / LS_WARP; r < (rows);                           \
-         r += (int64_t)gridDim.x * blockDim.x / LS_WARP)
-#define EACH_OF_LANE(j, n) for (int64_t j = threadIdx.x % LS_WARP; j < (n); j += LS_WARP)
-
-static int row_blocks(int64_t rows)
-{
-    return ls_blocks(rows, LS_THREADS / LS_WARP);
-}
-
 /* ------------------------------------------------------------------------------------------------ elements */
 
 /* y = f(a, b), or f(a) where f has one input; y may be either. */
@@ -278,8 +267,8 @@ static void add_column_sums(ls_queue *queue, int64_t rows, int64_t n, const ls_r
 /* y (rows,n) = b (n) in every row */
 template <int W> __global__ static void fill_rows(int64_t rows, int64_t n, const ls_real *b, ls_real *y)
 {
-    EACH_ROW(r, rows)
-    EACH_OF_LANE(j, n / W)
+    LS_EACH_ROW(r, rows)
+    LS_EACH_LANE(j, n / W)
     store<W>(y + r * n, j, load<W>(b, j));
 }
 
@@ -289,7 +278,7 @@ static void linear_by(decltype(ls_gemm_batch) multiply, ls_queue *queue, int64_t
     if (rows <= 0) return;
     if (b) {
         const auto kernel = wide(out, b, y) ? fill_rows<4> : fill_rows<1>;
-        LS_LAUNCH(queue, kernel, row_blocks(rows), LS_THREADS, 0, rows, out, b, y);
+        LS_LAUNCH(queue, kernel, ls_row_blocks(rows), LS_THREADS, 0, rows, out, b, y);
     }
     multiply(queue, 0, 1, rows, out, in, 1, x, in, 0, w, in, 0, b ? 1 : 0, y, out, 0, 1);
 }
@@ -368,12 +357,12 @@ template <int W>
 __global__ static void norm(int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *b, ls_real *y,
                             ls_real *mean, ls_real *rstd)
 {
-    EACH_ROW(r, rows)
+    LS_EACH_ROW(r, rows)
     {
         const ls_real *xr = x + r * E;
         const double c = (double)xr[0];
         double s = 0, q = 0;
-        EACH_OF_LANE(j, E / W)
+        LS_EACH_LANE(j, E / W)
         {
             const pack<W> at = load<W>(xr, j);
             for (int k = 0; k < W; k++) {
@@ -386,7 +375,7 @@ __global__ static void norm(int64_t rows, int64_t E, const ls_real *x, const ls_
         q = ls_warp_sum(q) / (double)E - s * s;
         const ls_real mu = (ls_real)(c + s), rs = (ls_real)(1 / sqrt((q < 0 ? 0 : q) + 1e-5)); /* NaN stays */
         if (threadIdx.x % LS_WARP == 0) mean[r] = mu, rstd[r] = rs;
-        EACH_OF_LANE(j, E / W)
+        LS_EACH_LANE(j, E / W)
         {
             const pack<W> at = load<W>(xr, j), wj = load<W>(w, j), bj = load<W>(b, j);
             pack<W> out;
@@ -401,7 +390,7 @@ static void layer_norm(ls_queue *queue, int64_t rows, int64_t E, const ls_real *
 {
     if (rows <= 0) return;
     const auto kernel = wide(E, x, w, b, y) ? norm<4> : norm<1>;
-    LS_LAUNCH(queue, kernel, row_blocks(rows), LS_THREADS, 0, rows, E, x, w, b, y, mean, rstd);
+    LS_LAUNCH(queue, kernel, ls_row_blocks(rows), LS_THREADS, 0, rows, E, x, w, b, y, mean, rstd);
 }
 
 /* dw += Σ dy·x̂, db += Σ dy, x̂ = (x - mean)·rstd */
@@ -439,12 +428,12 @@ template <int W>
 __global__ static void norm_rows(int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *mean,
                                  const ls_real *rstd, const ls_real *dy, ls_real *dx, int accumulate)
 {
-    EACH_ROW(r, rows)
+    LS_EACH_ROW(r, rows)
     {
         const ls_real *xr = x + r * E, *dyr = dy + r * E, mu = mean[r], rs = rstd[r];
         ls_real *dxr = dx + r * E;
         double sum_g = 0, sum_gx = 0;
-        EACH_OF_LANE(j, E / W)
+        LS_EACH_LANE(j, E / W)
         {
             const pack<W> at = load<W>(xr, j), d = load<W>(dyr, j), wj = load<W>(w, j);
             for (int k = 0; k < W; k++) {
@@ -455,7 +444,7 @@ __global__ static void norm_rows(int64_t rows, int64_t E, const ls_real *x, cons
         }
         const ls_real avg_g = (ls_real)(ls_warp_sum(sum_g) / (double)E);
         const ls_real avg_gx = (ls_real)(ls_warp_sum(sum_gx) / (double)E);
-        EACH_OF_LANE(j, E / W)
+        LS_EACH_LANE(j, E / W)
         {
             const pack<W> at = load<W>(xr, j), d = load<W>(dyr, j), wj = load<W>(w, j);
             pack<W> out = accumulate ? load<W>(dxr, j) : pack<W>();
@@ -476,7 +465,7 @@ static void layer_norm_backward(ls_queue *queue, int64_t rows, int64_t E, const 
     /* columns first: dx may be dy */
     LS_LAUNCH(queue, columns, column_blocks(E), threads, column_bytes(threads, width), rows, E, x, mean, rstd, dy, dw,
               db);
-    LS_LAUNCH(queue, along, row_blocks(rows), LS_THREADS, 0, rows, E, x, w, mean, rstd, dy, dx, accumulate_dx);
+    LS_LAUNCH(queue, along, ls_row_blocks(rows), LS_THREADS, 0, rows, E, x, w, mean, rstd, dy, dx, accumulate_dx);
 }
 
 /* ------------------------------------------------------------------------------------------------ embedding */
@@ -484,10 +473,10 @@ static void layer_norm_backward(ls_queue *queue, int64_t rows, int64_t E, const 
 template <int W>
 __global__ static void embed(int64_t rows, int64_t E, const int32_t *token, const ls_real *table, ls_real a, ls_real *y)
 {
-    EACH_ROW(r, rows)
+    LS_EACH_ROW(r, rows)
     {
         const int64_t v = token[r];
-        EACH_OF_LANE(j, E / W)
+        LS_EACH_LANE(j, E / W)
         {
             pack<W> out = v < 0 ? pack<W>() : load<W>(table + v * E, j);
             for (int k = 0; k < W; k++) out.v[k] *= a;
@@ -501,7 +490,7 @@ static void embedding(ls_queue *queue, int64_t rows, int64_t E, const int32_t *t
 {
     if (rows <= 0) return;
     const auto kernel = wide(E, table, y) ? embed<4> : embed<1>;
-    LS_LAUNCH(queue, kernel, row_blocks(rows), LS_THREADS, 0, rows, E, token, table, (ls_real)scale, y);
+    LS_LAUNCH(queue, kernel, ls_row_blocks(rows), LS_THREADS, 0, rows, E, token, table, (ls_real)scale, y);
 }
 
 constexpr int TOKENS = 4096, WARPS = LS_THREADS / LS_WARP;
@@ -665,20 +654,20 @@ __global__ static void loss_rows(int64_t rows, int64_t V, const ls_real *logits,
 {
     __shared__ double scratch[LS_WARP];
     double total = 0, total_nll = 0; /* of lane 0's rows */
-    EACH_ROW(r, rows)
+    LS_EACH_ROW(r, rows)
     {
         const ls_real *l = logits + r * V;
         ls_real *dl = dlogits ? dlogits + r * V : NULL;
         const int64_t label = target[r];
         if (label < 0) {
-            EACH_OF_LANE(v, dl ? V : 0)
+            LS_EACH_LANE(v, dl ? V : 0)
             dl[v] = 0;
             continue;
         }
         const double at_label = (double)l[label];
         ls_real m = -INFINITY;
         double all = 0, z = 0;
-        EACH_OF_LANE(v, V)
+        LS_EACH_LANE(v, V)
         {
             m = l[v] > m ? l[v] : m; /* NaN loses every comparison; the exps let it through */
             all += (double)l[v];
@@ -686,7 +675,7 @@ __global__ static void loss_rows(int64_t rows, int64_t V, const ls_real *logits,
         m = ls_warp_max(m);
         const double mean = ls_warp_sum(all) / (double)V;
         __syncwarp(); /* every lane has read the label's logit before it is overwritten */
-        EACH_OF_LANE(v, V)
+        LS_EACH_LANE(v, V)
         {
             const ls_real e = ls_exp(l[v] - m);
             if (dl) dl[v] = e;
@@ -699,7 +688,7 @@ __global__ static void loss_rows(int64_t rows, int64_t V, const ls_real *logits,
             total += (1 - smoothing) * (log_z - at_label) + (smoothing > 0 ? smoothing * (log_z - mean) : 0);
         }
         const ls_real a = (ls_real)(grad_scale / z), c = (ls_real)(grad_scale * smoothing / (double)V);
-        EACH_OF_LANE(v, dl ? V : 0)
+        LS_EACH_LANE(v, dl ? V : 0)
         dl[v] = a * dl[v] - c - (v == label ? (ls_real)(grad_scale * (1 - smoothing)) : 0);
     }
     total = ls_block_sum(total, scratch);
@@ -722,7 +711,7 @@ static void cross_entropy(ls_queue *queue, int64_t rows, int64_t V, const ls_rea
                           double smoothing, double grad_scale, ls_real *dlogits, double *sums)
 {
     if (rows <= 0) return;
-    const int parts = (int)ls_min(row_blocks(rows), MOST_PARTS);
+    const int parts = (int)ls_min(ls_row_blocks(rows), MOST_PARTS);
     LS_LAUNCH(queue, loss_rows, parts, LS_THREADS, 0, rows, V, logits, target, smoothing, grad_scale, dlogits,
               sums + 2);
     LS_LAUNCH(queue, add_parts, 1, LS_THREADS, 0, parts, sums);
@@ -734,12 +723,12 @@ template <int W>
 __global__ static void zero_some(int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad, const ls_real *x,
                                  ls_real *y)
 {
-    EACH_ROW(r, B * T)
+    LS_EACH_ROW(r, B * T)
     {
         const int64_t b = batch_first ? r / T : r % B, t = batch_first ? r % T : r / B;
         const bool padded = pad != NULL && pad[b * T + t];
         if (!padded && x == y) continue;
-        EACH_OF_LANE(j, E / W)
+        LS_EACH_LANE(j, E / W)
         store<W>(y + r * E, j, padded ? pack<W>() : load<W>(x + r * E, j));
     }
 }
@@ -749,7 +738,7 @@ static void zero_rows(ls_queue *queue, int64_t B, int64_t T, int64_t E, int batc
 {
     if (B <= 0 || T <= 0) return;
     const auto kernel = wide(E, x, y) ? zero_some<4> : zero_some<1>;
-    LS_LAUNCH(queue, kernel, row_blocks(B * T), LS_THREADS, 0, B, T, E, batch_first, pad, x, y);
+    LS_LAUNCH(queue, kernel, ls_row_blocks(B * T), LS_THREADS, 0, B, T, E, batch_first, pad, x, y);
 }
 
 extern "C" const ls_dense_ops ls_dense_cuda = {.linear = linear,
