@@ -38,6 +38,12 @@ struct run_list {
     ls_adam_run run[RUNS];
 };
 
+__device__ static inline void put_four(ls_real *x, ls_four value)
+{
+    *reinterpret_cast<ls_four *>(x) = value;
+}
+
+/* By fours where the run begins on a boundary of four in all vectors, else, and what is left, one by one. */
 __global__ static void update_runs(run_list list, ls_adam_numbers numbers, double clip_norm, const double *squares,
                                    const ls_real *loss, const ls_real *g, ls_real *params, ls_real *mean,
                                    ls_real *square)
@@ -45,9 +51,20 @@ __global__ static void update_runs(run_list list, ls_adam_numbers numbers, doubl
     const ls_adam_run run = list.run[blockIdx.y];
     const ls_real scale = ls_adam_clip(clip_norm, squares[0], loss), decay = run.decays ? numbers.decay : 0;
     if (scale < 0) return;
-    LS_EACH(i, run.count)
+    g += run.offset, params += run.offset, mean += run.offset, square += run.offset;
+    const int wide = ls_is_four(g) && ls_is_four(params) && ls_is_four(mean) && ls_is_four(square);
+    const int64_t fours = wide ? run.count / 4 : 0;
+    LS_EACH(i, fours)
     {
-        const int64_t at = run.offset + i;
+        const ls_four slope = ls_four_at(g + 4 * i);
+        ls_four p = ls_four_at(params + 4 * i), m = ls_four_at(mean + 4 * i), s = ls_four_at(square + 4 * i);
+#pragma unroll
+        for (int k = 0; k < 4; k++) ls_adam_element(&numbers, decay, scale * slope.v[k], p.v + k, m.v + k, s.v + k);
+        put_four(params + 4 * i, p), put_four(mean + 4 * i, m), put_four(square + 4 * i, s);
+    }
+    LS_EACH(i, run.count - 4 * fours)
+    {
+        const int64_t at = 4 * fours + i;
         ls_adam_element(&numbers, decay, scale * g[at], params + at, mean + at, square + at);
     }
 }

@@ -327,6 +327,34 @@ static void nothing_of_what_is_not_finite(void **state)
     }
 }
 
+/* Wherever runs begin and end, the vectors are what one run makes of them. */
+static void runs_at_any_place(void **state)
+{
+    (void)state;
+    enum { N = 1000 };
+    const ls_adam_rule rule = {.step = 3, .rate = 1e-2, .beta1 = 0.9, .beta2 = 0.98, .epsilon = 1e-8, .clip_norm = 1};
+    ls_adam_run run[64];
+    int runs = 0;
+    for (int64_t at = 0; at < N; at += run[runs++].count)
+        run[runs] = (ls_adam_run){.offset = at, .count = ls_min(1 + runs * 5 % 37, N - at)};
+    ls_real x[2][4][N]; /* g, params, mean, square */
+    for (int k = 0; k < 2; k++) {
+        uint32_t seed = 17;
+        double squares[LS_SQUARES];
+        void *there[4], *sum = on(squares, sizeof squares);
+        for (int i = 0; i < 4; i++) {
+            for (int j = 0; j < N; j++) x[k][i][j] = (ls_real)(i < 3 ? noise(&seed) : fabs(noise(&seed)));
+            there[i] = on(x[k][i], sizeof x[k][i]);
+        }
+        ops->squares(queue, N, there[0], sum);
+        const ls_adam_run whole = {.count = N};
+        ops->update(queue, &rule, k ? runs : 1, k ? run : &whole, sum, NULL, there[0], there[1], there[2], there[3]);
+        for (int i = 0; i < 4; i++) back(x[k][i], there[i], sizeof x[k][i]);
+        back(squares, sum, sizeof squares);
+    }
+    assert_memory_equal(x[0], x[1], sizeof x[0]);
+}
+
 /* The names that a step on the CPU goes by are the same arithmetic. */
 static void piece_by_piece(void **state)
 {
@@ -370,6 +398,7 @@ int main(void)
         cmocka_unit_test(decay_spares_vectors),
         cmocka_unit_test(same_bits_every_time),
         cmocka_unit_test(nothing_of_what_is_not_finite),
+        cmocka_unit_test(runs_at_any_place),
         cmocka_unit_test(piece_by_piece),
     };
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
