@@ -343,52 +343,25 @@ static double *kept_state(const ls_pass *p, int64_t b, int64_t h, int64_t t)
     return (double *)(void *)p->saved[STATES] + block * state_doubles(p);
 }
 
-/* One pass over the rows of a state, x (R,d): x_r += give_r row, and of what they are then dot_r = x_r·q. Four slots at
- * a time share the loads of row and q. */
-SIZED void give_and_dot(int64_t R, int64_t d, const double *give, const double *row, double *restrict x,
-                        const double *q, double *dot)
-{
-    int64_t r = 0;
-    for (; r + 4 <= R; r += 4, x += 4 * d) {
-        const double g0 = give[r], g1 = give[r + 1], g2 = give[r + 2], g3 = give[r + 3];
-        double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-        for (int64_t i = 0; i < d; i++) {
-            const double x0 = x[i] + g0 * row[i], x1 = x[d + i] + g1 * row[i];
-            const double x2 = x[2 * d + i] + g2 * row[i], x3 = x[3 * d + i] + g3 * row[i];
-            x[i] = x0, x[d + i] = x1, x[2 * d + i] = x2, x[3 * d + i] = x3;
-            s0 += q[i] * x0, s1 += q[i] * x1, s2 += q[i] * x2, s3 += q[i] * x3;
-        }
-        dot[r] = s0, dot[r + 1] = s1, dot[r + 2] = s2, dot[r + 3] = s3;
-    }
-    for (; r < R; r++, x += d) {
-        double s = 0;
-#pragma omp simd reduction(+ : s)
-        for (int64_t i = 0; i < d; i++) {
-            x[i] += give[r] * row[i];
-            s += q[i] * x[i];
-        }
-        dot[r] = s;
-    }
-}
-
-/* The same, and sum = Σ_r take_r x_r. */
+/* One pass over the rows of a state, x (R,d): x_r += give_r row, and of what they are then dot_r = x_r·q and
+ * sum = Σ_r take_r x_r; take NULL, which is known where this is inlined: no sum. Four slots at a time share the loads
+ * of row and q. */
 SIZED void give_dot_and_take(int64_t R, int64_t d, const double *give, const double *row, double *restrict x,
                              const double *q, double *dot, const double *take, double *restrict sum)
 {
     int64_t r = 0;
-    for (int64_t i = 0; i < d; i++) sum[i] = 0;
+    for (int64_t i = 0; take != NULL && i < d; i++) sum[i] = 0;
     for (; r + 4 <= R; r += 4, x += 4 * d) {
         const double g0 = give[r], g1 = give[r + 1], g2 = give[r + 2], g3 = give[r + 3];
-        const double t0 = take[r], t1 = take[r + 1], t2 = take[r + 2], t3 = take[r + 3];
-        double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+        double t0 = 0, t1 = 0, t2 = 0, t3 = 0, s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+        if (take != NULL) t0 = take[r], t1 = take[r + 1], t2 = take[r + 2], t3 = take[r + 3];
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
         for (int64_t i = 0; i < d; i++) {
             const double x0 = x[i] + g0 * row[i], x1 = x[d + i] + g1 * row[i];
             const double x2 = x[2 * d + i] + g2 * row[i], x3 = x[3 * d + i] + g3 * row[i];
             x[i] = x0, x[d + i] = x1, x[2 * d + i] = x2, x[3 * d + i] = x3;
             s0 += q[i] * x0, s1 += q[i] * x1, s2 += q[i] * x2, s3 += q[i] * x3;
-            sum[i] += (t0 * x0 + t1 * x1) + (t2 * x2 + t3 * x3);
+            if (take != NULL) sum[i] += (t0 * x0 + t1 * x1) + (t2 * x2 + t3 * x3);
         }
         dot[r] = s0, dot[r + 1] = s1, dot[r + 2] = s2, dot[r + 3] = s3;
     }
@@ -398,7 +371,7 @@ SIZED void give_dot_and_take(int64_t R, int64_t d, const double *give, const dou
         for (int64_t i = 0; i < d; i++) {
             x[i] += give[r] * row[i];
             s += q[i] * x[i];
-            sum[i] += take[r] * x[i];
+            if (take != NULL) sum[i] += take[r] * x[i];
         }
         dot[r] = s;
     }
@@ -532,7 +505,7 @@ SIZED void join_keys(ls_pass *p, int64_t R, int64_t d, int64_t b, int64_t h, int
     weigh(R, d, p->work[LOGITS] + i * R, padded(p->own.pad, b * p->S + t + i), keys, w.e);
     widen(d, p->work[ROWS_A] + i * d, w.row);
     widen_query(p, d, p->q, b, h, t + i, w.q);
-    give_and_dot(R, d, w.e, w.row, keys.x, w.q, w.logit);
+    give_dot_and_take(R, d, w.e, w.row, keys.x, w.q, w.logit, NULL, NULL);
     look(R, p->scale, keys, w.logit, w.prob);
 }
 
@@ -636,7 +609,7 @@ SIZED void causal_queries(ls_pass *p, int64_t R, int64_t d, int64_t b, int64_t h
             join_keys(p, R, d, b, h, t, i, w);
             weigh_values(p, R, d, b, t, i, w);
             widen_query(p, d, p->dout, b, h, t + i, w.q);
-            give_and_dot(R, d, w.e, w.row, values.x, w.q, trace + DS_V * R);
+            give_dot_and_take(R, d, w.e, w.row, values.x, w.q, trace + DS_V * R, NULL, NULL);
             ls_real *reals = reals_of(p, t - lo + i);
             memcpy(reals + A * R, p->work[LOGITS] + i * R, (size_t)R * sizeof *reals);
             memcpy(reals + B * R, p->work[DLOGITS] + i * R, (size_t)R * sizeof *reals);
