@@ -344,6 +344,13 @@ __device__ static void read_modes(const layer &y, const number *from, int64_t b,
         to[i] = from != NULL && m + i < y.modes ? from[in_states(y, b, chunk, m + i, h)] : number{0, 0};
 }
 
+template <int n>
+__device__ static void write_modes(const layer &y, const number *from, int64_t b, int64_t chunk, int m, int64_t h,
+                                   number *to)
+{
+    for (int i = 0; i < n && m + i < y.modes; i++) to[in_states(y, b, chunk, m + i, h)] = from[i];
+}
+
 /* The step of a state, and of γ against it. */
 template <int n> __device__ static void advance(const number *a, double u, number *x)
 {
@@ -386,7 +393,7 @@ __global__ static void make_ends(layer y, int direction, rows u, number *states)
             for (int i = 0; i < AHEAD; i++)
                 if (k + i < w.n) advance<MODES>(a, (double)in[i], x);
         }
-        for (int i = 0; i < MODES && m + i < y.modes; i++) states[in_states(y, at.b, at.part, m + i, at.h)] = x[i];
+        write_modes<MODES>(y, x, at.b, at.part, m, at.h, states);
     }
 }
 
@@ -556,7 +563,7 @@ __global__ static void make_wants(layer y, int direction, rows dy, number *grads
 #pragma unroll
             for (int j = 0; j < MODES; j++) sum[j] = plus(sum[j], g[j]);
         }
-        for (int i = 0; i < MODES && m + i < y.modes; i++) grads[in_states(y, at.b, at.part, m + i, at.h)] = sum[i];
+        write_modes<MODES>(y, sum, at.b, at.part, m, at.h, grads);
     }
 }
 

@@ -204,6 +204,24 @@ __device__ static inline void scores(const softmax_call &p, const place &x, cons
     }
 }
 
+/* o_n += factors b, slice n of the features of b: TILE from f0 + n TILE on. loaded: it is one slice, which passes has.
+ */
+template <int N, bool EXTRAS>
+__device__ static inline void multiply_slices(const softmax_call &p, const place &x, const tile &t, const four *factors,
+                                              four *passes, int loaded, ls_view b, const uint8_t *pad_b,
+                                              ls_real scale_b, int64_t f0, ls_real o[N][ROWS][COLUMNS])
+{
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        if (!loaded) {
+            __syncthreads();
+            load<passing, EXTRAS>(passes, p, b, x, t, f0 + n * TILE, pad_b, scale_b);
+            __syncthreads();
+        }
+        multiply_rows(factors, passes, x.t.last, t.last, o[n]);
+    }
+}
+
 /* The rows of a block that a thread has: a result of COLUMNS features from f on is added to them. */
 __device__ static inline void add_rows(const softmax_call &p, ls_view v, const place &x, int64_t f, ls_real scale,
                                        const ls_real o[ROWS][COLUMNS])
@@ -382,13 +400,7 @@ __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) forward_kernel
             const int seen = keys_seen(t, c0, COLUMNS, pad_k);
             mask_scores<EXTRAS>(p, x, t, seen, s);
             if (busy) update_rows<N, EXTRAS>(p, x, t, seen, s, m, l, o, probabilities);
-#pragma unroll
-            for (int n = 0; n < N; n++) {
-                __syncthreads();
-                load<passing, EXTRAS>(passes, p, p.v, x, t, f0 + n * TILE, NULL, 1);
-                __syncthreads();
-                multiply_rows(probabilities, passes, x.t.last, t.last, o[n]);
-            }
+            multiply_slices<N, EXTRAS>(p, x, t, probabilities, passes, 0, p.v, NULL, 1, f0, o);
         }
     }
 #pragma unroll
@@ -535,15 +547,7 @@ __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backwa
                 gradients[staying(r, c0 / COLUMNS)] = narrowed<EXTRAS>(p, ds);
             }
             __syncwarp(); /* rows are written and read by the same warp */
-#pragma unroll
-            for (int n = 0; n < N; n++) {
-                if (p.d > TILE) { /* else the keys are still there */
-                    __syncthreads();
-                    load<passing, EXTRAS>(passes, p, p.k, x, t, f0 + n * TILE, NULL, 1);
-                    __syncthreads();
-                }
-                multiply_rows(gradients, passes, x.t.last, t.last, dq[n]);
-            }
+            multiply_slices<N, EXTRAS>(p, x, t, gradients, passes, p.d <= TILE, p.k, NULL, 1, f0, dq);
         }
     }
 #pragma unroll
@@ -607,26 +611,12 @@ template <int N, bool EXTRAS> __global__ static void __launch_bounds__(THREADS, 
                 factors[staying(r0 + i, c0 / COLUMNS)] =
                     narrowed<EXTRAS>(p, {{dp[i][0], dp[i][1], dp[i][2], dp[i][3]}});
             __syncwarp();
-#pragma unroll
-            for (int n = 0; n < N; n++) {
-                if (p.d > TILE) {
-                    __syncthreads();
-                    load<passing, EXTRAS>(passes, p, p.q, x, t, f0 + n * TILE, pad_q, p.scale);
-                    __syncthreads();
-                }
-                multiply_rows(factors, passes, x.t.last, t.last, dk[n]);
-            }
+            multiply_slices<N, EXTRAS>(p, x, t, factors, passes, p.d <= TILE, p.q, pad_q, p.scale, f0, dk);
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < ROWS; i++)
                 factors[staying(r0 + i, c0 / COLUMNS)] = narrowed<EXTRAS>(p, {{s[i][0], s[i][1], s[i][2], s[i][3]}});
-#pragma unroll
-            for (int n = 0; n < N; n++) {
-                __syncthreads();
-                load<passing, EXTRAS>(passes, p, p.dout, x, t, f0 + n * TILE, pad_q, 1);
-                __syncthreads();
-                multiply_rows(factors, passes, x.t.last, t.last, dv[n]);
-            }
+            multiply_slices<N, EXTRAS>(p, x, t, factors, passes, 0, p.dout, pad_q, 1, f0, dv);
         }
     }
 #pragma unroll

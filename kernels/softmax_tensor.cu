@@ -151,6 +151,18 @@ __device__ static inline void load_seen(uint32_t seen[2], const tile &t, const u
     if (r % LS_WARP == 0) seen[r / LS_WARP] = bits;
 }
 
+/* The next tile of keys, with its values, when all are done with the last. */
+template <int D>
+__device__ static inline void load_keys(narrow *k, narrow *v, uint32_t seen[2], const softmax_call &p, const place &x,
+                                        const tile &t, const uint8_t *pad)
+{
+    __syncthreads();
+    load<D>(k, p.k, x, t, NULL);
+    load<D>(v, p.v, x, t, NULL);
+    load_seen(seen, t, pad);
+    __syncthreads();
+}
+
 /* Key j of one tile is not after query i of another where j <= i + this. */
 __device__ static inline int ahead_of(const softmax_call &p, const tile &queries, const tile &keys)
 {
@@ -221,11 +233,7 @@ template <int D> __global__ static void __launch_bounds__(THREADS) forward_kerne
         const int64_t tiles = tiles_before(p, p.key[span], x.t);
         for (int64_t number = 0; number < tiles; number++) {
             const tile t = tile_in(p.key[span], number);
-            __syncthreads();
-            load<D>(k, p.k, x, t, NULL);
-            load<D>(v, p.v, x, t, NULL);
-            load_seen(seen, t, pad_k);
-            __syncthreads();
+            load_keys<D>(k, v, seen, p, x, t, pad_k);
             float s[EIGHTS][4];
             multiply_features<D, EIGHTS>(q + at.first * of_width<D>::ROW, k, s);
             mask_scores(seen, ahead_of(p, x.t, t), at, s);
@@ -292,11 +300,7 @@ template <int D> __global__ static void __launch_bounds__(THREADS) queries_backw
         const int64_t tiles = tiles_before(p, p.key[span], x.t);
         for (int64_t number = 0; number < tiles; number++) {
             const tile t = tile_in(p.key[span], number);
-            __syncthreads();
-            load<D>(k, p.k, x, t, NULL);
-            load<D>(v, p.v, x, t, NULL);
-            load_seen(seen, t, pad_k);
-            __syncthreads();
+            load_keys<D>(k, v, seen, p, x, t, pad_k);
             const int ahead = ahead_of(p, x.t, t);
 #pragma unroll 1
             for (int j = 0; j < TILE; j += HALF) {
