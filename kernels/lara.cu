@@ -177,7 +177,7 @@ static void load_omega(const ls_pass *p)
 namespace
 {
 typedef struct gradients {
-    ls_real *weight[2], *bias[2];
+    ls_real *q_weight, *k_weight, *q_bias, *k_bias;
 } gradients;
 } // namespace
 
@@ -190,9 +190,9 @@ static __global__ void add_gradients(int64_t d, double rows, const double *dmaps
         const int which = i >= n + d;
         const int64_t at = i - which * (n + d);
         if (at < n)
-            to.weight[which][at] += (ls_real)dmaps[which * n + at];
+            (which ? to.k_weight : to.q_weight)[at] += (ls_real)dmaps[which * n + at];
         else
-            to.bias[which][at - n] += (ls_real)(rows * mean[at - n]);
+            (which ? to.k_bias : to.q_bias)[at - n] += (ls_real)(rows * mean[at - n]);
     }
 }
 
@@ -205,8 +205,8 @@ static const double *maps_backward(const ls_pass *p, const double *dy)
     const double *maps = load_maps(p);
     double *bias = ls_doubles(p->work[MEAN]);
     const ls_param_info *of = p->param;
-    const gradients to = {{p->dparams + of[Q_WEIGHT].offset, p->dparams + of[K_WEIGHT].offset},
-                          {p->dparams + of[Q_BIAS].offset, p->dparams + of[K_BIAS].offset}};
+    const gradients to = {p->dparams + of[Q_WEIGHT].offset, p->dparams + of[K_WEIGHT].offset,
+                          p->dparams + of[Q_BIAS].offset, p->dparams + of[K_BIAS].offset};
     ls_gemm_batch_double(p->queue, 1, 0, d, d, rows, 1, dy, d, 0, mean_of(p, 0), d, rows * d, 0, dmaps, d, d * d, 2);
     ls_slots_mean_cuda(p->queue, ls_slot_sizes{1, 1, rows, d}, dy, bias);
     LS_LAUNCH(p->queue, add_gradients, ls_blocks(2 * (d + 1) * d, LS_THREADS), LS_THREADS, 0, d, (double)rows,

@@ -149,7 +149,6 @@ static __global__ void __launch_bounds__(THREADS)
     constexpr int ALL = T * SIDE * T * SIDE;
     double *const first = memory, *const second = memory + ALL, *const Y = memory + 2 * ALL;
     const int64_t at = (int64_t)blockIdx.x * m * m, step = (int64_t)gridDim.x * m * m;
-    const double scale = 1 / peak[blockIdx.x];
     double x[T][T], e[T][T], dz[T][T], da[T][T];
     A += at;
     Z += at + iterations * step;
@@ -202,6 +201,7 @@ static __global__ void __launch_bounds__(THREADS)
         __syncthreads();
     }
     /* from Z_0 */
+    const double scale = 1 / peak[blockIdx.x];
     double sum = 0;
     take<T>(m, Z, x);
     EACH_OWN(i, j, T)

@@ -183,7 +183,7 @@ static __global__ void make_means(lengths s, const ls_real *sums, int64_t stride
             const int which = at >= each;
             const int64_t e = at - which * each;
             mean[(which * s.G + g) * each + e] =
-                (double)from[s.sequences > 1 ? at : e] / (double)ls_segment_tokens(s.of[which], e / s.d);
+                (double)from[s.sequences > 1 ? at : e] / (double)ls_segment_tokens(which ? s.of[1] : s.of[0], e / s.d);
         } else {
             const int64_t e = at - 2 * each;
             from += s.sequences * each;
@@ -208,10 +208,9 @@ static __global__ void share_means(lengths s, const double *dmean, int64_t apart
         const int64_t g = i / stride, at = i % stride;
         const int which = at >= each;
         const int64_t e = at - which * each;
-        dsums[i] =
-            at >= s.sequences * each
-                ? 0
-                : (ls_real)(dmean[which * apart + g * each + e] / (double)ls_segment_tokens(s.of[which], e / s.d));
+        dsums[i] = at >= s.sequences * each ? 0
+                                            : (ls_real)(dmean[which * apart + g * each + e] /
+                                                        (double)ls_segment_tokens(which ? s.of[1] : s.of[0], e / s.d));
     }
 }
 
