@@ -19,8 +19,6 @@
 #include "lara.h"
 #include "gemm.h"
 #include "rng.h"
-#include "segments.h"
-#include "slots.h"
 #include "tile.h"
 
 extern const ls_cuda_mechanism ls_lara_cuda;
@@ -107,36 +105,22 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 
 static ls_status segments(ls_pass *p, int phase)
 {
-    const int64_t each = landmarks(p) * p->d;
-    for (int which = 0; which < 2; which++) {
-        const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 0);
-        ls_segment_sums(&s, ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent + which * each, sums(p));
-    }
-    ls_reference_sums(p, ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent + 2 * each, sums(p));
+    ls_landmark_sums(p, landmarks_of(p), ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent);
     return LS_OK;
 }
 
 static ls_status segments_backward(ls_pass *p, int phase)
 {
-    const int64_t each = landmarks(p) * p->d;
-    for (int which = 0; which < 2; which++) {
-        const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 1);
-        ls_segment_spread(&s, p->summary[phase + 1].dsent + which * each, sums(p));
-    }
+    ls_landmark_spread(p, landmarks_of(p), p->summary[phase + 1].dsent);
     return LS_OK;
 }
 
 /* ------------------------------------------------------------------------------------------------ landmarks */
 
-static double tokens(const ls_pass *p, int which, int64_t c)
-{
-    return (double)ls_segment_tokens(segments_of(p, which), c);
-}
-
 /* μ_c (d) += the mean of segment c, through the map if there is one. */
 static void add_mean(const ls_pass *p, int which, int64_t c, const ls_real *sum, double *mu)
 {
-    const double n = tokens(p, which, c);
+    const double n = ls_landmark_tokens(p, landmarks_of(p), which, c);
     if (p->option[ADAPTIVE] == 0) {
         for (int64_t e = 0; e < p->d; e++) mu[e] += (double)sum[e] / n;
         return;
@@ -188,9 +172,7 @@ static void load_omega(ls_pass *p)
 /* CENTRE = the values' reference; `phase`: the one before which the sums were reduced. */
 static void load_reference(ls_pass *p, int phase)
 {
-    const int64_t d = p->d;
-    for (int64_t g = 0; g < p->B * p->H; g++)
-        ls_reference(d, p->summary[phase].got + g * sums(p) + 2 * landmarks(p) * d, p->work[CENTRE] + g * d);
+    ls_landmark_reference(p, landmarks_of(p), p->summary[phase].got, p->work[CENTRE]);
 }
 
 /* dmu (c',d) of (b,h) becomes the gradient of the sums of segments; the maps get theirs. */
@@ -200,7 +182,7 @@ static void landmarks_backward(const ls_pass *p, int64_t g, const ls_real *sums,
     const double *dmu = ls_doubles(p->work[DMU]) + g * c * d;
     for (int which = 0; which < 2; which++)
         for (int64_t r = 0; r < c; r++) {
-            const double n = tokens(p, which, r), *dy = dmu + r * d;
+            const double n = ls_landmark_tokens(p, landmarks_of(p), which, r), *dy = dmu + r * d;
             const ls_real *sum = sums + (which * c + r) * d;
             ls_real *dsum = dsums + (which * c + r) * d;
             if (p->option[ADAPTIVE] == 0) {
@@ -261,14 +243,13 @@ static void write_chunk(ls_pass *p, int phase, const ls_chunk *c)
 
 static ls_status write(ls_pass *p, int phase)
 {
-    const ls_slots s = slots(p);
-    const int64_t each = s.R * (p->d + 2), all = p->B * p->H * each;
+    double *state = ls_doubles(p->work[STATE]);
     make_landmarks(p, phase);
     load_omega(p);
     load_reference(p, phase);
-    for (int64_t g = 0; g < p->B * p->H; g++) ls_slots_begin(s, ls_doubles(p->work[STATE]) + g * each);
+    ls_slots_begin(slots(p), p->B * p->H, state);
     ls_each_chunk(p, phase, p->S, write_chunk);
-    for (int64_t i = 0; i < all; i++) p->summary[phase + 1].sent[i] = (ls_real)ls_doubles(p->work[STATE])[i];
+    ls_slots_send(slots(p), p->B * p->H, state, p->summary[phase + 1].sent);
     return LS_OK;
 }
 
@@ -295,17 +276,13 @@ static void write_chunk_backward(ls_pass *p, int phase, const ls_chunk *c)
 
 static ls_status write_backward(ls_pass *p, int phase)
 {
-    const ls_slots s = slots(p);
-    const int64_t R = s.R, d = p->d, c = landmarks(p), G = p->B * p->H;
+    const int64_t R = count(p), d = p->d, c = landmarks(p), G = p->B * p->H;
     ls_summary *in = &p->summary[phase];
     double *domega = ls_doubles(p->work[DKEYS]);
     load_omega(p);
     load_reference(p, phase);
-    for (int64_t g = 0; g < G; g++) {
-        const int64_t at = g * R * (d + 2);
-        ls_slots_constants(s, p->summary[phase + 1].got + at, p->summary[phase + 1].dsent + at,
-                           ls_doubles(p->work[ROOM]), p->work[CENTRE] + g * d, p->work[CONSTANT] + g * R);
-    }
+    ls_slots_constants(slots(p), G, p->summary[phase + 1].got, p->summary[phase + 1].dsent, ls_doubles(p->work[ROOM]),
+                       p->work[CENTRE], p->work[CONSTANT]);
     for (int64_t i = 0; i < G * R * d; i++) domega[i] = 0;
     ls_each_chunk(p, phase, p->S, write_chunk_backward);
     for (int64_t i = 0; i < 2 * (d * d + d); i++) ls_doubles(p->work[DMAPS])[i] = 0;
@@ -313,7 +290,7 @@ static ls_status write_backward(ls_pass *p, int phase)
         double *dmu = ls_doubles(p->work[DMU]) + g * c * d;
         for (int64_t i = 0; i < R * d; i++) dmu[i % (c * d)] += p->scale * domega[g * R * d + i];
         landmarks_backward(p, g, in->got + g * sums(p), in->dgot + g * sums(p));
-        ls_zero(in->dgot + g * sums(p) + 2 * c * d, d + 1);
+        ls_zero(in->dgot + g * sums(p) + ls_landmark_place(p, landmarks_of(p), 2), d + 1);
     }
     if (p->option[ADAPTIVE] != 0) add_map_gradients(p);
     return LS_OK;

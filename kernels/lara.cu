@@ -53,7 +53,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
     const int64_t d = p->d, G = p->B * p->H, R = count(p), c = landmarks(p), back = p->backward;
     const int64_t rows = ls_max(p->T, p->S), held = back * G * ls_slots_rows_at_once(sizes(p), rows) * R;
-    const int64_t parts = ls_max(ls_landmark_room(p, c), ls_slots_room(sizes(p), rows));
+    const int64_t parts = ls_max(ls_landmark_room(p, landmarks_of(p)), ls_slots_room(sizes(p), rows));
     p->saved[MU] = ls_take_doubles(saved, G * c * d);
     p->saved[OMEGA] = ls_take_doubles(saved, G * R * d);
     p->work[KEYS] = ls_take(work, G * R * d);
@@ -83,13 +83,13 @@ static ls_slot_rows rows_of(ls_view x, const uint8_t *pad, int64_t n, const ls_r
 
 static ls_status segments(ls_pass *p, int phase)
 {
-    ls_landmark_sums_cuda(p, landmarks(p), 2, ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent);
+    ls_landmark_sums_cuda(p, landmarks_of(p), ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent);
     return ls_launched(p->queue, "lara: segments");
 }
 
 static ls_status segments_backward(ls_pass *p, int phase)
 {
-    ls_landmark_spread_cuda(p, landmarks(p), 2, p->summary[phase + 1].dsent);
+    ls_landmark_spread_cuda(p, landmarks_of(p), p->summary[phase + 1].dsent);
     return ls_launched(p->queue, "lara: backward of segments");
 }
 
@@ -104,7 +104,7 @@ static double *mean_of(const ls_pass *p, int which)
 /* MEANS, and CENTRE = the values' reference. `phase`: the one before which the sums were reduced. */
 static void load_sums(const ls_pass *p, int phase)
 {
-    ls_landmark_means_cuda(p, landmarks(p), 2, p->summary[phase].got, mean_of(p, 0), p->work[CENTRE]);
+    ls_landmark_means_cuda(p, landmarks_of(p), p->summary[phase].got, mean_of(p, 0), p->work[CENTRE]);
 }
 
 /* y (2,n): both, in double. */
@@ -220,7 +220,7 @@ static void landmarks_backward(const ls_pass *p, int phase)
 {
     const double *dmean = ls_doubles(p->work[DMU]);
     if (is_adaptive(p)) dmean = maps_backward(p, dmean);
-    ls_landmark_means_backward_cuda(p, landmarks(p), 2, dmean, is_adaptive(p) ? p->B * p->H * landmarks(p) * p->d : 0,
+    ls_landmark_means_backward_cuda(p, landmarks_of(p), dmean, is_adaptive(p) ? p->B * p->H * landmarks(p) * p->d : 0,
                                     p->summary[phase].dgot);
 }
 

@@ -2,7 +2,7 @@
 #ifndef LS_LARA_H
 #define LS_LARA_H
 
-#include "segments.h"
+#include "slots.h"
 
 enum { LANDMARKS, ANTITHETIC, ADAPTIVE };    /* option[] */
 enum { Q_WEIGHT, Q_BIAS, K_WEIGHT, K_BIAS }; /* param[], if adaptive */
@@ -22,17 +22,16 @@ static inline int64_t count(const ls_pass *p)
     return landmarks(p) * (is_noisy(p) && p->option[ANTITHETIC] != 0 ? 2 : 1);
 }
 
-/* Reals of a (b,h) that are summed first: segments of queries, of keys, then the values' reference. */
-static inline int64_t sums(const ls_pass *p)
+static inline ls_landmarks landmarks_of(const ls_pass *p)
 {
-    return (2 * landmarks(p) + 1) * p->d + 1;
+    const ls_landmarks l = {landmarks(p), 0};
+    return l;
 }
 
-/* The segments of the queries (which = 0) or of the keys. */
-static inline ls_segments segments_of(const ls_pass *p, int which)
+/* Reals of a (b,h) that are summed first. */
+static inline int64_t sums(const ls_pass *p)
 {
-    const ls_segments s = {which ? p->all_keys : p->all_queries, landmarks(p)};
-    return s;
+    return ls_landmark_reals(p, landmarks_of(p));
 }
 
 #endif

@@ -20,8 +20,6 @@
 #include "nystrom.h"
 #include "gemm.h"
 #include "pinv.h"
-#include "segments.h"
-#include "slots.h"
 #include "softmax.h"
 #include "tile.h"
 
@@ -217,36 +215,25 @@ static ls_status finish_short_backward(ls_pass *p, int phase)
 
 static ls_status segments(ls_pass *p, int phase)
 {
-    for (int which = 2 - sequences(p); which < 2; which++) {
-        const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 0);
-        ls_segment_sums(&s, ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent + place(p, which), sums(p));
-    }
-    ls_reference_sums(p, ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent + place(p, 2), sums(p));
+    ls_landmark_sums(p, landmarks_of(p), ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent);
     return LS_OK;
 }
 
 static ls_status segments_backward(ls_pass *p, int phase)
 {
-    for (int which = 2 - sequences(p); which < 2; which++) {
-        const ls_segmented s = ls_segmented_rows(p, landmarks(p), which, 1);
-        ls_segment_spread(&s, p->summary[phase + 1].dsent + place(p, which), sums(p));
-    }
+    ls_landmark_spread(p, landmarks_of(p), p->summary[phase + 1].dsent);
     return LS_OK;
-}
-
-static double tokens(const ls_pass *p, int which, int64_t c)
-{
-    return (double)ls_segment_tokens(segments_of(p, which), c);
 }
 
 /* mean (m,d) = q̄ (which = 0) or k̄ (1) of (b,h) g. `phase`: the one before which the sums were reduced. */
 static void means(const ls_pass *p, int phase, int64_t g, int which, double *mean)
 {
-    const int64_t m = landmarks(p), d = p->d;
-    if (sequences(p) == 1) which = 1;
-    const ls_real *sum = p->summary[phase].got + g * sums(p) + place(p, which);
-    for (int64_t r = 0; r < m; r++)
-        for (int64_t e = 0; e < d; e++) mean[r * d + e] = (double)sum[r * d + e] / tokens(p, which, r);
+    const ls_landmarks l = landmarks_of(p);
+    const int64_t d = p->d;
+    const int of = which < l.first ? l.first : which;
+    const ls_real *sum = p->summary[phase].got + g * sums(p) + ls_landmark_place(p, l, of);
+    for (int64_t r = 0; r < l.count; r++)
+        for (int64_t e = 0; e < d; e++) mean[r * d + e] = (double)sum[r * d + e] / ls_landmark_tokens(p, l, of, r);
 }
 
 /* centre (d) = the mean of the rows of x (m,d). */
@@ -259,8 +246,7 @@ static void mean_of_rows(int64_t m, int64_t d, const double *x, double *centre)
 /* CENTRE = the values' reference. */
 static void load_reference(ls_pass *p, int phase)
 {
-    for (int64_t g = 0; g < p->B * p->H; g++)
-        ls_reference(p->d, p->summary[phase].got + g * sums(p) + place(p, 2), p->work[CENTRE] + g * p->d);
+    ls_landmark_reference(p, landmarks_of(p), p->summary[phase].got, p->work[CENTRE]);
 }
 
 /* ------------------------------------------------------------------------------------------------ keys write */
@@ -299,13 +285,12 @@ static void write_chunk(ls_pass *p, int phase, const ls_chunk *c)
 
 static ls_status write(ls_pass *p, int phase)
 {
-    const int64_t each = landmarks(p) * (p->d + 2), all = p->B * p->H * each;
     double *state = ls_doubles(p->work[STATE]);
     load_queries(p, phase);
     load_reference(p, phase);
-    for (int64_t g = 0; g < p->B * p->H; g++) ls_slots_begin(slots(p), state + g * each);
+    ls_slots_begin(slots(p), p->B * p->H, state);
     ls_each_chunk(p, phase, p->S, write_chunk);
-    for (int64_t i = 0; i < all; i++) p->summary[phase + 1].sent[i] = (ls_real)state[i];
+    ls_slots_send(slots(p), p->B * p->H, state, p->summary[phase + 1].sent);
     return LS_OK;
 }
 
@@ -326,26 +311,25 @@ static void write_chunk_backward(ls_pass *p, int phase, const ls_chunk *c)
 /* Completes DMEANS and sends it to the sums of segments. */
 static ls_status write_backward(ls_pass *p, int phase)
 {
-    const int64_t m = landmarks(p), d = p->d, G = p->B * p->H;
+    const ls_landmarks l = landmarks_of(p);
+    const int64_t m = l.count, d = p->d, G = p->B * p->H;
     double *dq = ls_doubles(p->work[STATE]);
     load_queries(p, phase);
     load_reference(p, phase);
-    for (int64_t g = 0; g < G; g++) {
-        const int64_t at = g * m * (d + 2);
-        ls_slots_constants(slots(p), p->summary[phase + 1].got + at, p->summary[phase + 1].dsent + at,
-                           ls_doubles(p->work[ROOM]), p->work[CENTRE] + g * d, p->work[CONSTANT] + g * m);
-    }
+    ls_slots_constants(slots(p), G, p->summary[phase + 1].got, p->summary[phase + 1].dsent, ls_doubles(p->work[ROOM]),
+                       p->work[CENTRE], p->work[CONSTANT]);
     for (int64_t i = 0; i < G * m * d; i++) dq[i] = 0;
     ls_each_chunk(p, phase, p->S, write_chunk_backward);
     for (int64_t g = 0; g < G; g++) {
         double *dmean = ls_doubles(p->work[DMEANS]) + g * 2 * m * d;
         ls_real *dsums = p->summary[phase].dgot + g * sums(p);
         for (int64_t i = 0; i < m * d; i++) dmean[i] += p->scale * dq[g * m * d + i];
-        for (int64_t i = 0; sequences(p) == 1 && i < m * d; i++) dmean[m * d + i] += dmean[i];
-        for (int which = 2 - sequences(p); which < 2; which++)
+        for (int64_t i = 0; l.first == 1 && i < m * d; i++) dmean[m * d + i] += dmean[i];
+        for (int which = l.first; which < 2; which++)
             for (int64_t i = 0; i < m * d; i++)
-                dsums[place(p, which) + i] = (ls_real)(dmean[which * m * d + i] / tokens(p, which, i / d));
-        ls_zero(dsums + place(p, 2), d + 1);
+                dsums[ls_landmark_place(p, l, which) + i] =
+                    (ls_real)(dmean[which * m * d + i] / ls_landmark_tokens(p, l, which, i / d));
+        ls_zero(dsums + ls_landmark_place(p, l, 2), d + 1);
     }
     return LS_OK;
 }

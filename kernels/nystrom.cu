@@ -96,7 +96,7 @@ static void plan_long(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[DF2] = ls_take_doubles(work, back * G * m * m);
     p->work[PEAKS] = ls_take_doubles(work, G * m + 2 * G);
     p->work[MATRICES] = ls_take_doubles(work, inverses_at_once(p) * matrix_room(p));
-    const int64_t sums = ls_max(ls_landmark_room(p, m), ls_slots_room(sizes(p), rows));
+    const int64_t sums = ls_max(ls_landmark_room(p, landmarks_of(p)), ls_slots_room(sizes(p), rows));
     p->work[ROOM] = ls_take_doubles(work, ls_max(ls_max(sums, 2 * G * m * d), room_of_filter(p)));
 }
 
@@ -296,13 +296,13 @@ static ls_status finish_short_backward(ls_pass *p, int phase)
 
 static ls_status segments(ls_pass *p, int phase)
 {
-    ls_landmark_sums_cuda(p, landmarks(p), sequences(p), ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent);
+    ls_landmark_sums_cuda(p, landmarks_of(p), ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent);
     return ls_launched(p->queue, "nystrom: segments");
 }
 
 static ls_status segments_backward(ls_pass *p, int phase)
 {
-    ls_landmark_spread_cuda(p, landmarks(p), sequences(p), p->summary[phase + 1].dsent);
+    ls_landmark_spread_cuda(p, landmarks_of(p), p->summary[phase + 1].dsent);
     return ls_launched(p->queue, "nystrom: backward of segments");
 }
 
@@ -315,7 +315,7 @@ static double *mean_of(const ls_pass *p, int which)
 /* MEANS, and CENTRE = the values' reference. `phase`: the one before which the sums were reduced. */
 static void load_sums(const ls_pass *p, int phase)
 {
-    ls_landmark_means_cuda(p, landmarks(p), sequences(p), p->summary[phase].got, mean_of(p, 0), p->work[CENTRE]);
+    ls_landmark_means_cuda(p, landmarks_of(p), p->summary[phase].got, mean_of(p, 0), p->work[CENTRE]);
 }
 
 /* ------------------------------------------------------------------------------------------------ keys write */
@@ -362,6 +362,7 @@ static __global__ void complete_means(int64_t n, double scale, const double *dke
 static ls_status write_backward(ls_pass *p, int phase)
 {
     ls_queue *q = p->queue;
+    const ls_landmarks l = landmarks_of(p);
     const ls_slot_sizes s = sizes(p);
     const int64_t G = p->B * p->H, m = s.R, d = p->d, stride = d + 2, most = ls_slots_rows_at_once(s, p->S);
     const ls_summary *out = &p->summary[phase + 1];
@@ -382,9 +383,8 @@ static ls_status write_backward(ls_pass *p, int phase)
         if (n == 0) break;
     }
     LS_LAUNCH(q, complete_means, ls_blocks(G * m * d, LS_THREADS), LS_THREADS, 0, G * m * d, p->scale,
-              (const double *)dkeys, sequences(p) == 1, dmean);
-    ls_landmark_means_backward_cuda(p, m, sequences(p), sequences(p) == 1 ? dmean + G * m * d : dmean, G * m * d,
-                                    p->summary[phase].dgot);
+              (const double *)dkeys, l.first == 1, dmean);
+    ls_landmark_means_backward_cuda(p, l, l.first == 1 ? dmean + G * m * d : dmean, G * m * d, p->summary[phase].dgot);
     return ls_launched(q, "nystrom: backward of write");
 }
 

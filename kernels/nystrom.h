@@ -2,7 +2,7 @@
 #ifndef LS_NYSTROM_H
 #define LS_NYSTROM_H
 
-#include "segments.h"
+#include "slots.h"
 
 enum { LANDMARKS, PINV_ITERS, CONV_KERNEL, INIT }; /* option[] */
 enum { CONV_WEIGHT };                              /* param[], with a convolution */
@@ -32,29 +32,17 @@ static inline int has_conv(const ls_pass *p)
     return kernel(p) > 0;
 }
 
-/* Sequences that make landmarks: queries and keys, or keys alone. */
-static inline int sequences(const ls_pass *p)
+/* CC: keys alone make landmarks. */
+static inline ls_landmarks landmarks_of(const ls_pass *p)
 {
-    return p->pattern == LS_CC ? 1 : 2;
+    const ls_landmarks l = {landmarks(p), p->pattern == LS_CC};
+    return l;
 }
 
-/* Reals of a (b,h) that are summed first: segments of each sequence, then the values' reference. */
+/* Reals of a (b,h) that are summed first. */
 static inline int64_t sums(const ls_pass *p)
 {
-    return (sequences(p) * landmarks(p) + 1) * p->d + 1;
-}
-
-/* Where the sums of a sequence stand in those of a (b,h): queries, if any, then keys; 2: the values' reference. */
-static inline int64_t place(const ls_pass *p, int which)
-{
-    return (which + sequences(p) - 2) * landmarks(p) * p->d;
-}
-
-/* The segments of the queries (which = 0) or of the keys. */
-static inline ls_segments segments_of(const ls_pass *p, int which)
-{
-    const ls_segments s = {which ? p->all_keys : p->all_queries, landmarks(p)};
-    return s;
+    return ls_landmark_reals(p, landmarks_of(p));
 }
 
 #endif

@@ -24,12 +24,12 @@ static int64_t parts_of(int64_t G, int64_t n, ls_segments s)
     return ls_max(1, ls_min(most, BLOCKS / ls_max(1, G * s.count)));
 }
 
-static sources sources_of(const ls_pass *p, int64_t count, int sequences, int gradients)
+static sources sources_of(const ls_pass *p, ls_landmarks l, int gradients)
 {
-    sources s = {sequences + 1, p->B * p->H, count, p->d, {}, {}};
+    sources s = {3 - l.first, p->B * p->H, l.count, p->d, {}, {}};
     for (int i = 0; i < s.n; i++) {
-        const int which = i + 2 - sequences;
-        s.of[i] = ls_segmented_rows(p, which < 2 ? count : 1, which, gradients);
+        const int which = i + l.first;
+        s.of[i] = ls_segmented_rows(p, which < 2 ? l.count : 1, which, gradients);
         s.parts[i] = parts_of(s.G, s.of[i].n, s.of[i].segments);
     }
     return s;
@@ -41,12 +41,12 @@ LS_BOTH_SIDES int64_t blocks_of(const sources &s, int i)
     return s.G * s.of[i].segments.count * s.parts[i];
 }
 
-int64_t ls_landmark_room(const ls_pass *p, int64_t count)
+int64_t ls_landmark_room(const ls_pass *p, ls_landmarks l)
 {
     const int64_t G = p->B * p->H, n = ls_max(p->T, p->S);
     /* no segment has more than n rows here */
-    const ls_segments rows = {ls_max(n, 1) * count, count}, values = {ls_max(p->S, 1), 1};
-    return G * (2 * count * parts_of(G, n, rows) + parts_of(G, p->S, values)) * p->d;
+    const ls_segments rows = {ls_max(n, 1) * l.count, l.count}, values = {ls_max(p->S, 1), 1};
+    return G * (2 * l.count * parts_of(G, n, rows) + parts_of(G, p->S, values)) * p->d;
 }
 
 /* ------------------------------------------------------------------------------------------------ sums */
@@ -116,10 +116,10 @@ static __global__ void add_parts(sources s, const double *from, ls_real *sums, i
     }
 }
 
-void ls_landmark_sums_cuda(const ls_pass *p, int64_t count, int sequences, double *room, ls_real *sums)
+void ls_landmark_sums_cuda(const ls_pass *p, ls_landmarks l, double *room, ls_real *sums)
 {
-    const sources s = sources_of(p, count, sequences, 0);
-    const int64_t stride = ls_landmark_sums(count, sequences, s.d);
+    const sources s = sources_of(p, l, 0);
+    const int64_t stride = ls_landmark_reals(p, l);
     int64_t blocks = p->B;
     if (s.G == 0) return;
     for (int i = 0; i < s.n; i++) blocks += blocks_of(s, i);
@@ -145,13 +145,11 @@ static __global__ void spread(sources s, const ls_real *dsums, int64_t stride)
     }
 }
 
-void ls_landmark_spread_cuda(const ls_pass *p, int64_t count, int sequences, const ls_real *dsums)
+void ls_landmark_spread_cuda(const ls_pass *p, ls_landmarks l, const ls_real *dsums)
 {
-    const sources s = sources_of(p, count, sequences, 1);
-    const int64_t rows = s.G * (s.of[0].n + (sequences > 1 ? s.of[1].n : 0));
-    if (rows > 0)
-        LS_LAUNCH(p->queue, spread, ls_row_blocks(rows), LS_THREADS, 0, s, dsums,
-                  ls_landmark_sums(count, sequences, s.d));
+    const sources s = sources_of(p, l, 1);
+    const int64_t rows = s.G * (s.of[0].n + (l.first == 0 ? s.of[1].n : 0));
+    if (rows > 0) LS_LAUNCH(p->queue, spread, ls_row_blocks(rows), LS_THREADS, 0, s, dsums, ls_landmark_reals(p, l));
 }
 
 /* ------------------------------------------------------------------------------------------------ means */
@@ -166,10 +164,10 @@ typedef struct lengths {
 } lengths;
 } // namespace
 
-static lengths lengths_of(const ls_pass *p, int64_t count, int sequences)
+static lengths lengths_of(const ls_pass *p, ls_landmarks l)
 {
-    const ls_segments queries = {p->all_queries, count}, keys = {p->all_keys, count};
-    return lengths{sequences, p->B * p->H, p->d, {sequences > 1 ? queries : keys, keys}};
+    return lengths{
+        2 - l.first, p->B * p->H, p->d, {ls_landmark_segments(p, l, l.first), ls_landmark_segments(p, l, 1)}};
 }
 
 static __global__ void make_means(lengths s, const ls_real *sums, int64_t stride, double *mean, ls_real *reference)
@@ -192,12 +190,11 @@ static __global__ void make_means(lengths s, const ls_real *sums, int64_t stride
     }
 }
 
-void ls_landmark_means_cuda(const ls_pass *p, int64_t count, int sequences, const ls_real *sums, double *mean,
-                            ls_real *reference)
+void ls_landmark_means_cuda(const ls_pass *p, ls_landmarks l, const ls_real *sums, double *mean, ls_real *reference)
 {
-    const lengths s = lengths_of(p, count, sequences);
-    LS_LAUNCH(p->queue, make_means, ls_blocks(s.G * (2 * count + 1) * s.d, LS_THREADS), LS_THREADS, 0, s, sums,
-              ls_landmark_sums(count, sequences, s.d), mean, reference);
+    const lengths s = lengths_of(p, l);
+    LS_LAUNCH(p->queue, make_means, ls_blocks(s.G * (2 * l.count + 1) * s.d, LS_THREADS), LS_THREADS, 0, s, sums,
+              ls_landmark_reals(p, l), mean, reference);
 }
 
 static __global__ void share_means(lengths s, const double *dmean, int64_t apart, ls_real *dsums, int64_t stride)
@@ -214,11 +211,11 @@ static __global__ void share_means(lengths s, const double *dmean, int64_t apart
     }
 }
 
-void ls_landmark_means_backward_cuda(const ls_pass *p, int64_t count, int sequences, const double *dmean, int64_t apart,
+void ls_landmark_means_backward_cuda(const ls_pass *p, ls_landmarks l, const double *dmean, int64_t apart,
                                      ls_real *dsums)
 {
-    const lengths s = lengths_of(p, count, sequences);
-    const int64_t stride = ls_landmark_sums(count, sequences, s.d);
+    const lengths s = lengths_of(p, l);
+    const int64_t stride = ls_landmark_reals(p, l);
     LS_LAUNCH(p->queue, share_means, ls_blocks(s.G * stride, LS_THREADS), LS_THREADS, 0, s, dmean, apart, dsums,
               stride);
 }

@@ -1,6 +1,5 @@
 #include "slots.h"
 #include "gemm.h"
-#include "segments.h"
 #include "tile.h"
 
 /* ------------------------------------------------------------------------------------------------ chunks */
@@ -48,9 +47,9 @@ void ls_chunk_blank(const ls_chunk *c, ls_view v, int64_t d, const uint8_t *pad,
         if (ls_is_padded(pad, c->b * rows + i)) ls_zero(ls_row(v, c->b, c->h, i), d);
 }
 
-/* ------------------------------------------------------------------------------------------------ writing */
+/* ------------------------------------------------------------------------------------------------ landmarks */
 
-void ls_reference_sums(const ls_pass *p, double *row, ls_real *sums, int64_t stride)
+static void reference_sums(const ls_pass *p, double *row, ls_real *sums, int64_t stride)
 {
     const ls_segmented v = ls_segmented_rows(p, 1, 2, 0);
     ls_segment_sums(&v, row, sums, stride);
@@ -61,10 +60,34 @@ void ls_reference_sums(const ls_pass *p, double *row, ls_real *sums, int64_t str
     }
 }
 
-void ls_reference(int64_t d, const ls_real *sums, ls_real *reference)
+void ls_landmark_sums(const ls_pass *p, ls_landmarks l, double *row, ls_real *sums)
 {
-    for (int64_t e = 0; e < d; e++) reference[e] = sums[d] > 0 ? sums[e] / sums[d] : 0;
+    const int64_t stride = ls_landmark_reals(p, l);
+    for (int which = l.first; which < 2; which++) {
+        const ls_segmented s = ls_segmented_rows(p, l.count, which, 0);
+        ls_segment_sums(&s, row, sums + ls_landmark_place(p, l, which), stride);
+    }
+    reference_sums(p, row, sums + ls_landmark_place(p, l, 2), stride);
 }
+
+void ls_landmark_spread(const ls_pass *p, ls_landmarks l, const ls_real *dsums)
+{
+    for (int which = l.first; which < 2; which++) {
+        const ls_segmented s = ls_segmented_rows(p, l.count, which, 1);
+        ls_segment_spread(&s, dsums + ls_landmark_place(p, l, which), ls_landmark_reals(p, l));
+    }
+}
+
+void ls_landmark_reference(const ls_pass *p, ls_landmarks l, const ls_real *sums, ls_real *reference)
+{
+    const int64_t d = p->d;
+    for (int64_t g = 0; g < p->B * p->H; g++) {
+        const ls_real *sum = sums + g * ls_landmark_reals(p, l) + ls_landmark_place(p, l, 2);
+        for (int64_t e = 0; e < d; e++) reference[g * d + e] = sum[d] > 0 ? sum[e] / sum[d] : 0;
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ writing */
 
 void ls_slots_sum(ls_slots s, int64_t n, const ls_real *a, const ls_real *b, int64_t ldb, double *total)
 {
@@ -72,12 +95,17 @@ void ls_slots_sum(ls_slots s, int64_t n, const ls_real *a, const ls_real *b, int
     for (int64_t i = 0; i < s.R * s.d; i++) total[i] += (double)s.scratch[i];
 }
 
-void ls_slots_begin(ls_slots s, double *state)
+void ls_slots_begin(ls_slots s, int64_t G, double *state)
 {
-    for (int64_t r = 0; r < s.R; r++, state += s.d + 2) {
+    for (int64_t r = 0; r < G * s.R; r++, state += s.d + 2) {
         state[0] = -INFINITY;
         for (int64_t i = 1; i < s.d + 2; i++) state[i] = 0;
     }
+}
+
+void ls_slots_send(ls_slots s, int64_t G, const double *state, ls_real *sent)
+{
+    for (int64_t i = 0; i < G * s.R * (s.d + 2); i++) sent[i] = (ls_real)state[i];
 }
 
 /* top (R): the maxima after these rows, to which the state is brought; 0 where there still is no key, since e^(-inf -
@@ -125,20 +153,22 @@ void ls_slots_values(ls_slots s, const ls_real *element, double *values, double 
         }
 }
 
-void ls_slots_constants(ls_slots s, const ls_real *got, const ls_real *dsent, double *room, ls_real *c,
+void ls_slots_constants(ls_slots s, int64_t G, const ls_real *got, const ls_real *dsent, double *room, ls_real *c,
                         ls_real *constant)
 {
     double *values = room, *centre = room + s.R * s.d;
-    ls_slots_values(s, got, values, centre);
-    for (int64_t e = 0; e < s.d; e++) {
-        const ls_real reference = c[e];
-        c[e] = (ls_real)((double)reference + centre[e]);
-        centre[e] = (double)c[e] - (double)reference; /* as rounded */
-    }
-    for (int64_t r = 0; r < s.R; r++, dsent += s.d + 2) {
-        double sum = (double)dsent[1];
-        for (int64_t e = 0; e < s.d; e++) sum += (double)dsent[2 + e] * (centre[e] - values[r * s.d + e]);
-        constant[r] = (ls_real)sum;
+    for (int64_t g = 0; g < G; g++, got += s.R * (s.d + 2), c += s.d) {
+        ls_slots_values(s, got, values, centre);
+        for (int64_t e = 0; e < s.d; e++) {
+            const ls_real reference = c[e];
+            c[e] = (ls_real)((double)reference + centre[e]);
+            centre[e] = (double)c[e] - (double)reference; /* as rounded */
+        }
+        for (int64_t r = 0; r < s.R; r++, dsent += s.d + 2) {
+            double sum = (double)dsent[1];
+            for (int64_t e = 0; e < s.d; e++) sum += (double)dsent[2 + e] * (centre[e] - values[r * s.d + e]);
+            *constant++ = (ls_real)sum;
+        }
     }
 }
 

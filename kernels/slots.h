@@ -14,7 +14,7 @@
 #ifndef LS_SLOTS_H
 #define LS_SLOTS_H
 
-#include "mechanism.h"
+#include "segments.h"
 
 /* saved[] and work[] that hold doubles. */
 static inline ls_real *ls_take_doubles(ls_arena *arena, int64_t n)
@@ -46,10 +46,39 @@ void ls_chunk_hide(const ls_chunk *c, int64_t R, const uint8_t *pad, int64_t row
 /* Zeros in padded rows of v. */
 void ls_chunk_blank(const ls_chunk *c, ls_view v, int64_t d, const uint8_t *pad, int64_t rows);
 
-/* The values' reference travels with the sums of segments, as d + 1 reals of each (b,h): the sum of the values that are
- * not padded, and how many these are. `row`: room for H d doubles. */
-void ls_reference_sums(const ls_pass *p, double *row, ls_real *sums, int64_t stride);
-void ls_reference(int64_t d, const ls_real *sums, ls_real *reference);
+/* What slots are made of is summed before: for each (b,h) the segments of the queries, unless keys alone make
+ * landmarks, those of the keys, and the values' reference, as d + 1 reals: the sum of the values that are not padded,
+ * and how many these are. */
+typedef struct ls_landmarks {
+    int64_t count; /* segments of a sequence */
+    int first;     /* sequence that makes landmarks: 0 the queries, and the keys, 1 these alone */
+} ls_landmarks;
+
+/* Reals of a (b,h); where in them stand the queries (which = 0), the keys (1), the reference (2). */
+static inline int64_t ls_landmark_reals(const ls_pass *p, ls_landmarks l)
+{
+    return ((2 - l.first) * l.count + 1) * p->d + 1;
+}
+static inline int64_t ls_landmark_place(const ls_pass *p, ls_landmarks l, int which)
+{
+    return (which - l.first) * l.count * p->d;
+}
+static inline ls_segments ls_landmark_segments(const ls_pass *p, ls_landmarks l, int which)
+{
+    const ls_segments s = {which ? p->all_keys : p->all_queries, l.count};
+    return s;
+}
+static inline double ls_landmark_tokens(const ls_pass *p, ls_landmarks l, int which, int64_t c)
+{
+    return (double)ls_segment_tokens(ls_landmark_segments(p, l, which), c);
+}
+
+/* The sums of this rank's rows. `row`: room for H d doubles. */
+void ls_landmark_sums(const ls_pass *p, ls_landmarks l, double *row, ls_real *sums);
+/* The adjoint: rows of dq and dk += the gradient of their segment's sum. */
+void ls_landmark_spread(const ls_pass *p, ls_landmarks l, const ls_real *dsums);
+/* reference (B*H,d) from what was reduced. */
+void ls_landmark_reference(const ls_pass *p, ls_landmarks l, const ls_real *sums, ls_real *reference);
 
 typedef struct ls_slots {
     int64_t R, d;
@@ -59,15 +88,16 @@ typedef struct ls_slots {
 /* total (R,d) += aᵀ b, a (n,R), b (n,d). */
 void ls_slots_sum(ls_slots s, int64_t n, const ls_real *a, const ls_real *b, int64_t ldb, double *total);
 
-/* state (R, d+2): nothing written yet. */
-void ls_slots_begin(ls_slots s, double *state);
-/* n rows join: logits become e. values (n,d): v - reference. */
+/* state (G,R,d+2) of G (b,h): nothing written yet; and rounded, as it travels. */
+void ls_slots_begin(ls_slots s, int64_t G, double *state);
+void ls_slots_send(ls_slots s, int64_t G, const double *state, ls_real *sent);
+/* n rows join a state (R,d+2): logits become e. values (n,d): v - reference. */
 void ls_slots_write(ls_slots s, int64_t n, ls_real *logits, const ls_real *values, double *state);
 /* values (R,d) = V - reference, 0 where no key was; centre (d) their mean. */
 void ls_slots_values(ls_slots s, const ls_real *element, double *values, double *centre);
-/* c (d), which comes as the reference, and constant (R), from what was got of the crossing and this rank's gradients of
- * what it sent. `room`: for (R+1) d doubles. */
-void ls_slots_constants(ls_slots s, const ls_real *got, const ls_real *dsent, double *room, ls_real *c,
+/* c (G,d), which comes as the reference, and constant (G,R), from what was got of the crossing and this rank's
+ * gradients of what it sent. `room`: for (R+1) d doubles. */
+void ls_slots_constants(ls_slots s, int64_t G, const ls_real *got, const ls_real *dsent, double *room, ls_real *c,
                         ls_real *constant);
 /* logits (n,R) become e; dlogits (n,R), dv (n,d) are overwritten. values (n,d): v - c. */
 void ls_slots_write_backward(ls_slots s, int64_t n, const ls_real *sent, const ls_real *dsent, const ls_real *constant,
