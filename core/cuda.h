@@ -107,13 +107,18 @@ static inline int ls_row_blocks(int64_t rows)
     return ls_blocks(rows * LS_WARP, LS_THREADS);
 }
 
-/* Four numbers that are read at once, on a boundary of their size. */
-typedef struct alignas(4 * sizeof(ls_real)) ls_four {
-    ls_real v[4];
-} ls_four;
+/* N numbers side by side, of which up to four are read at once, on a boundary of as many. */
+template <int N> struct alignas((N < 4 ? N : 4) * sizeof(ls_real)) ls_few {
+    ls_real v[N];
+};
+typedef ls_few<4> ls_four;
+template <int N> __device__ static inline ls_few<N> ls_few_at(const ls_real *x)
+{
+    return *reinterpret_cast<const ls_few<N> *>(x);
+}
 __device__ static inline ls_four ls_four_at(const ls_real *x)
 {
-    return *reinterpret_cast<const ls_four *>(x);
+    return ls_few_at<4>(x);
 }
 LS_BOTH_SIDES int64_t ls_fours(int64_t n) /* n, so that what follows is on such a boundary */
 {

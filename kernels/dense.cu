@@ -17,23 +17,20 @@ extern "C" {
 
 #include "rng_inline.h"
 
-/* W numbers that are read at once. */
-template <int W> struct alignas(W * sizeof(ls_real)) pack {
-    ls_real v[W];
-};
-template <int W> __device__ static inline pack<W> load(const ls_real *x, int64_t i)
+/* Item i of rows that are read W numbers at once. */
+template <int W> __device__ static inline ls_few<W> load(const ls_real *x, int64_t i)
 {
-    return reinterpret_cast<const pack<W> *>(x)[i];
+    return reinterpret_cast<const ls_few<W> *>(x)[i];
 }
-template <int W> __device__ static inline void store(ls_real *x, int64_t i, pack<W> value)
+template <int W> __device__ static inline void store(ls_real *x, int64_t i, ls_few<W> value)
 {
-    reinterpret_cast<pack<W> *>(x)[i] = value;
+    reinterpret_cast<ls_few<W> *>(x)[i] = value;
 }
 
 /* Whether rows of n numbers at these pointers can be read by fours. */
 template <typename... P> static bool wide(int64_t n, const P *...p)
 {
-    return n % 4 == 0 && ((uintptr_t(p) | ...) & (sizeof(pack<4>) - 1)) == 0;
+    return n % 4 == 0 && ((uintptr_t(p) | ...) & (sizeof(ls_four) - 1)) == 0;
 }
 
 /* ------------------------------------------------------------------------------------------------ elements */
@@ -43,8 +40,8 @@ template <typename F, int W> __global__ static void map(int64_t n, F f, const ls
 {
     LS_EACH(i, n)
     {
-        const pack<W> x = load<W>(a, i), z = F::inputs == 2 ? load<W>(b, i) : x;
-        pack<W> out;
+        const ls_few<W> x = load<W>(a, i), z = F::inputs == 2 ? load<W>(b, i) : x;
+        ls_few<W> out;
         for (int k = 0; k < W; k++) out.v[k] = f(x.v[k], z.v[k]);
         store<W>(y, i, out);
     }
@@ -245,9 +242,9 @@ template <int W> __global__ static void column_sums(int64_t rows, int64_t n, con
     const share<W> s = my_share<W>();
     double acc[W] = {0};
     for (int64_t r = s.first; r < rows && s.column < n; r += DEEP * s.step) {
-        pack<W> at[DEEP];
+        ls_few<W> at[DEEP];
         for (int u = 0; u < DEEP; u++)
-            at[u] = r + u * s.step < rows ? load<W>(x, ((r + u * s.step) * n + s.column) / W) : pack<W>();
+            at[u] = r + u * s.step < rows ? load<W>(x, ((r + u * s.step) * n + s.column) / W) : ls_few<W>();
         for (int u = 0; u < DEEP; u++)
             for (int k = 0; k < W; k++) acc[k] += (double)at[u].v[k];
     }
@@ -320,7 +317,7 @@ __global__ static void product_alike(int64_t rows, int64_t in, int64_t out, cons
         fetch_tile(begin, out, at, in, w, ws);
         __syncthreads();
         for (int k = 0; k < DEPTH; k++) {
-            const pack<4> a = load<4>(xs[k] + row, 0), c = load<4>(ws[k] + column, 0);
+            const ls_four a = load<4>(xs[k] + row, 0), c = load<4>(ws[k] + column, 0);
             for (int i = 0; i < 4; i++)
                 for (int j = 0; j < 4; j++) sum[i][j] += a.v[i] * c.v[j];
         }
@@ -364,7 +361,7 @@ __global__ static void norm(int64_t rows, int64_t E, const ls_real *x, const ls_
         double s = 0, q = 0;
         LS_EACH_LANE(j, E / W)
         {
-            const pack<W> at = load<W>(xr, j);
+            const ls_few<W> at = load<W>(xr, j);
             for (int k = 0; k < W; k++) {
                 const double d = (double)at.v[k] - c;
                 s += d;
@@ -377,8 +374,8 @@ __global__ static void norm(int64_t rows, int64_t E, const ls_real *x, const ls_
         if (threadIdx.x % LS_WARP == 0) mean[r] = mu, rstd[r] = rs;
         LS_EACH_LANE(j, E / W)
         {
-            const pack<W> at = load<W>(xr, j), wj = load<W>(w, j), bj = load<W>(b, j);
-            pack<W> out;
+            const ls_few<W> at = load<W>(xr, j), wj = load<W>(w, j), bj = load<W>(b, j);
+            ls_few<W> out;
             for (int k = 0; k < W; k++) out.v[k] = (at.v[k] - mu) * rs * wj.v[k] + bj.v[k];
             store<W>(y + r * E, j, out);
         }
@@ -403,13 +400,13 @@ __global__ static void norm_columns(int64_t rows, int64_t E, const ls_real *x, c
     const share<W> s = my_share<W>();
     double acc_w[W] = {0}, acc_b[W] = {0};
     for (int64_t r = s.first; r < rows && s.column < E; r += DEEP * s.step) {
-        pack<W> xs[DEEP], ds[DEEP];
+        ls_few<W> xs[DEEP], ds[DEEP];
         ls_real mu[DEEP], rs[DEEP];
         for (int u = 0; u < DEEP; u++) {
             const int64_t row = r + u * s.step;
             const bool there = row < rows;
-            xs[u] = there ? load<W>(x, (row * E + s.column) / W) : pack<W>();
-            ds[u] = there ? load<W>(dy, (row * E + s.column) / W) : pack<W>();
+            xs[u] = there ? load<W>(x, (row * E + s.column) / W) : ls_few<W>();
+            ds[u] = there ? load<W>(dy, (row * E + s.column) / W) : ls_few<W>();
             mu[u] = there ? mean[row] : 0;
             rs[u] = there ? rstd[row] : 0;
         }
@@ -435,7 +432,7 @@ __global__ static void norm_rows(int64_t rows, int64_t E, const ls_real *x, cons
         double sum_g = 0, sum_gx = 0;
         LS_EACH_LANE(j, E / W)
         {
-            const pack<W> at = load<W>(xr, j), d = load<W>(dyr, j), wj = load<W>(w, j);
+            const ls_few<W> at = load<W>(xr, j), d = load<W>(dyr, j), wj = load<W>(w, j);
             for (int k = 0; k < W; k++) {
                 const ls_real g = d.v[k] * wj.v[k];
                 sum_g += (double)g;
@@ -446,8 +443,8 @@ __global__ static void norm_rows(int64_t rows, int64_t E, const ls_real *x, cons
         const ls_real avg_gx = (ls_real)(ls_warp_sum(sum_gx) / (double)E);
         LS_EACH_LANE(j, E / W)
         {
-            const pack<W> at = load<W>(xr, j), d = load<W>(dyr, j), wj = load<W>(w, j);
-            pack<W> out = accumulate ? load<W>(dxr, j) : pack<W>();
+            const ls_few<W> at = load<W>(xr, j), d = load<W>(dyr, j), wj = load<W>(w, j);
+            ls_few<W> out = accumulate ? load<W>(dxr, j) : ls_few<W>();
             for (int k = 0; k < W; k++) out.v[k] += rs * (d.v[k] * wj.v[k] - avg_g - (at.v[k] - mu) * rs * avg_gx);
             store<W>(dxr, j, out);
         }
@@ -478,7 +475,7 @@ __global__ static void embed(int64_t rows, int64_t E, const int32_t *token, cons
         const int64_t v = token[r];
         LS_EACH_LANE(j, E / W)
         {
-            pack<W> out = v < 0 ? pack<W>() : load<W>(table + v * E, j);
+            ls_few<W> out = v < 0 ? ls_few<W>() : load<W>(table + v * E, j);
             for (int k = 0; k < W; k++) out.v[k] *= a;
             store<W>(y + r * E, j, out);
         }
@@ -542,10 +539,10 @@ __global__ static void embed_backward(int64_t rows, int64_t E, const int32_t *to
             if (hits >> k & 1) found[place++] = (uint16_t)(k * LS_THREADS + (int)threadIdx.x);
         __syncthreads();
         for (int i = warp; i < length && column < E; i += DEEP * WARPS) {
-            pack<W> at[DEEP];
+            ls_few<W> at[DEEP];
             for (int u = 0; u < DEEP; u++) {
                 const int item = i + u * WARPS;
-                at[u] = item < length ? load<W>(dy, ((first + found[item]) * E + column) / W) : pack<W>();
+                at[u] = item < length ? load<W>(dy, ((first + found[item]) * E + column) / W) : ls_few<W>();
             }
             for (int u = 0; u < DEEP; u++)
                 for (int k = 0; k < W; k++) acc[k] += (double)at[u].v[k];
@@ -623,7 +620,7 @@ __global__ static void drop_some(int64_t B, int64_t T, int64_t E, uint32_t drop,
         for (int j = 0; j < 8; j += W) {
             const int64_t e = counter * 8 + j;
             if (e >= E) break;
-            pack<W> at = load<W>(x, (row * E + e) / W);
+            ls_few<W> at = load<W>(x, (row * E + e) / W);
             for (int k = 0; k < W; k++) {
                 const uint32_t bits = word[(j + k) / 2] >> (j + k) % 2 * 16 & 0xffff;
                 at.v[k] = bits < drop ? 0 : at.v[k] * kept;
@@ -729,7 +726,7 @@ __global__ static void zero_some(int64_t B, int64_t T, int64_t E, int batch_firs
         const bool padded = pad != NULL && pad[b * T + t];
         if (!padded && x == y) continue;
         LS_EACH_LANE(j, E / W)
-        store<W>(y + r * E, j, padded ? pack<W>() : load<W>(x + r * E, j));
+        store<W>(y + r * E, j, padded ? ls_few<W>() : load<W>(x + r * E, j));
     }
 }
 

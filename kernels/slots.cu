@@ -72,15 +72,6 @@ __device__ static place place_of(ls_slot_sizes s, int64_t parts, int64_t slot_ti
     return place{g, g / s.H, g % s.H, j % slot_tiles * slots, i % feature_tiles * WIDTH, k % parts};
 }
 
-/* N numbers side by side, read four at a time. */
-template <int N> struct alignas((N < 4 ? N : 4) * sizeof(ls_real)) few {
-    ls_real v[N];
-};
-template <int N> __device__ static inline few<N> few_at(const ls_real *x)
-{
-    return *reinterpret_cast<const few<N> *>(x);
-}
-
 /* sum[i][j] += Σ_k a_i[k] b_j[k], k < CHUNK: rows a_i lie a_each numbers apart, b_j b_each. */
 template <int I, int J>
 __device__ static inline void product_of_rows(const ls_real *a, int a_each, const ls_real *b, int b_each,
@@ -88,12 +79,12 @@ __device__ static inline void product_of_rows(const ls_real *a, int a_each, cons
 {
 #pragma unroll 1
     for (int k = 0; k < CHUNK; k += 4) {
-        few<4> x[I];
+        ls_four x[I];
 #pragma unroll
-        for (int i = 0; i < I; i++) x[i] = few_at<4>(a + i * a_each + k);
+        for (int i = 0; i < I; i++) x[i] = ls_four_at(a + i * a_each + k);
 #pragma unroll
         for (int j = 0; j < J; j++) {
-            const few<4> y = few_at<4>(b + j * b_each + k);
+            const ls_four y = ls_four_at(b + j * b_each + k);
 #pragma unroll
             for (int i = 0; i < I; i++)
 #pragma unroll
@@ -109,8 +100,8 @@ __device__ static inline void product_of_columns(int n, const ls_real *a, int a_
 {
 #pragma unroll 2
     for (int k = 0; k < n; k++, a += a_next, b += WIDTH) {
-        const few<I> x = few_at<I>(a);
-        const few<4> y = few_at<4>(b);
+        const ls_few<I> x = ls_few_at<I>(a);
+        const ls_four y = ls_four_at(b);
 #pragma unroll
         for (int i = 0; i < I; i++)
 #pragma unroll
@@ -124,12 +115,12 @@ template <int I>
 __device__ static inline void product(int n, const ls_real *a, int a_each, const ls_real *b, ls_real (&sum)[I][8])
 {
     for (int k = 0; k < n; k += 4) {
-        few<4> x[I];
+        ls_four x[I];
 #pragma unroll
-        for (int i = 0; i < I; i++) x[i] = few_at<4>(a + i * a_each + k);
+        for (int i = 0; i < I; i++) x[i] = ls_four_at(a + i * a_each + k);
 #pragma unroll
         for (int c = 0; c < 4; c++, b += WIDTH) {
-            const few<4> y[2] = {few_at<4>(b), few_at<4>(b + WIDTH / 2)};
+            const ls_four y[2] = {ls_four_at(b), ls_four_at(b + WIDTH / 2)};
 #pragma unroll
             for (int i = 0; i < I; i++)
 #pragma unroll

@@ -32,13 +32,9 @@ enum { STEP_CHUNKS = 64, STEP_KEYS = 256 };              /* of a step: at most, 
 enum { TOP };                                            /* saved[] */
 enum { MAXIMUM, SUM, DELTA = LS_SOFTMAX_DELTA, CHUNKS }; /* work[] */
 
-struct alignas(4 * sizeof(ls_real)) four {
-    ls_real x[4];
-};
-
 static int is_wide(ls_view v)
 {
-    return (uintptr_t)v.p % sizeof(four) == 0 && v.sb % 4 == 0 && v.sh % 4 == 0 && v.st % 4 == 0;
+    return ls_is_four(v.p) && v.sb % 4 == 0 && v.sh % 4 == 0 && v.st % 4 == 0;
 }
 
 /* Features of the results that a block makes, how many such slices there are. */
@@ -108,32 +104,32 @@ __device__ static inline int staying(int row, int group)
 }
 
 /* Operands of the products: as they are, or as the tensor cores take them. */
-template <bool EXTRAS> __device__ static inline four narrowed(const softmax_call &p, four x)
+template <bool EXTRAS> __device__ static inline ls_four narrowed(const softmax_call &p, ls_four x)
 {
     if (EXTRAS && p.narrow)
-        for (int c = 0; c < 4; c++) x.x[c] = __bfloat162float(__float2bfloat16((float)x.x[c]));
+        for (int c = 0; c < 4; c++) x.v[c] = __bfloat162float(__float2bfloat16((float)x.v[c]));
     return x;
 }
 
 /* to = scale · features [f, f + 64) of the rows of a tile; 0 where there are none, or a row is padded. */
 template <int (*place_in)(int, int), bool EXTRAS>
-__device__ static inline void load(four *to, const softmax_call &p, ls_view v, const place &x, const tile &t, int64_t f,
-                                   const uint8_t *pad, ls_real scale)
+__device__ static inline void load(ls_four *to, const softmax_call &p, ls_view v, const place &x, const tile &t,
+                                   int64_t f, const uint8_t *pad, ls_real scale)
 {
     const int group = threadIdx.x % ACROSS;
     const int64_t left = p.d - f - 4 * group;
 #pragma unroll 4
     for (int i = 0; i < ROWS; i++) {
         const int r = i * (THREADS / ACROSS) + threadIdx.x / ACROSS;
-        four y = {{0, 0, 0, 0}};
+        ls_four y = {{0, 0, 0, 0}};
         if (r >= t.first && r < t.last && left > 0 && !ls_is_padded(pad, t.row + r)) {
             const ls_real *from = ls_row(v, x.b, x.h, t.row + r) + f + 4 * group;
             if (p.wide)
-                y = *(const four *)from;
+                y = *(const ls_four *)from;
             else
-                for (int c = 0; c < 4; c++) y.x[c] = c < left ? from[c] : 0;
+                for (int c = 0; c < 4; c++) y.v[c] = c < left ? from[c] : 0;
             y = narrowed<EXTRAS>(p, y);
-            for (int c = 0; c < 4; c++) y.x[c] *= scale;
+            for (int c = 0; c < 4; c++) y.v[c] *= scale;
         }
         to[place_in(r, group)] = y;
     }
@@ -141,45 +137,45 @@ __device__ static inline void load(four *to, const softmax_call &p, ls_view v, c
 
 /* s_ij += Σ_f a_if b_jf over `groups` of four features: rows 8y + i of a tile that stays, 4x + j of one that passes, of
  * which `rows` and `columns` are wanted. */
-__device__ static inline void multiply_features(const four *a, const four *b, int rows, int columns, int groups,
+__device__ static inline void multiply_features(const ls_four *a, const ls_four *b, int rows, int columns, int groups,
                                                 ls_real s[ROWS][COLUMNS])
 {
     const int y = threadIdx.x / ACROSS, x = threadIdx.x % ACROSS;
     if (ROWS * y >= rows || COLUMNS * x >= columns) return;
 #pragma unroll 2
     for (int g = 0; g < groups; g++) {
-        four v[COLUMNS];
+        ls_four v[COLUMNS];
 #pragma unroll
         for (int j = 0; j < COLUMNS; j++) v[j] = b[passing(COLUMNS * x + j, g)];
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            const four u = a[staying(ROWS * y + i, g)];
+            const ls_four u = a[staying(ROWS * y + i, g)];
 #pragma unroll
             for (int j = 0; j < COLUMNS; j++)
 #pragma unroll
-                for (int c = 0; c < 4; c++) s[i][j] += u.x[c] * v[j].x[c];
+                for (int c = 0; c < 4; c++) s[i][j] += u.v[c] * v[j].v[c];
         }
     }
 }
 
 /* o_ic += Σ_j s_ij b_jc over the rows of a tile that passes, `columns` of them: rows 8y + i, columns 4x + c. */
-__device__ static inline void multiply_rows(const four *s, const four *b, int rows, int columns,
+__device__ static inline void multiply_rows(const ls_four *s, const ls_four *b, int rows, int columns,
                                             ls_real o[ROWS][COLUMNS])
 {
     const int y = threadIdx.x / ACROSS, x = threadIdx.x % ACROSS, groups = (columns + 3) / 4;
     if (ROWS * y >= rows) return;
 #pragma unroll 2
     for (int g = 0; g < groups; g++) {
-        four v[4];
+        ls_four v[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) v[j] = b[passing(4 * g + j, x)];
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            const four u = s[staying(ROWS * y + i, g)];
+            const ls_four u = s[staying(ROWS * y + i, g)];
 #pragma unroll
             for (int j = 0; j < 4; j++)
 #pragma unroll
-                for (int c = 0; c < COLUMNS; c++) o[i][c] += u.x[j] * v[j].x[c];
+                for (int c = 0; c < COLUMNS; c++) o[i][c] += u.v[j] * v[j].v[c];
         }
     }
 }
@@ -187,9 +183,9 @@ __device__ static inline void multiply_rows(const four *s, const four *b, int ro
 /* s = a bᵀ over all features: rows of the tile that stays, which is there already if `kept`, and of one that passes.
  * The last slice of the latter is still there afterwards. */
 template <bool EXTRAS>
-__device__ static inline void scores(const softmax_call &p, const place &x, const tile &t, four *stays, four *passes,
-                                     ls_view a, const uint8_t *pad_a, ls_real scale_a, int kept, ls_view b,
-                                     const uint8_t *pad_b, ls_real scale_b, ls_real s[ROWS][COLUMNS])
+__device__ static inline void scores(const softmax_call &p, const place &x, const tile &t, ls_four *stays,
+                                     ls_four *passes, ls_view a, const uint8_t *pad_a, ls_real scale_a, int kept,
+                                     ls_view b, const uint8_t *pad_b, ls_real scale_b, ls_real s[ROWS][COLUMNS])
 {
 #pragma unroll
     for (int i = 0; i < ROWS; i++)
@@ -207,9 +203,9 @@ __device__ static inline void scores(const softmax_call &p, const place &x, cons
 /* o_n += factors b, slice n of the features of b: TILE from f0 + n TILE on. loaded: it is one slice, which passes has.
  */
 template <int N, bool EXTRAS>
-__device__ static inline void multiply_slices(const softmax_call &p, const place &x, const tile &t, const four *factors,
-                                              four *passes, int loaded, ls_view b, const uint8_t *pad_b,
-                                              ls_real scale_b, int64_t f0, ls_real o[N][ROWS][COLUMNS])
+__device__ static inline void
+multiply_slices(const softmax_call &p, const place &x, const tile &t, const ls_four *factors, ls_four *passes,
+                int loaded, ls_view b, const uint8_t *pad_b, ls_real scale_b, int64_t f0, ls_real o[N][ROWS][COLUMNS])
 {
 #pragma unroll
     for (int n = 0; n < N; n++) {
@@ -234,9 +230,9 @@ __device__ static inline void add_rows(const softmax_call &p, ls_view v, const p
         if (r < x.t.first || r >= x.t.last || f >= p.d) continue;
         ls_real *to = ls_row(v, x.b, x.h, x.t.row + r) + f;
         if (p.wide) {
-            four old = *(four *)to;
-            for (int c = 0; c < COLUMNS; c++) old.x[c] += scale * o[i][c];
-            *(four *)to = old;
+            ls_four old = *(ls_four *)to;
+            for (int c = 0; c < COLUMNS; c++) old.v[c] += scale * o[i][c];
+            *(ls_four *)to = old;
         } else
             for (int c = 0; c < COLUMNS && f + c < p.d; c++) to[c] += scale * o[i][c];
     }
@@ -244,18 +240,18 @@ __device__ static inline void add_rows(const softmax_call &p, ls_view v, const p
 
 /* The dropout factors D of query (row, position i) and the keys at j .. j + 3, j a multiple of 4, which is what one
  * call of the generator gives, see dropout_row in softmax.c. Only keys of the bits `seen` are looked up. */
-__device__ static inline four dropout(const softmax_call &p, const place &x, int64_t row, int64_t i, int64_t j,
-                                      int seen)
+__device__ static inline ls_four dropout(const softmax_call &p, const place &x, int64_t row, int64_t i, int64_t j,
+                                         int seen)
 {
-    four D = {{1, 1, 1, 1}};
+    ls_four D = {{1, 1, 1, 1}};
     if (p.draws) {
         uint32_t word[4];
         ls_random4_inline(p.seed, p.stream * 65536u + (uint32_t)x.h, (uint32_t)(p.sample + (uint64_t)x.b),
                           (uint64_t)i << 32 | (uint64_t)(j / 4), word);
-        for (int c = 0; c < 4; c++) D.x[c] = word[c] >= p.limit ? p.keep : 0;
+        for (int c = 0; c < 4; c++) D.v[c] = word[c] >= p.limit ? p.keep : 0;
     } else if (p.dropout_mask != NULL)
         for (int c = 0; c < 4; c++)
-            if (seen >> c & 1) D.x[c] = p.dropout_mask[(x.head * p.T + row) * p.all_keys + j + c];
+            if (seen >> c & 1) D.v[c] = p.dropout_mask[(x.head * p.T + row) * p.all_keys + j + c];
     return D;
 }
 
@@ -334,7 +330,7 @@ struct sum {
 template <int N, bool EXTRAS>
 __device__ static inline void update_rows(const softmax_call &p, const place &x, const tile &t, int seen,
                                           const ls_real s[ROWS][COLUMNS], ls_real m[ROWS], ls_real l[ROWS],
-                                          ls_real o[N][ROWS][COLUMNS], four *factors)
+                                          ls_real o[N][ROWS][COLUMNS], ls_four *factors)
 {
     const int r0 = ROWS * (threadIdx.x / ACROSS), c0 = COLUMNS * (threadIdx.x % ACROSS);
 #pragma unroll
@@ -352,14 +348,14 @@ __device__ static inline void update_rows(const softmax_call &p, const place &x,
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int c = 0; c < COLUMNS; c++) o[n][i][c] *= shrink;
-        four e;
+        ls_four e;
         for (int j = 0; j < COLUMNS; j++) {
-            e.x[j] = ls_exp(s[i][j] - ls_statistics_top(top));
-            l[i] += e.x[j];
+            e.v[j] = ls_exp(s[i][j] - ls_statistics_top(top));
+            l[i] += e.v[j];
         }
         if (EXTRAS && (p.draws || (p.dropout_mask != NULL && r >= x.t.first && r < x.t.last))) {
-            const four D = dropout(p, x, x.t.row + r, x.t.at + r, t.at + c0, seen);
-            for (int j = 0; j < COLUMNS; j++) e.x[j] *= D.x[j];
+            const ls_four D = dropout(p, x, x.t.row + r, x.t.at + r, t.at + c0, seen);
+            for (int j = 0; j < COLUMNS; j++) e.v[j] *= D.v[j];
         }
         factors[staying(r, c0 / COLUMNS)] = narrowed<EXTRAS>(p, e);
     }
@@ -368,7 +364,7 @@ __device__ static inline void update_rows(const softmax_call &p, const place &x,
 template <int N, bool EXTRAS>
 __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) forward_kernel(softmax_call p)
 {
-    __shared__ four stays[TILE * ACROSS], passes[TILE * ACROSS], probabilities[TILE * ACROSS];
+    __shared__ ls_four stays[TILE * ACROSS], passes[TILE * ACROSS], probabilities[TILE * ACROSS];
     const place x = place_of(p, p.query, p.queries, 1);
     const int64_t state = (x.slice * p.B * p.H + x.head) * p.T + x.t.row, f0 = x.slice * N * TILE;
     const int r0 = ROWS * (threadIdx.x / ACROSS), c0 = COLUMNS * (threadIdx.x % ACROSS);
@@ -503,7 +499,7 @@ ls_status ls_softmax_finish_backward_cuda(ls_pass *p, int phase)
 template <int N, bool EXTRAS>
 __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backward_kernel(softmax_call p)
 {
-    __shared__ four stays[TILE * ACROSS], passes[TILE * ACROSS], gradients[TILE * ACROSS];
+    __shared__ ls_four stays[TILE * ACROSS], passes[TILE * ACROSS], gradients[TILE * ACROSS];
     const place x = place_of(p, p.query, p.queries, 1);
     const int64_t row = x.head * p.T + x.t.row, f0 = x.slice * N * TILE;
     const int r0 = ROWS * (threadIdx.x / ACROSS), c0 = COLUMNS * (threadIdx.x % ACROSS);
@@ -530,20 +526,20 @@ __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backwa
             for (int i = 0; i < ROWS; i++) {
                 const int r = r0 + i;
                 if (EXTRAS && (p.draws || (p.dropout_mask != NULL && top[i] != INFINITY))) {
-                    const four D = dropout(p, x, x.t.row + r, x.t.at + r, t.at + c0, seen);
-                    for (int j = 0; j < COLUMNS; j++) dp[i][j] *= D.x[j];
+                    const ls_four D = dropout(p, x, x.t.row + r, x.t.at + r, t.at + c0, seen);
+                    for (int j = 0; j < COLUMNS; j++) dp[i][j] *= D.v[j];
                 }
                 const int lives = top[i] != INFINITY; /* else masks may hold anything */
-                four e, ds;                           /* e: p l */
+                ls_four e, ds;                        /* e: p l */
                 ls_real mass = 0, flow = 0;
                 for (int j = 0; j < COLUMNS; j++) {
-                    e.x[j] = lives ? ls_exp(s[i][j] - top[i]) : 0;
+                    e.v[j] = lives ? ls_exp(s[i][j] - top[i]) : 0;
                     if (EXTRAS && !lives) dp[i][j] = 0;
-                    mass += e.x[j], flow += e.x[j] * dp[i][j];
+                    mass += e.v[j], flow += e.v[j] * dp[i][j];
                 }
                 mass = across(mass, sum()), flow = across(flow, sum());
                 if (lives && !p.narrow && ls_statistics_whole(mass * p.inverse[row + r])) delta[i] = flow / mass;
-                for (int j = 0; j < COLUMNS; j++) ds.x[j] = e.x[j] * (dp[i][j] - delta[i]);
+                for (int j = 0; j < COLUMNS; j++) ds.v[j] = e.v[j] * (dp[i][j] - delta[i]);
                 gradients[staying(r, c0 / COLUMNS)] = narrowed<EXTRAS>(p, ds);
             }
             __syncwarp(); /* rows are written and read by the same warp */
@@ -566,7 +562,7 @@ __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backwa
 /* dk_j += Σ_i ds_ij (scale q_i), dv_j += Σ_i D p do_i. Rows of a tile are keys here, its columns queries. */
 template <int N, bool EXTRAS> __global__ static void __launch_bounds__(THREADS, 2) keys_backward_kernel(softmax_call p)
 {
-    __shared__ four stays[TILE * ACROSS], passes[TILE * ACROSS], factors[TILE * ACROSS];
+    __shared__ ls_four stays[TILE * ACROSS], passes[TILE * ACROSS], factors[TILE * ACROSS];
     const place x = place_of(p, p.key, p.keys, 0);
     const int64_t f0 = x.slice * N * TILE;
     const int r0 = ROWS * (threadIdx.x / ACROSS), c0 = COLUMNS * (threadIdx.x % ACROSS);
@@ -591,7 +587,7 @@ template <int N, bool EXTRAS> __global__ static void __launch_bounds__(THREADS, 
                 const ls_real *mask = EXTRAS && p.attn_mask != NULL && lives ? mask_row(p, x, t.row + c) : NULL;
 #pragma unroll
                 for (int half = 0; half < ROWS; half += 4) {
-                    four D = {{1, 1, 1, 1}};
+                    ls_four D = {{1, 1, 1, 1}};
                     if (EXTRAS && (p.draws || (p.dropout_mask != NULL && lives)))
                         D = dropout(p, x, t.row + c, t.at + c, x.t.at + r0 + half, seen >> half);
 #pragma unroll
@@ -600,8 +596,8 @@ template <int N, bool EXTRAS> __global__ static void __launch_bounds__(THREADS, 
                         const int visible = (seen >> i & 1) && (!p.causal || key <= t.at + c);
                         if (mask != NULL && visible) s[i][j] += mask[key];
                         const ls_real prob = visible ? inverse * ls_exp(s[i][j] - top) : 0;
-                        dp[i][j] = prob * (D.x[i - half] * dp[i][j] - delta);
-                        s[i][j] = prob * D.x[i - half];
+                        dp[i][j] = prob * (D.v[i - half] * dp[i][j] - delta);
+                        s[i][j] = prob * D.v[i - half];
                     }
                 }
             }

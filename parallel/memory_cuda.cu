@@ -8,8 +8,6 @@ extern "C" {
 
 #include <cuda_bf16.h>
 
-enum { WARPS = LS_THREADS / LS_WARP };
-
 static void copy(ls_queue *q, void *to, const void *from, size_t bytes)
 {
     if (bytes > 0 && to != from) cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, q->stream);
@@ -35,51 +33,42 @@ __device__ static char *row_of(const ls_rows &x, place at)
     return x.p + at.b * x.sb + at.h * x.sh + at.t * x.st;
 }
 
-#define EACH_ROW(row, rows)                                                                                            \
-    for (int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / LS_WARP; row < (rows);                              \
-         row += (int64_t)gridDim.x * WARPS)
-#define EACH_LANE(i, n) for (int64_t i = threadIdx.x % LS_WARP; i < (n); i += LS_WARP)
-
 /* T: what is moved at a time; bytes is a multiple of its size, rows lie on its boundary. */
 template <typename T> __global__ static void copy_kernel(ls_rows to, ls_rows from, int64_t n)
 {
-    EACH_ROW(row, to.nb * to.nh * n)
+    LS_EACH_ROW(row, to.nb * to.nh * n)
     {
         const place at = place_of(to, n, row);
         T *x = reinterpret_cast<T *>(row_of(to, at));
         const T *y = reinterpret_cast<const T *>(row_of(from, at));
-        EACH_LANE(i, to.row_bytes / (int64_t)sizeof(T)) x[i] = y[i];
+        LS_EACH_LANE(i, to.row_bytes / (int64_t)sizeof(T)) x[i] = y[i];
     }
 }
 
 __global__ static void add_kernel(ls_rows to, ls_rows from, int64_t n)
 {
-    EACH_ROW(row, to.nb * to.nh * n)
+    LS_EACH_ROW(row, to.nb * to.nh * n)
     {
         const place at = place_of(to, n, row);
         ls_real *x = reinterpret_cast<ls_real *>(row_of(to, at));
         const ls_real *y = reinterpret_cast<const ls_real *>(row_of(from, at));
-        EACH_LANE(i, to.row_bytes / (int64_t)sizeof *x) x[i] += y[i];
+        LS_EACH_LANE(i, to.row_bytes / (int64_t)sizeof *x) x[i] += y[i];
     }
 }
 
 __global__ static void clear_kernel(ls_rows x, int64_t n, const uint8_t *pad)
 {
-    EACH_ROW(row, x.nb * x.nh * n)
+    LS_EACH_ROW(row, x.nb * x.nh * n)
     {
         const place at = place_of(x, n, row);
         if (pad != NULL && !pad[at.b * n + at.t]) continue;
         char *y = row_of(x, at);
-        EACH_LANE(i, x.row_bytes) y[i] = 0;
+        LS_EACH_LANE(i, x.row_bytes) y[i] = 0;
     }
 }
 
-/* Four numbers at a time. */
-struct alignas(4 * sizeof(ls_real)) wide_four {
-    ls_real x[4];
-};
 struct alignas(8) narrow_four {
-    __nv_bfloat16 x[4];
+    __nv_bfloat16 v[4];
 };
 
 __global__ static void narrow_kernel(int64_t n, ls_real *x, __nv_bfloat16 *to)
@@ -87,21 +76,21 @@ __global__ static void narrow_kernel(int64_t n, ls_real *x, __nv_bfloat16 *to)
     LS_EACH(i, (n + 3) / 4)
     {
         const int64_t left = ls_min(4, n - 4 * i);
-        wide_four y = {};
+        ls_four y = {};
         if (left == 4)
-            y = reinterpret_cast<const wide_four *>(x)[i];
+            y = reinterpret_cast<const ls_four *>(x)[i];
         else
-            for (int64_t e = 0; e < left; e++) y.x[e] = x[4 * i + e];
+            for (int64_t e = 0; e < left; e++) y.v[e] = x[4 * i + e];
         narrow_four z;
         for (int e = 0; e < 4; e++) {
-            z.x[e] = __float2bfloat16((float)y.x[e]);
-            y.x[e] = __bfloat162float(z.x[e]);
+            z.v[e] = __float2bfloat16((float)y.v[e]);
+            y.v[e] = __bfloat162float(z.v[e]);
         }
         if (left == 4) {
-            reinterpret_cast<wide_four *>(x)[i] = y;
+            reinterpret_cast<ls_four *>(x)[i] = y;
             reinterpret_cast<narrow_four *>(to)[i] = z;
         } else {
-            for (int64_t e = 0; e < left; e++) x[4 * i + e] = y.x[e], to[4 * i + e] = z.x[e];
+            for (int64_t e = 0; e < left; e++) x[4 * i + e] = y.v[e], to[4 * i + e] = z.v[e];
         }
     }
 }
@@ -113,9 +102,9 @@ __global__ static void widen_kernel(int64_t n, const __nv_bfloat16 *from, ls_rea
         const int64_t left = ls_min(4, n - 4 * i);
         if (left == 4) {
             const narrow_four z = reinterpret_cast<const narrow_four *>(from)[i];
-            wide_four y;
-            for (int e = 0; e < 4; e++) y.x[e] = __bfloat162float(z.x[e]);
-            reinterpret_cast<wide_four *>(x)[i] = y;
+            ls_four y;
+            for (int e = 0; e < 4; e++) y.v[e] = __bfloat162float(z.v[e]);
+            reinterpret_cast<ls_four *>(x)[i] = y;
         } else {
             for (int64_t e = 0; e < left; e++) x[4 * i + e] = __bfloat162float(from[4 * i + e]);
         }
@@ -153,7 +142,7 @@ static int is_aligned(const ls_rows &x, int64_t bytes)
 
 static int blocks_of(const ls_rows &x, int64_t n)
 {
-    return ls_blocks(x.nb * x.nh * n, WARPS);
+    return ls_row_blocks(x.nb * x.nh * n);
 }
 
 enum { PIECE = 2048 };
@@ -218,7 +207,7 @@ static void identity(ls_queue *q, ls_monoid m, ls_real *x)
 __global__ static void combine_kernel(ls_monoid m, const ls_real *left, const ls_real *right, ls_real *out)
 {
     const int64_t stride = ls_monoid_stride(m), first = m.has_max, tail = first + m.scaled;
-    EACH_ROW(g, m.groups)
+    LS_EACH_ROW(g, m.groups)
     {
         const ls_real *l = left + g * stride, *r = right + g * stride;
         ls_real *o = out + g * stride, a = 1, b = 1, top = 0;
@@ -228,7 +217,7 @@ __global__ static void combine_kernel(ls_monoid m, const ls_real *left, const ls
         }
         __syncwarp();
         if (m.has_max && threadIdx.x % LS_WARP == 0) o[0] = top;
-        EACH_LANE(i, stride)
+        LS_EACH_LANE(i, stride)
         {
             if (i >= tail)
                 o[i] = l[i] + r[i];
@@ -260,7 +249,7 @@ static void combine(ls_queue *q, ls_monoid m, const ls_real *left, const ls_real
         LS_LAUNCH(q, decay_kernel, ls_blocks(m.groups, LS_THREADS), LS_THREADS, 0, m, left, right, out);
         LS_LAUNCH(q, count_kernel, 1, 1, 0, left + reals, right + reals, out + reals);
     } else if (m.groups > 0) {
-        LS_LAUNCH(q, combine_kernel, ls_blocks(m.groups, WARPS), LS_THREADS, 0, m, left, right, out);
+        LS_LAUNCH(q, combine_kernel, ls_row_blocks(m.groups), LS_THREADS, 0, m, left, right, out);
     }
 }
 
@@ -268,11 +257,11 @@ static void combine(ls_queue *q, ls_monoid m, const ls_real *left, const ls_real
 __global__ static void begin_kernel(ls_monoid m, const ls_real *got, const ls_real *dgot, ls_real *back)
 {
     const int64_t stride = ls_monoid_stride(m);
-    EACH_ROW(g, m.groups)
+    LS_EACH_ROW(g, m.groups)
     {
         const ls_real top = got[g * stride];
         const int empty = top == -INFINITY;
-        EACH_LANE(i, stride)
+        LS_EACH_LANE(i, stride)
         {
             const ls_real x = i > 0 ? dgot[g * stride + i] : empty ? -INFINITY : -top;
             back[g * stride + i] = i > 0 && i <= m.scaled && empty ? 0 : x;
@@ -285,19 +274,19 @@ static void vjp_begin(ls_queue *q, ls_monoid m, const ls_real *got, const ls_rea
     if (!m.has_max)
         copy(q, back, dgot, (size_t)ls_monoid_size(m) * sizeof *back);
     else if (m.groups > 0)
-        LS_LAUNCH(q, begin_kernel, ls_blocks(m.groups, WARPS), LS_THREADS, 0, m, got, dgot, back);
+        LS_LAUNCH(q, begin_kernel, ls_row_blocks(m.groups), LS_THREADS, 0, m, got, dgot, back);
 }
 
 /* dsent may be arrived. */
 __global__ static void end_kernel(ls_monoid m, const ls_real *sent, const ls_real *arrived, ls_real *dsent)
 {
     const int64_t stride = ls_monoid_stride(m);
-    EACH_ROW(g, m.groups)
+    LS_EACH_ROW(g, m.groups)
     {
         const ls_real back = arrived[g * stride];
         const ls_real w = back == -INFINITY ? 0 : ls_statistics_weight(sent[g * stride], -back);
         __syncwarp();
-        EACH_LANE(i, stride)
+        LS_EACH_LANE(i, stride)
         {
             const ls_real x = arrived[g * stride + i];
             dsent[g * stride + i] = i == 0 ? 0 : i <= m.scaled ? x * w : x;
@@ -310,7 +299,7 @@ static void vjp_end(ls_queue *q, ls_monoid m, const ls_real *sent, const ls_real
     if (!m.has_max)
         copy(q, dsent, arrived, (size_t)ls_monoid_size(m) * sizeof *dsent);
     else if (m.groups > 0)
-        LS_LAUNCH(q, end_kernel, ls_blocks(m.groups, WARPS), LS_THREADS, 0, m, sent, arrived, dsent);
+        LS_LAUNCH(q, end_kernel, ls_row_blocks(m.groups), LS_THREADS, 0, m, sent, arrived, dsent);
 }
 
 extern "C" const ls_memory ls_cuda_memory = {copy,  zero,       copy_rows, add_rows, clear_rows, narrow,
