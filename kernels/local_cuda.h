@@ -2,7 +2,7 @@
 #ifndef LS_LOCAL_CUDA_H
 #define LS_LOCAL_CUDA_H
 
-#include "cuda.h"
+#include "dots_cuda.h"
 
 extern "C" {
 #include "local.h"

@@ -8,7 +8,7 @@
 #ifndef LS_PAIRS_H
 #define LS_PAIRS_H
 
-#include "cuda.h"
+#include "dots_cuda.h"
 
 enum {
     LS_PAIR_ROWS = 16,
