@@ -362,7 +362,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     const int64_t m = num_features(p), n = p->H * m * p->d;
     p->saved[PROJECTION] = ls_take(saved, n);
     ls_linear_cuda_plan(p, saved, work);
-    p->work[EXPONENTIALS] = ls_take(work, ls_linear_cuda_rows(p) * m);
+    p->work[EXPONENTIALS] = ls_take(work, p->backward ? ls_linear_cuda_rows(p) * m : 0);
     p->work[DRAW] = (ls_real *)ls_arena_take(work, p->backward ? 0 : (size_t)n * sizeof(double));
 }
 
