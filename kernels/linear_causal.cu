@@ -2,28 +2,28 @@
  * Theory: linear_slabs.h. */
 #include "linear_slabs.h"
 
-/* What is kept of rows from slab to slab lies slab after slab. */
-static void go_to_traced(const ls_pass *p, linear *x, cut c, int64_t rows, int64_t k)
+static void go_to_causal(const ls_pass *p, linear *x, cut c, int64_t k)
 {
-    ls_linear_go_to(p, x, c, rows, k);
+    ls_linear_go_to(p, x, c, p->T, k);
+    x->M = c.C;
+    x->causal = 1;
+}
+
+/* In backward: what is kept of rows from sweep to sweep lies slab after slab. */
+static void go_to_traced(const ls_pass *p, linear *x, cut c, int64_t k)
+{
     const int64_t at = p->B * p->H * k * c.C;
+    go_to_causal(p, x, c, k);
     x->c = x->all_c + at;
     x->inverse = x->all_inverse + at;
     x->delta = x->all_delta + at;
 }
 
-static void go_to_causal(ls_pass *p, linear *x, cut c, int64_t k)
-{
-    go_to_traced(p, x, c, p->T, k);
-    x->M = c.C;
-    x->causal = 1;
-}
-
 /* Chunks made ready, their c found. */
 static void load_causal(ls_pass *p, linear *x)
 {
-    ls_linear_load_queries(p, x);
-    ls_linear_load_keys(p, x);
+    map_of(p)->queries(p, x->s, x->a);
+    map_of(p)->keys(p, x->s, x->x, x->top);
     ls_linear_follow_maxima(p, x);
     ls_linear_ready_keys(p, x, keys_of(p), after_chunks(x), 0);
     ls_linear_ready_queries(p, x, before_chunks(x), after_chunks(x), NULL, x->A);
@@ -114,7 +114,7 @@ __device__ static inline double row_sum(double x)
     return x;
 }
 
-/* This thread's four numbers of row R, from e on: +=, or =. */
+/* This thread's four numbers of a row, from e on: +=, or =. */
 __device__ static inline void put_four(ls_real *row, int64_t e, int64_t d, int add, const ls_real (&sum)[4])
 {
     for (int c = 0; c < 4 && e + c < d; c++) row[e + c] = (add ? row[e + c] : 0) + sum[c];
@@ -148,9 +148,23 @@ __device__ static void multiply_near(const linear &x, int64_t P, int64_t R, ls_r
     }
 }
 
+/* sum += A S for the rows A (.,F) of a chunk and numbers [e0, e0 + 64) of S. a: shared memory of (64,WIDE), b:
+ * (WIDE,64). */
+__device__ static void add_state(const linear &x, const ls_real *A, const ls_real *S, int64_t e0, ls_real *a,
+                                 ls_real *b, ls_real (&sum)[4][4])
+{
+    for (int64_t f = 0; f < x.F; f += WIDE) {
+        __syncthreads();
+        load_numbers<CAUSAL_ROWS, WIDE>(A, 0, x.s.C, x.F, f, a);
+        load_numbers<WIDE, DEEP>(S, f, x.F, x.d, e0, b);
+        __syncthreads();
+        multiply_columns(WIDE, a, SHORT_PITCH, b, sum);
+    }
+}
+
 /* out = (w v + A S) / D of each chunk: w within it, S before it. */
 __global__ static void __launch_bounds__(LS_THREADS, 2)
-    attend(linear x, side q, level end, ls_view v, const uint8_t *pad, int fours, ls_view out)
+    attend(linear x, side q, side k, level end, ls_view v, int fours, ls_view out)
 {
     __shared__ __align__(32) ls_real w[TILE], rows[TILE], a[CAUSAL_ROWS * SHORT_PITCH], b[CAUSAL_ROWS * SHORT_PITCH];
     static_assert((int)(WIDE * PITCH) <= (int)(CAUSAL_ROWS * SHORT_PITCH), "a piece of a state lies in b");
@@ -166,9 +180,9 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
             const int64_t i = ROW + u * ACROSS;
             double D = 0;
             int flows;
-            for (int k = 0; k < 4; k++) {
-                const int64_t j = COLUMN + k * ACROSS;
-                const ls_real y = weight[u][k] * apart(x, i, j);
+            for (int v4 = 0; v4 < 4; v4++) {
+                const int64_t j = COLUMN + v4 * ACROSS;
+                const ls_real y = weight[u][v4] * apart(x, i, j);
                 w[i * PITCH + j] = y;
                 D += (double)y;
             }
@@ -178,16 +192,10 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
         for (int64_t e0 = 0; e0 < x.d; e0 += DEEP) {
             ls_real sum[4][4] = {{0}};
             __syncthreads();
-            load_rows<CAUSAL_ROWS>(x.s, R, x.s.C, x.d, e0, v, pad, fours, rows);
+            load_rows<CAUSAL_ROWS>(x.s, R, x.s.C, x.d, e0, v, k.pad, fours, rows);
             __syncthreads();
             multiply_columns(CAUSAL_ROWS, w, PITCH, rows, sum);
-            for (int64_t f = 0; f < x.F; f += WIDE) {
-                __syncthreads();
-                load_numbers<CAUSAL_ROWS, WIDE>(A, 0, x.s.C, x.F, f, a);
-                load_numbers<WIDE, DEEP>(S, f, x.F, x.d, e0, b);
-                __syncthreads();
-                multiply_columns(WIDE, a, SHORT_PITCH, b, sum);
-            }
+            add_state(x, A, S, e0, a, b, sum);
 #pragma unroll
             for (int u = 0; u < 4; u++) {
                 const int64_t i = ROW + u * ACROSS;
@@ -207,13 +215,11 @@ ls_status ls_linear_cuda_causal(ls_pass *p, int phase)
     const cut c = ls_linear_cut_rows(p, p->T, CAUSAL_ROWS);
     ls_linear_unpack(p, &x, p->summary[phase].got, p->summary[phase].got, x.running);
     for (int64_t k = 0; k < c.N; k += c.K) {
-        ls_linear_go_to(p, &x, c, p->T, k);
-        x.M = c.C;
-        x.causal = 1;
+        go_to_causal(p, &x, c, k);
         load_causal(p, &x);
         find_prefixes(p, &x);
-        LS_LAUNCH(p->queue, attend, ls_blocks(chunks_of(&x), 1), LS_THREADS, 0, x, queries_of(p), after_chunks(&x),
-                  p->own.v, p->own.pad, reads_fours(p->own.v, p->d), p->out);
+        LS_LAUNCH(p->queue, attend, ls_blocks(chunks_of(&x), 1), LS_THREADS, 0, x, queries_of(p), keys_of(p),
+                  after_chunks(&x), p->own.v, reads_fours(p->own.v, p->d), p->out);
     }
     return ls_launched(p->queue, "linear attention: causal");
 }
@@ -369,13 +375,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2) take_future(linear x, si
         take_state(x, R, v, k.pad, fours, S, rows, others, x.dB);
         for (int64_t e0 = 0; e0 < x.d; e0 += DEEP) {
             ls_real sum[4][4] = {{0}};
-            for (int64_t f = 0; f < x.F; f += WIDE) {
-                __syncthreads();
-                load_numbers<CAUSAL_ROWS, WIDE>(x.B + R * x.F, 0, x.s.C, x.F, f, rows);
-                load_numbers<WIDE, DEEP>(S, f, x.F, x.d, e0, others);
-                __syncthreads();
-                multiply_columns(WIDE, rows, SHORT_PITCH, others, sum);
-            }
+            add_state(x, x.B + R * x.F, S, e0, rows, others, sum);
 #pragma unroll
             for (int u = 0; u < 4; u++) {
                 const int64_t j = ROW + u * ACROSS;
@@ -392,7 +392,7 @@ static void sweep_past(ls_pass *p, linear *x, cut c)
 {
     const int fours = reads_fours(p->own.v, p->d) && reads_fours(p->dout, p->d);
     for (int64_t k = 0; k < c.N; k += c.K) {
-        go_to_causal(p, x, c, k);
+        go_to_traced(p, x, c, k);
         load_causal(p, x);
         find_prefixes(p, x);
         LS_LAUNCH(p->queue, attend_backward, ls_blocks(chunks_of(x), 1), LS_THREADS, 4 * TILE * sizeof(ls_real), *x,
@@ -408,9 +408,9 @@ static void sweep_past(ls_pass *p, linear *x, cut c)
 static void sweep_future(ls_pass *p, linear *x, cut c)
 {
     for (int64_t k = c.N == 0 ? -1 : (c.N - 1) / c.K * c.K; k >= 0; k -= c.K) {
-        go_to_causal(p, x, c, k);
-        ls_linear_load_queries(p, x);
-        ls_linear_load_keys(p, x);
+        go_to_traced(p, x, c, k);
+        map_of(p)->queries(p, x->s, x->a);
+        map_of(p)->keys(p, x->s, x->x, x->top);
         ls_linear_ready_keys(p, x, keys_of(p), after_chunks(x), 1);
         ls_linear_ready_queries(p, x, before_chunks(x), after_chunks(x), x->inverse, x->A);
         ls_linear_gather_gradients(p, x);

@@ -1,6 +1,53 @@
-/* Linear attention by pairs of queries and keys on a GPU: weights within problems and their gradients, for which others
- * call, and attention to few keys, which go to all ranks as they are. Theory: linear_slabs.h. */
+/* Linear attention by pairs of queries and keys on a GPU: weights and their gradients, and attention to few keys, which
+ * go to all ranks as they are. Theory: linear_slabs.h. */
 #include "linear_slabs.h"
+
+/* ------------------------------------------------------------------------------------------------ rows, products */
+
+__global__ static void stage_rows(slab s, int64_t d, ls_view v, const uint8_t *pad, ls_real *to)
+{
+    LS_EACH_ROW(R, rows_of(s))
+    {
+        const place at = place_of(s, R);
+        const int there = is_there(s, pad, at);
+        const ls_real *from = ls_row(v, at.b, at.h, at.t);
+        LS_EACH_LANE(e, d) to[R * d + e] = there ? from[e] : 0;
+    }
+}
+
+__global__ static void write_rows(slab s, int64_t d, const ls_real *from, const ls_real *scale, ls_view v,
+                                  const uint8_t *pad)
+{
+    LS_EACH_ROW(R, rows_of(s))
+    {
+        const place at = place_of(s, R);
+        if (at.t >= s.rows) continue;
+        const int there = is_there(s, pad, at);
+        const ls_real by = scale == NULL ? 1 : scale[R];
+        ls_real *to = ls_row(v, at.b, at.h, at.t);
+        LS_EACH_LANE(e, d) to[e] = there ? by * from[R * d + e] : 0;
+    }
+}
+
+/* Rows of a slab from a tensor; and to it, times scale (R), NULL: 1. Padded ones are 0. */
+static void copy_rows(ls_pass *p, const linear *x, ls_view v, const uint8_t *pad, ls_real *to)
+{
+    LS_LAUNCH(p->queue, stage_rows, ls_row_blocks(rows_of(x->s)), LS_THREADS, 0, x->s, x->d, v, pad, to);
+}
+
+static void put_rows(ls_pass *p, const linear *x, const ls_real *from, const ls_real *scale, ls_view v,
+                     const uint8_t *pad)
+{
+    LS_LAUNCH(p->queue, write_rows, ls_row_blocks(rows_of(x->s)), LS_THREADS, 0, x->s, x->d, from, scale, v, pad);
+}
+
+/* C_i (m,n) = op(A_i) op(B_i), a batch of matrices that lie one after the other. */
+static void multiply(ls_pass *p, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, const ls_real *a,
+                     const ls_real *b, ls_real *c, int64_t batch)
+{
+    ls_gemm_batch(p->queue, transpose_a, transpose_b, m, n, k, 1, a, transpose_a ? m : k, m * k, b, transpose_b ? k : n,
+                  k * n, 0, c, n, m * n, batch);
+}
 
 /* ------------------------------------------------------------------------------------------------ within */
 
@@ -31,46 +78,40 @@ __device__ static inline ls_real apart(const linear &x, const outlook &y, int64_
     return x.turns ? (ls_real)(y.cosine * x.step[2 * j + 1] + y.sine * x.step[2 * j]) : 1;
 }
 
-/* The denominator of row R: w, which holds a·b, becomes the weights of what is within; z (F) of its problem or NULL: of
- * what came before. A lane writes what it will read. */
-__device__ static double weigh_row(const linear &x, const outlook &y, int64_t R, const ls_real *z)
+/* w, which holds a·b of the pairs of row R, becomes their weights, of which this is the sum. A lane writes what it will
+ * read. */
+__device__ static double weigh_row(const linear &x, const outlook &y, ls_real *w)
 {
     double sum = 0;
-    ls_real *w = x.w + R * x.n;
     LS_EACH_LANE(j, x.n)
     {
         w[j] = j < y.sees ? w[j] * apart(x, y, j) : 0;
         sum += (double)w[j];
     }
-    const ls_real *A = x.A + R * x.F;
-    LS_EACH_LANE(f, z == NULL ? 0 : x.F) sum += (double)A[f] * (double)z[f];
     return ls_warp_sum(sum);
 }
 
-__global__ static void weigh(linear x, const ls_real *z, int divides)
+__global__ static void weigh(linear x)
 {
     LS_EACH_ROW(R, rows_of(x.s))
     {
         int flows;
-        const double D = weigh_row(x, outlook_of(x, R % x.M), R, z == NULL ? NULL : z + R / x.M * x.F);
+        const double D = weigh_row(x, outlook_of(x, R % x.M), x.w + R * x.n);
         const ls_real inverse = ls_linear_inverse(D, x.floor, &flows);
         if (threadIdx.x % LS_WARP == 0) x.inverse[R] = inverse;
-        LS_EACH_LANE(f, divides ? x.F : 0) x.A[R * x.F + f] *= inverse;
     }
 }
 
-__global__ static void weigh_backward(linear x, const ls_real *z, int divides)
+/* w, dw hold a·b, do·v: they become w / D, the gradient of a·b. δ is the sum of what it is taken from, in double. */
+__global__ static void weigh_backward(linear x)
 {
     LS_EACH_ROW(R, rows_of(x.s))
     {
         const outlook y = outlook_of(x, R % x.M);
-        const ls_real *sum = z == NULL ? NULL : z + R / x.M * x.F;
-        const int64_t F = z == NULL ? 0 : x.F;
-        ls_real *w = x.w + R * x.n, *dw = x.dw + R * x.n, *A = x.A + R * x.F, *dA = x.dA + R * x.F;
-        const double D = weigh_row(x, y, R, sum);
+        ls_real *w = x.w + R * x.n, *dw = x.dw + R * x.n;
+        const double D = weigh_row(x, y, w);
         double dot = 0;
         LS_EACH_LANE(j, x.n) dot += (double)w[j] * (double)dw[j];
-        LS_EACH_LANE(f, F) dot += (double)A[f] * (double)dA[f];
         dot = ls_warp_sum(dot);
         int flows;
         const ls_real by = ls_linear_inverse(D, x.floor, &flows), delta = flows ? (ls_real)(dot / D) : 0;
@@ -79,26 +120,8 @@ __global__ static void weigh_backward(linear x, const ls_real *z, int divides)
             dw[j] = by * (dw[j] - delta) * apart(x, y, j);
             w[j] *= by;
         }
-        LS_EACH_LANE(f, F)
-        {
-            dA[f] = by * (dA[f] - delta * sum[f]);
-            if (divides) A[f] *= by;
-        }
-        if (threadIdx.x % LS_WARP != 0) continue;
-        x.inverse[R] = by;
-        x.delta[R] = delta;
-        x.flows[R] = (ls_real)flows;
+        if (threadIdx.x % LS_WARP == 0) x.flows[R] = (ls_real)flows;
     }
-}
-
-void ls_linear_weigh(ls_pass *p, const linear *x, const ls_real *z, int divides)
-{
-    LAUNCH_ROWS(p, weigh, *x, z, divides);
-}
-
-void ls_linear_weigh_backward(ls_pass *p, const linear *x, const ls_real *z, int divides)
-{
-    LAUNCH_ROWS(p, weigh_backward, *x, z, divides);
 }
 
 /* Steep problems pair by pair, a block for each: w, da, and db, which is that of x. */
@@ -144,9 +167,10 @@ __global__ static void steep_gradients(linear x, level end, int64_t problems)
     }
 }
 
-void ls_linear_multiply_near(ls_pass *p, const linear *x, level end, int64_t problems)
+/* w (M,n) of each problem = a·b. */
+static void multiply_near(ls_pass *p, const linear *x, level end, int64_t problems)
 {
-    ls_linear_multiply(p, 0, 1, x->M, x->n, x->r, x->a_near, x->b, 0, x->w, problems);
+    multiply(p, 0, 1, x->M, x->n, x->r, x->a_near, x->b, x->w, problems);
     if (x->causal && x->exponentials > 0)
         LS_LAUNCH(p->queue, steep_weights, ls_blocks(problems, 1), LS_THREADS, 0, *x, end, problems);
 }
@@ -163,13 +187,15 @@ __global__ static void finish_near_keys(linear x, level end, int64_t rows, int64
     }
 }
 
-void ls_linear_near_gradients(ls_pass *p, linear *x, level end, int64_t problems, int64_t repeats, ls_real *db,
-                              ls_real *dv)
+/* What pairs get that are ready, w and dw made by weigh_backward: da of a_near, db of x, and dv. Keys are the same for
+ * `repeats` chunks of C queries one after the other. */
+static void near_gradients(ls_pass *p, linear *x, level end, int64_t problems, int64_t repeats, ls_real *db,
+                           ls_real *dv)
 {
     const int64_t chunks = problems * repeats, C = x->s.C;
-    ls_linear_multiply(p, 0, 0, x->M, x->r, x->n, x->dw, x->b, 0, x->da, problems);
-    ls_linear_multiply(p, 1, 0, x->n, x->r, C, x->dw, x->a_near, 0, db, chunks);
-    ls_linear_multiply(p, 1, 0, x->n, x->d, C, x->w, x->dout, 0, dv, chunks);
+    multiply(p, 0, 0, x->M, x->r, x->n, x->dw, x->b, x->da, problems);
+    multiply(p, 1, 0, x->n, x->r, C, x->dw, x->a_near, db, chunks);
+    multiply(p, 1, 0, x->n, x->d, C, x->w, x->dout, dv, chunks);
     if (x->exponentials == 0) return;
     x->db = db;
     if (x->causal) LS_LAUNCH(p->queue, steep_gradients, ls_blocks(problems, 1), LS_THREADS, 0, *x, end, problems);
@@ -221,20 +247,21 @@ ls_status ls_linear_cuda_share(ls_pass *p, int phase)
     const cut c = ls_linear_cut_rows(p, p->S, SHORT);
     if (c.N > 0) {
         ls_linear_go_to(p, &x, c, p->S, 0);
-        ls_linear_load_keys(p, &x);
-        ls_linear_stage(p, &x, p->own.v, p->own.pad, x.v);
+        map_of(p)->keys(p, x.s, x.x, x.top);
+        copy_rows(p, &x, p->own.v, p->own.pad, x.v);
         LAUNCH_ROWS(p, send_keys, x, keys_of(p), message_of(p, &x, p->S), p->gathered[phase + 1].mine);
     }
     return ls_launched(p->queue, "linear attention: share");
 }
 
-/* db and, in out, dv. */
-__global__ static void receive_gradients(linear x, message m, const ls_real *dkeys)
+/* db, 0 where no key is, and, in out, dv. */
+__global__ static void receive_gradients(linear x, side k, message m, const ls_real *dkeys)
 {
     LS_EACH_ROW(R, rows_of(x.s))
     {
         const ls_real *from = dkeys + in_message(m, R);
-        LS_EACH_LANE(f, m.r) x.db[R * m.r + f] = from[f];
+        const int there = is_there(x.s, k.pad, place_of(x.s, R));
+        LS_EACH_LANE(f, m.r) x.db[R * m.r + f] = there ? from[f] : 0;
         LS_EACH_LANE(e, m.d) x.out[R * m.d + e] = from[m.r + e];
     }
 }
@@ -245,10 +272,10 @@ ls_status ls_linear_cuda_share_backward(ls_pass *p, int phase)
     const cut c = ls_linear_cut_rows(p, p->S, SHORT);
     if (c.N > 0) {
         ls_linear_go_to(p, &x, c, p->S, 0);
-        ls_linear_load_keys(p, &x);
-        LAUNCH_ROWS(p, receive_gradients, x, message_of(p, &x, p->S), p->gathered[phase + 1].dmine);
-        ls_linear_clean_rows(p, &x);
-        ls_linear_write_keys(p, &x, 0);
+        map_of(p)->keys(p, x.s, x.x, x.top);
+        LAUNCH_ROWS(p, receive_gradients, x, keys_of(p), message_of(p, &x, p->S), p->gathered[phase + 1].dmine);
+        map_of(p)->keys_backward(p, x.s, x.db, 0);
+        put_rows(p, &x, x.out, NULL, p->own.dv, p->own.pad);
     }
     return ls_launched(p->queue, "linear attention: gradient of share");
 }
@@ -334,7 +361,7 @@ static level load_pairs(ls_pass *p, linear *x, const all_keys *k, cut c, int64_t
     x->M = x->s.K * x->s.C;
     x->relative = p->query_span[0].lo + x->s.first;
     x->stand = queries_of(p).angle + 2 * x->s.first;
-    ls_linear_load_queries(p, x);
+    map_of(p)->queries(p, x->s, x->a);
     const level end = {x->c + x->M - 1, x->M, 0};
     const side keys = {NULL, NULL};
     if (x->exponentials > 0) LAUNCH_ROWS(p, see_keys, *x, k->top);
@@ -342,7 +369,7 @@ static level load_pairs(ls_pass *p, linear *x, const all_keys *k, cut c, int64_t
     of_keys.s = k->s;
     ls_linear_ready_keys(p, &of_keys, keys, end, 0);
     ls_linear_ready_queries(p, x, nowhere, end, NULL, NULL);
-    ls_linear_multiply_near(p, x, end, p->B * p->H);
+    multiply_near(p, x, end, p->B * p->H);
     return end;
 }
 
@@ -353,9 +380,9 @@ ls_status ls_linear_cuda_pairs(ls_pass *p, int phase)
     const cut c = ls_linear_cut_rows(p, p->T, CAUSAL_ROWS);
     for (int64_t k = 0; k < c.N; k += c.K) {
         load_pairs(p, &x, &keys, c, k);
-        ls_linear_weigh(p, &x, NULL, 0);
-        ls_linear_multiply(p, 0, 0, x.M, x.d, x.n, x.w, keys.v, 0, x.out, p->B * p->H);
-        ls_linear_put_rows(p, &x, x.out, x.inverse, p->out, p->pad_q, 0);
+        LAUNCH_ROWS(p, weigh, x);
+        multiply(p, 0, 0, x.M, x.d, x.n, x.w, keys.v, x.out, p->B * p->H);
+        put_rows(p, &x, x.out, x.inverse, p->out, p->pad_q);
     }
     return ls_launched(p->queue, "linear attention: pairs");
 }
@@ -369,10 +396,10 @@ ls_status ls_linear_cuda_pairs_backward(ls_pass *p, int phase)
     ls_linear_clear(p, &x, S * (x.r + x.d), NULL);
     for (int64_t k = 0; k < c.N; k += c.K) {
         const level end = load_pairs(p, &x, &keys, c, k);
-        ls_linear_stage(p, &x, p->dout, p->pad_q, x.dout);
-        ls_linear_multiply(p, 0, 1, x.M, S, x.d, x.dout, keys.v, 0, x.dw, G);
-        ls_linear_weigh_backward(p, &x, NULL, 0);
-        ls_linear_near_gradients(p, &x, end, G, x.s.K, keys.db, keys.dv);
+        copy_rows(p, &x, p->dout, p->pad_q, x.dout);
+        multiply(p, 0, 1, x.M, S, x.d, x.dout, keys.v, x.dw, G);
+        LAUNCH_ROWS(p, weigh_backward, x);
+        near_gradients(p, &x, end, G, x.s.K, keys.db, keys.dv);
         const numbers db = {keys.db, S * x.r, 0}, dv = {keys.dv, S * x.d, 0};
         ls_linear_scan(p, &x, db, dv, nowhere, 0);
         ls_linear_finish_queries(p, &x, nowhere, end, 0, 1);

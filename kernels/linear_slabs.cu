@@ -1,4 +1,4 @@
-/* Slabs of linear attention on a GPU: memory, rows, features made ready, gradients on their way back. Theory:
+/* Slabs of linear attention on a GPU: memory, features made ready, gradients on their way back. Theory:
  * linear_slabs.h. */
 #include "linear_slabs.h"
 
@@ -60,7 +60,7 @@ static int has_pairs(const ls_pass *p)
 namespace
 {
 typedef struct sizes {
-    int64_t G, R, P, n; /* R rows and P chunks of a slab, n keys within */
+    int64_t G, R, P, n; /* R rows and P chunks of a slab, n few keys */
     int64_t traced;     /* rows of c, inverse, delta */
     int64_t starts;     /* N + 1 */
     int back, near, turns;
@@ -157,7 +157,6 @@ linear ls_linear_begin(ls_pass *p)
     x.z = give(&w, s.P * F);
     x.all_z = give(&w, s.G * F);
     x.step = (double *)(void *)p->work[DOUBLES];
-    x.stand = x.step;
     x.running = x.step + 2 * (CAUSAL_ROWS + angles_of(p, p->T) + angles_of(p, p->S));
     w.at = p->work[TRACE];
     x.top = give(&w, R);
@@ -181,91 +180,18 @@ void ls_linear_go_to(const ls_pass *p, linear *x, cut c, int64_t rows, int64_t k
     x->s.rows = rows;
 }
 
-/* ------------------------------------------------------------------------------------------------ rows */
-
-__global__ static void stage_rows(slab s, int64_t d, ls_view v, const uint8_t *pad, ls_real *to)
-{
-    LS_EACH_ROW(R, rows_of(s))
-    {
-        const place at = place_of(s, R);
-        const int there = is_there(s, pad, at);
-        const ls_real *from = ls_row(v, at.b, at.h, at.t);
-        LS_EACH_LANE(e, d) to[R * d + e] = there ? from[e] : 0;
-    }
-}
-
-/* scale (R), NULL: 1. */
-__global__ static void write_rows(slab s, int64_t d, const ls_real *from, const ls_real *scale, ls_view v,
-                                  const uint8_t *pad, int add)
-{
-    LS_EACH_ROW(R, rows_of(s))
-    {
-        const place at = place_of(s, R);
-        if (at.t >= s.rows) continue;
-        const int there = is_there(s, pad, at);
-        const ls_real by = scale == NULL ? 1 : scale[R];
-        ls_real *to = ls_row(v, at.b, at.h, at.t);
-        LS_EACH_LANE(e, d)
-        {
-            const ls_real y = there ? by * from[R * d + e] : 0;
-            to[e] = add ? to[e] + y : y;
-        }
-    }
-}
-
-void ls_linear_stage(ls_pass *p, const linear *x, ls_view v, const uint8_t *pad, ls_real *to)
-{
-    LS_LAUNCH(p->queue, stage_rows, ls_row_blocks(chunks_of(x) * x->s.C), LS_THREADS, 0, x->s, x->d, v, pad, to);
-}
-
-void ls_linear_put_rows(ls_pass *p, const linear *x, const ls_real *from, const ls_real *scale, ls_view v,
-                        const uint8_t *pad, int add)
-{
-    LS_LAUNCH(p->queue, write_rows, ls_row_blocks(chunks_of(x) * x->s.C), LS_THREADS, 0, x->s, x->d, from, scale, v,
-              pad, add);
-}
-
-/* Rows (R,width) of a slab, and matrices (G,each), as views. */
-static ls_view view_of_rows(const linear *x, const ls_real *rows, int64_t width)
-{
-    const int64_t g = x->s.K * x->s.C * width;
-    const ls_view v = {const_cast<ls_real *>(rows), g, x->s.B * g, width};
-    return v;
-}
-
-static ls_view view_of_states(const linear *x, const ls_real *S)
-{
-    const int64_t g = x->F * x->d;
-    const ls_view v = {const_cast<ls_real *>(S), g, x->s.B * g, x->d};
-    return v;
-}
-
-static ls_view from_first(const linear *x, ls_view v)
-{
-    v.p += x->s.first * v.st;
-    return v;
-}
-
-void ls_linear_put_products(ls_pass *p, const linear *x, const ls_real *rows, const ls_real *S, double beta, ls_view to)
-{
-    ls_gemm_heads(p->queue, 0, 0, existing(x), x->d, x->F, 1, view_of_rows(x, rows, x->F), view_of_states(x, S), beta,
-                  from_first(x, to), x->s.B, x->s.H);
-}
-
-void ls_linear_take_products(ls_pass *p, const linear *x, ls_view from, const ls_real *S, ls_real *rows)
-{
-    ls_gemm_heads(p->queue, 0, 1, existing(x), x->F, x->d, 1, from_first(x, from), view_of_states(x, S), 0,
-                  view_of_rows(x, rows, x->F), x->s.B, x->s.H);
-}
-
-void ls_linear_multiply(ls_pass *p, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, const ls_real *a,
-                        const ls_real *b, double beta, ls_real *c, int64_t batch)
-{
-    ls_gemm_batch(p->queue, transpose_a, transpose_b, m, n, k, 1, a, transpose_a ? m : k, m * k, b, transpose_b ? k : n,
-                  k * n, beta, c, n, m * n, batch);
-}
-
 /* ------------------------------------------------------------------------------------------------ features */
+
+/* The maximum over the lanes up to this one. */
+__device__ static inline ls_real most_so_far(ls_real c)
+{
+    const int lane = threadIdx.x % LS_WARP;
+    for (int step = 1; step < LS_WARP; step *= 2) {
+        const ls_real other = __shfl_sync(0xffffffffu, c, lane < step ? lane : lane - step);
+        if (other > c) c = other;
+    }
+    return c;
+}
 
 /* Of each chunk alone: c (R), the maximum so far, and in start[g + k + 1] that of chunk k. A warp for each chunk. */
 __global__ static void find_maxima(linear x, side k, int64_t chunks, ls_real *start)
@@ -278,10 +204,7 @@ __global__ static void find_maxima(linear x, side k, int64_t chunks, ls_real *st
             const int64_t R = P * x.s.C + i + lane;
             ls_real c = most;
             if (i + lane < x.s.C && is_there(x.s, k.pad, place_of(x.s, R)) && x.top[R] > c) c = x.top[R];
-            for (int step = 1; step < LS_WARP; step *= 2) {
-                const ls_real other = __shfl_sync(0xffffffffu, c, lane < step ? lane : lane - step);
-                if (other > c) c = other;
-            }
+            c = most_so_far(c);
             if (i + lane < x.s.C) x.c[R] = c;
             most = __shfl_sync(0xffffffffu, c, LS_WARP - 1);
         }
@@ -298,10 +221,7 @@ __global__ static void follow_maxima(int64_t G, int64_t K, ls_real *start, int64
         ls_real *level = start + g * each, most = level[0];
         for (int64_t k = 1; k <= K; k += LS_WARP) {
             ls_real c = k + lane <= K && level[k + lane] > most ? level[k + lane] : most;
-            for (int step = 1; step < LS_WARP; step *= 2) {
-                const ls_real other = __shfl_sync(0xffffffffu, c, lane < step ? lane : lane - step);
-                if (other > c) c = other;
-            }
+            c = most_so_far(c);
             if (k + lane <= K) level[k + lane] = c;
             most = __shfl_sync(0xffffffffu, c, LS_WARP - 1);
         }
@@ -383,16 +303,6 @@ __global__ static void ready_queries(linear x, side q, level before, level end, 
     }
 }
 
-void ls_linear_load_queries(ls_pass *p, const linear *x)
-{
-    map_of(p)->queries(p, x->s, x->a);
-}
-
-void ls_linear_load_keys(ls_pass *p, const linear *x)
-{
-    map_of(p)->keys(p, x->s, x->x, x->top);
-}
-
 void ls_linear_follow_maxima(ls_pass *p, const linear *x)
 {
     if (x->exponentials == 0) return;
@@ -460,29 +370,9 @@ __global__ static void finish_keys(linear x, side k, const ls_real *z)
     }
 }
 
-__global__ static void clean_rows(linear x, side k, int64_t width, ls_real *rows)
-{
-    LS_EACH_ROW(R, rows_of(x.s))
-    {
-        if (is_there(x.s, k.pad, place_of(x.s, R))) continue;
-        LS_EACH_LANE(f, width) rows[R * width + f] = 0;
-    }
-}
-
 void ls_linear_finish_queries(ls_pass *p, const linear *x, level before, level end, int past, int near)
 {
     LAUNCH_ROWS(p, finish_queries, *x, queries_of(p), before, end, past, near);
-}
-
-void ls_linear_clean_rows(ls_pass *p, const linear *x)
-{
-    LAUNCH_ROWS(p, clean_rows, *x, keys_of(p), x->r, x->db);
-}
-
-void ls_linear_write_keys(ls_pass *p, const linear *x, int add)
-{
-    map_of(p)->keys_backward(p, x->s, x->db, add);
-    ls_linear_put_rows(p, x, x->out, NULL, p->own.dv, p->own.pad, add);
 }
 
 void ls_linear_finish_keys(ls_pass *p, const linear *x, const ls_real *z)

@@ -12,7 +12,7 @@
  *   each number: a chunk finds the sum of the chunks before it (in backward: after it) where its own sum was
  *   all keys: products of all rows of a (b,h) with its S, by cuBLAS; between them row by row, a warp for each
  *   causal: all that a chunk gives out, or its rows get, in a block, by way of shared memory
- *   few keys: products of staged rows (see ls_linear_stage), by cuBLAS
+ *   few keys: products of rows that are copied side by side, by cuBLAS
  *
  * Exponentials, c_i the maximum so far. A chunk's sum is seen from c at its end, and the scan takes it from c to c. A
  * query sees the state before its chunk through e^(c_before - c_i) <= 1. Within a chunk it sees keys from c at the end,
@@ -57,17 +57,17 @@ typedef struct linear {
     int64_t r, F, d, exponentials;
     double floor;
     int turns;
-    /* within: of each problem's M queries the first has its n keys at `relative`, - relative + 1, ... from itself */
+    /* M queries of a problem; few keys: the first has its n keys at `relative`, relative - 1, ... from itself */
     int64_t M, n, relative;
     int causal;
-    ls_real *v, *dout, *out;        /* (R,d); in backward out holds dv */
+    ls_real *v, *dout, *out;        /* (R,d), few keys; in backward out holds dv */
     ls_real *a, *da, *x, *b, *db;   /* (R,r); b = x where there are no exponentials */
     ls_real *a_near;                /* (R,r) a as it sees keys that are seen from c at the end; a or its own */
     ls_real *A, *dA, *B, *dB;       /* (R,F); dA and dB are the same memory, B = b where nothing turns */
     ls_real *w, *dw;                /* (R,n) of few keys */
     ls_real *S, *z, *all_S, *all_z; /* (P,F,d), (P,F); (G,F,d), (G,F) */
     double *running, *step;         /* (G, F (d+1)); (CAUSAL_ROWS,2) sin jω, cos jω */
-    const double *stand;            /* within, (M,2): sin, cos of ω(relative + i) */
+    const double *stand;            /* few keys, (M,2): sin, cos of ω(relative + i) */
     ls_real *top, *flows;           /* (R) */
     ls_real *c, *inverse, *delta;   /* (R) of this slab, in backward of all slabs one after the other */
     ls_real *all_c, *all_inverse, *all_delta;
@@ -111,12 +111,6 @@ static inline ls_real *give(purse *from, int64_t reals)
 static inline int64_t chunks_of(const linear *x)
 {
     return x->s.H * x->s.B * x->s.K;
-}
-
-/* Rows of the slab that the shard has, of each (b,h). */
-static inline int64_t existing(const linear *x)
-{
-    return ls_min(x->s.K * x->s.C, x->s.rows - x->s.first);
 }
 
 /* Angles of so many rows, those past the end in the last chunk among them, and of the position after. */
@@ -191,7 +185,7 @@ __device__ static inline ls_real seen_from(const linear &x, int64_t row, int64_t
 
 /* A kernel that takes x and goes by rows of the slab. */
 #define LAUNCH_ROWS(p, kernel, x, ...)                                                                                 \
-    LS_LAUNCH((p)->queue, kernel, ls_row_blocks(chunks_of(&(x)) * (x).s.C), LS_THREADS, 0, x, __VA_ARGS__)
+    LS_LAUNCH((p)->queue, kernel, ls_row_blocks(chunks_of(&(x)) * (x).s.C), LS_THREADS, 0, x __VA_OPT__(, ) __VA_ARGS__)
 
 /* ------------------------------------------------------------------------------------------------ linear_slabs.cu */
 
@@ -201,22 +195,6 @@ linear ls_linear_begin(ls_pass *p);
 /* The slab that begins with chunk k. */
 void ls_linear_go_to(const ls_pass *p, linear *x, cut c, int64_t rows, int64_t k);
 
-/* Rows of a slab from a tensor; and to it, where `add` by +=, times scale (R), NULL: 1. Padded ones are 0. */
-void ls_linear_stage(ls_pass *p, const linear *x, ls_view v, const uint8_t *pad, ls_real *to);
-void ls_linear_put_rows(ls_pass *p, const linear *x, const ls_real *from, const ls_real *scale, ls_view v,
-                        const uint8_t *pad, int add);
-/* Rows of (b,h) in `to` = (beta 0) or += (beta 1) those in rows (R,F) times its S (F,d). */
-void ls_linear_put_products(ls_pass *p, const linear *x, const ls_real *rows, const ls_real *S, double beta,
-                            ls_view to);
-/* rows (R,F) = rows of (b,h) in `from` times its Sᵀ. Those of padded rows may be anything. */
-void ls_linear_take_products(ls_pass *p, const linear *x, ls_view from, const ls_real *S, ls_real *rows);
-/* C_i (m,n) = op(A_i) op(B_i) + beta C_i, a batch of matrices that lie one after the other. */
-void ls_linear_multiply(ls_pass *p, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, const ls_real *a,
-                        const ls_real *b, double beta, ls_real *c, int64_t batch);
-
-/* a; x, top: not yet ready. */
-void ls_linear_load_queries(ls_pass *p, const linear *x);
-void ls_linear_load_keys(ls_pass *p, const linear *x);
 /* c of each key, the maximum so far, and in start that after each chunk. Without exponentials: nothing. */
 void ls_linear_follow_maxima(ls_pass *p, const linear *x);
 /* Keys made ready: x is -inf, or 0, where no key is; b = e^(x - c), and B. turned 0: no B. */
@@ -227,13 +205,8 @@ void ls_linear_ready_queries(ls_pass *p, const linear *x, level before, level en
 /* da of a, from dA (past) and from what a_near got, which is in da (near), straightened: see straighten() of
  * linear_rows.h. */
 void ls_linear_finish_queries(ls_pass *p, const linear *x, level before, level end, int past, int near);
-/* db := 0 where no key is. */
-void ls_linear_clean_rows(ls_pass *p, const linear *x);
 /* db from dB and z, a gradient of M rows each. */
 void ls_linear_finish_keys(ls_pass *p, const linear *x, const ls_real *z);
-/* dk from db, and dv, which is in out. */
-void ls_linear_write_keys(ls_pass *p, const linear *x, int add);
-
 /* ------------------------------------------------------------------------------------------------ linear_states.cu */
 
 /* S, z of each chunk := Σ B_j v_jᵀ, Σ B_j, seen from c after the chunk; B need not be ready. */
@@ -255,20 +228,6 @@ void ls_linear_unpack(ls_pass *p, const linear *x, const ls_real *elements, cons
 
 /* ------------------------------------------------------------------------------------------------ linear_pairs.cu */
 
-/* w (M,n) of each problem = a·b. */
-void ls_linear_multiply_near(ls_pass *p, const linear *x, level end, int64_t problems);
-/* inverse of each row: w, which holds a·b, becomes the weights of what is within; z (F) of each problem or NULL: of
- * what came before. With `divides` A becomes A / D. */
-void ls_linear_weigh(ls_pass *p, const linear *x, const ls_real *z, int divides);
-/* w, dw, dA hold a·b, do·v, S do: they become w / D, the gradient of a·b, and that of A, which, with `divides`, becomes
- * A / D. δ is the sum of what it is taken from, in double. */
-void ls_linear_weigh_backward(ls_pass *p, const linear *x, const ls_real *z, int divides);
-/* What pairs get that are ready, w and dw made by ls_linear_weigh_backward: da of a_near, db of x, and dv. Keys are the
- * same for `repeats` chunks of C queries one after the other. */
-void ls_linear_near_gradients(ls_pass *p, linear *x, level end, int64_t problems, int64_t repeats, ls_real *db,
-                              ls_real *dv);
-
-/* Short sequences of keys. */
 ls_status ls_linear_cuda_share(ls_pass *p, int phase);
 ls_status ls_linear_cuda_share_backward(ls_pass *p, int phase);
 ls_status ls_linear_cuda_pairs(ls_pass *p, int phase);

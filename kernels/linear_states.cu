@@ -8,13 +8,6 @@ enum { ACROSS = 16 }; /* threads side by side: each has four columns of a piece 
 enum { SOME = 64 };   /* rows that are in shared memory at a time: four threads load the features of one */
 static_assert(SOME * 4 == LS_THREADS && ACROSS * 4 == DEEP, "each thread has its part of a piece");
 
-namespace
-{
-template <int N> struct alignas(N * sizeof(ls_real)) few {
-    ls_real v[N];
-};
-} // namespace
-
 /* `to` (SOME, WIDE + 4) = turned features [f0, f0 + WIDE) of rows [R, R + count): `made` (R,F), or NULL: those of keys,
  * seen from c. 0 where there are none. */
 template <int WIDE>
@@ -82,7 +75,7 @@ __global__ static void gather(linear x, side k, level c, const ls_real *made, ls
                 __syncthreads();
 #pragma unroll 4
                 for (int r = 0; r < count; r++) {
-                    const few<EACH> b = *(const few<EACH> *)(of_rows + r * WIDE_PITCH + mine);
+                    const ls_few<EACH> b = ls_few_at<EACH>(of_rows + r * WIDE_PITCH + mine);
                     const ls_four v = ls_four_at(of_matrix + r * PITCH + column);
 #pragma unroll
                     for (int a = 0; a < EACH; a++)
@@ -123,8 +116,7 @@ void ls_linear_gather_gradients(ls_pass *p, const linear *x)
     launch_gather(p, x, queries_of(p), nowhere, x->A, p->dout, x->delta);
 }
 
-/* ------------------------------------------------------------------------------------------------ from chunk to chunk
- */
+/* ------------------------------------------------------------------------------------------------ scan */
 
 __global__ static void scan(int64_t G, int64_t K, numbers a, numbers b, level start, int how, double *running)
 {
@@ -163,7 +155,7 @@ void ls_linear_scan_states(ls_pass *p, const linear *x, level start, int how)
     ls_linear_scan(p, x, S, z, x->exponentials > 0 ? start : nowhere, how);
 }
 
-/* ------------------------------------------------------------------------------------------------ from rank to rank */
+/* ------------------------------------------------------------------------------------------------ ranks */
 
 /* States on their way: (B,H) of [c] and F rows [S_f, z_f]. */
 namespace
