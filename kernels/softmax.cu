@@ -18,7 +18,7 @@
  *
  * On a queue of precision bf16 the calls that softmax_tensor.cu knows run there, on tensor cores. The kernels here are
  * then their plain twins, for all other calls, with the same operands rounded to bfloat16: q, k, v, do, and p and ds as
- * factors. m, l and δ are made of what is not rounded.
+ * factors. m, l and δ are made of what is not rounded, but for δ's output, which a layer has kept as bfloat16.
  *
  * In a decoding step there is one query: blocks share its keys by chunks, and their statistics are joined. */
 #include "cuda.h"
