@@ -189,14 +189,28 @@ static double linear_objective(const problem *p)
 
 static const int64_t linear_sizes[][3] = {{1, 1, 1}, {3, 5, 2}, {40, 7, 9}, {2, 3, 300}, {5, 270, 4}, {1500, 4, 12}};
 
+/* Operands of size k, of noise, and what the naive code reads. */
+typedef struct linear_case {
+    const ls_real *x, *w, *b;
+    problem p;
+} linear_case;
+static linear_case linear_case_of(size_t k)
+{
+    const int64_t rows = linear_sizes[k][0], in = linear_sizes[k][1], out = linear_sizes[k][2];
+    linear_case c = {.p = {.rows = rows, .in = in, .out = out}};
+    c.x = noise(rows * in), c.w = noise(out * in), c.b = noise(out);
+    c.p.x = widen(rows * in, c.x), c.p.w = widen(out * in, c.w), c.p.b = widen(out, c.b);
+    return c;
+}
+
 static void test_linear(void **state)
 {
     (void)state;
     for (size_t k = 0; k < sizeof linear_sizes / sizeof *linear_sizes; k++) {
-        const int64_t rows = linear_sizes[k][0], in = linear_sizes[k][1], out = linear_sizes[k][2];
-        const ls_real *x = noise(rows * in), *w = noise(out * in), *b = noise(out);
-        problem p = {.rows = rows, .in = in, .out = out};
-        p.x = widen(rows * in, x), p.w = widen(out * in, w), p.b = widen(out, b);
+        const linear_case c = linear_case_of(k);
+        const ls_real *x = c.x, *w = c.w, *b = c.b;
+        problem p = c.p;
+        const int64_t rows = p.rows, in = p.in, out = p.out;
         ls_real *y = fill(rows * out, NAN); /* overwritten, whatever stood there */
         double *expected = wide(rows * out);
         naive_linear(&p, expected);
@@ -256,10 +270,10 @@ static void test_linear_alike(void **state)
 {
     (void)state;
     for (size_t k = 0; k < sizeof linear_sizes / sizeof *linear_sizes; k++) {
-        const int64_t rows = linear_sizes[k][0], in = linear_sizes[k][1], out = linear_sizes[k][2];
-        const ls_real *x = noise(rows * in), *w = noise(out * in), *b = noise(out);
-        problem p = {.rows = rows, .in = in, .out = out};
-        p.x = widen(rows * in, x), p.w = widen(out * in, w), p.b = widen(out, b);
+        const linear_case c = linear_case_of(k);
+        const ls_real *x = c.x, *w = c.w, *b = c.b;
+        problem p = c.p;
+        const int64_t rows = p.rows, in = p.in, out = p.out;
         ls_real *y = fill(rows * out, NAN);
         double *expected = wide(rows * out);
         naive_linear(&p, expected);
@@ -278,10 +292,11 @@ static void test_linear_backward(void **state)
 {
     (void)state;
     for (size_t k = 0; k < sizeof linear_sizes / sizeof *linear_sizes; k++) {
-        const int64_t rows = linear_sizes[k][0], in = linear_sizes[k][1], out = linear_sizes[k][2];
-        const ls_real *x = noise(rows * in), *w = noise(out * in), *b = noise(out), *dy = noise(rows * out);
-        problem p = {.rows = rows, .in = in, .out = out};
-        p.x = widen(rows * in, x), p.w = widen(out * in, w), p.b = widen(out, b), p.dy = widen(rows * out, dy);
+        const linear_case c = linear_case_of(k);
+        problem p = c.p;
+        const int64_t rows = p.rows, in = p.in, out = p.out;
+        const ls_real *x = c.x, *w = c.w, *dy = noise(rows * out);
+        p.dy = widen(rows * out, dy);
         const ls_real *dx0 = noise(rows * in), *dw0 = noise(out * in), *db0 = noise(out);
         ls_real *dx = fill(rows * in, NAN), *dw = copy(out * in, dw0), *db = copy(out, db0);
         RUN(linear_backward, rows, in, out, on(x), on(w), on(dy), on(dx), 0, on(dw), on(db));
