@@ -1214,6 +1214,14 @@ static void refused_calls(const char *mechanism, ls_pattern pattern, ls_level le
     problem_free(&p);
 }
 
+/* One of the options is wrong, on the ranks that say so. */
+#define REFUSED_OPTION(what, field, wrong, want, wording)                                                              \
+    do {                                                                                                               \
+        ls_attention_options o = good;                                                                                 \
+        if (bad) o.field = (wrong);                                                                                    \
+        refused_options(what, &o, want, wording, name);                                                                \
+    } while (0)
+
 static void refused_options_of(const char *mechanism, ls_pattern pattern, ls_level level)
 {
     const ls_attention_options good = usual(mechanism, pattern, level);
@@ -1221,52 +1229,25 @@ static void refused_options_of(const char *mechanism, ls_pattern pattern, ls_lev
     for (int alone = 0; alone < 2; alone++) {
         const int bad = !alone || last;
         const char *name = culprit(alone);
-        ls_attention_options o = good;
-        if (bad) o.embed_dim = 9;
-        refused_options("embed_dim 9, num_heads 2", &o, LS_ERR_ARGUMENT, "embed_dim 9 is not divisible by num_heads 2",
-                        name);
-        o = good;
-        if (bad) o.num_heads = 0;
-        refused_options("num_heads 0", &o, LS_ERR_ARGUMENT, "num_heads", name);
-        o = good;
-        if (bad) o.embed_dim = -8;
-        refused_options("embed_dim -8", &o, LS_ERR_ARGUMENT, "embed_dim", name);
-        o = good;
-        if (bad) o.mechanism = "attention9";
-        refused_options("unknown mechanism", &o, LS_ERR_ARGUMENT, "attention9", name);
-        o = good;
-        if (bad) o.mechanism = NULL;
-        refused_options("mechanism NULL", &o, LS_ERR_ARGUMENT, "mechanism", name);
-        o = good;
-        if (bad) o.pattern = (ls_pattern)4;
-        refused_options("pattern 4", &o, LS_OK, "pattern", name);
-        o = good;
-        if (bad) o.layout = (ls_layout)3;
-        refused_options("layout 3", &o, LS_ERR_ARGUMENT, "layout", name);
-        o = good;
-        if (bad) o.level = (ls_level)2;
-        refused_options("level 2", &o, LS_ERR_ARGUMENT, "level", name);
-        o = good;
-        if (bad) o.dropout = 1.0;
-        refused_options("dropout 1", &o, LS_ERR_ARGUMENT, "dropout", name);
-        o = good;
-        if (bad) o.dropout = -0.1;
-        refused_options("dropout -0.1", &o, LS_ERR_ARGUMENT, "dropout", name);
-        o = good;
-        if (bad) o.scale = NAN;
-        refused_options("scale NaN", &o, LS_ERR_ARGUMENT, "scale", name);
+        REFUSED_OPTION("embed_dim 9, num_heads 2", embed_dim, 9, LS_ERR_ARGUMENT,
+                       "embed_dim 9 is not divisible by num_heads 2");
+        REFUSED_OPTION("num_heads 0", num_heads, 0, LS_ERR_ARGUMENT, "num_heads");
+        REFUSED_OPTION("embed_dim -8", embed_dim, -8, LS_ERR_ARGUMENT, "embed_dim");
+        REFUSED_OPTION("unknown mechanism", mechanism, "attention9", LS_ERR_ARGUMENT, "attention9");
+        REFUSED_OPTION("mechanism NULL", mechanism, NULL, LS_ERR_ARGUMENT, "mechanism");
+        REFUSED_OPTION("pattern 4", pattern, (ls_pattern)4, LS_OK, "pattern");
+        REFUSED_OPTION("layout 3", layout, (ls_layout)3, LS_ERR_ARGUMENT, "layout");
+        REFUSED_OPTION("level 2", level, (ls_level)2, LS_ERR_ARGUMENT, "level");
+        REFUSED_OPTION("dropout 1", dropout, 1.0, LS_ERR_ARGUMENT, "dropout");
+        REFUSED_OPTION("dropout -0.1", dropout, -0.1, LS_ERR_ARGUMENT, "dropout");
+        REFUSED_OPTION("scale NaN", scale, NAN, LS_ERR_ARGUMENT, "scale");
         int count = 0;
         const ls_option_info *info = ls_mechanism_options(mechanism, &count);
-        for (int i = 0; i < count; i++) {
-            o = good;
-            if (bad) o.value[i] = info[i].max * 2 + 1;
-            refused_options("an option beyond its range, put there by hand", &o, LS_ERR_ARGUMENT, info[i].name, name);
-        }
-        if (!(mechanism_of(mechanism)->traits & TAKES_MASK)) {
-            o = good;
-            if (bad) o.dropout = 0.1;
-            refused_options("dropout where there are no probabilities", &o, LS_OK, "dropout", name);
-        }
+        for (int i = 0; i < count; i++)
+            REFUSED_OPTION("an option beyond its range, put there by hand", value[i], info[i].max * 2 + 1,
+                           LS_ERR_ARGUMENT, info[i].name);
+        if (!(mechanism_of(mechanism)->traits & TAKES_MASK))
+            REFUSED_OPTION("dropout where there are no probabilities", dropout, 0.1, LS_OK, "dropout");
     }
 }
 
