@@ -87,15 +87,29 @@ static int by_name(const void *a, const void *b)
     return strcmp((*(const model_tensor *const *)a)->name, (*(const model_tensor *const *)b)->name);
 }
 
-/* The tensors of a model in the order of their names; to be freed. */
-static ls_status sorted_tensors(const model *m, const model_tensor ***list)
+/* The tensors of a model in the order of their names, and the digest of those of all groups that were seen so far. */
+typedef struct listing {
+    const model_tensor **tensor;
+    digest all;
+} listing;
+
+static ls_status listing_begin(const model *m, listing *l)
 {
     const int n = model_num_tensors(m);
-    *list = malloc((size_t)ls_max(n, 1) * sizeof **list);
-    if (*list == NULL) LS_FAIL(LS_ERR_MEMORY, "checkpoint: no memory for a list of %d tensors", n);
-    for (int i = 0; i < n; i++) (*list)[i] = model_tensor_at(m, i);
-    qsort(*list, (size_t)n, sizeof **list, by_name);
+    *l = (listing){NULL, {NULL}};
+    LS_TRY(digest_begin(&l->all));
+    l->tensor = malloc((size_t)ls_max(n, 1) * sizeof *l->tensor);
+    if (l->tensor == NULL) LS_FAIL(LS_ERR_MEMORY, "checkpoint: no memory for a list of %d tensors", n);
+    for (int i = 0; i < n; i++) l->tensor[i] = model_tensor_at(m, i);
+    qsort(l->tensor, (size_t)n, sizeof *l->tensor, by_name);
     return LS_OK;
+}
+
+/* Also after a failure. */
+static uint64_t listing_end(listing *l)
+{
+    free(l->tensor);
+    return l->all.state == NULL ? 0 : digest_end(&l->all);
 }
 
 /* ------------------------------------------------------------------------------------------------ save */
@@ -114,19 +128,16 @@ static ls_status write_tensor(h5_file *f, const char *group, const model_tensor 
 static ls_status write_tensors(h5_file *f, const model *m, const training_state *s, uint64_t *value)
 {
     const ls_real *const values[GROUPS] = {s->params, s->adam_m, s->adam_v};
-    const model_tensor **list = NULL;
-    digest all = {NULL};
+    listing l;
     ls_status status = LS_OK;
-    LS_TRY_GOTO(digest_begin(&all));
-    LS_TRY_GOTO(sorted_tensors(m, &list));
+    LS_TRY_GOTO(listing_begin(m, &l));
     for (int g = 0; g < GROUPS; g++) {
         LS_TRY_GOTO(h5_group_create(f, group_name[g]));
         for (int i = 0; i < model_num_tensors(m); i++)
-            LS_TRY_GOTO(write_tensor(f, group_name[g], list[i], values[g] + list[i]->offset, &all));
+            LS_TRY_GOTO(write_tensor(f, group_name[g], l.tensor[i], values[g] + l.tensor[i]->offset, &l.all));
     }
 done:
-    free(list);
-    *value = all.state == NULL ? 0 : digest_end(&all);
+    *value = listing_end(&l);
     return status;
 }
 
@@ -412,24 +423,22 @@ static ls_status check_total(const h5_file *f, const header *h, uint64_t compute
 static ls_status load_tensors(const h5_file *f, const model *m, const training_state *s, uint64_t *computed)
 {
     ls_real *const values[GROUPS] = {s->params, s->adam_m, s->adam_v};
-    const model_tensor **list = NULL;
-    digest all = {NULL};
+    listing l;
     ls_status status = LS_OK;
-    LS_TRY_GOTO(digest_begin(&all));
-    LS_TRY_GOTO(sorted_tensors(m, &list));
+    LS_TRY_GOTO(listing_begin(m, &l));
     for (int g = 0; g < GROUPS; g++) {
         h5_names names;
         LS_TRY_GOTO(h5_group_names(f, group_name[g], &names));
-        status = compare_names(f, group_name[g], &names, m, list);
+        status = compare_names(f, group_name[g], &names, m, l.tensor);
         free(names.name);
         if (status != LS_OK) goto done;
-        for (int i = 0; i < model_num_tensors(m); i++)
-            LS_TRY_GOTO(
-                read_tensor(f, group_name[g], list[i], values[g] == NULL ? NULL : values[g] + list[i]->offset, &all));
+        for (int i = 0; i < model_num_tensors(m); i++) {
+            const model_tensor *t = l.tensor[i];
+            LS_TRY_GOTO(read_tensor(f, group_name[g], t, values[g] == NULL ? NULL : values[g] + t->offset, &l.all));
+        }
     }
 done:
-    free(list);
-    *computed = all.state == NULL ? 0 : digest_end(&all);
+    *computed = listing_end(&l);
     return status;
 }
 
