@@ -33,7 +33,7 @@ __device__ static char *row_of(const ls_rows &x, place at)
     return x.p + at.b * x.sb + at.h * x.sh + at.t * x.st;
 }
 
-/* T: what is moved at a time; bytes is a multiple of its size, rows lie on its boundary. */
+/* T: what is moved at a time; bytes is a multiple of its size, rows lie on its boundary. See width_of. */
 template <typename T> __global__ static void copy_kernel(ls_rows to, ls_rows from, int64_t n)
 {
     LS_EACH_ROW(row, to.nb * to.nh * n)
@@ -45,25 +45,32 @@ template <typename T> __global__ static void copy_kernel(ls_rows to, ls_rows fro
     }
 }
 
-__global__ static void add_kernel(ls_rows to, ls_rows from, int64_t n)
+/* W numbers at a time, alike. */
+template <int W> __global__ static void add_kernel(ls_rows to, ls_rows from, int64_t n)
 {
     LS_EACH_ROW(row, to.nb * to.nh * n)
     {
         const place at = place_of(to, n, row);
-        ls_real *x = reinterpret_cast<ls_real *>(row_of(to, at));
-        const ls_real *y = reinterpret_cast<const ls_real *>(row_of(from, at));
-        LS_EACH_LANE(i, to.row_bytes / (int64_t)sizeof *x) x[i] += y[i];
+        ls_few<W> *x = reinterpret_cast<ls_few<W> *>(row_of(to, at));
+        const ls_few<W> *y = reinterpret_cast<const ls_few<W> *>(row_of(from, at));
+        LS_EACH_LANE(i, to.row_bytes / (int64_t)sizeof *x)
+        {
+            ls_few<W> a = x[i];
+            const ls_few<W> b = y[i];
+            for (int k = 0; k < W; k++) a.v[k] += b.v[k];
+            x[i] = a;
+        }
     }
 }
 
-__global__ static void clear_kernel(ls_rows x, int64_t n, const uint8_t *pad)
+template <typename T> __global__ static void clear_kernel(ls_rows x, int64_t n, const uint8_t *pad)
 {
     LS_EACH_ROW(row, x.nb * x.nh * n)
     {
         const place at = place_of(x, n, row);
         if (pad != NULL && !pad[at.b * n + at.t]) continue;
-        char *y = row_of(x, at);
-        LS_EACH_LANE(i, x.row_bytes) y[i] = 0;
+        T *y = reinterpret_cast<T *>(row_of(x, at));
+        LS_EACH_LANE(i, x.row_bytes / (int64_t)sizeof(T)) y[i] = T();
     }
 }
 
@@ -140,6 +147,12 @@ static int is_aligned(const ls_rows &x, int64_t bytes)
            x.st % bytes == 0;
 }
 
+/* Bytes that can be moved at a time. */
+static int width_of(const ls_rows &x)
+{
+    return is_aligned(x, 16) ? 16 : is_aligned(x, 4) ? 4 : 1;
+}
+
 static int blocks_of(const ls_rows &x, int64_t n)
 {
     return ls_row_blocks(x.nb * x.nh * n);
@@ -152,12 +165,9 @@ static void copy_rows(ls_queue *q, ls_rows to, ls_rows from, int64_t n)
     int64_t rows = n;
     from = spread(from, PIECE, &rows), to = spread(to, PIECE, &n);
     if (to.nb * to.nh * n * to.row_bytes <= 0) return;
-    if (is_aligned(to, 16) && is_aligned(from, 16))
-        LS_LAUNCH(q, copy_kernel<float4>, blocks_of(to, n), LS_THREADS, 0, to, from, n);
-    else if (is_aligned(to, 4) && is_aligned(from, 4))
-        LS_LAUNCH(q, copy_kernel<float>, blocks_of(to, n), LS_THREADS, 0, to, from, n);
-    else
-        LS_LAUNCH(q, copy_kernel<char>, blocks_of(to, n), LS_THREADS, 0, to, from, n);
+    const int64_t width = ls_min(width_of(to), width_of(from));
+    const auto kernel = width == 16 ? copy_kernel<float4> : width == 4 ? copy_kernel<float> : copy_kernel<char>;
+    LS_LAUNCH(q, kernel, blocks_of(to, n), LS_THREADS, 0, to, from, n);
 }
 
 static void add_rows(ls_queue *q, ls_rows to, ls_rows from, int64_t n)
@@ -165,13 +175,17 @@ static void add_rows(ls_queue *q, ls_rows to, ls_rows from, int64_t n)
     int64_t rows = n;
     from = spread(from, PIECE, &rows), to = spread(to, PIECE, &n);
     if (to.nb * to.nh * n * to.row_bytes <= 0) return;
-    LS_LAUNCH(q, add_kernel, blocks_of(to, n), LS_THREADS, 0, to, from, n);
+    const int by_fours = is_aligned(to, sizeof(ls_four)) && is_aligned(from, sizeof(ls_four));
+    const auto kernel = by_fours ? add_kernel<4> : add_kernel<1>;
+    LS_LAUNCH(q, kernel, blocks_of(to, n), LS_THREADS, 0, to, from, n);
 }
 
 static void clear_rows(ls_queue *q, ls_rows x, int64_t n, const uint8_t *pad)
 {
     if (x.nb * x.nh * n * x.row_bytes <= 0) return;
-    LS_LAUNCH(q, clear_kernel, blocks_of(x, n), LS_THREADS, 0, x, n, pad);
+    const int width = width_of(x);
+    const auto kernel = width == 16 ? clear_kernel<float4> : width == 4 ? clear_kernel<float> : clear_kernel<char>;
+    LS_LAUNCH(q, kernel, blocks_of(x, n), LS_THREADS, 0, x, n, pad);
 }
 
 __global__ static void mean_kernel(int64_t B, int64_t H, int64_t n, const ls_real *heads, ls_real *mean)
