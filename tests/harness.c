@@ -172,6 +172,25 @@ double relative_error(int64_t n, const ls_real *a, const ls_real *b, double scal
     return difference <= 0 ? 0 : most <= 0 ? INFINITY : difference / most;
 }
 
+const double rounded_tolerance[] = {[LS_TF32] = 2.5e-3, [LS_BF16] = 2e-2};
+
+int is_rounded(void)
+{
+    return test_precision() != LS_FLOAT32;
+}
+
+double law_tolerance(void)
+{
+    return is_rounded() ? rounded_tolerance[test_precision()] : LAW_TOLERANCE;
+}
+
+void note_error(double error, const char *tensor, const char *of)
+{
+    if (error <= here.worst) return;
+    here.worst = error;
+    snprintf(here.worst_of, sizeof here.worst_of, "%s of %s", tensor, of);
+}
+
 void *get(size_t count, size_t size)
 {
     void *p = calloc(count > 0 ? count : 1, size);
@@ -565,6 +584,13 @@ int world_close(void)
     if (here.rank == 0 && here.ill_conditioned > 0)
         printf("%d tensors of ill-conditioned problems were within 4 times the error of rounding their inputs\n",
                here.ill_conditioned);
+    for (int rank = 0; rank < here.size && is_rounded(); rank++) { /* one after the other */
+        if (here.rank == rank && here.worst > 0)
+            printf("rank %d: largest error in %s %.2e: %s\n", rank, ls_precision_name(test_precision()), here.worst,
+                   here.worst_of);
+        fflush(stdout);
+        MPI_Barrier(here.comm);
+    }
     if (here.rank == 0) printf("%d passed, %d failed\n", here.passed, here.failed);
     const int status = here.failed > 0 || here.passed == 0;
     MPI_Finalize();
@@ -838,8 +864,10 @@ static int parts_of(const problem *p, const answer *a, const answer *b, part *li
 
 static double part_error(const problem *p, const part *x)
 {
-    const int cancelled = p->steep || largest(x->n, x->b) < CANCELLED * x->siblings;
-    return relative_error(x->n, x->a, x->b, (cancelled ? 1 : FLOOR) * x->siblings);
+    const double noise = is_rounded() ? ROUNDED_CANCELLED * law_tolerance() : CANCELLED;
+    const double least = is_rounded() ? ROUNDED_FLOOR : FLOOR;
+    const int cancelled = p->steep || largest(x->n, x->b) < noise * x->siblings;
+    return relative_error(x->n, x->a, x->b, (cancelled ? 1 : least) * x->siblings);
 }
 
 /* x *= 1 + r, |r| a little over half a unit in the last place, which any input may already have lost. */
@@ -888,8 +916,9 @@ int answer_equal(const problem *p, const answer *a, const answer *b, double tole
     what[0] = '\0';
     for (int i = 0; i < n; i++) {
         const double error = part_error(p, &list[i]);
+        note_error(error, list[i].name, p->text);
         if (error <= tolerance) continue;
-        if (few_features(p) && !asked++) own_errors(p, n, own);
+        if (few_features(p) && !is_rounded() && !asked++) own_errors(p, n, own);
         if (error <= 4 * own[i]) {
             here.ill_conditioned++;
             continue;

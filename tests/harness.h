@@ -102,6 +102,16 @@ double largest(int64_t n, const ls_real *x); /* max|x|, INFINITY with NaN */
 #define FLOOR 0.03
 #define CANCELLED 1e-4
 #endif
+/* Where operands are rounded, the tolerance is five units of that (2^-8 in bf16), and these are fractions of it. Of the
+ * terms that a gradient sums, one rounding on either side of a law is allowed for: gradients of logits are p (dp - δ),
+ * which cancel where a query sees few keys, and δ = Σ p dp is made of the output as the layer keeps it, rounded. What
+ * is below two units of its siblings is noise, as the gradient of a softmax's keys' bias, exactly zero. */
+#define ROUNDED_FLOOR 0.4
+#define ROUNDED_CANCELLED 0.4
+extern const double rounded_tolerance[]; /* by precision */
+
+int is_rounded(void);       /* operands of products are, by LONGSPAN_TEST_PRECISION */
+double law_tolerance(void); /* LAW_TOLERANCE, or that of the precision */
 
 void *get(size_t count, size_t size); /* calloc that never fails and never gives NULL */
 #define NEW(type, count) ((type *)get((size_t)(count), sizeof(type)))
@@ -193,14 +203,18 @@ typedef struct world {
     ls_context *all, *one;
     int passed, failed;
     int ill_conditioned; /* tensors of this rank, see answer_equal */
-    char error[1024];    /* of the last call that failed */
-    char doing[256];     /* what to name when the watchdog barks */
+    double worst;        /* relative error that was compared on this rank, and whose it is */
+    char worst_of[400];
+    char error[1024]; /* of the last call that failed */
+    char doing[256];  /* what to name when the watchdog barks */
 } world;
 extern world here;
 void world_open(int *argc, char ***argv); /* MPI_Init, contexts; a program that cannot even do that ends here */
 int world_close(void);                    /* exit status, the same on every rank; prints "N passed, N failed" */
 /* Collective on here.comm: passed if it passed on every rank; ranks where it did not print the message. */
 int verdict(int ok, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* Keeps the largest, which world_close tells where operands are rounded. */
+void note_error(double error, const char *tensor, const char *of);
 /* The status all ranks of comm got; -1 and a message where they differ. Keeps the error text in here.error. */
 int same_status(MPI_Comm comm, ls_status status);
 /* Ends the program, and says what it was doing, unless called again within so many seconds. */
@@ -237,7 +251,7 @@ int problem_run_alone(const problem *p, answer *a); /* on this process alone */
 
 /* a against b: 1 if each tensor agrees within tolerance; otherwise 0 and what differs, by how much. In float, and for
  * mechanisms with FEW_FEATURES or heads of two features alone, the tolerance may be 4 times the error that rounding the
- * inputs anew makes on one rank, as in golden files; how often is told at the end. */
+ * inputs anew makes on one rank, as in golden files; how often is told at the end. Not where operands are rounded. */
 int answer_equal(const problem *p, const answer *a, const answer *b, double tolerance, char *what, size_t size);
 /* The same, bit for bit. */
 int answer_same_bits(const problem *p, const answer *a, const answer *b, char *what, size_t size);

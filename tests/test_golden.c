@@ -25,7 +25,6 @@
 #define FLOAT_ERRORS 4.0
 #endif
 
-static const double rounded_tolerance[] = {[LS_TF32] = 2.5e-3, [LS_BF16] = 2e-2};
 static const double least_rounded[] = {[LS_TF32] = 2e-5, [LS_BF16] = 1e-4};
 static double worst; /* relative error of this file so far, and whose it is */
 static char worst_name[400];

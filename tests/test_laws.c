@@ -8,6 +8,10 @@
  *
  * then what softmax adds (weights, dropout), what the interface promises (aliases, reuse, NULLs), and what it refuses.
  *
+ * With LONGSPAN_TEST_PRECISION=tf32 or bf16, on a GPU, both sides of laws 1, 2 and 4 and packed documents are rounded,
+ * and may differ by 2.5e-3 or 2e-2 of a tensor, as golden files do. Exact remain law 3 and 5, weights and masks, and
+ * what gives the same bits: used memory, gradients left out, a context without MPI.
+ *
  *   test_laws [--all] [--only MECHANISM] [--random N] [--seed S]
  *
  * --all runs the full product of law 1 instead of a part in which every value still meets every mechanism and pattern.
@@ -47,9 +51,19 @@ static int crosses(const case_row *row)
     return row->pattern == LS_NC || row->pattern == LS_CC;
 }
 
-static double tolerance_of(const case_row *row) /* logits of hundreds lose two digits before their softmax */
+/* Logits of hundreds lose two digits before their softmax. Where operands are rounded no more is allowed for them: of
+ * what is_left_out leaves, both sides have the same logits. */
+static double tolerance_of(const case_row *row)
 {
-    return row->extras & STEEP ? 20 * LAW_TOLERANCE : LAW_TOLERANCE;
+    return law_tolerance() * (row->extras & STEEP && !is_rounded() ? 20 : 1);
+}
+
+/* Logits of hundreds are off by a half where their operands are rounded to bfloat16: at core level by the same on both
+ * sides of a law. But a layer rounds projections, which are sums, and those of another order may be rounded to the
+ * other side; then a softmax that is nearly one-hot is another one. */
+static int is_left_out(const case_row *row, ls_level level)
+{
+    return is_rounded() && row->extras & STEEP && level == LS_LEVEL_LAYER;
 }
 
 /* The n-th way of naming query, key and value that the case has. */
@@ -176,6 +190,7 @@ static void law_1(void)
                     for (int pad = 0; pad < PADDINGS; pad++)
                         for (int split = 0; split < SPLITS; split++) {
                             if (level == LS_LEVEL_CORE && traits_of(row) & LAYER_ONLY) continue;
+                            if (is_left_out(row, (ls_level)level)) continue;
                             if (lengths[l] < 1) continue;
                             const int turn = l + level + combination + o;
                             const int wanted = pad == turn % PADDINGS && split == (turn + l / 3) % SPLITS;
@@ -216,7 +231,7 @@ static void law_2(void)
         if (!takes_part(row) || !(causal || by_rows) || row->extras & DROPOUT) continue;
         for (int variant = 0; variant < 4; variant++) {
             const ls_level level = variant % 2 ? LS_LEVEL_LAYER : LS_LEVEL_CORE;
-            if ((level == LS_LEVEL_CORE && traits & LAYER_ONLY) || !is_its_turn()) continue;
+            if ((level == LS_LEVEL_CORE && traits & LAYER_ONLY) || is_left_out(row, level) || !is_its_turn()) continue;
             const int64_t T = variant < 2 ? 21 : 4;
             const setting s = small_setting(row, level, T, 17, (padding)((variant + row_number(row)) % PADDINGS),
                                             (uint64_t)(7000 + 10 * row_number(row) + variant));
@@ -241,6 +256,7 @@ static void law_2(void)
                     answer_free(&b);
                     problem_free(&cut);
                 }
+                note_error(worst, "a row", p.text);
                 verdict(worst <= tolerance_of(row), "law 2: %s: row %lld differs from the cut sequence by %.2e %s",
                         p.text, (long long)at, worst, status == LS_OK ? "" : here.error);
             }
@@ -474,6 +490,7 @@ static void step_equals_row(const setting *s, int kind)
         if (e > worst) worst = e, at = t;
     }
     const int ok = status == LS_OK && worst <= tolerance_of(s->row);
+    note_error(worst, "a step", p.text);
     verdict(ok, "law 4: %s shards=%s: step %lld differs from its row by %.2e %s", p.text, split_name[kind],
             (long long)at, worst, status == LS_OK ? "" : here.error);
     verdict(same, "law 4: %s shards=%s: a step gives ranks different outputs", p.text, split_name[kind]);
@@ -528,6 +545,7 @@ static void law_4(void)
         if (!takes_part(row) || !ls_mechanism_has_step(row->mechanism, row->pattern)) continue;
         if (row->extras & (MASK | MASK_PER_HEAD | DROPOUT | DROPOUT_MASK | WEIGHTS_MEAN | WEIGHTS_PER_HEAD | NO_STEP))
             continue;
+        if (is_rounded() && row->extras & STEEP) continue; /* a step's core rounds nothing: other logits */
         watchdog(120);
         for (int variant = 0; variant < 6; variant++) {
             const ls_level level = variant % 2 ? LS_LEVEL_LAYER : LS_LEVEL_CORE;
@@ -800,7 +818,8 @@ static void aliases_add_up(const case_row *row, ls_level level, alias kind)
         worst = fmax(worst, relative_error(a.n_params, a.dparams, b.dparams, 0));
         ok = !a.wrote_alias;
     }
-    verdict(ok && worst <= LAW_TOLERANCE, "aliases: %s: differs from separate tensors by %.2e%s %s", p.text, worst,
+    note_error(worst, "aliases", p.text);
+    verdict(ok && worst <= law_tolerance(), "aliases: %s: differs from separate tensors by %.2e%s %s", p.text, worst,
             a.wrote_alias ? "; the gradient of an alias was written" : "", status == LS_OK ? "" : here.error);
     answer_free(&a), answer_free(&b);
     problem_free(&p), problem_free(&q);
@@ -953,8 +972,9 @@ static void memory_is_linear(const case_row *row)
 /* A context without a communicator is one rank. */
 static void works_without_mpi(const case_row *row)
 {
-    const ls_context_options options = {.comm = MPI_COMM_NULL, .device = test_device(), .seed = 2024};
-    const ls_context_options zero = {.device = test_device(), .seed = 2024};
+    const ls_context_options options = {
+        .comm = MPI_COMM_NULL, .device = test_device(), .precision = test_precision(), .seed = 2024};
+    const ls_context_options zero = {.device = test_device(), .precision = test_precision(), .seed = 2024};
     setting s = small_setting(row, LS_LEVEL_LAYER, 12, 10, PAD_TAIL, 4);
     problem p;
     answer a = {0}, b = {0}, c = {0};
@@ -1205,7 +1225,7 @@ static void refused_calls(const char *mechanism, ls_pattern pattern, ls_level le
     answer a = {0}, b = {0};
     char text[1024] = "";
     int fine = problem_run(here.all, here.comm, &p, NULL, NULL, &a) == LS_OK && problem_run_alone(&p, &b) == LS_OK;
-    fine = fine && answer_equal(&p, &a, &b, LAW_TOLERANCE, text, sizeof text);
+    fine = fine && answer_equal(&p, &a, &b, law_tolerance(), text, sizeof text);
     verdict(fine, "refusal: %s: after refusals the context computes something else%s", p.text, text);
     answer_free(&a), answer_free(&b);
     ls_shard_free(&of_one);
@@ -1561,7 +1581,8 @@ static void packed_documents(void)
             continue;
         for (int variant = 0; variant < 6; variant++) {
             const ls_level level = variant % 2 ? LS_LEVEL_LAYER : LS_LEVEL_CORE;
-            if ((level == LS_LEVEL_CORE && traits_of(row) & LAYER_ONLY) || !is_its_turn()) continue;
+            if ((level == LS_LEVEL_CORE && traits_of(row) & LAYER_ONLY) || is_left_out(row, level) || !is_its_turn())
+                continue;
             const setting s = small_setting(row, level, variant < 4 ? 61 : 5, variant % 3 ? 47 : 9,
                                             (padding)((variant + row_number(row)) % PADDINGS),
                                             (uint64_t)(70000 + 10 * row_number(row) + variant));
@@ -1586,6 +1607,7 @@ static void random_draws(int count, uint64_t seed)
         for (;; row++)
             if (takes_part(row) && pick-- == 0) break;
         const int level = traits_of(row) & LAYER_ONLY ? 1 : (int)draw_below(&r, 2);
+        if (is_left_out(row, (ls_level)level)) continue;
         setting s = small_setting(row, (ls_level)level, 0, 0, (padding)draw_below(&r, PADDINGS), this_seed);
         s.layout = (ls_layout)draw_below(&r, 3);
         s.alias = alias_of(row, s.level, (int)draw_below(&r, 4));
@@ -1618,6 +1640,15 @@ static void ledger_agrees(void)
     uint64_t sum = 0;
     for (int kind = 0; kind < LS_CROSSINGS; kind++) sum += traffic.sent[kind];
     verdict(sum == 0, "ledger: one rank alone has sent %llu bytes", (unsigned long long)sum);
+}
+
+/* Were nothing rounded, no error of so many would be as large. */
+static void something_is_rounded(void)
+{
+    double worst = here.worst;
+    MPI_Allreduce(MPI_IN_PLACE, &worst, 1, MPI_DOUBLE, MPI_MAX, here.comm);
+    verdict(worst > law_tolerance() / 100, "%s: nothing is rounded: the largest error is %.2e",
+            ls_precision_name(test_precision()), worst);
 }
 
 static void section(const char *name, void (*run)(void))
@@ -1664,6 +1695,7 @@ int main(int argc, char **argv)
         section("softmax", softmax_extras);
         section("promises", promises);
         section("packed", packed_documents);
+        if (is_rounded() && only == NULL) something_is_rounded();
     }
     random_draws(draws, seed);
     ledger_agrees();

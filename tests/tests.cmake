@@ -128,6 +128,16 @@ foreach(run bf16_1 bf16_3 tf32_1)
     PROCESSORS ${CMAKE_MATCH_2})
 endforeach()
 
+# laws with operands rounded, of fewer settings
+math(EXPR every_rounded "3 * ${every}")
+foreach(ranks 1 2)
+  set(test laws_emulated_bf16_${ranks})
+  add_test(NAME ${test} COMMAND ${mpirun} -n ${ranks} $<TARGET_FILE:test_laws_emulated>)
+  set_tests_properties(${test} PROPERTIES ENVIRONMENT
+    "${test_environment};${emulated_environment};LONGSPAN_TEST_PRECISION=bf16;LONGSPAN_TEST_EVERY=${every_rounded}"
+    TIMEOUT 1500 PROCESSORS ${ranks})
+endforeach()
+
 # golden files with work memory full of NaN, and with streams that run at any time that their events allow
 foreach(run poisoned_1 poisoned_3 order_3)
   string(REGEX MATCH "[0-9]" ranks ${run})
@@ -144,7 +154,8 @@ endforeach()
 # ---- the same programs on a GPU, where this build has CUDA and there is one: otherwise they are skipped. Several ranks
 # share it by way of host memory.
 if(LONGSPAN_HAS_CUDA)
-  foreach(run golden golden_bf16 golden_tf32 golden_poisoned precision limits probsparse step laws laws_poisoned)
+  foreach(run golden golden_bf16 golden_tf32 golden_poisoned precision limits probsparse step laws laws_bf16
+      laws_poisoned)
     foreach(ranks 1 2 4)
       set(test ${run}_gpu_${ranks})
       string(REGEX MATCH "^([a-z]+)_?(.*)$" match ${run})
