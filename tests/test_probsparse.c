@@ -4,6 +4,7 @@
  *            its sum does not depend on the order, and then the first u queries are the top
  *   draws    samples computed here, by the rule, and given: the same output, bit for bit, as when the library draws
  *   ranks    the same top on all ranks as on one, u of each batch row, no padded query among them
+ *   wide     in tf32 and bf16 the same top as in float32, of a layer too: what is compared is not rounded
  *   refusals samples that are no keys, or too few */
 #include "harness.h"
 #include "rng.h"
@@ -31,10 +32,10 @@ static int64_t unpadded(const uint8_t *pad, int64_t n)
     return count;
 }
 
-static int draw_problem(int pattern, padding pad, int64_t T, int64_t S, uint64_t seed, problem *p)
+static int draw_problem(int pattern, ls_level level, padding pad, int64_t T, int64_t S, uint64_t seed, problem *p)
 {
     const setting s = {.row = row_of_pattern[pattern],
-                       .level = LS_LEVEL_CORE,
+                       .level = level,
                        .layout = (ls_layout)(seed % 3),
                        .B = 2,
                        .H = 2,
@@ -91,7 +92,7 @@ static void ties(int pattern)
     problem p;
     answer a;
     /* few keys, so that the mean of the samples has all the digits of M */
-    if (!draw_problem(pattern, PAD_NONE, 150, 8, 70, &p)) return;
+    if (!draw_problem(pattern, LS_LEVEL_CORE, PAD_NONE, 150, 8, 70, &p)) return;
     for (int64_t g = 0; g < p.B * p.H; g++)
         for (int64_t t = 1; t < p.T; t++)
             memcpy(p.query + (g * p.T + t) * p.d, p.query + g * p.T * p.d, (size_t)p.d * sizeof *p.query);
@@ -121,7 +122,7 @@ static void draws(int pattern, padding pad, uint64_t seed)
 {
     problem p, given;
     answer a, b, alone = {0};
-    if (!draw_problem(pattern, pad, 130, 210, seed, &p)) return;
+    if (!draw_problem(pattern, LS_LEVEL_CORE, pad, 130, 210, seed, &p)) return;
     given = problem_copy(&p);
     given.wants_selected = 1;
     draw_samples(&given);
@@ -152,6 +153,21 @@ static void draws(int pattern, padding pad, uint64_t seed)
     problem_free(&p), problem_free(&given);
 }
 
+static void wide(int pattern, ls_level level, uint64_t seed)
+{
+    problem p;
+    answer a = {0}, b = {0};
+    if (!draw_problem(pattern, level, PAD_TAIL, 230, 170, seed, &p)) return;
+    const int ok =
+        run(&p, SPLIT_EVEN, &a) == LS_OK && problem_run(here.wide, MPI_COMM_SELF, &p, NULL, NULL, &b) == LS_OK;
+    int64_t others = 0;
+    for (int64_t i = 0; ok && i < p.B * p.H * p.T; i++) others += a.selected[i] != b.selected[i];
+    verdict(ok && others == 0, "wide: %s: %lld queries are not those of float32 %s", p.text, (long long)others,
+            ok ? "" : here.error);
+    answer_free(&a), answer_free(&b);
+    problem_free(&p);
+}
+
 static void refused(problem *p, const char *what, const char *word)
 {
     answer a;
@@ -164,7 +180,7 @@ static void refused(problem *p, const char *what, const char *word)
 static void refusals(void)
 {
     problem p;
-    if (!draw_problem(LS_NC, PAD_NONE, 20, 30, 1, &p)) return;
+    if (!draw_problem(LS_NC, LS_LEVEL_CORE, PAD_NONE, 20, 30, 1, &p)) return;
     draw_samples(&p);
     int32_t *last = &p.samples[p.B * p.T * p.num_samples - 1]; /* one rank alone sees it */
     const int32_t good = *last;
@@ -184,6 +200,8 @@ int main(int argc, char **argv)
     world_open(&argc, &argv);
     for (int pattern = LS_NS; pattern <= LS_NC; pattern++) {
         ties(pattern);
+        wide(pattern, LS_LEVEL_CORE, 500);
+        for (uint64_t seed = 501; seed < 507; seed++) wide(pattern, LS_LEVEL_LAYER, seed);
         for (int pad = 0; pad < PADDINGS; pad++) draws(pattern, (padding)pad, (uint64_t)(10 * pattern + pad));
     }
     refusals();
