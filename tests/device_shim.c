@@ -16,12 +16,7 @@ ls_device test_device(void)
 
 ls_precision test_precision(void)
 {
-    const char *name = getenv("LONGSPAN_TEST_PRECISION");
-    if (name == NULL) return LS_FLOAT32;
-    for (int i = LS_FLOAT32; i <= LS_BF16; i++)
-        if (strcmp(name, ls_precision_name((ls_precision)i)) == 0) return (ls_precision)i;
-    fprintf(stderr, "LONGSPAN_TEST_PRECISION=%s is no precision\n", name);
-    exit(2);
+    return test_rounding();
 }
 
 /* ------------------------------------------------------------------------------------------------ copies */

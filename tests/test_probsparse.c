@@ -153,13 +153,12 @@ static void draws(int pattern, padding pad, uint64_t seed)
     problem_free(&p), problem_free(&given);
 }
 
-static void wide(int pattern, ls_level level, uint64_t seed)
+static void wide(ls_context *float32, int pattern, ls_level level, uint64_t seed)
 {
     problem p;
     answer a = {0}, b = {0};
     if (!draw_problem(pattern, level, PAD_TAIL, 230, 170, seed, &p)) return;
-    const int ok =
-        run(&p, SPLIT_EVEN, &a) == LS_OK && problem_run(here.wide, MPI_COMM_SELF, &p, NULL, NULL, &b) == LS_OK;
+    const int ok = run(&p, SPLIT_EVEN, &a) == LS_OK && problem_run(float32, MPI_COMM_SELF, &p, NULL, NULL, &b) == LS_OK;
     int64_t others = 0;
     for (int64_t i = 0; ok && i < p.B * p.H * p.T; i++) others += a.selected[i] != b.selected[i];
     verdict(ok && others == 0, "wide: %s: %lld queries are not those of float32 %s", p.text, (long long)others,
@@ -198,12 +197,17 @@ static void refusals(void)
 int main(int argc, char **argv)
 {
     world_open(&argc, &argv);
+    ls_context *float32 = NULL; /* of each rank alone, whatever the precision of here */
+    const ls_context_options options = {.comm = MPI_COMM_SELF, .device = test_device(), .seed = 2024};
+    const int opened = ls_context_create(&options, &float32) == LS_OK;
+    verdict(opened, "wide: no context: %s", opened ? "" : ls_last_error());
     for (int pattern = LS_NS; pattern <= LS_NC; pattern++) {
         ties(pattern);
-        wide(pattern, LS_LEVEL_CORE, 500);
-        for (uint64_t seed = 501; seed < 507; seed++) wide(pattern, LS_LEVEL_LAYER, seed);
+        wide(float32, pattern, LS_LEVEL_CORE, 500);
+        for (uint64_t seed = 501; seed < 507; seed++) wide(float32, pattern, LS_LEVEL_LAYER, seed);
         for (int pad = 0; pad < PADDINGS; pad++) draws(pattern, (padding)pad, (uint64_t)(10 * pattern + pad));
     }
     refusals();
+    ls_context_free(float32);
     return world_close();
 }

@@ -128,11 +128,13 @@ foreach(run bf16_1 bf16_3 tf32_1)
     PROCESSORS ${CMAKE_MATCH_2})
 endforeach()
 
-# laws with operands rounded, of fewer settings
+# laws with operands rounded, of fewer settings; probsparse's selection, which must not be rounded
 math(EXPR every_rounded "3 * ${every}")
-foreach(ranks 1 2)
-  set(test laws_emulated_bf16_${ranks})
-  add_test(NAME ${test} COMMAND ${mpirun} -n ${ranks} $<TARGET_FILE:test_laws_emulated>)
+foreach(run laws_bf16_1 laws_bf16_2 probsparse_bf16_3)
+  string(REGEX MATCH "([a-z]+)_bf16_([0-9])" match ${run})
+  set(ranks ${CMAKE_MATCH_2})
+  set(test ${CMAKE_MATCH_1}_emulated_bf16_${ranks})
+  add_test(NAME ${test} COMMAND ${mpirun} -n ${ranks} $<TARGET_FILE:test_${CMAKE_MATCH_1}_emulated>)
   set_tests_properties(${test} PROPERTIES ENVIRONMENT
     "${test_environment};${emulated_environment};LONGSPAN_TEST_PRECISION=bf16;LONGSPAN_TEST_EVERY=${every_rounded}"
     TIMEOUT 1500 PROCESSORS ${ranks})
@@ -154,8 +156,8 @@ endforeach()
 # ---- the same programs on a GPU, where this build has CUDA and there is one: otherwise they are skipped. Several ranks
 # share it by way of host memory.
 if(LONGSPAN_HAS_CUDA)
-  foreach(run golden golden_bf16 golden_tf32 golden_poisoned precision limits probsparse step laws laws_bf16
-      laws_poisoned)
+  foreach(run golden golden_bf16 golden_tf32 golden_poisoned precision limits probsparse probsparse_bf16 step
+      step_bf16 laws laws_bf16 laws_poisoned)
     foreach(ranks 1 2 4)
       set(test ${run}_gpu_${ranks})
       string(REGEX MATCH "^([a-z]+)_?(.*)$" match ${run})
@@ -214,11 +216,14 @@ longspan_test(data TRAINER RANKS 1 2 3)
 longspan_test(model TRAINER RANKS 1 2 3 5)
 longspan_test(step TRAINER RANKS 1 2 3 EMULATED 1 2)
 
-# steps with work memory full of NaN, and with streams that run at any time that their events allow
-foreach(run poisoned_1 poisoned_2 order_1 order_2)
-  string(REGEX MATCH "[0-9]" ranks ${run})
+# steps with work memory full of NaN, with streams that run at any time that their events allow, with operands rounded
+foreach(run poisoned_1 poisoned_2 order_1 order_2 bf16_1 bf16_2)
+  string(REGEX MATCH "[0-9]$" ranks ${run})
   set(test step_emulated_${run})
   set(setting LONGSPAN_POISON=1)
+  if(run MATCHES bf16)
+    set(setting LONGSPAN_TEST_PRECISION=bf16)
+  endif()
   if(run MATCHES order)
     set(setting LONGSPAN_EMULATOR_ORDER=11)
   endif()

@@ -16,6 +16,17 @@ static inline ls_device test_where(void)
     return name != NULL && strcmp(name, "cuda") == 0 ? LS_CUDA : LS_CPU;
 }
 
+/* What operands of products are rounded to there: LONGSPAN_TEST_PRECISION=tf32 or bf16, or float32. */
+static inline ls_precision test_rounding(void)
+{
+    const char *name = getenv("LONGSPAN_TEST_PRECISION");
+    if (name == NULL) return LS_FLOAT32;
+    for (int i = LS_FLOAT32; i <= LS_BF16; i++)
+        if (strcmp(name, ls_precision_name((ls_precision)i)) == 0) return (ls_precision)i;
+    fprintf(stderr, "LONGSPAN_TEST_PRECISION=%s is no precision\n", name);
+    exit(2);
+}
+
 /* 0: the test is to be skipped, which this says. */
 static inline int test_has_device(void)
 {
