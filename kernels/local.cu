@@ -347,7 +347,8 @@ static __global__ void __launch_bounds__(THREADS, 3)
                 __syncthreads(); /* the visitors go */
                 continue;
             }
-            __syncwarp(); /* the weights before have been read */
+            __syncthreads(); /* the weights before have been read, the last row's by all warps with too few of their own
+                              */
             for (int u = 0; u < EACH; u++) {
                 const int r = warp + u * WARPS;
                 if (r < rows) weight[r * WIDE + lane] = given[u] - share[u] * delta[u];

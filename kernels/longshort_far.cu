@@ -94,6 +94,7 @@ static __global__ void sum_tokens(ranges x, tokens s, int rows, ls_real *element
         for (int64_t e = lane; e < s.d && i < rows; e += LS_WARP) sum_k[i * s.d + e] = sum_v[i * s.d + e] = 0;
     }
     for (int64_t t = begin; t < end; t += LS_PAIR_GUESTS) {
+        __syncwarp(); /* the weights before have been read */
         const int64_t j = t + lane;
         const int there = j < end && !ls_is_padded(s.pad, b * s.n + j);
         if (warp == 0) {
