@@ -71,6 +71,10 @@ ls_status ls_launched(ls_queue *q, const char *what);
 void ls_gemm_batch(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
                    const ls_real *a, int64_t lda, int64_t stride_a, const ls_real *b, int64_t ldb, int64_t stride_b,
                    double beta, ls_real *c, int64_t ldc, int64_t stride_c, int64_t batch);
+/* One product, C (m,n) = op(A) op(B) + beta C, of matrices that may lie in bfloat16, on a queue that rounds to it.
+ * Where C does, A or B does too. */
+void ls_gemm_operands(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, ls_operand a,
+                      int64_t lda, ls_operand b, int64_t ldb, double beta, ls_operand c, int64_t ldc);
 /* One for each (b,h): the matrices are the rows of views, of which [0, m) or so are used. */
 void ls_gemm_heads(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
                    ls_view a, ls_view b, double beta, ls_view c, int64_t B, int64_t H);

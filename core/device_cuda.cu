@@ -187,8 +187,11 @@ static ls_status make_queue(ls_queue *q)
     LS_TRY(make_stream(q));
     cublasStatus_t status = cublasCreate(&q->blas);
     if (status == CUBLAS_STATUS_SUCCESS) status = cublasSetStream(q->blas, q->stream);
-    /* products of floats in floats: TF32 only where a call asks for it */
-    if (status == CUBLAS_STATUS_SUCCESS) status = cublasSetMathMode(q->blas, CUBLAS_DEFAULT_MATH);
+    /* products of floats in floats: TF32 only where a call asks for it; and sums in floats, of pieces too, where what
+     * comes of them is rounded to bfloat16 */
+    if (status == CUBLAS_STATUS_SUCCESS)
+        status = cublasSetMathMode(
+            q->blas, (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
     if (status == CUBLAS_STATUS_SUCCESS && q->precision != LS_BF16) return LS_OK;
     if (status == CUBLAS_STATUS_SUCCESS) {
         q->narrow = alloc(LS_NARROW_BYTES);

@@ -2,7 +2,8 @@
  * op(A)^T: the operands change places, and each is transposed for it as it is for us.
  *
  * On a queue of precision bf16 the operands of products of floats are first copied to bfloat16, into memory that the
- * queue has from the beginning: half of it for A, half for B. What is too large for that is done in blocks. */
+ * queue has from the beginning: half of it for A, half for B. What is too large for that is done in blocks. Operands
+ * that lie in bfloat16 already are taken as they lie. */
 #include "cuda.h"
 
 extern "C" {
@@ -13,11 +14,12 @@ extern "C" {
 #include <limits.h>
 #include <stdio.h>
 
-/* Matrix i of a batch is at p + i * stride; rows are ld apart. */
+/* Matrix i of a batch is at p + i * stride; rows are ld apart. narrow: of floats that lie in bfloat16. */
 template <typename T> struct operand {
     const T *p;
     int transpose;
     int64_t ld, stride;
+    int narrow;
 };
 /* C_i (m,n) = alpha op(A_i) op(B_i) + beta C_i */
 template <typename T> struct batch {
@@ -26,6 +28,7 @@ template <typename T> struct batch {
     operand<T> a, b;
     T *c;
     int64_t ldc, stride_c;
+    int narrow_c;
 };
 
 static cublasOperation_t operation(int transpose)
@@ -33,8 +36,13 @@ static cublasOperation_t operation(int transpose)
     return transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
 }
 
+/* A product alone goes by a call of its own, for which cuBLAS may share a long k among blocks, as gradients of weights
+ * need: few rows and columns, and k as long as the sequence. */
 static cublasStatus_t product(ls_queue *q, const batch<double> &x, int)
 {
+    if (x.count == 1)
+        return cublasDgemm(q->blas, operation(x.b.transpose), operation(x.a.transpose), (int)x.n, (int)x.m, (int)x.k,
+                           &x.alpha, x.b.p, (int)x.b.ld, x.a.p, (int)x.a.ld, &x.beta, x.c, (int)x.ldc);
     return cublasDgemmStridedBatched(q->blas, operation(x.b.transpose), operation(x.a.transpose), (int)x.n, (int)x.m,
                                      (int)x.k, &x.alpha, x.b.p, (int)x.b.ld, x.b.stride, x.a.p, (int)x.a.ld, x.a.stride,
                                      &x.beta, x.c, (int)x.ldc, x.stride_c, (int)x.count);
@@ -47,9 +55,14 @@ static cublasStatus_t product_of(ls_queue *q, const operand<T> &a, const operand
                                  cublasComputeType_t compute, const batch<float> &x)
 {
     const float alpha = (float)x.alpha, beta = (float)x.beta;
+    const cudaDataType c_type = x.narrow_c ? CUDA_R_16BF : CUDA_R_32F;
+    if (x.count == 1)
+        return cublasGemmEx(q->blas, operation(b.transpose), operation(a.transpose), (int)x.n, (int)x.m, (int)x.k,
+                            &alpha, b.p, type, (int)b.ld, a.p, type, (int)a.ld, &beta, x.c, c_type, (int)x.ldc, compute,
+                            CUBLAS_GEMM_DEFAULT);
     return cublasGemmStridedBatchedEx(q->blas, operation(b.transpose), operation(a.transpose), (int)x.n, (int)x.m,
                                       (int)x.k, &alpha, b.p, type, (int)b.ld, b.stride, a.p, type, (int)a.ld, a.stride,
-                                      &beta, x.c, CUDA_R_32F, (int)x.ldc, x.stride_c, (int)x.count, compute,
+                                      &beta, x.c, c_type, (int)x.ldc, x.stride_c, (int)x.count, compute,
                                       CUBLAS_GEMM_DEFAULT);
 }
 
@@ -97,15 +110,22 @@ struct block {
     int64_t item, row, column, items, rows, columns;
 };
 
-/* The copy of a block; it is there already where it is that of the call before. */
+/* p + i, of what lies there. */
+static float *place(const float *p, int64_t i, int is_narrow)
+{
+    return reinterpret_cast<float *>((uintptr_t)p + (size_t)i * (is_narrow ? sizeof(__nv_bfloat16) : sizeof *p));
+}
+
+/* A block where it lies, or its copy, which is there already where it is that of the call before. */
 static operand<__nv_bfloat16> narrow(ls_queue *q, const operand<float> &x, block want, block *there, __nv_bfloat16 *to)
 {
+    const float *from = place(x.p, want.item * x.stride + want.row * x.ld + want.column, x.narrow);
+    if (x.narrow) return {reinterpret_cast<const __nv_bfloat16 *>(from), x.transpose, x.ld, x.stride, 1};
     if (x.stride == 0) want.item = 0, want.items = 1;
     const int64_t ld = whole(want.columns);
-    const operand<__nv_bfloat16> copy = {to, x.transpose, ld, x.stride == 0 ? 0 : want.rows * ld};
+    const operand<__nv_bfloat16> copy = {to, x.transpose, ld, x.stride == 0 ? 0 : want.rows * ld, 1};
     if (memcmp(&want, there, sizeof want) == 0) return copy;
     *there = want;
-    const float *from = x.p + want.item * x.stride + want.row * x.ld + want.column;
     const int wide = want.columns % 4 == 0 && x.ld % 4 == 0 && x.stride % 4 == 0 && (uintptr_t)from % 16 == 0;
     const auto kernel = wide ? narrow_rows<4> : narrow_rows<1>;
     LS_LAUNCH(q, kernel, ls_blocks(want.items * want.rows * ld / GROUP, LS_THREADS), LS_THREADS, 0,
@@ -113,25 +133,26 @@ static operand<__nv_bfloat16> narrow(ls_queue *q, const operand<float> &x, block
     return copy;
 }
 
-/* The sides of blocks: those of A, (m,k), and of B, (k,n), fit in their half of the memory. Where one operand fits as a
- * whole, only the other is cut, along the side that is its own: each is copied once. Else k is cut too, and C is added
- * to, in pieces that leave the other sides no shorter than they must be for a product to be worth its copies. */
+/* The sides of blocks: what is copied of A, (m,k), and of B, (k,n), fits in its half of the memory. Where one operand
+ * fits as a whole, or is not copied, only the other is cut, along the side that is its own: each is copied once. Else,
+ * and where not even a few rows of such a side fit, k is cut too, and C is added to, in pieces that leave the other
+ * sides no shorter than they must be for a product to be worth its copies. */
 struct sides {
     int64_t m, n, k, count;
 };
 static sides cut(const batch<float> &x)
 {
     const int64_t half = (int64_t)LS_NARROW_SIDE * LS_NARROW_SIDE, m = whole(x.m), n = whole(x.n), k = whole(x.k);
+    const bool large_a = !x.a.narrow && m * k > half, large_b = !x.b.narrow && k * n > half;
     sides s = {m, n, k, x.count};
-    if (m * k > half && k * n > half) {
+    if (large_a && large_b)
         s.k = ls_min(k, ls_max(LS_NARROW_SIDE, half / ls_max(m, n) / GROUP * GROUP));
-        s.m = ls_min(m, half / s.k / GROUP * GROUP), s.n = ls_min(n, half / s.k / GROUP * GROUP);
-    } else if (m * k > half)
-        s.m = half / k / GROUP * GROUP;
-    else if (k * n > half)
-        s.n = half / k / GROUP * GROUP;
-    if (x.a.stride != 0) s.count = ls_min(s.count, half / (s.m * s.k));
-    if (x.b.stride != 0) s.count = ls_min(s.count, half / (s.k * s.n));
+    else if (large_a || large_b)
+        s.k = ls_min(k, half / GROUP);
+    if (large_a) s.m = ls_min(m, half / s.k / GROUP * GROUP);
+    if (large_b) s.n = ls_min(n, half / s.k / GROUP * GROUP);
+    if (x.a.stride != 0 && !x.a.narrow) s.count = ls_min(s.count, half / (s.m * s.k));
+    if (x.b.stride != 0 && !x.b.narrow) s.count = ls_min(s.count, half / (s.k * s.n));
     return s;
 }
 
@@ -155,7 +176,7 @@ static cublasStatus_t product_narrow(ls_queue *q, const batch<float> &x)
                     batch<float> part = x;
                     part.m = ls_min(s.m, x.m - r), part.n = ls_min(s.n, x.n - j), part.k = ls_min(s.k, x.k - l);
                     part.count = ls_min(s.count, x.count - i);
-                    part.c = x.c + i * x.stride_c + r * x.ldc + j;
+                    part.c = place(x.c, i * x.stride_c + r * x.ldc + j, x.narrow_c);
                     if (l > 0) part.beta = 1;
                     const auto b = narrow(q, x.b, block_of(x.b, i, l, j, part.count, part.k, part.n), &b_there,
                                           to + (int64_t)LS_NARROW_SIDE * LS_NARROW_SIDE);
@@ -170,6 +191,9 @@ static cublasStatus_t product(ls_queue *q, const batch<float> &x, int exact)
     const float alpha = (float)x.alpha, beta = (float)x.beta;
     if (!exact && q->precision == LS_BF16) return product_narrow(q, x);
     if (!exact && q->precision == LS_TF32) return product_of(q, x.a, x.b, CUDA_R_32F, CUBLAS_COMPUTE_32F_FAST_TF32, x);
+    if (x.count == 1)
+        return cublasSgemm(q->blas, operation(x.b.transpose), operation(x.a.transpose), (int)x.n, (int)x.m, (int)x.k,
+                           &alpha, x.b.p, (int)x.b.ld, x.a.p, (int)x.a.ld, &beta, x.c, (int)x.ldc);
     return cublasSgemmStridedBatched(q->blas, operation(x.b.transpose), operation(x.a.transpose), (int)x.n, (int)x.m,
                                      (int)x.k, &alpha, x.b.p, (int)x.b.ld, x.b.stride, x.a.p, (int)x.a.ld, x.a.stride,
                                      &beta, x.c, (int)x.ldc, x.stride_c, (int)x.count);
@@ -206,12 +230,17 @@ template <typename T> static void list(const batch<T> &x, int exact)
     p.stride_a = x.a.stride, p.stride_b = x.b.stride, p.stride_c = x.stride_c;
     p.transpose_a = x.a.transpose, p.transpose_b = x.b.transpose;
     p.adds = x.beta != 0, p.exact = exact, p.in_double = sizeof(T) > sizeof(ls_real);
+    p.narrow_a = x.a.narrow, p.narrow_b = x.b.narrow, p.narrow_c = x.narrow_c;
     ls_product_list(&p);
 }
 
 template <typename T> static void multiply(ls_queue *q, const batch<T> &x, int exact)
 {
     if (x.m <= 0 || x.n <= 0 || x.count <= 0) return;
+    if ((x.a.narrow || x.b.narrow || x.narrow_c) && (q->precision != LS_BF16 || x.k <= 0)) {
+        keep(q, CUBLAS_STATUS_NOT_SUPPORTED, x.m, x.n, x.k, x.count);
+        return;
+    }
     if (x.k <= 0) { /* cuBLAS need not touch C then */
         LS_LAUNCH(q, scale<T>, ls_blocks(x.count * x.m * x.n, LS_THREADS), LS_THREADS, 0, x.m, x.n, (T)x.beta, x.c,
                   x.ldc, x.stride_c, x.count);
@@ -232,8 +261,8 @@ static void batch_of(ls_queue *q, int exact, int transpose_a, int transpose_b, i
                      double alpha, const ls_real *a, int64_t lda, int64_t stride_a, const ls_real *b, int64_t ldb,
                      int64_t stride_b, double beta, ls_real *c, int64_t ldc, int64_t stride_c, int64_t count)
 {
-    const operand<ls_real> A = {a, transpose_a, lda, stride_a}, B = {b, transpose_b, ldb, stride_b};
-    multiply<ls_real>(q, {m, n, k, count, alpha, beta, A, B, c, ldc, stride_c}, exact);
+    const operand<ls_real> A = {a, transpose_a, lda, stride_a, 0}, B = {b, transpose_b, ldb, stride_b, 0};
+    multiply<ls_real>(q, {m, n, k, count, alpha, beta, A, B, c, ldc, stride_c, 0}, exact);
 }
 
 void ls_gemm_batch(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
@@ -256,22 +285,40 @@ void ls_gemm_batch_double(ls_queue *q, int transpose_a, int transpose_b, int64_t
                           const double *a, int64_t lda, int64_t stride_a, const double *b, int64_t ldb,
                           int64_t stride_b, double beta, double *c, int64_t ldc, int64_t stride_c, int64_t count)
 {
-    const operand<double> A = {a, transpose_a, lda, stride_a}, B = {b, transpose_b, ldb, stride_b};
-    multiply<double>(q, {m, n, k, count, alpha, beta, A, B, c, ldc, stride_c}, 1);
+    const operand<double> A = {a, transpose_a, lda, stride_a, 0}, B = {b, transpose_b, ldb, stride_b, 0};
+    multiply<double>(q, {m, n, k, count, alpha, beta, A, B, c, ldc, stride_c, 0}, 1);
+}
+
+static operand<ls_real> matrix_of(ls_operand x, int transpose, int64_t ld)
+{
+    return {static_cast<const ls_real *>(x.p), transpose, ld, 0, x.size != sizeof(ls_real)};
+}
+
+void ls_gemm_operands(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, ls_operand a,
+                      int64_t lda, ls_operand b, int64_t ldb, double beta, ls_operand c, int64_t ldc)
+{
+    multiply<ls_real>(q,
+                      {m, n, k, 1, 1, beta, matrix_of(a, transpose_a, lda), matrix_of(b, transpose_b, ldb),
+                       static_cast<ls_real *>(c.p), ldc, 0, c.size != sizeof(ls_real)},
+                      0);
+}
+
+template <typename T> static void repeat(ls_queue *q, const ls_product *p, const void *a, const void *b, void *c)
+{
+    const operand<T> A = {static_cast<const T *>(a), (int)p->transpose_a, p->lda, p->stride_a, (int)p->narrow_a};
+    const operand<T> B = {static_cast<const T *>(b), (int)p->transpose_b, p->ldb, p->stride_b, (int)p->narrow_b};
+    multiply<T>(q,
+                {p->m, p->n, p->k, p->batch, 1, p->adds ? 1.0 : 0.0, A, B, static_cast<T *>(c), p->ldc, p->stride_c,
+                 (int)p->narrow_c},
+                (int)p->exact);
 }
 
 extern "C" void ls_product_repeat_cuda(ls_queue *q, const ls_product *p, const void *a, const void *b, void *c)
 {
-    const int transpose_a = (int)p->transpose_a, transpose_b = (int)p->transpose_b;
-    const double beta = p->adds ? 1 : 0;
     if (p->in_double)
-        ls_gemm_batch_double(q, transpose_a, transpose_b, p->m, p->n, p->k, 1, static_cast<const double *>(a), p->lda,
-                             p->stride_a, static_cast<const double *>(b), p->ldb, p->stride_b, beta,
-                             static_cast<double *>(c), p->ldc, p->stride_c, p->batch);
+        repeat<double>(q, p, a, b, c);
     else
-        batch_of(q, (int)p->exact, transpose_a, transpose_b, p->m, p->n, p->k, 1, static_cast<const ls_real *>(a),
-                 p->lda, p->stride_a, static_cast<const ls_real *>(b), p->ldb, p->stride_b, beta,
-                 static_cast<ls_real *>(c), p->ldc, p->stride_c, p->batch);
+        repeat<ls_real>(q, p, a, b, c);
 }
 
 /* (b,h) is number b * H + h of a batch where the strides allow it: one call instead of B or H. */

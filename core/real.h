@@ -64,6 +64,24 @@ static inline void ls_zero(ls_real *x, int64_t n)
     if (n > 0) memset(x, 0, (size_t)n * sizeof *x);
 }
 
+/* Numbers that a product reads or gives, `size` bytes each: ls_real, or, where a GPU rounds operands to it, bfloat16.
+ */
+typedef struct ls_operand {
+    void *p;
+    int64_t size;
+} ls_operand;
+
+LS_BOTH_SIDES ls_operand ls_reals(const ls_real *x)
+{
+    const ls_operand y = {(void *)(uintptr_t)x, sizeof *x}; /* inputs and outputs alike */
+    return y;
+}
+LS_BOTH_SIDES ls_operand ls_operand_at(ls_operand x, int64_t i)
+{
+    const ls_operand y = {(char *)x.p + i * x.size, x.size};
+    return y;
+}
+
 /* Rows of a tensor (B,H,T,d): element (b,h,t,i) is p[b*sb + h*sh + t*st + i]. Any layout is a choice of strides. */
 typedef struct ls_view {
     ls_real *p;

@@ -13,14 +13,20 @@ enum { TILE_COLUMNS = 256, TILE_ROWS = 32 };
 
 /* ------------------------------------------------------------------------------------------------ linear */
 
-static void linear(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
-                   const ls_real *b, ls_real *y)
+static void linear_exact(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
+                         const ls_real *b, ls_real *y)
 {
     (void)queue;
     /* BLAS clears C before it adds to it: writing the bias instead costs the same and saves a pass */
     if (b)
         for (int64_t r = 0; r < rows; r++) memcpy(y + r * out, b, (size_t)out * sizeof *y);
     ls_gemm(0, 1, rows, out, in, 1, x, in, w, in, b ? 1 : 0, y, out);
+}
+
+static void linear(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, const ls_real *w,
+                   const ls_real *b, ls_operand y)
+{
+    linear_exact(queue, rows, in, out, x.p, w, b, y.p);
 }
 
 /* sum (4,2) = four rows of x times two of w. Every sum is made by the same instructions in the same order. */
@@ -66,8 +72,9 @@ static void linear_alike(ls_queue *queue, int64_t rows, int64_t in, int64_t out,
 }
 
 /* sum (n) += Σ_rows x (rows,n) */
-static void add_column_sums(int64_t rows, int64_t n, const ls_real *x, ls_real *sum)
+static void column_sums(ls_queue *queue, int64_t rows, int64_t n, const ls_real *x, ls_real *sum)
 {
+    (void)queue;
     for (int64_t j0 = 0; j0 < n; j0 += TILE_COLUMNS) {
         const int64_t columns = ls_min(TILE_COLUMNS, n - j0);
         double acc[TILE_COLUMNS] = {0};
@@ -80,13 +87,12 @@ static void add_column_sums(int64_t rows, int64_t n, const ls_real *x, ls_real *
     }
 }
 
-static void linear_backward(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
-                            const ls_real *dy, ls_real *dx, int accumulate_dx, ls_real *dw, ls_real *db)
+static void linear_backward(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, const ls_real *w,
+                            ls_operand dy, ls_operand dx, int accumulate_dx, ls_real *dw, ls_real *db)
 {
-    (void)queue;
-    if (dw) ls_gemm(1, 0, out, in, rows, 1, dy, out, x, in, 1, dw, in);
-    if (db) add_column_sums(rows, out, dy, db);
-    if (dx) ls_gemm(0, 0, rows, in, out, 1, dy, out, w, in, accumulate_dx ? 1 : 0, dx, in);
+    if (dw) ls_gemm(1, 0, out, in, rows, 1, dy.p, out, x.p, in, 1, dw, in);
+    if (db) column_sums(queue, rows, out, dy.p, db);
+    if (dx.p) ls_gemm(0, 0, rows, in, out, 1, dy.p, out, w, in, accumulate_dx ? 1 : 0, dx.p, in);
 }
 
 /* ------------------------------------------------------------------------------------------------ layer norm */
@@ -110,12 +116,12 @@ static void moments(int64_t n, const ls_real *x, double *mean, double *var)
 }
 
 static void layer_norm(ls_queue *queue, int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *b,
-                       ls_real *y, ls_real *mean, ls_real *rstd)
+                       ls_operand y, ls_real *mean, ls_real *rstd)
 {
     (void)queue;
     for (int64_t r = 0; r < rows; r++) {
         const ls_real *xr = x + r * E;
-        ls_real *yr = y + r * E;
+        ls_real *yr = (ls_real *)y.p + r * E;
         double m, var;
         moments(E, xr, &m, &var);
         const ls_real mu = mean[r] = (ls_real)m;
@@ -172,9 +178,12 @@ static void layer_norm_backward(ls_queue *queue, int64_t rows, int64_t E, const 
 
 /* ------------------------------------------------------------------------------------------------ activations */
 
-static void gelu(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y)
+/* f of n numbers: y = f(x), or y = dy f'(x). */
+typedef void activation(int64_t n, const ls_real *x, const ls_real *dy, ls_real *y);
+
+static inline void gelu_of(int64_t n, const ls_real *x, const ls_real *dy, ls_real *y)
 {
-    (void)queue;
+    (void)dy;
     LS_ERF_LOOP
     for (int64_t i = 0; i < n; i++) {
         ls_real density;
@@ -183,9 +192,8 @@ static void gelu(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y)
 }
 
 /* (x Φ(x))' = Φ(x) + x φ(x) */
-static void gelu_backward(ls_queue *queue, int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
+static inline void gelu_gradient(int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
 {
-    (void)queue;
     LS_ERF_LOOP
     for (int64_t i = 0; i < n; i++) {
         ls_real density;
@@ -195,18 +203,62 @@ static void gelu_backward(ls_queue *queue, int64_t n, const ls_real *x, const ls
 }
 
 /* Written so that NaN goes through and is seen. */
-static void relu(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y)
+static inline void relu_of(int64_t n, const ls_real *x, const ls_real *dy, ls_real *y)
 {
-    (void)queue;
+    (void)dy;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) y[i] = x[i] < 0 ? 0 : x[i];
 }
 
-static void relu_backward(ls_queue *queue, int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
+static inline void relu_gradient(int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
 {
-    (void)queue;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) dx[i] = x[i] > 0 ? dy[i] : 0;
+}
+
+/* y (rows,n) = f(x + b), by pieces of a row where there is a bias. dy NULL where f does not ask for it. */
+static inline void through(activation f, int64_t rows, int64_t n, const ls_real *x, const ls_real *b, const ls_real *dy,
+                           ls_real *y)
+{
+    if (b == NULL) {
+        f(rows * n, x, dy, y);
+        return;
+    }
+    for (int64_t i = 0; i < rows * n; i += n)
+        for (int64_t j0 = 0; j0 < n; j0 += TILE_COLUMNS) {
+            const int64_t columns = ls_min(TILE_COLUMNS, n - j0);
+            const ls_real *xr = x + i + j0, *br = b + j0;
+            ls_real z[TILE_COLUMNS];
+#pragma omp simd
+            for (int64_t j = 0; j < columns; j++) z[j] = xr[j] + br[j];
+            f(columns, z, dy == NULL ? NULL : dy + i + j0, y + i + j0);
+        }
+}
+
+static void gelu(ls_queue *queue, int64_t rows, int64_t n, ls_operand x, const ls_real *b, ls_operand y)
+{
+    (void)queue;
+    through(gelu_of, rows, n, x.p, b, NULL, y.p);
+}
+
+static void gelu_backward(ls_queue *queue, int64_t rows, int64_t n, ls_operand x, const ls_real *b, ls_operand dy,
+                          ls_operand dx)
+{
+    (void)queue;
+    through(gelu_gradient, rows, n, x.p, b, dy.p, dx.p);
+}
+
+static void relu(ls_queue *queue, int64_t rows, int64_t n, ls_operand x, const ls_real *b, ls_operand y)
+{
+    (void)queue;
+    through(relu_of, rows, n, x.p, b, NULL, y.p);
+}
+
+static void relu_backward(ls_queue *queue, int64_t rows, int64_t n, ls_operand x, const ls_real *b, ls_operand dy,
+                          ls_operand dx)
+{
+    (void)queue;
+    through(relu_gradient, rows, n, x.p, b, dy.p, dx.p);
 }
 
 /* ------------------------------------------------------------------------------------------------ embedding */
@@ -318,40 +370,78 @@ static void random_block(uint64_t seed, uint32_t stream, uint32_t step, uint64_t
  * index position·⌈E/8⌉ + e/8 (as they lie in memory: little-endian machines have the low half of a word first). It is
  * kept if they are >= drop, the rate rounded to 1/65536; kept elements are divided by the true probability 1 -
  * drop/65536, so the expected value is exact for any rate. */
-static void dropout(ls_queue *queue, int64_t B, int64_t T, int64_t E, double rate, uint64_t seed, uint32_t stream,
-                    uint64_t sample, int64_t lo, ls_real *x)
+typedef union random_halves {
+    uint32_t word[4 * BLOCK];
+    uint16_t half[PER_BLOCK];
+} random_halves;
+
+/* z (n) = x + b, where x begins with element e of a row. */
+static void add_bias(int64_t n, int64_t e, int64_t E, const ls_real *x, const ls_real *b, ls_real *z)
 {
-    (void)queue;
-    const uint32_t drop = (uint32_t)(rate * 65536 + 0.5);
-    if (drop == 0 || T <= 0) return;
+    for (int64_t i = 0; i < n; e = 0) {
+        const int64_t m = ls_min(E - e, n - i);
+#pragma omp simd
+        for (int64_t j = 0; j < m; j++) z[i + j] = x[i + j] + b[e + j];
+        i += m;
+    }
+}
+
+/* y = onto + drop(x + b); b, onto NULL: 0 */
+static void drop_rows(int64_t B, int64_t T, int64_t E, ls_drop d, const ls_real *x, const ls_real *b,
+                      const ls_real *onto, ls_real *y)
+{
+    const uint32_t drop = (uint32_t)(d.rate * 65536 + 0.5);
     const ls_real scale = drop < 65536 ? (ls_real)(65536.0 / (65536.0 - drop)) : 0;
     const int64_t counters = (E + 7) / 8;
     /* without a remainder the counters of one row continue those of the row before: all T are as one row */
     const int64_t rows = E % 8 ? T : 1, n = E % 8 ? E : T * E;
-    for (int64_t b = 0; b < B; b++) {
+    random_halves random = {{0}};
+    for (int64_t s = 0; s < B; s++) {
         for (int64_t r = 0; r < rows; r++) {
-            ls_real *row = x + (b * rows + r) * n;
+            const int64_t row = (s * rows + r) * n;
             for (int64_t i = 0; i < n; i += PER_BLOCK) {
                 const int64_t m = ls_min(PER_BLOCK, n - i);
-                union {
-                    uint32_t word[4 * BLOCK];
-                    uint16_t half[PER_BLOCK];
-                } random;
-                random_block(seed, stream, (uint32_t)(sample + (uint64_t)b), (uint64_t)((lo + r) * counters + i / 8),
-                             random.word);
+                const ls_real *xr = x + row + i, *over = onto == NULL ? NULL : onto + row + i;
+                ls_real z[PER_BLOCK], *yr = y + row + i;
+                if (drop > 0)
+                    random_block(d.seed, d.stream, (uint32_t)(d.sample + (uint64_t)s),
+                                 (uint64_t)((d.lo + r) * counters + i / 8), random.word);
+                if (b != NULL) {
+                    add_bias(m, i % E, E, xr, b, z);
+                    xr = z;
+                }
+                if (over == NULL) {
 #pragma omp simd
-                for (int64_t j = 0; j < m; j++) row[i + j] = random.half[j] < drop ? 0 : row[i + j] * scale;
+                    for (int64_t j = 0; j < m; j++) yr[j] = random.half[j] < drop ? 0 : xr[j] * scale;
+                } else {
+#pragma omp simd
+                    for (int64_t j = 0; j < m; j++) yr[j] = over[j] + (random.half[j] < drop ? 0 : xr[j] * scale);
+                }
             }
         }
     }
 }
 
+static void dropout(ls_queue *queue, int64_t B, int64_t T, int64_t E, ls_drop drop, const ls_real *x, ls_operand y)
+{
+    (void)queue;
+    if (drop.rate > 0 || y.p != x) drop_rows(B, T, E, drop, x, NULL, NULL, y.p);
+}
+
+static void residual(ls_queue *queue, int64_t B, int64_t T, int64_t E, ls_drop drop, const ls_real *branch,
+                     const ls_real *b, const ls_real *x, ls_real *y)
+{
+    (void)queue;
+    drop_rows(B, T, E, drop, branch, b, x, y);
+}
+
 /* ------------------------------------------------------------------------------------------------ rows */
 
 static void zero_rows(ls_queue *queue, int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad,
-                      const ls_real *x, ls_real *y)
+                      const ls_real *x, ls_operand to)
 {
     (void)queue;
+    ls_real *y = to.p;
     for (int64_t r = 0; r < B * T; r++) {
         const int64_t b = batch_first ? r / T : r % B, t = batch_first ? r % T : r / B;
         if (pad && pad[b * T + t])
@@ -368,25 +458,10 @@ static void add(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y)
     for (int64_t i = 0; i < n; i++) y[i] += x[i];
 }
 
-static void sum(ls_queue *queue, int64_t n, const ls_real *a, const ls_real *b, ls_real *y)
+static void copy(ls_queue *queue, int64_t n, ls_operand x, ls_operand y)
 {
     (void)queue;
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) y[i] = a[i] + b[i];
-}
-
-static void copy(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y)
-{
-    (void)queue;
-    if (n > 0) memcpy(y, x, (size_t)n * sizeof *y);
-}
-
-static void scale(ls_queue *queue, int64_t n, double factor, ls_real *x)
-{
-    (void)queue;
-    const ls_real a = (ls_real)factor;
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) x[i] *= a;
+    if (n > 0) memcpy(y.p, x.p, (size_t)(n * x.size));
 }
 
 static void divide(ls_queue *queue, int64_t n, const double *sums, double by, ls_real *y)
@@ -403,8 +478,9 @@ static void zero(ls_queue *queue, size_t bytes, void *x)
 
 const ls_dense_ops ls_dense_cpu = {.linear = linear,
                                    .linear_alike = linear_alike,
-                                   .linear_exact = linear,
+                                   .linear_exact = linear_exact,
                                    .linear_backward = linear_backward,
+                                   .column_sums = column_sums,
                                    .layer_norm = layer_norm,
                                    .layer_norm_backward = layer_norm_backward,
                                    .gelu = gelu,
@@ -415,11 +491,10 @@ const ls_dense_ops ls_dense_cpu = {.linear = linear,
                                    .embedding_backward = embedding_backward,
                                    .add_positions = add_positions,
                                    .dropout = dropout,
+                                   .residual = residual,
                                    .cross_entropy = ls_cross_entropy_cpu,
                                    .zero_rows = zero_rows,
                                    .add = add,
-                                   .sum = sum,
                                    .copy = copy,
-                                   .scale = scale,
                                    .divide = divide,
                                    .zero = zero};

@@ -17,6 +17,8 @@ extern "C" {
 
 #include "rng_inline.h"
 
+#include <cuda_bf16.h>
+
 /* Item i of rows that are read W numbers at once. */
 template <int W> __device__ static inline ls_few<W> load(const ls_real *x, int64_t i)
 {
@@ -27,16 +29,51 @@ template <int W> __device__ static inline void store(ls_real *x, int64_t i, ls_f
     reinterpret_cast<ls_few<W> *>(x)[i] = value;
 }
 
-/* Whether rows of n numbers at these pointers can be read by fours. */
-template <typename... P> static bool wide(int64_t n, const P *...p)
+/* The same of rows that may lie in bfloat16: all threads of a launch go the same way. */
+template <int W> struct alignas(W * sizeof(__nv_bfloat16)) narrow_few {
+    __nv_bfloat16 v[W];
+};
+__device__ static inline bool is_narrow(const ls_operand &x)
 {
-    return n % 4 == 0 && ((uintptr_t(p) | ...) & (sizeof(ls_four) - 1)) == 0;
+    return x.size != sizeof(ls_real);
+}
+template <int W> __device__ static inline ls_few<W> load(const ls_operand &x, int64_t i)
+{
+    if (!is_narrow(x)) return load<W>(static_cast<const ls_real *>(x.p), i);
+    const narrow_few<W> from = static_cast<const narrow_few<W> *>(x.p)[i];
+    ls_few<W> y;
+    for (int k = 0; k < W; k++) y.v[k] = __bfloat162float(from.v[k]);
+    return y;
+}
+template <int W> __device__ static inline void store(const ls_operand &x, int64_t i, ls_few<W> value)
+{
+    if (!is_narrow(x)) {
+        store<W>(static_cast<ls_real *>(x.p), i, value);
+        return;
+    }
+    narrow_few<W> to;
+    for (int k = 0; k < W; k++) to.v[k] = __float2bfloat16((float)value.v[k]);
+    static_cast<narrow_few<W> *>(x.p)[i] = to;
+}
+
+/* Whether rows of n numbers there can be read by fours. */
+static bool is_wide(const ls_real *p)
+{
+    return ls_is_four(p);
+}
+static bool is_wide(const ls_operand &x)
+{
+    return uintptr_t(x.p) % (size_t)(4 * x.size) == 0;
+}
+template <typename... P> static bool wide(int64_t n, const P &...p)
+{
+    return n % 4 == 0 && (is_wide(p) && ...);
 }
 
 /* ------------------------------------------------------------------------------------------------ elements */
 
 /* y = f(a, b), or f(a) where f has one input; y may be either. */
-template <typename F, int W> __global__ static void map(int64_t n, F f, const ls_real *a, const ls_real *b, ls_real *y)
+template <typename F, int W> __global__ static void map(int64_t n, F f, ls_operand a, ls_operand b, ls_operand y)
 {
     LS_EACH(i, n)
     {
@@ -48,12 +85,41 @@ template <typename F, int W> __global__ static void map(int64_t n, F f, const ls
 }
 
 template <typename F>
-static void map_all(ls_queue *queue, int64_t n, F f, const ls_real *a, const ls_real *b, ls_real *y)
+static void map_all(ls_queue *queue, int64_t n, F f, const ls_operand &a, const ls_operand &b, const ls_operand &y)
 {
     if (n <= 0) return;
     const int w = wide(n, a, b, y) ? 4 : 1;
     const auto kernel = w == 4 ? map<F, 4> : map<F, 1>;
     LS_LAUNCH(queue, kernel, ls_blocks(n / w, LS_THREADS), LS_THREADS, 0, n / w, f, a, b, y);
+}
+
+/* The same of rows (rows,n), to each of which a row `bias` is added before: y = f(a + bias, b). */
+template <typename F, int W>
+__global__ static void map_rows(int64_t rows, int64_t n, F f, ls_operand a, const ls_real *bias, ls_operand b,
+                                ls_operand y)
+{
+    LS_EACH_ROW(r, rows)
+    LS_EACH_LANE(j, n / W)
+    {
+        const int64_t i = r * (n / W) + j;
+        const ls_few<W> x = load<W>(a, i), z = F::inputs == 2 ? load<W>(b, i) : x, added = load<W>(bias, j);
+        ls_few<W> out;
+        for (int k = 0; k < W; k++) out.v[k] = f(x.v[k] + added.v[k], z.v[k]);
+        store<W>(y, i, out);
+    }
+}
+
+template <typename F>
+static void map_biased(ls_queue *queue, int64_t rows, int64_t n, F f, const ls_operand &a, const ls_real *bias,
+                       const ls_operand &b, const ls_operand &y)
+{
+    if (bias == NULL) {
+        map_all(queue, rows * n, f, a, b, y);
+        return;
+    }
+    if (rows <= 0) return;
+    const auto kernel = wide(n, a, bias, b, y) ? map_rows<F, 4> : map_rows<F, 1>;
+    LS_LAUNCH(queue, kernel, ls_row_blocks(rows), LS_THREADS, 0, rows, n, f, a, bias, b, y);
 }
 
 struct gelu_of {
@@ -95,14 +161,6 @@ struct sum_of {
         return a + b;
     }
 };
-struct times {
-    enum { inputs = 1 };
-    ls_real factor;
-    __device__ ls_real operator()(ls_real x, ls_real) const
-    {
-        return x * factor;
-    }
-};
 struct same_as {
     enum { inputs = 1 };
     __device__ ls_real operator()(ls_real x, ls_real) const
@@ -111,44 +169,36 @@ struct same_as {
     }
 };
 
-static void gelu(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y)
+static void gelu(ls_queue *queue, int64_t rows, int64_t n, ls_operand x, const ls_real *b, ls_operand y)
 {
-    map_all(queue, n, gelu_of(), x, x, y);
+    map_biased(queue, rows, n, gelu_of(), x, b, x, y);
 }
 
-static void gelu_backward(ls_queue *queue, int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
+static void gelu_backward(ls_queue *queue, int64_t rows, int64_t n, ls_operand x, const ls_real *b, ls_operand dy,
+                          ls_operand dx)
 {
-    map_all(queue, n, gelu_gradient(), x, dy, dx);
+    map_biased(queue, rows, n, gelu_gradient(), x, b, dy, dx);
 }
 
-static void relu(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y)
+static void relu(ls_queue *queue, int64_t rows, int64_t n, ls_operand x, const ls_real *b, ls_operand y)
 {
-    map_all(queue, n, relu_of(), x, x, y);
+    map_biased(queue, rows, n, relu_of(), x, b, x, y);
 }
 
-static void relu_backward(ls_queue *queue, int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
+static void relu_backward(ls_queue *queue, int64_t rows, int64_t n, ls_operand x, const ls_real *b, ls_operand dy,
+                          ls_operand dx)
 {
-    map_all(queue, n, relu_gradient(), x, dy, dx);
+    map_biased(queue, rows, n, relu_gradient(), x, b, dy, dx);
 }
 
 static void add(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y)
 {
-    map_all(queue, n, sum_of(), y, x, y);
+    map_all(queue, n, sum_of(), ls_reals(y), ls_reals(x), ls_reals(y));
 }
 
-static void sum(ls_queue *queue, int64_t n, const ls_real *a, const ls_real *b, ls_real *y)
-{
-    map_all(queue, n, sum_of(), a, b, y);
-}
-
-static void copy(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y)
+static void copy(ls_queue *queue, int64_t n, ls_operand x, ls_operand y)
 {
     map_all(queue, n, same_as(), x, x, y);
-}
-
-static void scale(ls_queue *queue, int64_t n, double factor, ls_real *x)
-{
-    map_all(queue, n, times{(ls_real)factor}, x, x, x);
 }
 
 __global__ static void divide_each(int64_t n, const double *sums, double by, ls_real *y)
@@ -235,7 +285,7 @@ static int column_blocks(int64_t n)
 }
 
 /* sum (n) += Σ_rows x (rows,n) */
-template <int W> __global__ static void column_sums(int64_t rows, int64_t n, const ls_real *x, ls_real *sum)
+template <int W> __global__ static void sum_columns(int64_t rows, int64_t n, ls_operand x, ls_real *sum)
 {
     LS_SHARED(double, part);
     constexpr int DEEP = 8; /* reads on their way at a time */
@@ -251,12 +301,17 @@ template <int W> __global__ static void column_sums(int64_t rows, int64_t n, con
     add_columns<W>(acc, n, part, sum);
 }
 
-static void add_column_sums(ls_queue *queue, int64_t rows, int64_t n, const ls_real *x, ls_real *sum)
+static void add_column_sums(ls_queue *queue, int64_t rows, int64_t n, const ls_operand &x, ls_real *sum)
 {
     if (rows <= 0 || n <= 0) return;
     const int w = wide(n, x) ? 4 : 1, threads = column_threads(rows, w);
-    const auto kernel = w == 4 ? column_sums<4> : column_sums<1>;
+    const auto kernel = w == 4 ? sum_columns<4> : sum_columns<1>;
     LS_LAUNCH(queue, kernel, column_blocks(n), threads, column_bytes(threads, w), rows, n, x, sum);
+}
+
+static void column_sums(ls_queue *queue, int64_t rows, int64_t n, const ls_real *x, ls_real *sum)
+{
+    add_column_sums(queue, rows, n, ls_reals(x), sum);
 }
 
 /* ------------------------------------------------------------------------------------------------ linear */
@@ -269,27 +324,27 @@ template <int W> __global__ static void fill_rows(int64_t rows, int64_t n, const
     store<W>(y + r * n, j, load<W>(b, j));
 }
 
-static void linear_by(decltype(ls_gemm_batch) multiply, ls_queue *queue, int64_t rows, int64_t in, int64_t out,
-                      const ls_real *x, const ls_real *w, const ls_real *b, ls_real *y)
+static void start_with(ls_queue *queue, int64_t rows, int64_t n, const ls_real *b, ls_real *y)
 {
-    if (rows <= 0) return;
-    if (b) {
-        const auto kernel = wide(out, b, y) ? fill_rows<4> : fill_rows<1>;
-        LS_LAUNCH(queue, kernel, ls_row_blocks(rows), LS_THREADS, 0, rows, out, b, y);
-    }
-    multiply(queue, 0, 1, rows, out, in, 1, x, in, 0, w, in, 0, b ? 1 : 0, y, out, 0, 1);
+    if (b == NULL) return;
+    const auto kernel = wide(n, b, y) ? fill_rows<4> : fill_rows<1>;
+    LS_LAUNCH(queue, kernel, ls_row_blocks(rows), LS_THREADS, 0, rows, n, b, y);
 }
 
-static void linear(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
-                   const ls_real *b, ls_real *y)
+static void linear(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, const ls_real *w,
+                   const ls_real *b, ls_operand y)
 {
-    linear_by(ls_gemm_batch, queue, rows, in, out, x, w, b, y);
+    if (rows <= 0) return;
+    start_with(queue, rows, out, b, static_cast<ls_real *>(y.p));
+    ls_gemm_operands(queue, 0, 1, rows, out, in, x, in, ls_reals(w), in, b ? 1 : 0, y, out);
 }
 
 static void linear_exact(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
                          const ls_real *b, ls_real *y)
 {
-    linear_by(ls_gemm_batch_exact, queue, rows, in, out, x, w, b, y);
+    if (rows <= 0) return;
+    start_with(queue, rows, out, b, y);
+    ls_gemm_batch_exact(queue, 0, 1, rows, out, in, 1, x, in, 0, w, in, 0, b ? 1 : 0, y, out, 0, 1);
 }
 
 /* A block makes 64 × 64 of y, a thread 4 × 4 of those. Whatever stands in the other rows, an element is the sum of its
@@ -338,20 +393,20 @@ static void linear_alike(ls_queue *queue, int64_t rows, int64_t in, int64_t out,
     LS_LAUNCH(queue, product_alike, blocks, LS_THREADS, 0, rows, in, out, x, w, b, y);
 }
 
-static void linear_backward(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
-                            const ls_real *dy, ls_real *dx, int accumulate_dx, ls_real *dw, ls_real *db)
+static void linear_backward(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, const ls_real *w,
+                            ls_operand dy, ls_operand dx, int accumulate_dx, ls_real *dw, ls_real *db)
 {
     if (rows <= 0) return;
-    if (dw) ls_gemm_batch(queue, 1, 0, out, in, rows, 1, dy, out, 0, x, in, 0, 1, dw, in, 0, 1);
+    if (dw) ls_gemm_operands(queue, 1, 0, out, in, rows, dy, out, x, in, 1, ls_reals(dw), in);
     if (db) add_column_sums(queue, rows, out, dy, db);
-    if (dx) ls_gemm_batch(queue, 0, 0, rows, in, out, 1, dy, out, 0, w, in, 0, accumulate_dx ? 1 : 0, dx, in, 0, 1);
+    if (dx.p) ls_gemm_operands(queue, 0, 0, rows, in, out, dy, out, ls_reals(w), in, accumulate_dx ? 1 : 0, dx, in);
 }
 
 /* ------------------------------------------------------------------------------------------------ layer norm */
 
 /* One pass for the moments: var = E[(x-c)²] - E[x-c]², c an element of the row, in double. */
 template <int W>
-__global__ static void norm(int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *b, ls_real *y,
+__global__ static void norm(int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *b, ls_operand y,
                             ls_real *mean, ls_real *rstd)
 {
     LS_EACH_ROW(r, rows)
@@ -377,13 +432,13 @@ __global__ static void norm(int64_t rows, int64_t E, const ls_real *x, const ls_
             const ls_few<W> at = load<W>(xr, j), wj = load<W>(w, j), bj = load<W>(b, j);
             ls_few<W> out;
             for (int k = 0; k < W; k++) out.v[k] = (at.v[k] - mu) * rs * wj.v[k] + bj.v[k];
-            store<W>(y + r * E, j, out);
+            store<W>(y, r * (E / W) + j, out);
         }
     }
 }
 
 static void layer_norm(ls_queue *queue, int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *b,
-                       ls_real *y, ls_real *mean, ls_real *rstd)
+                       ls_operand y, ls_real *mean, ls_real *rstd)
 {
     if (rows <= 0) return;
     const auto kernel = wide(E, x, w, b, y) ? norm<4> : norm<1>;
@@ -605,40 +660,55 @@ static void add_positions(ls_queue *queue, int64_t B, int64_t T, int64_t E, int6
 
 /* ------------------------------------------------------------------------------------------------ dropout */
 
-/* A thread has the eight elements of one counter: see dense.c for which bits are whose. */
+/* y = onto + drop(x + b); b, onto NULL: 0. A thread has the eight elements of one counter: see dense.c for which bits
+ * are whose. */
 template <int W>
-__global__ static void drop_some(int64_t B, int64_t T, int64_t E, uint32_t drop, ls_real kept, uint64_t seed,
-                                 uint32_t stream, uint64_t sample, int64_t lo, ls_real *x)
+__global__ static void drop_some(int64_t B, int64_t T, int64_t E, uint32_t drop, ls_real kept, ls_drop d,
+                                 const ls_real *x, const ls_real *b, const ls_real *onto, ls_operand y)
 {
     const int64_t counters = (E + 7) / 8;
     LS_EACH(i, B * T * counters)
     {
-        const int64_t row = i / counters, counter = i % counters, b = row / T, t = row % T;
-        uint32_t word[4];
-        ls_random4_inline(seed, stream, (uint32_t)(sample + (uint64_t)b), (uint64_t)((lo + t) * counters + counter),
-                          word);
+        const int64_t row = i / counters, counter = i % counters, s = row / T, t = row % T;
+        uint32_t word[4] = {0};
+        if (drop > 0)
+            ls_random4_inline(d.seed, d.stream, (uint32_t)(d.sample + (uint64_t)s),
+                              (uint64_t)((d.lo + t) * counters + counter), word);
         for (int j = 0; j < 8; j += W) {
             const int64_t e = counter * 8 + j;
             if (e >= E) break;
-            ls_few<W> at = load<W>(x, (row * E + e) / W);
+            const int64_t item = (row * E + e) / W;
+            const ls_few<W> at = load<W>(x, item), added = b ? load<W>(b, e / W) : ls_few<W>();
+            ls_few<W> out = onto ? load<W>(onto, item) : ls_few<W>();
             for (int k = 0; k < W; k++) {
                 const uint32_t bits = word[(j + k) / 2] >> (j + k) % 2 * 16 & 0xffff;
-                at.v[k] = bits < drop ? 0 : at.v[k] * kept;
+                out.v[k] += bits < drop ? 0 : (at.v[k] + added.v[k]) * kept;
             }
-            store<W>(x, (row * E + e) / W, at);
+            store<W>(y, item, out);
         }
     }
 }
 
-static void dropout(ls_queue *queue, int64_t B, int64_t T, int64_t E, double rate, uint64_t seed, uint32_t stream,
-                    uint64_t sample, int64_t lo, ls_real *x)
+static void drop_rows(ls_queue *queue, int64_t B, int64_t T, int64_t E, const ls_drop &d, const ls_real *x,
+                      const ls_real *b, const ls_real *onto, const ls_operand &y)
 {
-    const uint32_t drop = (uint32_t)(rate * 65536 + 0.5);
-    if (drop == 0 || B <= 0 || T <= 0) return;
+    const uint32_t drop = (uint32_t)(d.rate * 65536 + 0.5);
+    if (B <= 0 || T <= 0) return;
     const ls_real kept = drop < 65536 ? (ls_real)(65536.0 / (65536.0 - drop)) : 0;
-    const auto kernel = wide(E, x) ? drop_some<4> : drop_some<1>;
-    LS_LAUNCH(queue, kernel, ls_blocks(B * T * ((E + 7) / 8), LS_THREADS), LS_THREADS, 0, B, T, E, drop, kept, seed,
-              stream, sample, lo, x);
+    const auto kernel = wide(E, x, b, onto, y) ? drop_some<4> : drop_some<1>; /* NULL lies well, too */
+    LS_LAUNCH(queue, kernel, ls_blocks(B * T * ((E + 7) / 8), LS_THREADS), LS_THREADS, 0, B, T, E, drop, kept, d, x, b,
+              onto, y);
+}
+
+static void dropout(ls_queue *queue, int64_t B, int64_t T, int64_t E, ls_drop drop, const ls_real *x, ls_operand y)
+{
+    if (drop.rate > 0 || y.p != x) drop_rows(queue, B, T, E, drop, x, NULL, NULL, y);
+}
+
+static void residual(ls_queue *queue, int64_t B, int64_t T, int64_t E, ls_drop drop, const ls_real *branch,
+                     const ls_real *b, const ls_real *x, ls_real *y)
+{
+    drop_rows(queue, B, T, E, drop, branch, b, x, ls_reals(y));
 }
 
 /* ------------------------------------------------------------------------------------------------ cross-entropy */
@@ -718,30 +788,52 @@ static void cross_entropy(ls_queue *queue, int64_t rows, int64_t V, const ls_rea
 
 template <int W>
 __global__ static void zero_some(int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad, const ls_real *x,
-                                 ls_real *y)
+                                 ls_operand y)
 {
     LS_EACH_ROW(r, B * T)
     {
         const int64_t b = batch_first ? r / T : r % B, t = batch_first ? r % T : r / B;
         const bool padded = pad != NULL && pad[b * T + t];
-        if (!padded && x == y) continue;
+        if (!padded && x == y.p) continue;
         LS_EACH_LANE(j, E / W)
-        store<W>(y + r * E, j, padded ? ls_few<W>() : load<W>(x + r * E, j));
+        store<W>(y, r * (E / W) + j, padded ? ls_few<W>() : load<W>(x + r * E, j));
     }
 }
 
 static void zero_rows(ls_queue *queue, int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad,
-                      const ls_real *x, ls_real *y)
+                      const ls_real *x, ls_operand y)
 {
     if (B <= 0 || T <= 0) return;
     const auto kernel = wide(E, x, y) ? zero_some<4> : zero_some<1>;
     LS_LAUNCH(queue, kernel, ls_row_blocks(B * T), LS_THREADS, 0, B, T, E, batch_first, pad, x, y);
 }
 
+template <int W> __global__ static void round_some(int64_t rows, int64_t n, const ls_real *b, ls_real *x, ls_operand y)
+{
+    LS_EACH_ROW(r, rows)
+    LS_EACH_LANE(j, n / W)
+    {
+        const int64_t i = r * (n / W) + j;
+        ls_few<W> at = load<W>(x, i);
+        const ls_few<W> added = b ? load<W>(b, j) : ls_few<W>();
+        for (int k = 0; k < W; k++) at.v[k] = __bfloat162float(__float2bfloat16((float)(at.v[k] + added.v[k])));
+        store<W>(y, i, at);
+        store<W>(x, i, at);
+    }
+}
+
+static void round_rows(ls_queue *queue, int64_t rows, int64_t n, const ls_real *b, ls_real *x, ls_operand y)
+{
+    if (rows <= 0) return;
+    const auto kernel = wide(n, b, x, y) ? round_some<4> : round_some<1>;
+    LS_LAUNCH(queue, kernel, ls_row_blocks(rows), LS_THREADS, 0, rows, n, b, x, y);
+}
+
 extern "C" const ls_dense_ops ls_dense_cuda = {.linear = linear,
                                                .linear_alike = linear_alike,
                                                .linear_exact = linear_exact,
                                                .linear_backward = linear_backward,
+                                               .column_sums = column_sums,
                                                .layer_norm = layer_norm,
                                                .layer_norm_backward = layer_norm_backward,
                                                .gelu = gelu,
@@ -752,11 +844,11 @@ extern "C" const ls_dense_ops ls_dense_cuda = {.linear = linear,
                                                .embedding_backward = embedding_backward,
                                                .add_positions = add_positions,
                                                .dropout = dropout,
+                                               .residual = residual,
                                                .cross_entropy = cross_entropy,
                                                .zero_rows = zero_rows,
+                                               .round_rows = round_rows,
                                                .add = add,
-                                               .sum = sum,
                                                .copy = copy,
-                                               .scale = scale,
                                                .divide = divide,
                                                .zero = zero};

@@ -192,12 +192,23 @@ size_t ls_saved_bytes(const ls_saved *saved)
 
 /* ------------------------------------------------------------------------------------------------ a call */
 
-/* What the layer adds to a call of the core: projected rows, their gradients, clean copies of padded inputs. */
+/* The rows of an input as products take them: those of x, n of a sequence, padded ones 0. */
+typedef struct ready_rows {
+    ls_operand rows;
+    const ls_real *x;
+    const uint8_t *pad;
+    int64_t n;
+} ready_rows;
+
+/* What the layer adds to a call of the core: projected rows, their gradients, and both as products take them. */
 typedef struct layer {
-    const ls_real *x_q, *x_k, *x_v;               /* inputs after the aliases are resolved */
-    ls_real *in[4], *o, *active;                  /* projected rows (saved), the core's output (saved), gelu of it */
-    void *narrow[5];                              /* LS_BF16: what is saved of in[] and o; NULL: they are themselves */
-    ls_real *din[4], *do_, *dy, *clean, *no_grad; /* gradients of those */
+    const ls_real *x_q, *x_k, *x_v;  /* inputs after the aliases are resolved */
+    ls_real *in[4], *o;              /* projected rows, the core's output */
+    ls_operand kept[5];              /* what is saved of in[] and o: themselves, or in LS_BF16 copies */
+    ls_operand active;               /* gelu of o */
+    ls_real *din[4], *do_, *no_grad; /* gradients of in[], of o, of parameters where nobody wants them */
+    ls_operand dy;                   /* a gradient as its product takes it, where that is not as it lies */
+    ready_rows ready;                /* likewise for inputs */
     ls_real *dk, *dv;
     int key_aliased, value_aliased; /* core: key is query, value is one of them: dk, dv are made aside and added */
     ls_real *heads;                 /* weights per head, where the mean over heads was asked for */
@@ -403,32 +414,39 @@ static void begin_call(ls_attention *a, const ls_attention_shape *shape, const l
     p->out = ls_view_out(a, out, p->B, p->T);
 }
 
+static int64_t length_of(const ls_pass *p, int which)
+{
+    return which == K_PROJ || which == V_PROJ ? p->S : p->T;
+}
+
 static int64_t rows_of(const ls_pass *p, int which)
 {
-    return p->B * (which == K_PROJ || which == V_PROJ ? p->S : p->T);
+    return p->B * length_of(p, which);
 }
 
-enum { OUTPUT = 4 }; /* in layer.narrow */
+enum { OUTPUT = 4 }; /* in layer.kept */
+
+static int is_copy(ls_operand rows)
+{
+    return rows.size != sizeof(ls_real);
+}
 
 /* Rows that are made in forward and needed again in backward. In bf16 they are saved so, unless `exact`. */
-static ls_real *plan_saved(const ls_attention *a, int64_t reals, int exact, void **narrow, ls_arena *saved,
+static ls_real *plan_saved(const ls_attention *a, int64_t reals, int exact, ls_operand *kept, ls_arena *saved,
                            ls_arena *work)
 {
-    *narrow = NULL;
-    if (a->ctx->precision != LS_BF16 || exact) return ls_take(saved, reals);
-    *narrow = ls_arena_take(saved, (size_t)reals * 2);
-    return ls_take(work, reals);
+    if (a->ctx->precision == LS_BF16 && !exact) {
+        *kept = ls_take_operand(a->ctx, saved, reals);
+        return ls_take(work, reals);
+    }
+    ls_real *x = ls_take(saved, reals);
+    *kept = ls_reals(x);
+    return x;
 }
 
-/* From when rows are there, the core sees what backward will see. */
-static void keep_rows(const ls_attention *a, int64_t reals, ls_real *x, void *narrow)
+static void recall_rows(const ls_attention *a, int64_t reals, ls_real *x, ls_operand kept)
 {
-    if (narrow != NULL) ls_memory_of(&a->ctx->exchange)->narrow(a->ctx->queue, reals, x, narrow);
-}
-
-static void recall_rows(const ls_attention *a, int64_t reals, ls_real *x, const void *narrow)
-{
-    if (narrow != NULL) ls_memory_of(&a->ctx->exchange)->widen(a->ctx->queue, reals, narrow, x);
+    if (is_copy(kept)) a->ctx->dense->copy(a->ctx->queue, reals, kept, ls_reals(x));
 }
 
 /* The layer's memory: what it projects becomes what the core sees. Without input projections the core sees the rows. */
@@ -436,16 +454,19 @@ static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, l
 {
     ls_pass *p = &c->pass;
     const int64_t E = a->options.embed_dim, W = a->form.core_width, T = p->B * p->T, back = p->backward;
+    const int rounds = a->ctx->precision == LS_BF16, cleans = back && (p->pad_q != NULL || p->own.pad != NULL);
+    int64_t widest = T * E; /* of the gradients that are made ready for a product */
     for (int i = 0; i < a->form.inputs; i++) {
         l->in[i] = plan_saved(a, rows_of(p, i) * a->form.input[i].width,
-                              a->form.input[i].exact || a->form.input[i].alike, &l->narrow[i], saved, work);
+                              a->form.input[i].exact || a->form.input[i].alike, &l->kept[i], saved, work);
         l->din[i] = ls_take(work, back * rows_of(p, i) * a->form.input[i].width);
+        if (rounds) widest = ls_max(widest, rows_of(p, i) * a->form.input[i].width);
     }
-    l->o = plan_saved(a, T * W, 0, &l->narrow[OUTPUT], saved, work);
-    l->active = ls_take(work, a->form.gelu ? T * W : 0);
+    l->o = plan_saved(a, T * W, 0, &l->kept[OUTPUT], saved, work);
+    l->active = ls_take_operand(a->ctx, work, a->form.gelu ? T * W : 0);
     l->do_ = ls_take(work, back * T * W);
-    l->dy = ls_take(work, back && p->pad_q != NULL ? T * E : 0);
-    l->clean = ls_take(work, back && (p->pad_q != NULL || p->own.pad != NULL) ? p->B * ls_max(p->T, p->S) * E : 0);
+    l->dy = ls_take_operand(a->ctx, work, back && (rounds || p->pad_q != NULL) ? widest : 0);
+    l->ready.rows = ls_take_operand(a->ctx, work, rounds || cleans ? p->B * ls_max(p->T, p->S) * E : 0);
     l->no_grad = ls_take(work, back * a->reals); /* where parameter gradients go that nobody wants */
     if (a->form.inputs == 0) l->din[Q_PROJ] = ls_take(work, back * T * E);
     p->out = ls_view_out(a, l->o, p->B, p->T);
@@ -490,22 +511,33 @@ static void plan(ls_attention *a, const ls_attention_io *io, ls_call *c, layer *
 
 /* ------------------------------------------------------------------------------------------------ forward */
 
-void ls_project(const ls_attention *a, int which, int64_t rows, const ls_real *x, const ls_real *params, ls_real *y)
+static const ls_real *weight_of(const ls_attention *a, int which, const ls_real *params)
 {
-    const ls_real *bias = a->bias[which] < 0 ? NULL : params + a->param[a->bias[which]].offset;
-    const ls_dense_ops *dense = a->ctx->dense;
-    const int alike = which != OUT_PROJ && a->form.input[which].alike;
-    const int exact = which != OUT_PROJ && a->form.input[which].exact;
-    (alike   ? dense->linear_alike
-     : exact ? dense->linear_exact
-             : dense->linear)(a->ctx->queue, rows, ls_projection_in(a, which), ls_projection_out(a, which), x,
-                              params + a->param[a->weight[which]].offset, bias, y);
+    return params + a->param[a->weight[which]].offset;
 }
 
-void ls_project_out(const ls_attention *a, int64_t rows, const ls_real *o, ls_real *active, const ls_real *params,
+static const ls_real *bias_of(const ls_attention *a, int which, const ls_real *params)
+{
+    return a->bias[which] < 0 ? NULL : params + a->param[a->bias[which]].offset;
+}
+
+void ls_project(const ls_attention *a, int which, int64_t rows, ls_operand x, const ls_real *params, ls_real *y)
+{
+    const ls_real *w = weight_of(a, which, params), *b = bias_of(a, which, params);
+    const int64_t in = ls_projection_in(a, which), out = ls_projection_out(a, which);
+    const ls_dense_ops *dense = a->ctx->dense;
+    if (which != OUT_PROJ && a->form.input[which].alike)
+        dense->linear_alike(a->ctx->queue, rows, in, out, x.p, w, b, y);
+    else if (which != OUT_PROJ && a->form.input[which].exact)
+        dense->linear_exact(a->ctx->queue, rows, in, out, x.p, w, b, y);
+    else
+        dense->linear(a->ctx->queue, rows, in, out, x, w, b, ls_reals(y));
+}
+
+void ls_project_out(const ls_attention *a, int64_t rows, ls_operand o, ls_operand active, const ls_real *params,
                     ls_real *y)
 {
-    if (a->form.gelu) a->ctx->dense->gelu(a->ctx->queue, rows * a->form.core_width, o, active);
+    if (a->form.gelu) a->ctx->dense->gelu(a->ctx->queue, rows, a->form.core_width, o, NULL, active);
     ls_project(a, OUT_PROJ, rows, a->form.gelu ? active : o, params, y);
 }
 
@@ -552,11 +584,32 @@ static ls_status reserve_forward(ls_attention *a, const ls_attention_io *io, ls_
     return ls_arena_check(work, a->mechanism->name);
 }
 
-static void make_input(const ls_attention *a, const ls_pass *p, const layer *l, int which, const ls_real *x)
+/* The input x of projection `which` as products take it; what is padded becomes 0, since 0 · NaN is not 0. Where
+ * several projections take the same input, the first one makes it ready. */
+static ls_operand input_rows(const ls_attention *a, const ls_pass *p, layer *l, int which, const ls_real *x,
+                             const uint8_t *pad)
 {
-    const int64_t rows = rows_of(p, which);
-    ls_project(a, which, rows, x, p->params, l->in[which]);
-    keep_rows(a, rows * a->form.input[which].width, l->in[which], l->narrow[which]);
+    ready_rows *r = &l->ready;
+    const int64_t n = length_of(p, which);
+    if (pad == NULL && !is_copy(r->rows)) return ls_reals(x);
+    if (r->x != x || r->pad != pad || r->n != n)
+        a->ctx->dense->zero_rows(a->ctx->queue, p->B, n, a->options.embed_dim, batch_first(a), pad, x, r->rows);
+    r->x = x, r->pad = pad, r->n = n;
+    return r->rows;
+}
+
+static void make_input(const ls_attention *a, const ls_pass *p, layer *l, int which, const ls_real *x)
+{
+    const ls_dense_ops *dense = a->ctx->dense;
+    const int64_t rows = rows_of(p, which), in = ls_projection_in(a, which), out = ls_projection_out(a, which);
+    if (!is_copy(l->kept[which])) {
+        ls_project(a, which, rows, ls_reals(x), p->params, l->in[which]);
+        return;
+    }
+    /* The core sees what backward will see. The bias comes as rows are rounded, which spares a pass. */
+    dense->linear(a->ctx->queue, rows, in, out, input_rows(a, p, l, which, x, NULL), weight_of(a, which, p->params),
+                  NULL, ls_reals(l->in[which]));
+    dense->round_rows(a->ctx->queue, rows, out, bias_of(a, which, p->params), l->in[which], l->kept[which]);
 }
 
 /* What is done to the queries' rows alone, so that it need not be done before something crosses. */
@@ -604,11 +657,12 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
     if (c.documents == NULL && ls_has_projection(a, Q_PROJ)) c.meanwhile = make_queries, c.meanwhile_of = &queries;
     LS_TRY(ls_alone(a->ctx, c.documents != NULL ? ls_packed_forward(&c, keep, &a->ctx->work) : ls_run_forward(&c)));
     if (ls_is_layer(a)) {
-        keep_rows(a, rows * a->form.core_width, l.o, l.narrow[OUTPUT]);
-        ls_project_out(a, rows, l.o, l.active, params, out);
+        if (is_copy(l.kept[OUTPUT]))
+            a->ctx->dense->copy(a->ctx->queue, rows * a->form.core_width, ls_reals(l.o), l.kept[OUTPUT]);
+        ls_project_out(a, rows, l.kept[OUTPUT], l.active, params, out);
         if (p->pad_q != NULL)
             a->ctx->dense->zero_rows(a->ctx->queue, p->B, p->T, a->options.embed_dim, batch_first(a), p->pad_q, out,
-                                     out);
+                                     ls_reals(out));
     }
     if (l.heads != NULL && p->weights == l.heads)
         ls_memory_of(&a->ctx->exchange)->mean_heads(p->queue, p->B, p->H, p->T * p->all_keys, l.heads, io->weights);
@@ -669,27 +723,42 @@ static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *sha
     return LS_OK;
 }
 
-/* One projection backward: parameter gradients from clean rows, and dx into `to`, adding where it holds something. */
-static void project_backward(ls_attention *a, int which, const ls_pass *p, int64_t n, const uint8_t *pad,
-                             const ls_real *x, const ls_real *dy, ls_real *clean, ls_real *to, int *begun)
+static ls_real *gradient_of_bias(const ls_attention *a, int which, const ls_pass *p)
 {
-    const int64_t in = ls_projection_in(a, which);
-    if (pad != NULL) { /* 0 · NaN is not 0: padded rows must not reach the product */
-        a->ctx->dense->zero_rows(a->ctx->queue, p->B, n, in, batch_first(a), pad, x, clean);
-        x = clean;
+    return a->bias[which] < 0 ? NULL : p->dparams + a->param[a->bias[which]].offset;
+}
+
+/* One projection backward, from what it took and the gradient of what it gave, as products take them: parameter
+ * gradients (dbias NULL: not that one), and dx into `to`, which it adds to if it holds something. */
+static void project_backward(ls_attention *a, int which, const ls_pass *p, ls_operand x, ls_operand dy, ls_real *to,
+                             int adds, ls_real *dbias)
+{
+    a->ctx->dense->linear_backward(a->ctx->queue, rows_of(p, which), ls_projection_in(a, which),
+                                   ls_projection_out(a, which), x, weight_of(a, which, p->params), dy, ls_reals(to),
+                                   adds, p->dparams + a->param[a->weight[which]].offset, dbias);
+}
+
+static void input_backward(ls_attention *a, int which, const ls_pass *p, layer *l, const uint8_t *pad, const ls_real *x,
+                           ls_real *to, int *begun)
+{
+    const ls_dense_ops *dense = a->ctx->dense;
+    const int64_t rows = rows_of(p, which), out = ls_projection_out(a, which);
+    ls_real *dbias = gradient_of_bias(a, which, p);
+    ls_operand dy = ls_reals(l->din[which]);
+    /* not of rounded rows: what keys get from a softmax sums up to nearly 0 */
+    if (dbias != NULL) dense->column_sums(a->ctx->queue, rows, out, l->din[which], dbias);
+    if (is_copy(l->dy)) {
+        dense->copy(a->ctx->queue, rows * out, dy, l->dy);
+        dy = l->dy;
     }
-    ls_real *dbias = a->bias[which] < 0 ? NULL : p->dparams + a->param[a->bias[which]].offset;
-    a->ctx->dense->linear_backward(a->ctx->queue, p->B * n, in, ls_projection_out(a, which), x,
-                                   p->params + a->param[a->weight[which]].offset, dy, to, to != NULL && *begun,
-                                   p->dparams + a->param[a->weight[which]].offset, dbias);
+    project_backward(a, which, p, input_rows(a, p, l, which, x, pad), dy, to, to != NULL && *begun, NULL);
     *begun = 1;
 }
 
 static void finish_queries(void *of)
 {
     const query_rows *x = of;
-    project_backward(x->a, Q_PROJ, x->p, x->p->T, x->p->pad_q, x->l->x_q, x->l->din[Q_PROJ], x->l->clean, x->dx,
-                     x->begun);
+    input_backward(x->a, Q_PROJ, x->p, x->l, x->p->pad_q, x->l->x_q, x->dx, x->begun);
 }
 
 static ls_status run_core_backward(ls_call *c, ls_saved *saved)
@@ -716,18 +785,19 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
             dense->add(a->ctx->queue, p->B * p->S * E, l.dv, l.x_v == l.x_q ? grads->query : grads->key);
         return LS_OK;
     }
-    if (p->pad_q != NULL) {
+    ls_operand dy = ls_reals(dout);
+    if (p->pad_q != NULL || is_copy(l.dy)) {
         dense->zero_rows(a->ctx->queue, p->B, p->T, E, batch_first(a), p->pad_q, dout, l.dy);
-        dout = l.dy;
+        dy = l.dy;
     }
-    int unused = 0;
-    const int64_t reals = p->B * p->T * a->form.core_width;
-    for (int i = 0; i < a->form.inputs; i++)
-        recall_rows(a, rows_of(p, i) * a->form.input[i].width, l.in[i], l.narrow[i]);
-    recall_rows(a, reals, l.o, l.narrow[OUTPUT]);
-    if (a->form.gelu) dense->gelu(a->ctx->queue, reals, l.o, l.active);
-    project_backward(a, OUT_PROJ, p, p->T, NULL, a->form.gelu ? l.active : l.o, dout, l.clean, l.do_, &unused);
-    if (a->form.gelu) dense->gelu_backward(a->ctx->queue, reals, l.o, l.do_, l.do_);
+    const int64_t rows = p->B * p->T, W = a->form.core_width;
+    for (int i = 0; i < a->form.inputs; i++) recall_rows(a, rows_of(p, i) * a->form.input[i].width, l.in[i], l.kept[i]);
+    recall_rows(a, rows * W, l.o, l.kept[OUTPUT]);
+    if (a->form.gelu) dense->gelu(a->ctx->queue, rows, W, l.kept[OUTPUT], NULL, l.active);
+    project_backward(a, OUT_PROJ, p, a->form.gelu ? l.active : l.kept[OUTPUT], dy, l.do_, 0,
+                     gradient_of_bias(a, OUT_PROJ, p));
+    if (a->form.gelu)
+        dense->gelu_backward(a->ctx->queue, rows, W, l.kept[OUTPUT], NULL, ls_reals(l.do_), ls_reals(l.do_));
     /* the gradient of an input arrives in the first of query, key, value that is this input */
     ls_real *dx_q = grads->query, *dx_k = l.x_k == l.x_q ? dx_q : grads->key;
     ls_real *dx_v = l.x_v == l.x_q ? dx_q : l.x_v == l.x_k ? dx_k : grads->value;
@@ -737,11 +807,8 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
     if (c.documents == NULL && ls_has_projection(a, Q_PROJ)) c.meanwhile = finish_queries, c.meanwhile_of = &queries;
     LS_TRY(run_core_backward(&c, saved));
     if (c.documents != NULL && ls_has_projection(a, Q_PROJ)) finish_queries(&queries);
-    if (ls_has_projection(a, K_PROJ))
-        project_backward(a, K_PROJ, p, p->S, p->own.pad, l.x_k, l.din[K_PROJ], l.clean, dx_k, k);
-    if (ls_has_projection(a, V_PROJ))
-        project_backward(a, V_PROJ, p, p->S, p->own.pad, l.x_v, l.din[V_PROJ], l.clean, dx_v, v);
-    if (ls_has_projection(a, EXTRA_PROJ))
-        project_backward(a, EXTRA_PROJ, p, p->T, p->pad_q, l.x_q, l.din[EXTRA_PROJ], l.clean, dx_q, &begun_q);
+    if (ls_has_projection(a, K_PROJ)) input_backward(a, K_PROJ, p, &l, p->own.pad, l.x_k, dx_k, k);
+    if (ls_has_projection(a, V_PROJ)) input_backward(a, V_PROJ, p, &l, p->own.pad, l.x_v, dx_v, v);
+    if (ls_has_projection(a, EXTRA_PROJ)) input_backward(a, EXTRA_PROJ, p, &l, p->pad_q, l.x_q, dx_q, &begun_q);
     return LS_OK;
 }

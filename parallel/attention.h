@@ -50,10 +50,10 @@ ls_status ls_check_given(const ls_attention *a, const ls_attention_io *io);
 /* The pass of a call without its tensors: problem, options, streams. */
 void ls_pass_begin(const ls_attention *a, int64_t B, int64_t T, int64_t S, const ls_real *params, ls_pass *pass);
 
-/* y = projection `which` of x (rows, ls_projection_in). */
-void ls_project(const ls_attention *a, int which, int64_t rows, const ls_real *x, const ls_real *params, ls_real *y);
+/* y = projection `which` of x (rows, ls_projection_in), of which only OUT_PROJ's may lie in bfloat16. */
+void ls_project(const ls_attention *a, int which, int64_t rows, ls_operand x, const ls_real *params, ls_real *y);
 /* The layer's output from the core's rows `o`; `active` (same size) is used where there is a gelu between. */
-void ls_project_out(const ls_attention *a, int64_t rows, const ls_real *o, ls_real *active, const ls_real *params,
+void ls_project_out(const ls_attention *a, int64_t rows, ls_operand o, ls_operand active, const ls_real *params,
                     ls_real *y);
 
 #endif

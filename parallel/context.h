@@ -24,6 +24,13 @@ struct ls_context {
     int agreed;      /* all ranks know of the last failure */
 };
 
+/* Room for n numbers as products take them in the context's precision. */
+static inline ls_operand ls_take_operand(const ls_context *ctx, ls_arena *arena, int64_t n)
+{
+    const int64_t size = ctx->precision == LS_BF16 ? 2 : (int64_t)sizeof(ls_real);
+    return (ls_operand){ls_arena_take(arena, (size_t)(n * size)), size};
+}
+
 /* Collective: ls_agree, and LS_ERR_ARGUMENT where all are well but their signatures (of whatever must be the same on
  * every rank) are not; `what` begins the message, which names the first rank that differs from rank 0. */
 ls_status ls_agree_alike(ls_context *ctx, ls_status mine, const char *what, uint64_t signature);

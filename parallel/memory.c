@@ -100,5 +100,5 @@ static void vjp_end(ls_queue *queue, ls_monoid m, const ls_real *sent, const ls_
     ls_monoid_vjp_end(m, sent, arrived, dsent);
 }
 
-const ls_memory ls_cpu_memory = {copy, zero,       copy_rows, add_rows, clear_rows, NULL,
-                                 NULL, mean_heads, identity,  combine,  vjp_begin,  vjp_end};
+const ls_memory ls_cpu_memory = {copy,       zero,     copy_rows, add_rows,  clear_rows,
+                                 mean_heads, identity, combine,   vjp_begin, vjp_end};

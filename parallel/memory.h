@@ -33,10 +33,6 @@ typedef struct ls_memory {
     void (*add_rows)(ls_queue *, ls_rows to, ls_rows from, int64_t n);
     /* 0 in the rows of x whose pad (nb,n) is 1; pad NULL: in all rows */
     void (*clear_rows)(ls_queue *, ls_rows x, int64_t n, const uint8_t *pad);
-    /* On a GPU, for floats: x becomes what bfloat16 can hold of it, which goes to `to`; and x (n) = from. NULL on the
-     * CPU. Pointers from arenas. */
-    void (*narrow)(ls_queue *, int64_t n, ls_real *x, void *to);
-    void (*widen)(ls_queue *, int64_t n, const void *from, ls_real *x);
     /* mean (B,n) of heads (B,H,n), summed in double */
     void (*mean_heads)(ls_queue *, int64_t B, int64_t H, int64_t n, const ls_real *heads, ls_real *mean);
     /* see monoid.h */

@@ -6,8 +6,6 @@ extern "C" {
 #include "statistics.h"
 }
 
-#include <cuda_bf16.h>
-
 static void copy(ls_queue *q, void *to, const void *from, size_t bytes)
 {
     if (bytes > 0 && to != from) cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, q->stream);
@@ -74,73 +72,6 @@ template <typename T> __global__ static void clear_kernel(ls_rows x, int64_t n, 
     }
 }
 
-struct alignas(8) narrow_four {
-    __nv_bfloat16 v[4];
-};
-
-__global__ static void narrow_kernel(int64_t n, ls_real *x, __nv_bfloat16 *to)
-{
-    LS_EACH(i, (n + 3) / 4)
-    {
-        const int64_t left = ls_min(4, n - 4 * i);
-        ls_four y = {};
-        if (left == 4)
-            y = reinterpret_cast<const ls_four *>(x)[i];
-        else
-            for (int64_t e = 0; e < left; e++) y.v[e] = x[4 * i + e];
-        narrow_four z;
-        for (int e = 0; e < 4; e++) {
-            z.v[e] = __float2bfloat16((float)y.v[e]);
-            y.v[e] = __bfloat162float(z.v[e]);
-        }
-        if (left == 4) {
-            reinterpret_cast<ls_four *>(x)[i] = y;
-            reinterpret_cast<narrow_four *>(to)[i] = z;
-        } else {
-            for (int64_t e = 0; e < left; e++) x[4 * i + e] = y.v[e], to[4 * i + e] = z.v[e];
-        }
-    }
-}
-
-__global__ static void widen_kernel(int64_t n, const __nv_bfloat16 *from, ls_real *x)
-{
-    LS_EACH(i, (n + 3) / 4)
-    {
-        const int64_t left = ls_min(4, n - 4 * i);
-        if (left == 4) {
-            const narrow_four z = reinterpret_cast<const narrow_four *>(from)[i];
-            ls_four y;
-            for (int e = 0; e < 4; e++) y.v[e] = __bfloat162float(z.v[e]);
-            reinterpret_cast<ls_four *>(x)[i] = y;
-        } else {
-            for (int64_t e = 0; e < left; e++) x[4 * i + e] = __bfloat162float(from[4 * i + e]);
-        }
-    }
-}
-
-static void narrow(ls_queue *q, int64_t n, ls_real *x, void *to)
-{
-    if (n > 0)
-        LS_LAUNCH(q, narrow_kernel, ls_blocks((n + 3) / 4, LS_THREADS), LS_THREADS, 0, n, x,
-                  static_cast<__nv_bfloat16 *>(to));
-}
-
-static void widen(ls_queue *q, int64_t n, const void *from, ls_real *x)
-{
-    if (n > 0)
-        LS_LAUNCH(q, widen_kernel, ls_blocks((n + 3) / 4, LS_THREADS), LS_THREADS, 0, n,
-                  static_cast<const __nv_bfloat16 *>(from), x);
-}
-
-/* A single row may be long: it is cut into many. */
-static ls_rows spread(ls_rows x, int64_t bytes, int64_t *n)
-{
-    if (*n != 1 || x.nb * x.nh != 1 || x.row_bytes <= bytes || x.row_bytes % bytes != 0) return x;
-    *n = x.row_bytes / bytes;
-    x.row_bytes = x.st = bytes;
-    return x;
-}
-
 static int is_aligned(const ls_rows &x, int64_t bytes)
 {
     return (int64_t)(uintptr_t)x.p % bytes == 0 && x.row_bytes % bytes == 0 && x.sb % bytes == 0 && x.sh % bytes == 0 &&
@@ -160,24 +91,35 @@ static int blocks_of(const ls_rows &x, int64_t n)
 
 enum { PIECE = 2048 };
 
+/* f(to, from, n). A single row may be long: it is cut into many, and a rest. */
+template <typename F> static void by_pieces(ls_rows to, ls_rows from, int64_t n, F f)
+{
+    if (n == 1 && to.nb * to.nh == 1 && to.row_bytes > PIECE) {
+        const int64_t pieces = to.row_bytes / PIECE, rest = to.row_bytes % PIECE;
+        to.row_bytes = from.row_bytes = to.st = from.st = PIECE;
+        f(to, from, pieces);
+        to.p += pieces * PIECE, from.p += pieces * PIECE;
+        to.row_bytes = from.row_bytes = rest;
+    }
+    if (to.nb * to.nh * n * to.row_bytes > 0) f(to, from, n);
+}
+
 static void copy_rows(ls_queue *q, ls_rows to, ls_rows from, int64_t n)
 {
-    int64_t rows = n;
-    from = spread(from, PIECE, &rows), to = spread(to, PIECE, &n);
-    if (to.nb * to.nh * n * to.row_bytes <= 0) return;
-    const int64_t width = ls_min(width_of(to), width_of(from));
-    const auto kernel = width == 16 ? copy_kernel<float4> : width == 4 ? copy_kernel<float> : copy_kernel<char>;
-    LS_LAUNCH(q, kernel, blocks_of(to, n), LS_THREADS, 0, to, from, n);
+    by_pieces(to, from, n, [q](const ls_rows &y, const ls_rows &x, int64_t rows) {
+        const int64_t width = ls_min(width_of(y), width_of(x));
+        const auto kernel = width == 16 ? copy_kernel<float4> : width == 4 ? copy_kernel<float> : copy_kernel<char>;
+        LS_LAUNCH(q, kernel, blocks_of(y, rows), LS_THREADS, 0, y, x, rows);
+    });
 }
 
 static void add_rows(ls_queue *q, ls_rows to, ls_rows from, int64_t n)
 {
-    int64_t rows = n;
-    from = spread(from, PIECE, &rows), to = spread(to, PIECE, &n);
-    if (to.nb * to.nh * n * to.row_bytes <= 0) return;
-    const int by_fours = is_aligned(to, sizeof(ls_four)) && is_aligned(from, sizeof(ls_four));
-    const auto kernel = by_fours ? add_kernel<4> : add_kernel<1>;
-    LS_LAUNCH(q, kernel, blocks_of(to, n), LS_THREADS, 0, to, from, n);
+    by_pieces(to, from, n, [q](const ls_rows &y, const ls_rows &x, int64_t rows) {
+        const int by_fours = is_aligned(y, sizeof(ls_four)) && is_aligned(x, sizeof(ls_four));
+        const auto kernel = by_fours ? add_kernel<4> : add_kernel<1>;
+        LS_LAUNCH(q, kernel, blocks_of(y, rows), LS_THREADS, 0, y, x, rows);
+    });
 }
 
 static void clear_rows(ls_queue *q, ls_rows x, int64_t n, const uint8_t *pad)
@@ -316,5 +258,5 @@ static void vjp_end(ls_queue *q, ls_monoid m, const ls_real *sent, const ls_real
         LS_LAUNCH(q, end_kernel, ls_row_blocks(m.groups), LS_THREADS, 0, m, sent, arrived, dsent);
 }
 
-extern "C" const ls_memory ls_cuda_memory = {copy,  zero,       copy_rows, add_rows, clear_rows, narrow,
-                                             widen, mean_heads, identity,  combine,  vjp_begin,  vjp_end};
+extern "C" const ls_memory ls_cuda_memory = {copy,       zero,     copy_rows, add_rows,  clear_rows,
+                                             mean_heads, identity, combine,   vjp_begin, vjp_end};

@@ -264,8 +264,8 @@ ls_status ls_state_source(ls_attention *a, ls_state *s, const ls_attention_shape
     LS_TRY(ls_agree(a->ctx, reserve_source(a, s, shape, io, params, &p, &m)));
     const ls_phase *phases = phases_of(a);
     if (ls_is_layer(a)) {
-        ls_project(a, K_PROJ, p.B * p.S, io->key, params, m.in[K_PROJ]);
-        ls_project(a, V_PROJ, p.B * p.S, io->value != NULL ? io->value : io->key, params, m.in[V_PROJ]);
+        ls_project(a, K_PROJ, p.B * p.S, ls_reals(io->key), params, m.in[K_PROJ]);
+        ls_project(a, V_PROJ, p.B * p.S, ls_reals(io->value != NULL ? io->value : io->key), params, m.in[V_PROJ]);
     }
     for (int i = 0; phases[i].name != NULL; i++) {
         if (!ls_is_needed(&p, &phases[i])) continue;
@@ -488,7 +488,7 @@ ls_status ls_attention_step(ls_attention *a, ls_state *s, const ls_attention_io 
     const ls_real *const x[] = {io->query, x_k, x_v, io->query};
     for (int i = 0; i <= EXTRA_PROJ; i++)
         if (ls_has_projection(a, i) && !(is_cross(a) && (i == K_PROJ || i == V_PROJ)))
-            ls_project(a, i, p.B, x[i], params, m.in[i]);
+            ls_project(a, i, p.B, ls_reals(x[i]), params, m.in[i]);
     for (int i = 0; phases[i].name != NULL; i++) {
         if (!ls_is_needed(&p, &phases[i])) continue;
         if (is_cross(a) && phases[i].of_source) {
@@ -504,8 +504,9 @@ ls_status ls_attention_step(ls_attention *a, ls_state *s, const ls_attention_io 
                 ->combine(p.queue, p.summary[i].monoid, s->summary[i], p.summary[i].sent, s->summary[i]);
     s->tokens++;
     if (ls_is_layer(a)) {
-        ls_project_out(a, p.B, m.o, m.active, params, out);
-        if (p.pad_q != NULL) a->ctx->dense->zero_rows(p.queue, p.B, 1, a->options.embed_dim, 1, p.pad_q, out, out);
+        ls_project_out(a, p.B, ls_reals(m.o), ls_reals(m.active), params, out);
+        if (p.pad_q != NULL)
+            a->ctx->dense->zero_rows(p.queue, p.B, 1, a->options.embed_dim, 1, p.pad_q, out, ls_reals(out));
     }
     return LS_OK;
 }

@@ -76,6 +76,12 @@ static void back(void)
     assert_int_equal(device->wait(queue), LS_OK);
 }
 
+static ls_operand of(const ls_real *p)
+{
+    return ls_reals(on(p));
+}
+static const ls_operand nothing = {NULL, sizeof(ls_real)};
+
 #define RUN(what, ...) (dense->what(queue, __VA_ARGS__), back())
 
 static ls_real *fill(int64_t n, double value)
@@ -214,12 +220,12 @@ static void test_linear(void **state)
         ls_real *y = fill(rows * out, NAN); /* overwritten, whatever stood there */
         double *expected = wide(rows * out);
         naive_linear(&p, expected);
-        RUN(linear, rows, in, out, on(x), on(w), on(b), on(y));
+        RUN(linear, rows, in, out, of(x), on(w), on(b), of(y));
         assert_close(rows * out, y, expected, forward_tolerance);
         p.b = NULL;
         y = fill(rows * out, NAN);
         naive_linear(&p, expected);
-        RUN(linear, rows, in, out, on(x), on(w), NULL, on(y));
+        RUN(linear, rows, in, out, of(x), on(w), NULL, of(y));
         assert_close(rows * out, y, expected, forward_tolerance);
     }
 }
@@ -235,13 +241,13 @@ static void test_products(void **state)
     ls_real *dw = fill(out * in, 0);
     ls_products list = {0};
     const double before = ls_products_operations(), one = 2.0 * 37 * 5 * 9;
-    RUN(linear, rows, in, out, on(x), on(w), NULL, on(y));
+    RUN(linear, rows, in, out, of(x), on(w), NULL, of(y));
     assert_true(ls_products_operations() - before == one);
     ls_products_keep(&list);
-    for (int i = 0; i < 3; i++) RUN(linear, rows, in, out, on(x), on(w), NULL, on(y));
-    RUN(linear_backward, rows, in, out, on(x), on(w), on(dy), on(dx), 1, on(dw), NULL);
+    for (int i = 0; i < 3; i++) RUN(linear, rows, in, out, of(x), on(w), NULL, of(y));
+    RUN(linear_backward, rows, in, out, of(x), on(w), of(dy), of(dx), 1, on(dw), NULL);
     ls_products_keep(NULL);
-    RUN(linear, rows, in, out, on(x), on(w), NULL, on(y));
+    RUN(linear, rows, in, out, of(x), on(w), NULL, of(y));
     assert_true(ls_products_operations() - before == 7 * one);
     assert_int_equal(list.kinds, 3);
     assert_false(list.short_of_memory);
@@ -299,18 +305,21 @@ static void test_linear_backward(void **state)
         p.dy = widen(rows * out, dy);
         const ls_real *dx0 = noise(rows * in), *dw0 = noise(out * in), *db0 = noise(out);
         ls_real *dx = fill(rows * in, NAN), *dw = copy(out * in, dw0), *db = copy(out, db0);
-        RUN(linear_backward, rows, in, out, on(x), on(w), on(dy), on(dx), 0, on(dw), on(db));
+        RUN(linear_backward, rows, in, out, of(x), on(w), of(dy), of(dx), 0, on(dw), on(db));
         check_gradient(linear_objective, &p, rows * in, p.x, NULL, 1, dx);
         check_gradient(linear_objective, &p, out * in, p.w, dw0, 1, dw);
         check_gradient(linear_objective, &p, out, p.b, db0, 1, db);
         dx = copy(rows * in, dx0);
         ls_real *dw_again = copy(out * in, dw0);
-        RUN(linear_backward, rows, in, out, on(x), on(w), on(dy), on(dx), 1, on(dw_again), NULL);
+        RUN(linear_backward, rows, in, out, of(x), on(w), of(dy), of(dx), 1, on(dw_again), NULL);
         check_gradient(linear_objective, &p, rows * in, p.x, dx0, 1, dx);
         assert_same(out * in, dw_again, dw);
         dw_again = copy(out * in, dw0);
-        RUN(linear_backward, rows, in, out, on(x), on(w), on(dy), NULL, 0, on(dw_again), NULL);
+        RUN(linear_backward, rows, in, out, of(x), on(w), of(dy), nothing, 0, on(dw_again), NULL);
         assert_same(out * in, dw_again, dw);
+        ls_real *db_again = copy(out, db0);
+        RUN(column_sums, rows, out, on(dy), on(db_again));
+        assert_same(out, db_again, db);
     }
 }
 
@@ -355,7 +364,7 @@ static void test_layer_norm(void **state)
         ls_real *y = fill(rows * E, NAN), *mean = fill(rows, NAN), *rstd = fill(rows, NAN);
         double *expected = wide(rows * E), *expected_mean = wide(rows), *expected_rstd = wide(rows);
         naive_layer_norm(&p, expected, expected_mean, expected_rstd);
-        RUN(layer_norm, rows, E, on(x), on(w), on(b), on(y), on(mean), on(rstd));
+        RUN(layer_norm, rows, E, on(x), on(w), on(b), of(y), on(mean), on(rstd));
         assert_close(rows * E, y, expected, forward_tolerance);
         assert_close(rows, mean, expected_mean, forward_tolerance);
         assert_close(rows, rstd, expected_rstd, forward_tolerance);
@@ -370,17 +379,17 @@ static void test_layer_norm_special_rows(void **state)
     const ls_real *w = noise(E), *b = noise(E);
     ls_real *x = fill(2 * E, 12345.678), *y = fill(2 * E, NAN), *mean = fill(2, NAN), *rstd = fill(2, NAN);
     for (int64_t j = 1; j < E; j++) x[E + j] = (ls_real)(0.25 * (double)(j % 3));
-    RUN(layer_norm, 1, E, on(x), on(w), on(b), on(y), on(mean), on(rstd));
+    RUN(layer_norm, 1, E, on(x), on(w), on(b), of(y), on(mean), on(rstd));
     assert_same(E, y, b);
     assert_same(1, mean, x);
     problem p = {.rows = 1, .in = E, .x = widen(E, x + E), .w = widen(E, w), .b = widen(E, b)};
     double *expected = wide(E), expected_mean, expected_rstd;
     naive_layer_norm(&p, expected, &expected_mean, &expected_rstd);
-    RUN(layer_norm, 2, E, on(x), on(w), on(b), on(y), on(mean), on(rstd));
+    RUN(layer_norm, 2, E, on(x), on(w), on(b), of(y), on(mean), on(rstd));
     assert_close(E, y + E, expected, forward_tolerance);
     assert_close(1, rstd + 1, &expected_rstd, forward_tolerance);
     x[3] = (ls_real)NAN; /* is seen, in its own row only */
-    RUN(layer_norm, 2, E, on(x), on(w), on(b), on(y), on(mean), on(rstd));
+    RUN(layer_norm, 2, E, on(x), on(w), on(b), of(y), on(mean), on(rstd));
     assert_true(isnan(y[0]));
     assert_close(E, y + E, expected, forward_tolerance);
 }
@@ -395,7 +404,7 @@ static void test_layer_norm_backward(void **state)
         p.x = widen(rows * E, x), p.w = widen(E, w), p.b = widen(E, b), p.dy = widen(rows * E, dy);
         const ls_real *dx0 = noise(rows * E), *dw0 = noise(E), *db0 = noise(E);
         ls_real *y = fill(rows * E, 0), *mean = fill(rows, 0), *rstd = fill(rows, 0);
-        RUN(layer_norm, rows, E, on(x), on(w), on(b), on(y), on(mean), on(rstd));
+        RUN(layer_norm, rows, E, on(x), on(w), on(b), of(y), on(mean), on(rstd));
         ls_real *dx = fill(rows * E, NAN), *dw = copy(E, dw0), *db = copy(E, db0);
         RUN(layer_norm_backward, rows, E, on(x), on(w), on(mean), on(rstd), on(dy), on(dx), 0, on(dw), on(db));
         check_gradient(layer_norm_objective, &p, rows * E, p.x, NULL, 1, dx);
@@ -456,13 +465,13 @@ static void test_gelu(void **state)
         double *expected = wide(n);
         for (int64_t i = 0; i < n; i++) expected[i] = p.x[i] * (1 + erf(p.x[i] / sqrt(2))) / 2;
         ls_real *y = fill(n, NAN), *dx = fill(n, NAN), *in_place = copy(n, x), *d_in_place = copy(n, dy);
-        RUN(gelu, n, on(x), on(y));
+        RUN(gelu, 1, n, of(x), NULL, of(y));
         assert_close(n, y, expected, forward_tolerance);
-        RUN(gelu, n, on(in_place), on(in_place));
+        RUN(gelu, 1, n, of(in_place), NULL, of(in_place));
         assert_same(n, in_place, y);
-        RUN(gelu_backward, n, on(x), on(dy), on(dx));
+        RUN(gelu_backward, 1, n, of(x), NULL, of(dy), of(dx));
         check_gradient(gelu_objective, &p, n, p.x, NULL, 1, dx);
-        RUN(gelu_backward, n, on(x), on(d_in_place), on(d_in_place));
+        RUN(gelu_backward, 1, n, of(x), NULL, of(d_in_place), of(d_in_place));
         assert_same(n, d_in_place, dx);
     }
 }
@@ -474,20 +483,45 @@ static void test_relu(void **state)
     ls_real *x = noise(N), *y = fill(N, NAN), *dx = fill(N, NAN);
     const ls_real *dy = noise(N);
     x[5] = 0;
-    RUN(relu, N, on(x), on(y));
-    RUN(relu_backward, N, on(x), on(dy), on(dx));
+    RUN(relu, 1, N, of(x), NULL, of(y));
+    RUN(relu_backward, 1, N, of(x), NULL, of(dy), of(dx));
     for (int i = 0; i < N; i++) {
         assert_true(y[i] == (x[i] > 0 ? x[i] : 0));
         assert_true(dx[i] == (x[i] > 0 ? dy[i] : 0));
     }
     ls_real *in_place = copy(N, x), *d_in_place = copy(N, dy);
-    RUN(relu, N, on(in_place), on(in_place));
+    RUN(relu, 1, N, of(in_place), NULL, of(in_place));
     assert_same(N, in_place, y);
-    RUN(relu_backward, N, on(x), on(d_in_place), on(d_in_place));
+    RUN(relu_backward, 1, N, of(x), NULL, of(d_in_place), of(d_in_place));
     assert_same(N, d_in_place, dx);
     x[70] = x[3] = (ls_real)NAN;
-    RUN(relu, N, on(x), on(y));
+    RUN(relu, 1, N, of(x), NULL, of(y));
     assert_true(isnan(y[70]) && isnan(y[3]) && !isnan(y[4]));
+}
+
+/* A bias is added before, and only there: the same as of rows to which it was added. */
+static void test_biased(void **state)
+{
+    (void)state;
+    const int64_t sizes[][2] = {{1, 1}, {3, 5}, {7, 64}, {2, 700}};
+    for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) {
+        const int64_t rows = sizes[k][0], n = sizes[k][1], all = rows * n;
+        const ls_real *x = noise(all), *b = noise(n), *dy = noise(all);
+        ls_real *sum = fill(all, 0), *got = fill(all, NAN), *want = fill(all, NAN);
+        for (int64_t i = 0; i < all; i++) sum[i] = x[i] + b[i % n];
+        RUN(gelu, rows, n, of(x), on(b), of(got));
+        RUN(gelu, rows, n, of(sum), NULL, of(want));
+        assert_same(all, got, want);
+        RUN(relu, rows, n, of(x), on(b), of(got));
+        RUN(relu, rows, n, of(sum), NULL, of(want));
+        assert_same(all, got, want);
+        RUN(gelu_backward, rows, n, of(x), on(b), of(dy), of(got));
+        RUN(gelu_backward, rows, n, of(sum), NULL, of(dy), of(want));
+        assert_same(all, got, want);
+        RUN(relu_backward, rows, n, of(x), on(b), of(dy), of(got));
+        RUN(relu_backward, rows, n, of(sum), NULL, of(dy), of(want));
+        assert_same(all, got, want);
+    }
 }
 
 /* ------------------------------------------------------------------------------------------------ embedding */
@@ -593,7 +627,7 @@ static void test_dropout_mask(void **state)
         const int64_t E = dropout_widths[k];
         const ls_real *x = noise(B * T * E);
         ls_real *y = copy(B * T * E, x);
-        RUN(dropout, B, T, E, rate, seed, stream, sample, lo, on(y));
+        RUN(dropout, B, T, E, (ls_drop){rate, seed, stream, sample, lo}, on(y), of(y));
         double *expected = wide(B * T * E);
         for (int64_t i = 0; i < B * T * E; i++) {
             const int64_t e = i % E, t = i / E % T, b = i / E / T;
@@ -617,21 +651,48 @@ static void test_dropout_in_pieces(void **state)
     for (size_t k = 0; k < sizeof dropout_widths / sizeof *dropout_widths; k++) {
         const int64_t E = dropout_widths[k], lo = 77;
         ls_real *whole = fill(B * T * E, 1), *gradient = fill(B * T * E, -3);
-        RUN(dropout, B, T, E, 0.25, 5, 6, 7, lo, on(whole));
-        RUN(dropout, B, T, E, 0.25, 5, 6, 7, lo, on(gradient)); /* the backward pass: the same mask */
+        RUN(dropout, B, T, E, (ls_drop){0.25, 5, 6, 7, lo}, on(whole), of(whole));
+        RUN(dropout, B, T, E, (ls_drop){0.25, 5, 6, 7, lo}, on(gradient),
+            of(gradient)); /* the backward pass: the same mask */
         for (int64_t i = 0; i < B * T * E; i++) assert_true(gradient[i] == -3 * whole[i]);
         for (size_t c = 0; c + 1 < sizeof cut / sizeof *cut; c++)
             for (int64_t b = 0; b < B; b++) {
                 const int64_t n = cut[c + 1] - cut[c];
                 ls_real *piece = fill(n * E, 1);
-                RUN(dropout, 1, n, E, 0.25, 5, 6, 7 + (uint64_t)b, lo + cut[c], on(piece));
+                RUN(dropout, 1, n, E, (ls_drop){0.25, 5, 6, 7 + (uint64_t)b, lo + cut[c]}, on(piece), of(piece));
                 assert_same(n * E, piece, whole + (b * T + cut[c]) * E);
             }
         ls_real *bad = fill(B * T * E, NAN); /* dropped is 0, whatever stood there */
-        RUN(dropout, B, T, E, 0.25, 5, 6, 7, lo, on(bad));
+        RUN(dropout, B, T, E, (ls_drop){0.25, 5, 6, 7, lo}, on(bad), of(bad));
         for (int64_t i = 0; i < B * T * E; i++)
             assert_true(isnan(bad[i]) ? whole[i] != 0 : whole[i] == 0 && bad[i] == 0);
     }
+}
+
+/* y = x + drop(branch + b): the same mask, in place or not, with a bias or without. */
+static void test_residual(void **state)
+{
+    (void)state;
+    const int64_t B = 2, T = 11;
+    for (size_t k = 0; k < sizeof dropout_widths / sizeof *dropout_widths; k++)
+        for (int rate = 0; rate < 2; rate++) {
+            const int64_t E = dropout_widths[k], n = B * T * E;
+            const ls_drop drop = {0.3 * rate, 5, 6, 7, 90};
+            const ls_real *x = noise(n), *branch = noise(n), *b = noise(E);
+            ls_real *dropped = fill(n, NAN), *y = fill(n, NAN), *in_place = copy(n, x), *biased = copy(n, branch);
+            double *expected = wide(n);
+            for (int64_t i = 0; i < n; i++) biased[i] += b[i % E];
+            RUN(dropout, B, T, E, drop, on(branch), of(dropped));
+            for (int64_t i = 0; i < n; i++) expected[i] = (double)x[i] + (double)dropped[i];
+            RUN(residual, B, T, E, drop, on(branch), NULL, on(x), on(y));
+            assert_close(n, y, expected, forward_tolerance);
+            RUN(dropout, B, T, E, drop, on(biased), of(dropped));
+            for (int64_t i = 0; i < n; i++) expected[i] = (double)x[i] + (double)dropped[i];
+            RUN(residual, B, T, E, drop, on(branch), on(b), on(x), on(y));
+            assert_close(n, y, expected, forward_tolerance);
+            RUN(residual, B, T, E, drop, on(branch), on(b), on(in_place), on(in_place));
+            assert_same(n, in_place, y);
+        }
 }
 
 static int64_t kept(int64_t n, const ls_real *x)
@@ -648,24 +709,24 @@ static void test_dropout_rate(void **state)
     const double rates[] = {0.1, 0.5, 0.9, 0.001};
     for (size_t k = 0; k < sizeof rates / sizeof *rates; k++) {
         ls_real *x = fill(n, 1);
-        RUN(dropout, B, T, E, rates[k], 1, 2, 3, 0, on(x));
+        RUN(dropout, B, T, E, (ls_drop){rates[k], 1, 2, 3, 0}, on(x), of(x));
         const double sigma = sqrt(rates[k] * (1 - rates[k]) * (double)n);
         assert_true(fabs((double)kept(n, x) - (1 - rates[k]) * (double)n) <= 5 * sigma);
         const double keep = 1 - round(rates[k] * 65536) / 65536;
         for (int64_t i = 0; i < n; i++) assert_true(x[i] == 0 || fabs((double)x[i] * keep - 1) < 1e-6);
     }
     ls_real *x = noise(n), *same = copy(n, x);
-    RUN(dropout, B, T, E, 0, 1, 2, 3, 0, on(x));
+    RUN(dropout, B, T, E, (ls_drop){0, 1, 2, 3, 0}, on(x), of(x));
     assert_same(n, x, same);
-    RUN(dropout, B, T, E, 1, 1, 2, 3, 0, on(x));
+    RUN(dropout, B, T, E, (ls_drop){1, 1, 2, 3, 0}, on(x), of(x));
     assert_int_equal(kept(n, x), 0);
 
     /* another seed, stream or sample: another mask, which agrees where two independent ones would */
     ls_real *base = fill(n, 1);
-    RUN(dropout, B, T, E, 0.5, 1, 2, 3, 0, on(base));
+    RUN(dropout, B, T, E, (ls_drop){0.5, 1, 2, 3, 0}, on(base), of(base));
     for (int k = 0; k < 3; k++) {
         ls_real *other = fill(n, 1);
-        RUN(dropout, B, T, E, 0.5, 1 + (k == 0), 2 + (k == 1), 3 + 4 * (k == 2), 0, on(other));
+        RUN(dropout, B, T, E, (ls_drop){0.5, 1 + (k == 0), 2 + (k == 1), 3 + 4 * (k == 2), 0}, on(other), of(other));
         int64_t agree = 0;
         for (int64_t i = 0; i < n; i++) agree += base[i] == other[i];
         assert_true(fabs((double)agree - 0.5 * (double)n) <= 5 * sqrt(0.25 * (double)n));
@@ -794,14 +855,14 @@ static void test_zero_rows(void **state)
             for (int64_t t = 0; t < T; t++)
                 for (int64_t e = 0; e < E && pad[b * T + t]; e++)
                     x[(batch_first ? b * T + t : t * B + b) * E + e] = (ls_real)NAN;
-        RUN(zero_rows, B, T, E, batch_first, on(pad), on(x), on(y));
+        RUN(zero_rows, B, T, E, batch_first, on(pad), on(x), of(y));
         for (int64_t i = 0; i < n; i++) assert_true(isnan(x[i]) ? y[i] == 0 : y[i] == x[i]);
         ls_real *all = fill(n, 1);
-        RUN(zero_rows, B, T, E, batch_first, NULL, on(x), on(all));
+        RUN(zero_rows, B, T, E, batch_first, NULL, on(x), of(all));
         assert_same(n, all, x);
-        RUN(zero_rows, B, T, E, batch_first, NULL, on(all), on(all));
+        RUN(zero_rows, B, T, E, batch_first, NULL, on(all), of(all));
         assert_same(n, all, x);
-        RUN(zero_rows, B, T, E, batch_first, on(pad), on(x), on(x));
+        RUN(zero_rows, B, T, E, batch_first, on(pad), on(x), of(x));
         assert_same(n, x, y);
     }
 }
@@ -820,16 +881,10 @@ static void test_elements(void **state)
 {
     (void)state;
     for (int64_t n = 1000; n < 1004; n++) {
-        const ls_real *a = noise(n), *b = noise(n);
-        ls_real *y = fill(n, NAN), *x = copy(n, a);
-        RUN(sum, n, on(a), on(b), on(y));
-        for (int64_t i = 0; i < n; i++) assert_true(y[i] == (ls_real)(a[i] + b[i]));
-        RUN(sum, n, on(x), on(b), on(x));
-        assert_same(n, x, y);
-        RUN(copy, n, on(a), on(x));
+        const ls_real *a = noise(n);
+        ls_real *x = fill(n, NAN);
+        RUN(copy, n, of(a), of(x));
         assert_same(n, x, a);
-        RUN(scale, n, 0.3, on(x));
-        for (int64_t i = 0; i < n; i++) assert_true(x[i] == (ls_real)(a[i] * (ls_real)0.3));
         const double *wide_a = widen(n, a);
         RUN(divide, n, on(wide_a), 0.7, on(x));
         for (int64_t i = 0; i < n; i++) assert_true(x[i] == (ls_real)(wide_a[i] / 0.7));
@@ -841,6 +896,151 @@ static void test_elements(void **state)
     }
 }
 
+/* ------------------------------------------------------------------------------------------------ bfloat16 */
+
+/* x as bfloat16, to nearest, ties to even; and back. */
+static uint16_t *narrowed(int64_t n, const ls_real *x)
+{
+    uint16_t *y = fresh(n, sizeof *y);
+    for (int64_t i = 0; i < n; i++) {
+        const float value = (float)x[i];
+        uint32_t bits;
+        memcpy(&bits, &value, sizeof bits);
+        y[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+    return y;
+}
+static ls_real *widened(int64_t n, const uint16_t *x)
+{
+    ls_real *y = fresh(n, sizeof *y);
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = (uint32_t)x[i] << 16;
+        float value;
+        memcpy(&value, &bits, sizeof value);
+        y[i] = (ls_real)value;
+    }
+    return y;
+}
+static ls_real *rounded(int64_t n, const ls_real *x)
+{
+    return widened(n, narrowed(n, x));
+}
+static ls_operand half(const uint16_t *p)
+{
+    return (ls_operand){on(p), sizeof *p};
+}
+
+/* got is what `want` becomes when it is rounded: to one of the two neighbours, since sums may have come in another
+ * order. */
+static void assert_rounds_to(int64_t n, const uint16_t *got, const ls_real *want)
+{
+    const ls_real *x = widened(n, got);
+    for (int64_t i = 0; i < n; i++) assert_true(fabs((double)x[i] - (double)want[i]) <= fabs((double)want[i]) / 250);
+}
+
+static ls_queue *open_rounding(void)
+{
+    ls_queue *before = queue;
+    queue = NULL;
+    assert_int_equal(device->open(0, LS_BF16, &queue), LS_OK);
+    return before;
+}
+
+/* What lies in bfloat16 gives what the same numbers give as they are; what is written so is what is written as it is,
+ * rounded. */
+static void test_narrow_elements(void **state)
+{
+    (void)state;
+    if (queue == NULL || sizeof(ls_real) > sizeof(float)) skip();
+    ls_queue *before = open_rounding();
+    for (int64_t E = 7; E < 260; E += 57) { /* 64: by fours */
+        const int64_t B = 2, T = 9, rows = B * T, n = rows * E;
+        const ls_drop drop = {0.3, 5, 6, 7, 90};
+        const ls_real *x = rounded(n, noise(n)), *b = noise(E), *w = noise(E), *dy = rounded(n, noise(n));
+        const uint16_t *x_half = narrowed(n, x), *dy_half = narrowed(n, dy);
+        uint16_t *got = fresh(n, sizeof *got);
+        ls_real *want = fill(n, NAN), *mean = fill(rows, 0), *rstd = fill(rows, 0);
+        uint8_t *pad = fresh(rows, 1);
+        for (int64_t r = 0; r < rows; r++) pad[r] = r % 3 == 0;
+        RUN(layer_norm, rows, E, on(x), on(w), on(b), half(got), on(mean), on(rstd));
+        RUN(layer_norm, rows, E, on(x), on(w), on(b), of(want), on(mean), on(rstd));
+        assert_rounds_to(n, got, want);
+        for (int biased = 0; biased < 2; biased++) {
+            const ls_real *bias = biased ? b : NULL;
+            RUN(gelu, rows, E, half(x_half), bias ? on(bias) : NULL, half(got));
+            RUN(gelu, rows, E, of(x), bias ? on(bias) : NULL, of(want));
+            assert_rounds_to(n, got, want);
+            RUN(gelu_backward, rows, E, half(x_half), bias ? on(bias) : NULL, half(dy_half), half(got));
+            RUN(gelu_backward, rows, E, of(x), bias ? on(bias) : NULL, of(dy), of(want));
+            assert_rounds_to(n, got, want);
+            ls_real *rounds = copy(n, x);
+            RUN(round_rows, rows, E, bias ? on(bias) : NULL, on(rounds), half(got));
+            for (int64_t i = 0; i < n; i++) want[i] = x[i] + (biased ? b[i % E] : 0);
+            assert_memory_equal(got, narrowed(n, want), (size_t)n * sizeof *got);
+            assert_same(n, rounds, widened(n, got));
+        }
+        RUN(dropout, B, T, E, drop, on(x), half(got));
+        RUN(dropout, B, T, E, drop, on(x), of(want));
+        assert_rounds_to(n, got, want);
+        RUN(zero_rows, B, T, E, 1, on(pad), on(x), half(got));
+        RUN(zero_rows, B, T, E, 1, on(pad), on(x), of(want));
+        assert_memory_equal(got, narrowed(n, want), (size_t)n * sizeof *got);
+        RUN(copy, n, of(want), half(got));
+        assert_memory_equal(got, narrowed(n, want), (size_t)n * sizeof *got);
+        RUN(copy, n, half(x_half), of(want));
+        assert_same(n, want, x);
+    }
+    device->close(queue);
+    queue = before;
+}
+
+static void test_narrow_linear(void **state)
+{
+    (void)state;
+    if (queue == NULL || sizeof(ls_real) > sizeof(float)) skip();
+    ls_queue *before = open_rounding();
+    for (size_t k = 0; k < sizeof linear_sizes / sizeof *linear_sizes; k++) {
+        const linear_case c = linear_case_of(k);
+        problem p = c.p;
+        const int64_t rows = p.rows, in = p.in, out = p.out;
+        const ls_real *x = rounded(rows * in, c.x), *w = rounded(out * in, c.w),
+                      *dy = rounded(rows * out, noise(rows * out));
+        const uint16_t *x_half = narrowed(rows * in, x), *dy_half = narrowed(rows * out, dy);
+        uint16_t *y_half = fresh(rows * out, sizeof *y_half), *dx_half = fresh(rows * in, sizeof *dx_half);
+        ls_real *y = fill(rows * out, NAN), *want_y = fill(rows * out, NAN);
+        ls_real *dx = fill(rows * in, NAN), *want_dx = fill(rows * in, NAN);
+        ls_real *dw = fill(out * in, 1), *want_dw = fill(out * in, 1), *db = fill(out, 1), *want_db = fill(out, 1);
+        RUN(linear, rows, in, out, half(x_half), on(w), on(c.b), of(y));
+        RUN(linear, rows, in, out, of(x), on(w), on(c.b), of(want_y));
+        assert_close(rows * out, y, widen(rows * out, want_y), forward_tolerance);
+        RUN(linear, rows, in, out, half(x_half), on(w), NULL, half(y_half));
+        RUN(linear, rows, in, out, of(x), on(w), NULL, of(want_y));
+        assert_close(rows * out, widened(rows * out, y_half), widen(rows * out, want_y), 1.0 / 256);
+        RUN(linear_backward, rows, in, out, of(x), on(w), of(dy), of(want_dx), 0, on(want_dw), on(want_db));
+        RUN(linear_backward, rows, in, out, half(x_half), on(w), half(dy_half), of(dx), 0, on(dw), on(db));
+        assert_close(rows * in, dx, widen(rows * in, want_dx), forward_tolerance);
+        assert_close(out * in, dw, widen(out * in, want_dw), forward_tolerance);
+        assert_same(out, db, want_db);
+        RUN(linear_backward, rows, in, out, half(x_half), on(w), half(dy_half), half(dx_half), 0, NULL, NULL);
+        assert_close(rows * in, widened(rows * in, dx_half), widen(rows * in, want_dx), 1.0 / 256);
+    }
+    device->close(queue);
+    queue = before;
+}
+
+/* Products of what lies in bfloat16 are for a queue that rounds to it. */
+static void test_narrow_refused(void **state)
+{
+    (void)state;
+    if (queue == NULL || sizeof(ls_real) > sizeof(float)) skip();
+    const uint16_t *x = narrowed(6, noise(6));
+    ls_real *y = fill(4, 0);
+    const ls_real *w = noise(6);
+    dense->linear(queue, 2, 3, 2, half(x), on(w), NULL, of(y));
+    assert_int_equal(device->wait(queue), LS_ERR_INTERNAL);
+    back();
+}
+
 /* A rank may own nothing: then there need not even be memory. */
 static void test_no_rows(void **state)
 {
@@ -849,24 +1049,23 @@ static void test_no_rows(void **state)
     ls_real *dw = noise((int64_t)E * E), *db = noise(E);
     const ls_real *w = copy((int64_t)E * E, dw), *b = copy(E, db);
     double nll = 1;
-    RUN(linear, 0, E, E, NULL, on(w), on(b), NULL);
-    RUN(linear_backward, 0, E, E, NULL, on(w), NULL, NULL, 0, on(dw), on(db));
-    RUN(layer_norm, 0, E, NULL, on(w), on(b), NULL, NULL, NULL);
+    RUN(linear, 0, E, E, nothing, on(w), on(b), nothing);
+    RUN(linear_backward, 0, E, E, nothing, on(w), nothing, nothing, 0, on(dw), on(db));
+    RUN(layer_norm, 0, E, NULL, on(w), on(b), nothing, NULL, NULL);
     RUN(layer_norm_backward, 0, E, NULL, on(w), NULL, NULL, NULL, NULL, 0, on(dw), on(db));
-    RUN(gelu, 0, NULL, NULL);
-    RUN(gelu_backward, 0, NULL, NULL, NULL);
-    RUN(relu, 0, NULL, NULL);
-    RUN(relu_backward, 0, NULL, NULL, NULL);
+    RUN(gelu, 1, 0, nothing, NULL, nothing);
+    RUN(gelu_backward, 1, 0, nothing, NULL, nothing, nothing);
+    RUN(relu, 1, 0, nothing, NULL, nothing);
+    RUN(relu_backward, 1, 0, nothing, NULL, nothing, nothing);
     RUN(embedding, 0, E, NULL, on(w), 1, NULL);
     RUN(embedding_backward, 0, E, E, NULL, 1, NULL, on(dw));
     RUN(add_positions, 2, 0, E, 70, NULL);
-    RUN(dropout, 2, 0, E, 0.5, 1, 2, 3, 70, NULL);
-    RUN(zero_rows, 2, 0, E, 1, NULL, NULL, NULL);
-    RUN(zero_rows, 2, 0, E, 0, NULL, NULL, NULL);
+    RUN(dropout, 2, 0, E, (ls_drop){0.5, 1, 2, 3, 70}, NULL, nothing);
+    RUN(residual, 2, 0, E, (ls_drop){0.5, 1, 2, 3, 70}, NULL, on(b), NULL, NULL);
+    RUN(zero_rows, 2, 0, E, 1, NULL, NULL, nothing);
+    RUN(zero_rows, 2, 0, E, 0, NULL, NULL, nothing);
     RUN(add, 0, NULL, NULL);
-    RUN(sum, 0, NULL, NULL, NULL);
-    RUN(copy, 0, NULL, NULL);
-    RUN(scale, 0, 2, NULL);
+    RUN(copy, 0, nothing, nothing);
     RUN(divide, 0, NULL, 2, NULL);
     RUN(zero, 0, NULL);
     assert_true(loss_of(0, E, NULL, NULL, 0.1, 1, NULL, &nll) == 0 && nll == 0);
@@ -895,6 +1094,7 @@ int main(void)
         cmocka_unit_test_teardown(test_normal_cdf, free_all),
         cmocka_unit_test_teardown(test_gelu, free_all),
         cmocka_unit_test_teardown(test_relu, free_all),
+        cmocka_unit_test_teardown(test_biased, free_all),
         cmocka_unit_test_teardown(test_embedding, free_all),
         cmocka_unit_test_teardown(test_embedding_of_many, free_all),
         cmocka_unit_test_teardown(test_positions, free_all),
@@ -902,12 +1102,16 @@ int main(void)
         cmocka_unit_test_teardown(test_dropout_mask, free_all),
         cmocka_unit_test_teardown(test_dropout_in_pieces, free_all),
         cmocka_unit_test_teardown(test_dropout_rate, free_all),
+        cmocka_unit_test_teardown(test_residual, free_all),
         cmocka_unit_test_teardown(test_cross_entropy, free_all),
         cmocka_unit_test_teardown(test_cross_entropy_of_many, free_all),
         cmocka_unit_test_teardown(test_cross_entropy_extremes, free_all),
         cmocka_unit_test_teardown(test_zero_rows, free_all),
         cmocka_unit_test_teardown(test_add, free_all),
         cmocka_unit_test_teardown(test_elements, free_all),
+        cmocka_unit_test_teardown(test_narrow_elements, free_all),
+        cmocka_unit_test_teardown(test_narrow_linear, free_all),
+        cmocka_unit_test_teardown(test_narrow_refused, free_all),
         cmocka_unit_test_teardown(test_no_rows, free_all),
     };
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);

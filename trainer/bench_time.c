@@ -73,7 +73,7 @@ static void multiply(const ceilings *c, int64_t times)
 {
     const int64_t n = c->side;
     for (int64_t i = 0; i < times; i++)
-        c->ctx->dense->linear(c->ctx->queue, n, n, n, c->x, c->x + n * n, NULL, c->x + 2 * n * n);
+        c->ctx->dense->linear(c->ctx->queue, n, n, n, ls_reals(c->x), c->x + n * n, NULL, ls_reals(c->x + 2 * n * n));
 }
 
 static ls_status product(const bench *b, const ceilings *c, int64_t times, double *seconds)
@@ -91,7 +91,8 @@ static ls_status copy(const bench *b, const ceilings *c, int64_t times, double *
     double begin;
     LS_TRY(bench_begin(b, c->ctx, &begin));
     for (int64_t i = 0; i < times; i++)
-        c->ctx->dense->copy(c->ctx->queue, c->reals, c->x + (i % 2 ? c->reals : 0), c->x + (i % 2 ? 0 : c->reals));
+        c->ctx->dense->copy(c->ctx->queue, c->reals, ls_reals(c->x + (i % 2 ? c->reals : 0)),
+                            ls_reals(c->x + (i % 2 ? 0 : c->reals)));
     LS_TRY(bench_lap(b, c->ctx, begin, seconds));
     *seconds /= (double)times;
     return LS_OK;

@@ -196,9 +196,9 @@ static ls_status time_kinds(const bench *b, const subject *s, line *lines)
 static void print_line(const ls_product *p, int64_t times, const line *l)
 {
     char name[80];
-    snprintf(name, sizeof name, "%lldx (%lld,%lld,%lld) %s%s%s%s", (long long)p->batch, (long long)p->m,
+    snprintf(name, sizeof name, "%lldx (%lld,%lld,%lld) %s%s%s%s%s", (long long)p->batch, (long long)p->m,
              (long long)p->n, (long long)p->k, p->transpose_a ? "At " : "", p->transpose_b ? "Bt " : "",
-             p->adds ? "+= " : "", p->in_double ? "double" : "");
+             p->adds ? "+= " : "", p->in_double ? "double" : "", p->narrow_c ? "bf16" : "");
     printf("  %-38s %9lld %10.4f %9.5f %6.1f%%\n", name, (long long)times, l->gflop, l->seconds, 100 * l->share);
 }
 

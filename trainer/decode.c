@@ -26,7 +26,8 @@ static void plan_step(decoder *d)
     d->w.rstd = ls_take(&d->arena, rows);
     d->w.logits = ls_take(&d->arena, rows * d->m->V);
     d->token = ls_arena_take(&d->arena, (size_t)rows * sizeof *d->token);
-    d->w.hidden = ls_take(&d->arena, ls_min(wide_rows(d->m), rows) * d->m->F);
+    d->w.ready = take_ready(d->m, &d->arena, d->w.normed, rows * E);
+    d->w.hidden = ls_take_operand(d->m->sequence, &d->arena, ls_min(wide_rows(d->m), rows) * d->m->F);
 }
 
 static ls_status allocate(decoder *d)
@@ -117,17 +118,16 @@ ls_status decoder_step(decoder *d, const int32_t *token, const ls_real *params, 
     m->dense->add_positions(m->queue, B, 1, E, d->position, d->x);
     for (int k = 0; k < s->blocks; k++) {
         const block *bl = &s->block[k];
-        m->dense->layer_norm(m->queue, B, E, d->x, params + bl->norm.weight, params + bl->norm.bias, w->normed, w->mean,
-                             w->rstd);
+        norm_forward(m, w, bl->norm, params, B, d->x, bl->kind == BLOCK_FFN ? w->ready : ls_reals(w->normed));
         if (bl->kind == BLOCK_FFN) {
             ffn_forward(m, w, &bl->ffn, params, B);
         } else {
             const ls_attention_io io = {.query = w->normed};
             LS_TRY(ls_attention_step(bl->attention, d->state[k], &io, params + bl->params, w->branch));
         }
-        m->dense->add(m->queue, B * E, w->branch, d->x);
+        m->dense->residual(m->queue, B, 1, E, (ls_drop){0}, w->branch, branch_bias(bl, params), d->x, d->x);
     }
-    output_logits(m, w, params, B, d->x, w->normed, w->logits);
+    output_logits(m, w, params, B, d->x, w->logits);
     d->position++;
     LS_TRY(ls_device_read(m->sequence, logits, w->logits, (size_t)(B * m->V) * sizeof *logits));
     return ls_context_wait(m->sequence);

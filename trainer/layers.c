@@ -29,6 +29,11 @@ static void plan_stack(const model *m, stack *s, ls_arena *arena, keeping keep, 
     }
 }
 
+ls_operand take_ready(const model *m, ls_arena *arena, const ls_real *x, int64_t n)
+{
+    return m->sequence->precision == LS_BF16 ? ls_take_operand(m->sequence, arena, n) : ls_reals(x);
+}
+
 static void plan(model *m, const pass *p, int64_t source, int64_t target)
 {
     ls_arena *a = &m->arena;
@@ -43,18 +48,20 @@ static void plan(model *m, const pass *p, int64_t source, int64_t target)
     w->pad[0] = ls_arena_take(a, (size_t)(on_device * source));
     w->pad[1] = ls_arena_take(a, (size_t)(on_device * target));
     /* The narrow ones first, so that a rank without rows has pointers that are not NULL. */
-    w->hidden = ls_take(a, wide * m->F);
-    w->active = ls_take(a, wide * m->F);
+    w->hidden = ls_take_operand(m->sequence, a, wide * m->F);
+    w->active = ls_take_operand(m->sequence, a, wide * m->F);
     w->logits = ls_take(a, wide * m->V);
     w->mean = ls_take(a, rows);
     w->rstd = ls_take(a, rows);
     w->normed = ls_take(a, rows * E);
     w->branch = ls_take(a, rows * E);
+    w->ready = take_ready(m, a, w->normed, rows * E);
     w->memory = ls_take(a, source * E);
     plan_stack(m, &m->encoder, a, p->keep, source);
     plan_stack(m, &m->decoder, a, p->keep, target);
     if (gradient) {
-        w->dhidden = ls_take(a, wide * m->F);
+        w->dhidden = ls_take_operand(m->sequence, a, wide * m->F);
+        w->dbranch = take_ready(m, a, w->branch, rows * E);
         w->dnormed = ls_take(a, rows * E);
         w->dkey = ls_take(a, source * E);
         w->dmemory = ls_take(a, source * E);
@@ -128,8 +135,8 @@ ls_status pass_begin(model *m, pass *p, int with_target)
 
 /* ------------------------------------------------------------------------------------------------ branches */
 
-static void norm_forward(const model *m, const workspace *w, norm_params n, const ls_real *params, int64_t rows,
-                         const ls_real *x, ls_real *y)
+void norm_forward(const model *m, const workspace *w, norm_params n, const ls_real *params, int64_t rows,
+                  const ls_real *x, ls_operand y)
 {
     m->dense->layer_norm(m->queue, rows, m->E, x, params + n.weight, params + n.bias, y, w->mean, w->rstd);
 }
@@ -147,16 +154,14 @@ void ffn_forward(const model *m, const workspace *w, const ffn_params *f, const 
     const int64_t E = m->E, F = m->F;
     for (int64_t row = 0; row < rows; row += wide_rows(m)) {
         const int64_t n = ls_min(wide_rows(m), rows - row);
-        m->dense->linear(m->queue, n, E, F, w->normed + row * E, params + f->weight0, params + f->bias0, w->hidden);
-        if (m->c.model.activation == ACTIVATION_RELU)
-            m->dense->relu(m->queue, n * F, w->hidden, w->hidden);
-        else
-            m->dense->gelu(m->queue, n * F, w->hidden, w->hidden);
-        m->dense->linear(m->queue, n, F, E, w->hidden, params + f->weight1, params + f->bias1, w->branch + row * E);
+        const int relu = m->c.model.activation == ACTIVATION_RELU;
+        m->dense->linear(m->queue, n, E, F, ls_operand_at(w->ready, row * E), params + f->weight0, NULL, w->hidden);
+        (relu ? m->dense->relu : m->dense->gelu)(m->queue, n, F, w->hidden, params + f->bias0, w->hidden);
+        m->dense->linear(m->queue, n, F, E, w->hidden, params + f->weight1, NULL, ls_reals(w->branch + row * E));
     }
 }
 
-/* dnormed from dbranch (in w->branch); hidden units are computed again. */
+/* dnormed from w->dbranch; hidden units are computed again. */
 static void ffn_backward(const model *m, const pass *p, const ffn_params *f, int64_t rows)
 {
     const workspace *w = &m->w;
@@ -164,14 +169,15 @@ static void ffn_backward(const model *m, const pass *p, const ffn_params *f, int
     const int64_t E = m->E, F = m->F;
     for (int64_t row = 0; row < rows; row += wide_rows(m)) {
         const int64_t n = ls_min(wide_rows(m), rows - row), relu = m->c.model.activation == ACTIVATION_RELU;
-        const ls_real *normed = w->normed + row * E;
-        m->dense->linear(m->queue, n, E, F, normed, params + f->weight0, params + f->bias0, w->hidden);
-        (relu ? m->dense->relu : m->dense->gelu)(m->queue, n * F, w->hidden, w->active);
-        m->dense->linear_backward(m->queue, n, F, E, w->active, params + f->weight1, w->branch + row * E, w->dhidden, 0,
+        const ls_operand normed = ls_operand_at(w->ready, row * E), dbranch = ls_operand_at(w->dbranch, row * E);
+        m->dense->linear(m->queue, n, E, F, normed, params + f->weight0, NULL, w->hidden);
+        (relu ? m->dense->relu : m->dense->gelu)(m->queue, n, F, w->hidden, params + f->bias0, w->active);
+        m->dense->linear_backward(m->queue, n, F, E, w->active, params + f->weight1, dbranch, w->dhidden, 0,
                                   p->dparams + f->weight1, p->dparams + f->bias1);
-        (relu ? m->dense->relu_backward : m->dense->gelu_backward)(m->queue, n * F, w->hidden, w->dhidden, w->dhidden);
-        m->dense->linear_backward(m->queue, n, E, F, normed, params + f->weight0, w->dhidden, w->dnormed + row * E, 0,
-                                  p->dparams + f->weight0, p->dparams + f->bias0);
+        (relu ? m->dense->relu_backward : m->dense->gelu_backward)(m->queue, n, F, w->hidden, params + f->bias0,
+                                                                   w->dhidden, w->dhidden);
+        m->dense->linear_backward(m->queue, n, E, F, normed, params + f->weight0, w->dhidden,
+                                  ls_reals(w->dnormed + row * E), 0, p->dparams + f->weight0, p->dparams + f->bias0);
     }
 }
 
@@ -190,11 +196,18 @@ static side side_of(const model *m, const pass *p, const stack *s)
     return (side){&b->target, p->target_pad, p->input_token, rows_of(b, &b->target)};
 }
 
-static void dropout(const model *m, const pass *p, const side *at, uint32_t stream, ls_real *x)
+static ls_drop drop_of(const model *m, const pass *p, const side *at, uint32_t stream)
 {
-    if (p->training)
-        m->dense->dropout(m->queue, p->b->B, at->shard->n, m->E, m->c.model.dropout, m->c.train.seed, stream,
-                          p->b->sample, at->shard->lo, x);
+    return (ls_drop){.rate = p->training ? m->c.model.dropout : 0,
+                     .seed = m->c.train.seed,
+                     .stream = stream,
+                     .sample = p->b->sample,
+                     .lo = at->shard->lo};
+}
+
+static void dropout(const model *m, const pass *p, const side *at, uint32_t stream, const ls_real *x, ls_operand y)
+{
+    m->dense->dropout(m->queue, p->b->B, at->shard->n, m->E, drop_of(m, p, at, stream), x, y);
 }
 
 static ls_attention_io attention_io(const model *m, const pass *p, const side *at, const block *bl)
@@ -217,6 +230,12 @@ static ls_attention_shape attention_shape(const pass *p, const side *at, const b
 
 /* ------------------------------------------------------------------------------------------------ stacks */
 
+/* The normed rows of a block, as it takes them. */
+static void norm_block(const model *m, const pass *p, const block *bl, int64_t rows, const ls_real *x)
+{
+    norm_forward(m, &m->w, bl->norm, p->params, rows, x, bl->kind == BLOCK_FFN ? m->w.ready : ls_reals(m->w.normed));
+}
+
 /* Blocks first .. last - 1. save: their attentions keep what backward wants. */
 static ls_status blocks_forward(model *m, const pass *p, stack *s, int first, int last, int save)
 {
@@ -224,7 +243,7 @@ static ls_status blocks_forward(model *m, const pass *p, stack *s, int first, in
     const side at = side_of(m, p, s);
     for (int k = first; k < last; k++) {
         const block *bl = &s->block[k];
-        norm_forward(m, w, bl->norm, p->params, at.rows, s->x[k], w->normed);
+        norm_block(m, p, bl, at.rows, s->x[k]);
         if (bl->kind == BLOCK_FFN) {
             ffn_forward(m, w, &bl->ffn, p->params, at.rows);
         } else {
@@ -233,8 +252,8 @@ static ls_status blocks_forward(model *m, const pass *p, stack *s, int first, in
             LS_TRY(ls_attention_forward(bl->attention, &shape, &io, p->params + bl->params, w->branch,
                                         save ? bl->saved : NULL));
         }
-        dropout(m, p, &at, bl->stream, w->branch);
-        m->dense->sum(m->queue, at.rows * m->E, s->x[k], w->branch, s->x[k + 1]);
+        m->dense->residual(m->queue, p->b->B, at.shard->n, m->E, drop_of(m, p, &at, bl->stream), w->branch,
+                           branch_bias(bl, p->params), s->x[k], s->x[k + 1]);
     }
     return LS_OK;
 }
@@ -244,7 +263,7 @@ static ls_status stack_forward(model *m, const pass *p, stack *s)
     const side at = side_of(m, p, s);
     m->dense->embedding(m->queue, at.rows, m->E, at.token, p->params + s->embedding, sqrt((double)m->E), s->x[0]);
     m->dense->add_positions(m->queue, p->b->B, at.shard->n, m->E, at.shard->lo, s->x[0]);
-    dropout(m, p, &at, s->stream, s->x[0]);
+    dropout(m, p, &at, s->stream, s->x[0], ls_reals(s->x[0]));
     return blocks_forward(m, p, s, 0, s->blocks, p->keep == KEEP_BLOCKS);
 }
 
@@ -254,10 +273,8 @@ static ls_status block_backward(model *m, const pass *p, stack *s, int k, ls_rea
     const workspace *w = &m->w;
     const block *bl = &s->block[k];
     const side at = side_of(m, p, s);
-    const int64_t n = at.rows * m->E;
-    m->dense->copy(m->queue, n, d, w->branch);
-    dropout(m, p, &at, bl->stream, w->branch);
-    norm_forward(m, w, bl->norm, p->params, at.rows, s->x[k], w->normed);
+    dropout(m, p, &at, bl->stream, d, bl->kind == BLOCK_FFN ? w->dbranch : ls_reals(w->branch));
+    norm_block(m, p, bl, at.rows, s->x[k]);
     if (bl->kind == BLOCK_FFN) {
         ffn_backward(m, p, &bl->ffn, at.rows);
     } else {
@@ -285,7 +302,7 @@ static ls_status stack_backward(model *m, const pass *p, stack *s, ls_real *d)
         for (int k = last - 1; k >= first; k--) LS_TRY(block_backward(m, p, s, k, d));
     }
     const side at = side_of(m, p, s);
-    dropout(m, p, &at, s->stream, d);
+    dropout(m, p, &at, s->stream, d, ls_reals(d));
     m->dense->embedding_backward(m->queue, at.rows, m->V, m->E, at.token, sqrt((double)m->E), d,
                                  p->dparams + s->embedding);
     return LS_OK;
@@ -295,7 +312,7 @@ ls_status encoder_forward(model *m, const pass *p)
 {
     LS_TRY(stack_forward(m, p, &m->encoder));
     norm_forward(m, &m->w, m->encoder.norm, p->params, rows_of(p->b, &p->b->source), m->encoder.x[m->encoder.blocks],
-                 m->w.memory);
+                 ls_reals(m->w.memory));
     return LS_OK;
 }
 
@@ -311,7 +328,7 @@ static ls_status backward(model *m, const pass *p)
     ls_real *d = m->w.dmemory;
     m->dense->zero(m->queue, (size_t)(source * m->E) * sizeof *d, d);
     LS_TRY(stack_backward(m, p, &m->decoder, m->w.dtarget));
-    norm_forward(m, &m->w, m->encoder.norm, p->params, source, x, m->w.normed);
+    norm_forward(m, &m->w, m->encoder.norm, p->params, source, x, m->w.ready);
     norm_backward(m, p, m->encoder.norm, source, x, d, d, 0);
     return stack_backward(m, p, &m->encoder, d);
 }
@@ -319,10 +336,10 @@ static ls_status backward(model *m, const pass *p)
 /* ------------------------------------------------------------------------------------------------ loss */
 
 void output_logits(const model *m, const workspace *w, const ls_real *params, int64_t rows, const ls_real *x,
-                   ls_real *normed, ls_real *logits)
+                   ls_real *logits)
 {
-    norm_forward(m, w, m->decoder.norm, params, rows, x, normed);
-    m->dense->linear(m->queue, rows, m->E, m->V, normed, params + m->output, NULL, logits);
+    norm_forward(m, w, m->decoder.norm, params, rows, x, w->ready);
+    m->dense->linear(m->queue, rows, m->E, m->V, w->ready, params + m->output, NULL, ls_reals(logits));
 }
 
 /* The loss of this rank's labels, added to sums, and, with p->dparams, the gradient of the last x of the decoder: each
@@ -335,12 +352,12 @@ static void output_loss(model *m, const pass *p, double grad_scale, double *sums
     for (int64_t row = 0; row < rows; row += wide_rows(m)) {
         const int64_t n = ls_min(wide_rows(m), rows - row);
         const ls_real *x = m->decoder.x[m->decoder.blocks] + row * E;
-        output_logits(m, w, p->params, n, x, w->normed, w->logits);
+        output_logits(m, w, p->params, n, x, w->logits);
         m->dense->cross_entropy(m->queue, n, m->V, w->logits, p->label + row, m->c.train.label_smoothing, grad_scale,
                                 gradient ? w->logits : NULL, sums);
         if (!gradient) continue;
-        m->dense->linear_backward(m->queue, n, E, m->V, w->normed, p->params + m->output, w->logits, w->dnormed, 0,
-                                  p->dparams + m->output, NULL);
+        m->dense->linear_backward(m->queue, n, E, m->V, w->ready, p->params + m->output, ls_reals(w->logits),
+                                  ls_reals(w->dnormed), 0, p->dparams + m->output, NULL);
         norm_backward(m, p, m->decoder.norm, n, x, w->dnormed, w->dtarget + row * E, 0);
     }
 }

@@ -51,9 +51,10 @@ typedef enum { KEEP_NOTHING, KEEP_LAYERS, KEEP_BLOCKS } keeping;
 /* Scratch rows (rows, E) and what is narrower or wider than them. */
 typedef struct workspace {
     ls_real *normed, *branch, *mean, *rstd;
-    ls_real *hidden, *active; /* (wide_rows, F) */
-    ls_real *logits;          /* (wide_rows, V) */
-    ls_real *dnormed, *dhidden, *dkey;
+    ls_operand ready, dbranch; /* normed and the gradient of branch as products of a feed-forward net take them */
+    ls_operand hidden, active, dhidden; /* (wide_rows, F) */
+    ls_real *logits;                    /* (wide_rows, V) */
+    ls_real *dnormed, *dkey;
     ls_real *memory, *dmemory, *dtarget; /* encoder output, its gradient; the running gradient of the decoder */
     double *sums;                        /* (LS_LOSS_SUMS): of an evaluation */
     int32_t *token[3];                   /* GPU: the batch's source_token, input_token, label, */
@@ -113,10 +114,20 @@ ls_status pass_begin(model *m, pass *p, int with_target);
 ls_status encoder_forward(model *m, const pass *p);
 /* Collective: embeddings and blocks; the last x waits for its norm and the logits, which go by in chunks. */
 ls_status decoder_forward(model *m, const pass *p);
-/* rows <= wide_rows: normed (rows,E) = norm x, logits (rows,V) = normed Wᵀ. */
+/* rows <= wide_rows: w->ready (rows,E) = norm x, logits (rows,V) = ready Wᵀ. */
 void output_logits(const model *m, const workspace *w, const ls_real *params, int64_t rows, const ls_real *x,
-                   ls_real *normed, ls_real *logits);
-/* branch (rows,E) = W1 act(W0 normed + b0) + b1. */
+                   ls_real *logits);
+/* y = norm x; mean and rstd stay in w. */
+void norm_forward(const model *m, const workspace *w, norm_params n, const ls_real *params, int64_t rows,
+                  const ls_real *x, ls_operand y);
+/* What comes behind a feed-forward net's product, as it does behind an attention, whose bias is in it: NULL. */
+static inline const ls_real *branch_bias(const block *bl, const ls_real *params)
+{
+    return bl->kind == BLOCK_FFN ? params + bl->ffn.bias1 : NULL;
+}
+/* For what lies in x (n) as products take it: x itself, or in bf16 room of its own. */
+ls_operand take_ready(const model *m, ls_arena *arena, const ls_real *x, int64_t n);
+/* branch (rows,E) = W1 act(W0 ready + b0). The bias b1 comes as the branch is added to its x. */
 void ffn_forward(const model *m, const workspace *w, const ffn_params *f, const ls_real *params, int64_t rows);
 
 #endif

@@ -1066,10 +1066,30 @@ struct as_bf16 {
     }
 };
 
-template <typename E, typename T, typename F>
+/* C where OpenBLAS can add to it, and back: as it is, or by way of floats where it lies in bfloat16. */
+template <typename T> T *open_matrix(T *c, int, int, int, std::vector<T> &)
+{
+    return c;
+}
+template <typename T> void close_matrix(T *, int, int, int, const T *) {}
+float *open_matrix(__nv_bfloat16 *c, int rows, int columns, int ld, std::vector<float> &room)
+{
+    as_bf16()(c, rows, columns, ld, room);
+    return room.data();
+}
+void close_matrix(__nv_bfloat16 *c, int rows, int columns, int ld, const float *from)
+{
+    for (int j = 0; j < columns; j++)
+        for (int i = 0; i < rows; i++) {
+            const size_t at = (size_t)j * (size_t)ld + (size_t)i;
+            c[at] = __float2bfloat16(from[at]);
+        }
+}
+
+template <typename E, typename T, typename C, typename F>
 cublasStatus_t batch_of(cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int m, int n, int k,
                         const T *alpha, const E *a, int lda, int64_t stride_a, const E *b, int ldb, int64_t stride_b,
-                        const T *beta, T *c, int ldc, int64_t stride_c, int batch, F taken)
+                        const T *beta, C *c, int ldc, int64_t stride_c, int batch, F taken)
 {
     const int a_rows = op_a == CUBLAS_OP_N ? m : k, b_rows = op_b == CUBLAS_OP_N ? k : n;
     if (m < 0 || n < 0 || k < 0 || batch < 0 || lda < (a_rows > 1 ? a_rows : 1) || ldb < (b_rows > 1 ? b_rows : 1) ||
@@ -1083,14 +1103,16 @@ cublasStatus_t batch_of(cublasHandle_t handle, cublasOperation_t op_a, cublasOpe
     const T by = *alpha, keeps = *beta;        /* the host's, which may be gone later */
     give(handle->stream, [=] {
         const emulator::device_access open;
-        std::vector<T> room_a, room_b;
+        std::vector<T> room_a, room_b, room_c;
         for (int i = 0; i < batch; i++) {
-            T *ci = c + i * stride_c;
+            C *ci = c + i * stride_c;
             if (keeps == 0)
                 for (int j = 0; j < n; j++) memset(ci + (int64_t)j * ldc, 0, (size_t)m * sizeof *ci);
+            T *to = open_matrix(ci, m, n, ldc, room_c);
             gemm(op_a == CUBLAS_OP_N ? CblasNoTrans : CblasTrans, op_b == CUBLAS_OP_N ? CblasNoTrans : CblasTrans, m, n,
                  k, by, taken(a + i * stride_a, a_rows, op_a == CUBLAS_OP_N ? k : m, lda, room_a), lda,
-                 taken(b + i * stride_b, b_rows, op_b == CUBLAS_OP_N ? n : k, ldb, room_b), ldb, keeps, ci, ldc);
+                 taken(b + i * stride_b, b_rows, op_b == CUBLAS_OP_N ? n : k, ldb, room_b), ldb, keeps, to, ldc);
+            close_matrix(ci, m, n, ldc, to);
         }
     });
     return CUBLAS_STATUS_SUCCESS;
@@ -1123,7 +1145,12 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
 {
     const float *by = static_cast<const float *>(alpha), *keeps = static_cast<const float *>(beta);
     float *to = static_cast<float *>(c);
-    if (a_type != b_type || c_type != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (a_type != b_type || (c_type != CUDA_R_32F && (c_type != CUDA_R_16BF || a_type != CUDA_R_16BF)))
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (c_type == CUDA_R_16BF && compute == CUBLAS_COMPUTE_32F)
+        return batch_of(handle, op_a, op_b, m, n, k, by, static_cast<const __nv_bfloat16 *>(a), lda, stride_a,
+                        static_cast<const __nv_bfloat16 *>(b), ldb, stride_b, keeps, static_cast<__nv_bfloat16 *>(c),
+                        ldc, stride_c, batch, as_bf16());
     if (a_type == CUDA_R_16BF && compute == CUBLAS_COMPUTE_32F)
         return batch_of(handle, op_a, op_b, m, n, k, by, static_cast<const __nv_bfloat16 *>(a), lda, stride_a,
                         static_cast<const __nv_bfloat16 *>(b), ldb, stride_b, keeps, to, ldc, stride_c, batch,
@@ -1132,4 +1159,13 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
         return batch_of(handle, op_a, op_b, m, n, k, by, static_cast<const float *>(a), lda, stride_a,
                         static_cast<const float *>(b), ldb, stride_b, keeps, to, ldc, stride_c, batch, as_tf32());
     return CUBLAS_STATUS_NOT_SUPPORTED;
+}
+
+cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int m, int n, int k,
+                            const void *alpha, const void *a, cudaDataType a_type, int lda, const void *b,
+                            cudaDataType b_type, int ldb, const void *beta, void *c, cudaDataType c_type, int ldc,
+                            cublasComputeType_t compute, cublasGemmAlgo_t algorithm)
+{
+    return cublasGemmStridedBatchedEx(handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, 0, b, b_type, ldb, 0, beta, c,
+                                      c_type, ldc, 0, 1, compute, algorithm);
 }
