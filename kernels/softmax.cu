@@ -30,7 +30,7 @@
 
 enum { STEP_CHUNKS = 64, STEP_KEYS = 256 };              /* of a step: at most, and keys at a time */
 enum { TOP };                                            /* saved[] */
-enum { MAXIMUM, SUM, DELTA = LS_SOFTMAX_DELTA, CHUNKS }; /* work[] */
+enum { MAXIMUM, SUM, DELTA = LS_SOFTMAX_DELTA, CHUNKS, COPIES = CHUNKS }; /* work[]; only steps have chunks */
 
 static int is_wide(ls_view v)
 {
@@ -86,7 +86,7 @@ void ls_softmax_plan_cuda(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[MAXIMUM] = ls_take(work, slices_of(p) * rows);
     p->work[SUM] = ls_take(work, slices_of(p) * rows);
     p->work[DELTA] = ls_take(work, rows);
-    p->work[CHUNKS] = ls_take(work, p->step ? rows * STEP_CHUNKS * (2 + p->d) : 0);
+    p->work[CHUNKS] = ls_take(work, p->step ? rows * STEP_CHUNKS * (2 + p->d) : ls_softmax_tensor_reals(p));
 }
 
 /* ------------------------------------------------------------------------------------------------ tiles */
@@ -629,7 +629,7 @@ ls_status ls_softmax_visit_backward_cuda(ls_pass *p, int phase)
     const int queries = blocks_of(p, x.query, x.queries), keys = blocks_of(p, x.key, x.keys);
     if (queries == 0 || keys == 0) return LS_OK;
     static const kernel_table backward[2] = {TABLE_OF(queries_backward_kernel), TABLE_OF(keys_backward_kernel)};
-    if (!ls_softmax_tensor_backward(p, &x, queries, keys)) {
+    if (!ls_softmax_tensor_backward(p, &x, p->work[COPIES])) {
         LS_LAUNCH(p->queue, kernel_for(p, backward[0]), queries, THREADS, 0, x);
         LS_LAUNCH(p->queue, kernel_for(p, backward[1]), keys, THREADS, 0, x);
     }
@@ -728,7 +728,7 @@ ls_status ls_softmax_visit_cuda(ls_pass *p, int phase)
     if (blocks == 0 || tiles_of(x.key, x.keys) == 0) return LS_OK;
     if (p->step)
         visit_step(p, x);
-    else if (!ls_softmax_tensor_forward(p, &x, blocks))
+    else if (!ls_softmax_tensor_forward(p, &x, p->work[COPIES]))
         LS_LAUNCH(p->queue, kernel_for(p, forward), blocks, THREADS, 0, x);
     return ls_launched(p->queue, "softmax: tiles");
 }

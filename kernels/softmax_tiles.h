@@ -1,4 +1,4 @@
-/* What the kernels of exact softmax attention share: the call as they see it, and tiles of 64 positions. */
+/* What the kernels of exact softmax attention share: the call as they see it, and tiles of 64 positions, or SIDE. */
 #ifndef LS_SOFTMAX_TILES_H
 #define LS_SOFTMAX_TILES_H
 
@@ -35,32 +35,32 @@ typedef struct softmax_call {
     uint32_t stream;
 } softmax_call;
 
-/* 64 consecutive global positions from `at` on; the first stands for row `row` of the tensors, which may be before its
- * beginning: rows [first, last) of the tile exist. */
+/* SIDE consecutive global positions from `at` on; the first stands for row `row` of the tensors, which may be before
+ * its beginning: rows [first, last) of the tile exist. */
 typedef struct tile {
     int64_t at, row;
     int first, last;
 } tile;
 
-LS_BOTH_SIDES int64_t tiles_in(ls_span s)
+template <int SIDE = TILE> LS_BOTH_SIDES int64_t tiles_in(ls_span s)
 {
-    return s.n > 0 ? (s.lo % 4 + s.n + TILE - 1) / TILE : 0;
+    return s.n > 0 ? (s.lo % 4 + s.n + SIDE - 1) / SIDE : 0;
 }
 
-LS_BOTH_SIDES int64_t tiles_of(const ls_span *span, int spans)
+template <int SIDE = TILE> LS_BOTH_SIDES int64_t tiles_of(const ls_span *span, int spans)
 {
     int64_t n = 0;
-    for (int i = 0; i < spans; i++) n += tiles_in(span[i]);
+    for (int i = 0; i < spans; i++) n += tiles_in<SIDE>(span[i]);
     return n;
 }
 
-__device__ static inline tile tile_in(ls_span s, int64_t number)
+template <int SIDE = TILE> __device__ static inline tile tile_in(ls_span s, int64_t number)
 {
     tile t;
-    t.at = s.lo - s.lo % 4 + number * TILE;
+    t.at = s.lo - s.lo % 4 + number * SIDE;
     t.row = s.row + t.at - s.lo;
     t.first = (int)ls_max(0, s.lo - t.at);
-    t.last = (int)ls_min(TILE, s.lo + s.n - t.at);
+    t.last = (int)ls_min(SIDE, s.lo + s.n - t.at);
     return t;
 }
 
@@ -72,21 +72,22 @@ typedef struct place {
 
 /* Blocks of one head follow one another, since they read the same rows; the last positions come first: where tiles
  * differ in work (the causal triangle), those of the queries are the longest. */
+template <int SIDE = TILE>
 __device__ static inline place place_of(const softmax_call &p, const ls_span *span, int spans, int backwards)
 {
-    const int64_t tiles = tiles_of(span, spans), block = blockIdx.x, number = block % tiles;
+    const int64_t tiles = tiles_of<SIDE>(span, spans), block = blockIdx.x, number = block % tiles;
     int64_t t = backwards ? tiles - 1 - number : number;
     place x;
     x.head = block / tiles % (p.B * p.H);
     x.slice = block / tiles / (p.B * p.H);
     x.b = x.head / p.H, x.h = x.head % p.H;
-    const int second = spans > 1 && t >= tiles_in(span[0]);
-    x.t = second ? tile_in(span[1], t - tiles_in(span[0])) : tile_in(span[0], t);
+    const int second = spans > 1 && t >= tiles_in<SIDE>(span[0]);
+    x.t = second ? tile_in<SIDE>(span[1], t - tiles_in<SIDE>(span[0])) : tile_in<SIDE>(span[0], t);
     return x;
 }
 
-/* The tiles of a span of keys that are not wholly after the queries of a tile; the first tile of a span of queries that
- * is not wholly before the keys of a tile. */
+/* The tiles (of 64) of a span of keys that are not wholly after the queries of a tile; the first tile of a span of
+ * queries that is not wholly before the keys of a tile. */
 __device__ static inline int64_t tiles_before(const softmax_call &p, ls_span keys, const tile &queries)
 {
     const int64_t all = tiles_in(keys), end = queries.at + queries.last; /* keys from here on are in the future */
@@ -99,9 +100,10 @@ __device__ static inline int64_t tiles_from(const softmax_call &p, ls_span queri
     return p.causal && first > start ? (first - start) / TILE : 0;
 }
 
-/* The same phases with bfloat16 operands on tensor cores, for calls that they know: see softmax_tensor.cu. `blocks`:
- * the tiles of queries, of keys, of all heads. 0: this call is not for them, nothing was done. */
-int ls_softmax_tensor_forward(ls_pass *p, const softmax_call *x, int blocks);
-int ls_softmax_tensor_backward(ls_pass *p, const softmax_call *x, int query_blocks, int key_blocks);
+/* The same phases with bfloat16 operands on tensor cores, for calls that they know: see softmax_tensor.cu. 0: this call
+ * is not for them, nothing was done. copies: ls_softmax_tensor_reals of memory. */
+int64_t ls_softmax_tensor_reals(const ls_pass *p);
+int ls_softmax_tensor_forward(ls_pass *p, const softmax_call *x, ls_real *copies);
+int ls_softmax_tensor_backward(ls_pass *p, const softmax_call *x, ls_real *copies);
 
 #endif

@@ -274,6 +274,7 @@ void ls_run_plan(ls_call *c, ls_arena *saved, ls_arena *work)
     }
     plan_wire(c);
     ls_pass p = placed(c);
+    if (ring != NULL) p.visit.n = largest_block(c);
     ls_plan_mechanism(c->mechanism, &p, saved, work);
     memcpy(user->saved, p.saved, sizeof p.saved);
     memcpy(user->work, p.work, sizeof p.work);

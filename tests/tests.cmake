@@ -140,6 +140,11 @@ foreach(run laws_bf16_1 laws_bf16_2 probsparse_bf16_3)
     TIMEOUT 1500 PROCESSORS ${ranks})
 endforeach()
 
+# tensor cores, with copies to shared memory that are made at once or when they are waited for
+add_test(NAME precision_emulated_order COMMAND $<TARGET_FILE:test_precision_emulated>)
+set_tests_properties(precision_emulated_order PROPERTIES ENVIRONMENT
+  "${test_environment};${emulated_environment};LONGSPAN_EMULATOR_ORDER=11" TIMEOUT 1500)
+
 # golden files with work memory full of NaN, and with streams that run at any time that their events allow
 foreach(run poisoned_1 poisoned_3 order_3)
   string(REGEX MATCH "[0-9]" ranks ${run})

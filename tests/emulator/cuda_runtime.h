@@ -16,7 +16,9 @@
  *     what was there before. A stream that waits for an event has the other stream run up to it, and no further; memory
  *     of the device is freed, and copies to pageable host memory return, after all that was given before. With
  *     LONGSPAN_EMULATOR_ORDER=NUMBER streams run at any time by random numbers from that seed: what is right in every
- *     order that events allow comes out the same. One host thread at a time. */
+ *     order that events allow comes out the same. One host thread at a time.
+ *   - Copies to shared memory that go on meanwhile (cuda_copy.h) are made likewise: when their thread waits for them,
+ *     or by chance at once. */
 #ifndef EMULATOR_CUDA_RUNTIME_H
 #define EMULATOR_CUDA_RUNTIME_H
 
@@ -423,6 +425,8 @@ struct device_access {
 /* 1: [p, p + bytes) lies in one live allocation; 0: it is host memory, or a device address that is not */
 int is_device(const void *p);
 int is_allocated(const void *p, size_t bytes);
+/* With LONGSPAN_EMULATOR_ORDER, now and then: something asynchronous may as well be done at once. */
+bool at_once_by_chance();
 } // namespace emulator
 
 /* How often the host has waited: calls that could not return before work was done which had not been. */

@@ -228,6 +228,16 @@ int64_t order()
     return seed;
 }
 
+} // namespace
+
+bool emulator::at_once_by_chance()
+{
+    const int64_t chance = order();
+    return chance >= 0 && (chance >> 30 & 1);
+}
+
+namespace
+{
 /* Some streams go on by some steps, those that wait for nobody. */
 void go_on_by_chance()
 {
