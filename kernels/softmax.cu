@@ -28,8 +28,8 @@
 
 #include <cuda_bf16.h>
 
-enum { STEP_CHUNKS = 64, STEP_KEYS = 256 };              /* of a step: at most, and keys at a time */
-enum { TOP };                                            /* saved[] */
+enum { STEP_CHUNKS = 64, STEP_KEYS = 256 };                               /* of a step: at most, and keys at a time */
+enum { TOP };                                                             /* saved[] */
 enum { MAXIMUM, SUM, DELTA = LS_SOFTMAX_DELTA, CHUNKS, COPIES = CHUNKS }; /* work[]; only steps have chunks */
 
 static int is_wide(ls_view v)
