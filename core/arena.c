@@ -53,6 +53,10 @@ ls_status ls_arena_reserve(ls_arena *arena, const char *what)
     device_of(arena)->release(arena->base);
     arena->capacity = 0;
     arena->base = device_of(arena)->alloc(need);
+    const char *broken = arena->base == NULL ? device_of(arena)->broken() : NULL;
+    if (broken != NULL)
+        LS_FAIL(LS_ERR_INTERNAL, "%s: the device refuses %.1f MiB, not for want of memory: %s", what,
+                (double)need / 1048576.0, broken);
     if (arena->base == NULL)
         LS_FAIL(LS_ERR_MEMORY,
                 "%s: cannot reserve %.1f MiB: use more ranks, a smaller batch, or a machine with more memory", what,

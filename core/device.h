@@ -27,7 +27,8 @@ typedef struct ls_device_ops {
                              ls_queue **queue); /* one more on its device, for copies and messages alone */
     ls_status (*enter)(ls_queue *); /* this thread gives work to it: its device becomes the thread's current one */
     void (*close)(ls_queue *);
-    void *(*alloc)(size_t bytes); /* on a 256-byte boundary; NULL: there is not so much */
+    void *(*alloc)(size_t bytes); /* on a 256-byte boundary; NULL: there is not so much, or see `broken` */
+    const char *(*broken)(void);  /* what made the device refuse memory of which it may have enough; NULL: nothing */
     void (*release)(void *);
     size_t (*most)(void); /* bytes that this process had from alloc at a time, at most; the CPU: 0, see getrusage */
     void *(*alloc_host)(size_t bytes); /* host memory from which copies to and from the device are fast (pinned) */

@@ -74,6 +74,11 @@ static ls_status pass_mark(ls_queue *queue, ls_mark *mark)
     return LS_OK;
 }
 
+static const char *broken(void)
+{
+    return NULL;
+}
+
 static void unmark(ls_mark *mark)
 {
     (void)mark;
@@ -92,6 +97,7 @@ const ls_device_ops ls_cpu_device = {.name = "cpu",
                                      .enter = done,
                                      .close = close_queue,
                                      .alloc = alloc,
+                                     .broken = broken,
                                      .release = free,
                                      .most = most,
                                      .alloc_host = alloc,

@@ -105,12 +105,23 @@ static pthread_mutex_t ledger = PTHREAD_MUTEX_INITIALIZER;
 static holding *holdings;
 static size_t held, most_held;
 
+/* A kernel that broke is told of by every call after it, by one for memory too. */
+static cudaError_t refusal = cudaSuccess;
+static const char *broken()
+{
+    return refusal == cudaSuccess ? NULL : advice(refusal);
+}
+
 static void *alloc(size_t bytes)
 {
     holding *h = static_cast<holding *>(malloc(sizeof *h));
     void *p = NULL;
-    if (h == NULL || cudaSetDevice(opened) != cudaSuccess || cudaMalloc(&p, bytes > 0 ? bytes : 1) != cudaSuccess) {
+    cudaError_t error = cudaSetDevice(opened);
+    if (error == cudaSuccess) error = cudaMalloc(&p, bytes > 0 ? bytes : 1);
+    if (h == NULL || error != cudaSuccess) {
         cudaGetLastError();
+        refusal = error == cudaErrorMemoryAllocation ? cudaSuccess : error;
+        cudaFree(p);
         free(h);
         return NULL;
     }
@@ -499,6 +510,7 @@ extern "C" const ls_device_ops ls_cuda_device = {.name = "cuda",
                                                  .enter = enter,
                                                  .close = close_queue,
                                                  .alloc = alloc,
+                                                 .broken = broken,
                                                  .release = release,
                                                  .most = most,
                                                  .alloc_host = alloc_host,

@@ -24,11 +24,14 @@ struct ls_context {
     int agreed;      /* all ranks know of the last failure */
 };
 
-/* Room for n numbers as products take them in the context's precision. */
+/* Bytes of a number as products take it in the context's precision, and room for n of them. */
+static inline int64_t ls_operand_size(const ls_context *ctx)
+{
+    return ctx->precision == LS_BF16 ? 2 : (int64_t)sizeof(ls_real);
+}
 static inline ls_operand ls_take_operand(const ls_context *ctx, ls_arena *arena, int64_t n)
 {
-    const int64_t size = ctx->precision == LS_BF16 ? 2 : (int64_t)sizeof(ls_real);
-    return (ls_operand){ls_arena_take(arena, (size_t)(n * size)), size};
+    return (ls_operand){ls_arena_take(arena, (size_t)(n * ls_operand_size(ctx))), ls_operand_size(ctx)};
 }
 
 /* Collective: ls_agree, and LS_ERR_ARGUMENT where all are well but their signatures (of whatever must be the same on

@@ -14,9 +14,10 @@
 
 /* Rows at a time through what is wider than the model: hidden units (F) and logits (V). On a CPU enough for a matrix
  * product to be efficient, few enough to stay in a cache: with E = 128, F = 512, chunks of 256 to 512 rows are 15 %
- * faster than all rows at once, which about pays for computing the hidden units twice. A GPU wants products large
- * enough for all of it. */
-enum { CPU_ROWS = 512, GPU_ROWS = 16384 };
+ * faster than all rows at once, which about pays for computing the hidden units twice. On a GPU the hidden units of a
+ * chunk take a third of its second cache (40 MiB or more), so that the product, the activation and the next product
+ * find them there; but products have as many rows as it takes to keep all of it busy. */
+enum { CPU_ROWS = 512, LEAST_GPU_ROWS = 2048, GPU_HIDDEN = 16 << 20 /* bytes */ };
 
 /* Offsets in the flat vector of parameters. */
 typedef struct norm_params {
@@ -93,7 +94,8 @@ struct model {
 
 static inline int64_t wide_rows(const model *m)
 {
-    return m->queue == NULL ? CPU_ROWS : GPU_ROWS;
+    const int64_t row = m->F * ls_operand_size(m->sequence);
+    return m->queue == NULL ? CPU_ROWS : ls_max(LEAST_GPU_ROWS, GPU_HIDDEN / row);
 }
 
 /* One call: what every block of both stacks sees. */
