@@ -30,6 +30,7 @@ struct ls_queue {
     cublasHandle_t blas;
     int device;
     ls_precision precision; /* what operands of products are rounded to */
+    size_t most_shared;     /* of shared memory that a block may ask for, in bytes */
     void *narrow;           /* LS_BF16: LS_NARROW_BYTES for their copies in bfloat16, of the product under way */
     ls_status status;       /* what failed first, since it was last asked; its sentence is `message` */
     char message[256];
@@ -71,8 +72,7 @@ ls_status ls_launched(ls_queue *q, const char *what);
 void ls_gemm_batch(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
                    const ls_real *a, int64_t lda, int64_t stride_a, const ls_real *b, int64_t ldb, int64_t stride_b,
                    double beta, ls_real *c, int64_t ldc, int64_t stride_c, int64_t batch);
-/* One product, C (m,n) = op(A) op(B) + beta C, of matrices that may lie in bfloat16, on a queue that rounds to it.
- * Where C does, A or B does too. */
+/* One product, C (m,n) = op(A) op(B) + beta C, of matrices that may lie in bfloat16, on a queue that rounds to it. */
 void ls_gemm_operands(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, ls_operand a,
                       int64_t lda, ls_operand b, int64_t ldb, double beta, ls_operand c, int64_t ldc);
 /* One for each (b,h): the matrices are the rows of views, of which [0, m) or so are used. */

@@ -195,7 +195,11 @@ static ls_status make_stream(ls_queue *q)
 
 static ls_status make_queue(ls_queue *q)
 {
+    int most_shared = 0;
     LS_TRY(make_stream(q));
+    LS_TRY(failed(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, q->device), q->device,
+                  "cudaDeviceGetAttribute"));
+    q->most_shared = (size_t)most_shared;
     cublasStatus_t status = cublasCreate(&q->blas);
     if (status == CUBLAS_STATUS_SUCCESS) status = cublasSetStream(q->blas, q->stream);
     /* products of floats in floats: TF32 only where a call asks for it; and sums in floats, of pieces too, where what

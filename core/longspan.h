@@ -90,7 +90,9 @@ typedef enum ls_transport {
  *   LS_BF16     to bfloat16: 7 bits (2^-8), and float32's range, so that the loss needs no scaling. Dense layers,
  *               projections and the mechanisms' products; in exact softmax q, k, v, probabilities and gradients of
  *               logits, which run on tensor cores where the head dimension is 32, 64, 96 or 128 and there is no mask,
- *               dropout or weights. Takes 64 MiB of the GPU for copies of operands.
+ *               dropout or weights (96 and 128 only where a block may have 106 or 139 KiB of shared memory, as on an
+ *               A100 or H100). Takes 64 MiB of the GPU for copies of operands; exact softmax there 2 bytes for each
+ *               number of q, k and v, and of the output's gradient, while it runs.
  *
  * In LS_BF16 a layer also rounds the rows that it keeps for backward, and keeps them so: projected queries, keys and
  * values, which its core then sees, and the core's output.

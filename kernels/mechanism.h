@@ -102,7 +102,7 @@ typedef struct ls_pass {
     int query_spans;
     ls_span query_span[2];
     ls_block own;   /* this rank's keys */
-    ls_block visit; /* ring phases: the block to work on; dk, dv accumulate. In plan() n is that of the largest */
+    ls_block visit; /* ring phases: the block to work on; dk, dv accumulate. In plan() n is the largest to come */
     ls_block halo;  /* from a fetch phase on: the keys within reach, 0 where padded; the kernels overwrite its dk, dv */
 
     /* softmax extras, rows of this rank's queries x all keys */

@@ -18,7 +18,7 @@
  *
  * On a queue of precision bf16 the calls that softmax_tensor.cu knows run there, on tensor cores. The kernels here are
  * then their plain twins, for all other calls, with the same operands rounded to bfloat16: q, k, v, do, and p and ds as
- * factors. m, l and δ are made of what is not rounded, but for δ's output, which a layer has kept as bfloat16.
+ * factors. m, l and δ are made of what is not rounded, but for δ's output, where a layer has kept it as bfloat16.
  *
  * In a decoding step there is one query: blocks share its keys by chunks, and their statistics are joined. */
 #include "cuda.h"
@@ -30,7 +30,7 @@
 
 enum { STEP_CHUNKS = 64, STEP_KEYS = 256 };                               /* of a step: at most, and keys at a time */
 enum { TOP };                                                             /* saved[] */
-enum { MAXIMUM, SUM, DELTA = LS_SOFTMAX_DELTA, CHUNKS, COPIES = CHUNKS }; /* work[]; only steps have chunks */
+enum { MAXIMUM, SUM, DELTA = LS_SOFTMAX_DELTA, CHUNKS, COPIES = CHUNKS }; /* work[]; only a step has chunks */
 
 static int is_wide(ls_view v)
 {
@@ -50,6 +50,12 @@ static int64_t slices_of(const ls_pass *p)
 static int draws(const ls_pass *p)
 {
     return p->dropout_mask == NULL && p->training && p->dropout > 0 && !p->step;
+}
+
+/* What only the kernels here know of. */
+static int has_extras(const ls_pass *p)
+{
+    return p->attn_mask != NULL || p->weights != NULL || p->dropout_mask != NULL || draws(p);
 }
 
 static softmax_call call_of(const ls_pass *p)
@@ -86,7 +92,10 @@ void ls_softmax_plan_cuda(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[MAXIMUM] = ls_take(work, slices_of(p) * rows);
     p->work[SUM] = ls_take(work, slices_of(p) * rows);
     p->work[DELTA] = ls_take(work, rows);
-    p->work[CHUNKS] = ls_take(work, p->step ? rows * STEP_CHUNKS * (2 + p->d) : ls_softmax_tensor_reals(p));
+    if (p->step)
+        p->work[CHUNKS] = ls_take(work, rows * STEP_CHUNKS * (2 + p->d));
+    else
+        p->work[COPIES] = ls_take(work, has_extras(p) ? 0 : ls_softmax_tensor_reals(p));
 }
 
 /* ------------------------------------------------------------------------------------------------ tiles */
@@ -422,9 +431,7 @@ typedef void (*kernel_table[2][2])(softmax_call);
     }
 static auto kernel_for(const ls_pass *p, const kernel_table &table)
 {
-    const int extras = p->attn_mask != NULL || p->weights != NULL || p->dropout_mask != NULL || draws(p) ||
-                       p->queue->precision == LS_BF16;
-    return table[slice_width(p) == TILE ? 0 : 1][extras];
+    return table[slice_width(p) == TILE ? 0 : 1][has_extras(p) || p->queue->precision == LS_BF16];
 }
 
 static int blocks_of(const ls_pass *p, const ls_span *span, int spans)
@@ -629,7 +636,7 @@ ls_status ls_softmax_visit_backward_cuda(ls_pass *p, int phase)
     const int queries = blocks_of(p, x.query, x.queries), keys = blocks_of(p, x.key, x.keys);
     if (queries == 0 || keys == 0) return LS_OK;
     static const kernel_table backward[2] = {TABLE_OF(queries_backward_kernel), TABLE_OF(keys_backward_kernel)};
-    if (!ls_softmax_tensor_backward(p, &x, p->work[COPIES])) {
+    if (has_extras(p) || !ls_softmax_tensor_backward(p, &x, p->work[COPIES])) {
         LS_LAUNCH(p->queue, kernel_for(p, backward[0]), queries, THREADS, 0, x);
         LS_LAUNCH(p->queue, kernel_for(p, backward[1]), keys, THREADS, 0, x);
     }
@@ -728,7 +735,7 @@ ls_status ls_softmax_visit_cuda(ls_pass *p, int phase)
     if (blocks == 0 || tiles_of(x.key, x.keys) == 0) return LS_OK;
     if (p->step)
         visit_step(p, x);
-    else if (!ls_softmax_tensor_forward(p, &x, p->work[COPIES]))
+    else if (has_extras(p) || !ls_softmax_tensor_forward(p, &x, p->work[COPIES]))
         LS_LAUNCH(p->queue, kernel_for(p, forward), blocks, THREADS, 0, x);
     return ls_launched(p->queue, "softmax: tiles");
 }

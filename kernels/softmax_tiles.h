@@ -100,8 +100,9 @@ __device__ static inline int64_t tiles_from(const softmax_call &p, ls_span queri
     return p.causal && first > start ? (first - start) / TILE : 0;
 }
 
-/* The same phases with bfloat16 operands on tensor cores, for calls that they know: see softmax_tensor.cu. 0: this call
- * is not for them, nothing was done. copies: ls_softmax_tensor_reals of memory. */
+/* The same phases with bfloat16 operands on tensor cores, for calls without mask, dropout and weights whose heads they
+ * know: see softmax_tensor.cu. 0: this call is not for them, nothing was done. copies: ls_softmax_tensor_reals of
+ * memory. */
 int64_t ls_softmax_tensor_reals(const ls_pass *p);
 int ls_softmax_tensor_forward(ls_pass *p, const softmax_call *x, ls_real *copies);
 int ls_softmax_tensor_backward(ls_pass *p, const softmax_call *x, ls_real *copies);

@@ -324,7 +324,10 @@ cudaError_t cudaGetDeviceCount(int *count);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDevice(int *device);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device);
-typedef enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75 } cudaDeviceAttr;
+typedef enum cudaDeviceAttr {
+    cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+} cudaDeviceAttr;
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device);
 typedef enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 } cudaFuncAttribute;
 cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute, int value);
@@ -425,8 +428,10 @@ struct device_access {
 /* 1: [p, p + bytes) lies in one live allocation; 0: it is host memory, or a device address that is not */
 int is_device(const void *p);
 int is_allocated(const void *p, size_t bytes);
-/* With LONGSPAN_EMULATOR_ORDER, now and then: something asynchronous may as well be done at once. */
-bool at_once_by_chance();
+/* See cuda_copy.h: all but so many groups are waited for. */
+void copy_late(void *to, const void *from, size_t bytes, bool exists);
+void close_copies();
+void wait_for_copies(size_t but);
 } // namespace emulator
 
 /* How often the host has waited: calls that could not return before work was done which had not been. */

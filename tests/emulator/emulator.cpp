@@ -228,16 +228,13 @@ int64_t order()
     return seed;
 }
 
-} // namespace
-
-bool emulator::at_once_by_chance()
+/* Now and then: something asynchronous may as well be done at once. */
+bool at_once_by_chance()
 {
     const int64_t chance = order();
     return chance >= 0 && (chance >> 30 & 1);
 }
 
-namespace
-{
 /* Some streams go on by some steps, those that wait for nobody. */
 void go_on_by_chance()
 {
@@ -727,6 +724,40 @@ unsigned char *emulator::shared_memory()
 
 namespace
 {
+/* Copies to shared memory that a thread of the block has asked for: those since it last closed a group, and groups. */
+struct late_copy {
+    void *to;
+    const void *from;
+    size_t bytes;
+    bool exists;
+};
+struct late_copies {
+    std::vector<late_copy> open;
+    std::deque<std::vector<late_copy>> groups;
+};
+late_copies late[MOST];
+int late_threads; /* none behind this one has any */
+
+void make(const late_copy &copy)
+{
+    if (copy.exists)
+        memcpy(copy.to, copy.from, copy.bytes);
+    else
+        memset(copy.to, 0, copy.bytes);
+}
+
+/* A block ends: whoever comes next would wait for its copies. */
+void end_copies()
+{
+    for (int i = 0; i < late_threads; i++) {
+        bool some = !late[i].open.empty();
+        for (const auto &group : late[i].groups) some = some || !group.empty();
+        if (some) die("a block has ended with copies under way");
+        late[i].groups.clear();
+    }
+    late_threads = 0;
+}
+
 void run_grid(const char *kernel, void (*call)(void *), void *arguments, dim3 grid, dim3 block, size_t shared)
 {
     shared_now = shared_pages + SHARED_END - shared;
@@ -749,9 +780,36 @@ void run_grid(const char *kernel, void (*call)(void *), void *arguments, dim3 gr
                     warp[w].exists = lanes >= WARP ? ~0u : (1u << lanes) - 1;
                 }
                 switch_to(take_worker());
+                end_copies();
             }
 }
 } // namespace
+
+void emulator::copy_late(void *to, const void *from, size_t bytes, bool exists)
+{
+    if ((uintptr_t)to % bytes != 0 || (uintptr_t)from % bytes != 0 || !is_allocated(from, exists ? bytes : 1))
+        die("an asynchronous copy is not aligned, or not from device memory");
+    const late_copy copy = {to, from, bytes, exists};
+    if (at_once_by_chance())
+        make(copy);
+    else
+        late[threadIdx.x].open.push_back(copy);
+    late_threads = std::max(late_threads, (int)threadIdx.x + 1);
+}
+
+void emulator::close_copies()
+{
+    late_copies &mine = late[threadIdx.x];
+    mine.groups.push_back(std::move(mine.open));
+    mine.open.clear();
+    late_threads = std::max(late_threads, (int)threadIdx.x + 1);
+}
+
+void emulator::wait_for_copies(size_t but)
+{
+    for (auto &groups = late[threadIdx.x].groups; groups.size() > but; groups.pop_front())
+        for (const late_copy &copy : groups.front()) make(copy);
+}
 
 void emulator::run(const char *name, const void *kernel, void (*call)(void *), void *arguments, void (*forget)(void *),
                    dim3 grid, dim3 block, size_t shared, cudaStream_t stream)
@@ -816,8 +874,8 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int dev
 {
     cudaDeviceProp properties;
     const cudaError_t error = cudaGetDeviceProperties(&properties, device);
-    if (error != cudaSuccess || attribute != cudaDevAttrComputeCapabilityMajor) return keep(cudaErrorInvalidValue);
-    *value = properties.major;
+    if (error != cudaSuccess) return keep(error);
+    *value = attribute == cudaDevAttrComputeCapabilityMajor ? properties.major : (int)properties.sharedMemPerBlockOptin;
     return cudaSuccess;
 }
 
