@@ -110,8 +110,8 @@ struct block {
     int64_t item, row, column, items, rows, columns;
 };
 
-/* p + i, of what lies there. */
-static float *place(const float *p, int64_t i, int is_narrow)
+/* Number i of what lies at p, floats or bfloat16 under their name. */
+static float *at_of(const float *p, int64_t i, int is_narrow)
 {
     return reinterpret_cast<float *>((uintptr_t)p + (size_t)i * (is_narrow ? sizeof(__nv_bfloat16) : sizeof *p));
 }
@@ -119,7 +119,7 @@ static float *place(const float *p, int64_t i, int is_narrow)
 /* A block where it lies, or its copy, which is there already where it is that of the call before. */
 static operand<__nv_bfloat16> narrow(ls_queue *q, const operand<float> &x, block want, block *there, __nv_bfloat16 *to)
 {
-    const float *from = place(x.p, want.item * x.stride + want.row * x.ld + want.column, x.narrow);
+    const float *from = at_of(x.p, want.item * x.stride + want.row * x.ld + want.column, x.narrow);
     if (x.narrow) return {reinterpret_cast<const __nv_bfloat16 *>(from), x.transpose, x.ld, x.stride, 1};
     if (x.stride == 0) want.item = 0, want.items = 1;
     const int64_t ld = whole(want.columns);
@@ -176,7 +176,7 @@ static cublasStatus_t product_narrow(ls_queue *q, const batch<float> &x)
                     batch<float> part = x;
                     part.m = ls_min(s.m, x.m - r), part.n = ls_min(s.n, x.n - j), part.k = ls_min(s.k, x.k - l);
                     part.count = ls_min(s.count, x.count - i);
-                    part.c = place(x.c, i * x.stride_c + r * x.ldc + j, x.narrow_c);
+                    part.c = at_of(x.c, i * x.stride_c + r * x.ldc + j, x.narrow_c);
                     if (l > 0) part.beta = 1;
                     const auto b = narrow(q, x.b, block_of(x.b, i, l, j, part.count, part.k, part.n), &b_there,
                                           to + (int64_t)LS_NARROW_SIDE * LS_NARROW_SIDE);
@@ -291,7 +291,7 @@ void ls_gemm_batch_double(ls_queue *q, int transpose_a, int transpose_b, int64_t
 
 static operand<ls_real> matrix_of(ls_operand x, int transpose, int64_t ld)
 {
-    return {static_cast<const ls_real *>(x.p), transpose, ld, 0, x.size != sizeof(ls_real)};
+    return {static_cast<const ls_real *>(x.p), transpose, ld, 0, ls_is_narrow(x)};
 }
 
 void ls_gemm_operands(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, ls_operand a,
@@ -299,7 +299,7 @@ void ls_gemm_operands(ls_queue *q, int transpose_a, int transpose_b, int64_t m, 
 {
     multiply<ls_real>(q,
                       {m, n, k, 1, 1, beta, matrix_of(a, transpose_a, lda), matrix_of(b, transpose_b, ldb),
-                       static_cast<ls_real *>(c.p), ldc, 0, c.size != sizeof(ls_real)},
+                       static_cast<ls_real *>(c.p), ldc, 0, ls_is_narrow(c)},
                       0);
 }
 

@@ -76,6 +76,10 @@ LS_BOTH_SIDES ls_operand ls_reals(const ls_real *x)
     const ls_operand y = {(void *)(uintptr_t)x, sizeof *x}; /* inputs and outputs alike */
     return y;
 }
+LS_BOTH_SIDES int ls_is_narrow(ls_operand x)
+{
+    return x.size != sizeof(ls_real);
+}
 LS_BOTH_SIDES ls_operand ls_operand_at(ls_operand x, int64_t i)
 {
     const ls_operand y = {(char *)x.p + i * x.size, x.size};

@@ -23,10 +23,10 @@ static void linear_exact(ls_queue *queue, int64_t rows, int64_t in, int64_t out,
     ls_gemm(0, 1, rows, out, in, 1, x, in, w, in, b ? 1 : 0, y, out);
 }
 
-static void linear(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, const ls_real *w,
-                   const ls_real *b, ls_operand y)
+static void linear(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, ls_operand w, const ls_real *b,
+                   ls_operand y)
 {
-    linear_exact(queue, rows, in, out, x.p, w, b, y.p);
+    linear_exact(queue, rows, in, out, x.p, w.p, b, y.p);
 }
 
 /* sum (4,2) = four rows of x times two of w. Every sum is made by the same instructions in the same order. */
@@ -87,12 +87,12 @@ static void column_sums(ls_queue *queue, int64_t rows, int64_t n, const ls_real 
     }
 }
 
-static void linear_backward(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, const ls_real *w,
+static void linear_backward(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, ls_operand w,
                             ls_operand dy, ls_operand dx, int accumulate_dx, ls_real *dw, ls_real *db)
 {
     if (dw) ls_gemm(1, 0, out, in, rows, 1, dy.p, out, x.p, in, 1, dw, in);
     if (db) column_sums(queue, rows, out, dy.p, db);
-    if (dx.p) ls_gemm(0, 0, rows, in, out, 1, dy.p, out, w, in, accumulate_dx ? 1 : 0, dx.p, in);
+    if (dx.p) ls_gemm(0, 0, rows, in, out, 1, dy.p, out, w.p, in, accumulate_dx ? 1 : 0, dx.p, in);
 }
 
 /* ------------------------------------------------------------------------------------------------ layer norm */

@@ -33,13 +33,9 @@ template <int W> __device__ static inline void store(ls_real *x, int64_t i, ls_f
 template <int W> struct alignas(W * sizeof(__nv_bfloat16)) narrow_few {
     __nv_bfloat16 v[W];
 };
-__device__ static inline bool is_narrow(const ls_operand &x)
-{
-    return x.size != sizeof(ls_real);
-}
 template <int W> __device__ static inline ls_few<W> load(const ls_operand &x, int64_t i)
 {
-    if (!is_narrow(x)) return load<W>(static_cast<const ls_real *>(x.p), i);
+    if (!ls_is_narrow(x)) return load<W>(static_cast<const ls_real *>(x.p), i);
     const narrow_few<W> from = static_cast<const narrow_few<W> *>(x.p)[i];
     ls_few<W> y;
     for (int k = 0; k < W; k++) y.v[k] = __bfloat162float(from.v[k]);
@@ -47,7 +43,7 @@ template <int W> __device__ static inline ls_few<W> load(const ls_operand &x, in
 }
 template <int W> __device__ static inline void store(const ls_operand &x, int64_t i, ls_few<W> value)
 {
-    if (!is_narrow(x)) {
+    if (!ls_is_narrow(x)) {
         store<W>(static_cast<ls_real *>(x.p), i, value);
         return;
     }
@@ -93,16 +89,27 @@ static void map_all(ls_queue *queue, int64_t n, F f, const ls_operand &a, const 
     LS_LAUNCH(queue, kernel, ls_blocks(n / w, LS_THREADS), LS_THREADS, 0, n / w, f, a, b, y);
 }
 
-/* The same of rows (rows,n), to each of which a row `bias` is added before: y = f(a + bias, b). */
+/* Where all rows meet the same row, a bias: a thread has W columns of it, and takes the rows in turn. */
+static int threads_across(int64_t columns)
+{
+    return (int)ls_min(LS_THREADS, (columns + LS_WARP - 1) / LS_WARP * LS_WARP);
+}
+static dim3 blocks_across(int64_t rows, int64_t columns)
+{
+    const int64_t threads = threads_across(columns);
+    return dim3((unsigned)((columns + threads - 1) / threads), (unsigned)ls_min(rows, 65535));
+}
+
+/* y = f(a + bias, b) for rows (rows, W columns). */
 template <typename F, int W>
-__global__ static void map_rows(int64_t rows, int64_t n, F f, ls_operand a, const ls_real *bias, ls_operand b,
+__global__ static void map_rows(int64_t rows, int64_t columns, F f, ls_operand a, const ls_real *bias, ls_operand b,
                                 ls_operand y)
 {
-    LS_EACH_ROW(r, rows)
-    LS_EACH_LANE(j, n / W)
-    {
-        const int64_t i = r * (n / W) + j;
-        const ls_few<W> x = load<W>(a, i), z = F::inputs == 2 ? load<W>(b, i) : x, added = load<W>(bias, j);
+    const int64_t j = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (j >= columns) return;
+    const ls_few<W> added = load<W>(bias, j);
+    for (int64_t i = blockIdx.y * columns + j; i < rows * columns; i += gridDim.y * columns) {
+        const ls_few<W> x = load<W>(a, i), z = F::inputs == 2 ? load<W>(b, i) : x;
         ls_few<W> out;
         for (int k = 0; k < W; k++) out.v[k] = f(x.v[k] + added.v[k], z.v[k]);
         store<W>(y, i, out);
@@ -118,8 +125,9 @@ static void map_biased(ls_queue *queue, int64_t rows, int64_t n, F f, const ls_o
         return;
     }
     if (rows <= 0) return;
-    const auto kernel = wide(n, a, bias, b, y) ? map_rows<F, 4> : map_rows<F, 1>;
-    LS_LAUNCH(queue, kernel, ls_row_blocks(rows), LS_THREADS, 0, rows, n, f, a, bias, b, y);
+    const int w = wide(n, a, bias, b, y) ? 4 : 1;
+    const auto kernel = w == 4 ? map_rows<F, 4> : map_rows<F, 1>;
+    LS_LAUNCH(queue, kernel, blocks_across(rows, n / w), threads_across(n / w), 0, rows, n / w, f, a, bias, b, y);
 }
 
 struct gelu_of {
@@ -331,12 +339,12 @@ static void start_with(ls_queue *queue, int64_t rows, int64_t n, const ls_real *
     LS_LAUNCH(queue, kernel, ls_row_blocks(rows), LS_THREADS, 0, rows, n, b, y);
 }
 
-static void linear(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, const ls_real *w,
-                   const ls_real *b, ls_operand y)
+static void linear(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, ls_operand w, const ls_real *b,
+                   ls_operand y)
 {
     if (rows <= 0) return;
     start_with(queue, rows, out, b, static_cast<ls_real *>(y.p));
-    ls_gemm_operands(queue, 0, 1, rows, out, in, x, in, ls_reals(w), in, b ? 1 : 0, y, out);
+    ls_gemm_operands(queue, 0, 1, rows, out, in, x, in, w, in, b ? 1 : 0, y, out);
 }
 
 static void linear_exact(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
@@ -393,13 +401,13 @@ static void linear_alike(ls_queue *queue, int64_t rows, int64_t in, int64_t out,
     LS_LAUNCH(queue, product_alike, blocks, LS_THREADS, 0, rows, in, out, x, w, b, y);
 }
 
-static void linear_backward(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, const ls_real *w,
+static void linear_backward(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, ls_operand w,
                             ls_operand dy, ls_operand dx, int accumulate_dx, ls_real *dw, ls_real *db)
 {
     if (rows <= 0) return;
     if (dw) ls_gemm_operands(queue, 1, 0, out, in, rows, dy, out, x, in, 1, ls_reals(dw), in);
     if (db) add_column_sums(queue, rows, out, dy, db);
-    if (dx.p) ls_gemm_operands(queue, 0, 0, rows, in, out, dy, out, ls_reals(w), in, accumulate_dx ? 1 : 0, dx, in);
+    if (dx.p) ls_gemm_operands(queue, 0, 0, rows, in, out, dy, out, w, in, accumulate_dx ? 1 : 0, dx, in);
 }
 
 /* ------------------------------------------------------------------------------------------------ layer norm */
@@ -808,25 +816,26 @@ static void zero_rows(ls_queue *queue, int64_t B, int64_t T, int64_t E, int batc
     LS_LAUNCH(queue, kernel, ls_row_blocks(B * T), LS_THREADS, 0, B, T, E, batch_first, pad, x, y);
 }
 
-template <int W> __global__ static void round_some(int64_t rows, int64_t n, const ls_real *b, ls_real *x, ls_operand y)
+template <int W>
+__global__ static void round_some(int64_t rows, int64_t columns, const ls_real *b, ls_real *x, ls_operand y)
 {
-    LS_EACH_ROW(r, rows)
-    LS_EACH_LANE(j, n / W)
-    {
-        const int64_t i = r * (n / W) + j;
+    const int64_t j = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (j >= columns) return;
+    const ls_few<W> added = b ? load<W>(b, j) : ls_few<W>();
+    for (int64_t i = blockIdx.y * columns + j; i < rows * columns; i += gridDim.y * columns) {
         ls_few<W> at = load<W>(x, i);
-        const ls_few<W> added = b ? load<W>(b, j) : ls_few<W>();
         for (int k = 0; k < W; k++) at.v[k] = __bfloat162float(__float2bfloat16((float)(at.v[k] + added.v[k])));
         store<W>(y, i, at);
         store<W>(x, i, at);
     }
 }
 
-static void round_rows(ls_queue *queue, int64_t rows, int64_t n, const ls_real *b, ls_real *x, ls_operand y)
+static void add_and_round(ls_queue *queue, int64_t rows, int64_t n, const ls_real *b, ls_real *x, ls_operand y)
 {
     if (rows <= 0) return;
-    const auto kernel = wide(n, b, x, y) ? round_some<4> : round_some<1>;
-    LS_LAUNCH(queue, kernel, ls_row_blocks(rows), LS_THREADS, 0, rows, n, b, x, y);
+    const int w = wide(n, b, x, y) ? 4 : 1;
+    const auto kernel = w == 4 ? round_some<4> : round_some<1>;
+    LS_LAUNCH(queue, kernel, blocks_across(rows, n / w), threads_across(n / w), 0, rows, n / w, b, x, y);
 }
 
 extern "C" const ls_dense_ops ls_dense_cuda = {.linear = linear,
@@ -847,7 +856,7 @@ extern "C" const ls_dense_ops ls_dense_cuda = {.linear = linear,
                                                .residual = residual,
                                                .cross_entropy = cross_entropy,
                                                .zero_rows = zero_rows,
-                                               .round_rows = round_rows,
+                                               .add_and_round = add_and_round,
                                                .add = add,
                                                .copy = copy,
                                                .divide = divide,

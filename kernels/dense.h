@@ -27,8 +27,8 @@ enum { LS_LOSS_SUMS = 2 + 2 * 512 };
 
 typedef struct ls_dense_ops {
     /* y (rows,out) = x (rows,in) wᵀ + b, w (out,in), b (out) or NULL, as it is where y is bfloat16. */
-    void (*linear)(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, const ls_real *w,
-                   const ls_real *b, ls_operand y);
+    void (*linear)(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, ls_operand w, const ls_real *b,
+                   ls_operand y);
     /* The same, but the bits of a row of y depend on its row of x alone, and not on how many rows there are: for what
      * is rounded or compared afterwards, which must not come out otherwise where the rows are spread over other ranks.
      * Slower: BLAS sums the rows at the edge of its tiles in another order. */
@@ -39,7 +39,7 @@ typedef struct ls_dense_ops {
                          const ls_real *b, ls_real *y);
     /* dx = dy w (dx.p NULL: not wanted; accumulate_dx: +=, of ls_real), dw += dyᵀ x, db += Σ_rows dy (NULL where there
      * is none). */
-    void (*linear_backward)(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, const ls_real *w,
+    void (*linear_backward)(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, ls_operand w,
                             ls_operand dy, ls_operand dx, int accumulate_dx, ls_real *dw, ls_real *db);
     /* sum (n) += Σ_rows x (rows,n): a bias's gradient alone, where db above would be the sum of rounded rows. */
     void (*column_sums)(ls_queue *queue, int64_t rows, int64_t n, const ls_real *x, ls_real *sum);
@@ -90,7 +90,7 @@ typedef struct ls_dense_ops {
                       const ls_real *x, ls_operand y);
     /* On a GPU: x (rows,n) += b in every row (NULL: nothing is added), and becomes what bfloat16 can hold of it, which
      * y is. NULL on the CPU. */
-    void (*round_rows)(ls_queue *queue, int64_t rows, int64_t n, const ls_real *b, ls_real *x, ls_operand y);
+    void (*add_and_round)(ls_queue *queue, int64_t rows, int64_t n, const ls_real *b, ls_real *x, ls_operand y);
 
     void (*add)(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y);                 /* y += x */
     void (*copy)(ls_queue *queue, int64_t n, ls_operand x, ls_operand y);                  /* y = x */

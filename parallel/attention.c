@@ -426,11 +426,6 @@ static int64_t rows_of(const ls_pass *p, int which)
 
 enum { OUTPUT = 4 }; /* in layer.kept */
 
-static int is_copy(ls_operand rows)
-{
-    return rows.size != sizeof(ls_real);
-}
-
 /* Rows that are made in forward and needed again in backward. In bf16 they are saved so, unless `exact`. */
 static ls_real *plan_saved(const ls_attention *a, int64_t reals, int exact, ls_operand *kept, ls_arena *saved,
                            ls_arena *work)
@@ -446,7 +441,7 @@ static ls_real *plan_saved(const ls_attention *a, int64_t reals, int exact, ls_o
 
 static void recall_rows(const ls_attention *a, int64_t reals, ls_real *x, ls_operand kept)
 {
-    if (is_copy(kept)) a->ctx->dense->copy(a->ctx->queue, reals, kept, ls_reals(x));
+    if (ls_is_narrow(kept)) a->ctx->dense->copy(a->ctx->queue, reals, kept, ls_reals(x));
 }
 
 /* The layer's memory: what it projects becomes what the core sees. Without input projections the core sees the rows. */
@@ -466,7 +461,8 @@ static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, l
     l->active = ls_take_operand(a->ctx, work, a->form.gelu ? T * W : 0);
     l->do_ = ls_take(work, back * T * W);
     l->dy = ls_take_operand(a->ctx, work, back && (rounds || p->pad_q != NULL) ? widest : 0);
-    l->ready.rows = ls_take_operand(a->ctx, work, rounds || cleans ? p->B * ls_max(p->T, p->S) * E : 0);
+    const int projects = a->form.inputs > 0;
+    l->ready.rows = ls_take_operand(a->ctx, work, projects && (rounds || cleans) ? p->B * ls_max(p->T, p->S) * E : 0);
     l->no_grad = ls_take(work, back * a->reals); /* where parameter gradients go that nobody wants */
     if (a->form.inputs == 0) l->din[Q_PROJ] = ls_take(work, back * T * E);
     p->out = ls_view_out(a, l->o, p->B, p->T);
@@ -531,7 +527,7 @@ void ls_project(const ls_attention *a, int which, int64_t rows, ls_operand x, co
     else if (which != OUT_PROJ && a->form.input[which].exact)
         dense->linear_exact(a->ctx->queue, rows, in, out, x.p, w, b, y);
     else
-        dense->linear(a->ctx->queue, rows, in, out, x, w, b, ls_reals(y));
+        dense->linear(a->ctx->queue, rows, in, out, x, ls_reals(w), b, ls_reals(y));
 }
 
 void ls_project_out(const ls_attention *a, int64_t rows, ls_operand o, ls_operand active, const ls_real *params,
@@ -591,7 +587,7 @@ static ls_operand input_rows(const ls_attention *a, const ls_pass *p, layer *l, 
 {
     ready_rows *r = &l->ready;
     const int64_t n = length_of(p, which);
-    if (pad == NULL && !is_copy(r->rows)) return ls_reals(x);
+    if (pad == NULL && !ls_is_narrow(r->rows)) return ls_reals(x);
     if (r->x != x || r->pad != pad || r->n != n)
         a->ctx->dense->zero_rows(a->ctx->queue, p->B, n, a->options.embed_dim, batch_first(a), pad, x, r->rows);
     r->x = x, r->pad = pad, r->n = n;
@@ -602,14 +598,14 @@ static void make_input(const ls_attention *a, const ls_pass *p, layer *l, int wh
 {
     const ls_dense_ops *dense = a->ctx->dense;
     const int64_t rows = rows_of(p, which), in = ls_projection_in(a, which), out = ls_projection_out(a, which);
-    if (!is_copy(l->kept[which])) {
+    if (!ls_is_narrow(l->kept[which])) {
         ls_project(a, which, rows, ls_reals(x), p->params, l->in[which]);
         return;
     }
     /* The core sees what backward will see. The bias comes as rows are rounded, which spares a pass. */
-    dense->linear(a->ctx->queue, rows, in, out, input_rows(a, p, l, which, x, NULL), weight_of(a, which, p->params),
-                  NULL, ls_reals(l->in[which]));
-    dense->round_rows(a->ctx->queue, rows, out, bias_of(a, which, p->params), l->in[which], l->kept[which]);
+    dense->linear(a->ctx->queue, rows, in, out, input_rows(a, p, l, which, x, NULL),
+                  ls_reals(weight_of(a, which, p->params)), NULL, ls_reals(l->in[which]));
+    dense->add_and_round(a->ctx->queue, rows, out, bias_of(a, which, p->params), l->in[which], l->kept[which]);
 }
 
 /* What is done to the queries' rows alone, so that it need not be done before something crosses. */
@@ -657,7 +653,7 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
     if (c.documents == NULL && ls_has_projection(a, Q_PROJ)) c.meanwhile = make_queries, c.meanwhile_of = &queries;
     LS_TRY(ls_alone(a->ctx, c.documents != NULL ? ls_packed_forward(&c, keep, &a->ctx->work) : ls_run_forward(&c)));
     if (ls_is_layer(a)) {
-        if (is_copy(l.kept[OUTPUT]))
+        if (ls_is_narrow(l.kept[OUTPUT]))
             a->ctx->dense->copy(a->ctx->queue, rows * a->form.core_width, ls_reals(l.o), l.kept[OUTPUT]);
         ls_project_out(a, rows, l.kept[OUTPUT], l.active, params, out);
         if (p->pad_q != NULL)
@@ -734,8 +730,8 @@ static void project_backward(ls_attention *a, int which, const ls_pass *p, ls_op
                              int adds, ls_real *dbias)
 {
     a->ctx->dense->linear_backward(a->ctx->queue, rows_of(p, which), ls_projection_in(a, which),
-                                   ls_projection_out(a, which), x, weight_of(a, which, p->params), dy, ls_reals(to),
-                                   adds, p->dparams + a->param[a->weight[which]].offset, dbias);
+                                   ls_projection_out(a, which), x, ls_reals(weight_of(a, which, p->params)), dy,
+                                   ls_reals(to), adds, p->dparams + a->param[a->weight[which]].offset, dbias);
 }
 
 static void input_backward(ls_attention *a, int which, const ls_pass *p, layer *l, const uint8_t *pad, const ls_real *x,
@@ -747,7 +743,7 @@ static void input_backward(ls_attention *a, int which, const ls_pass *p, layer *
     ls_operand dy = ls_reals(l->din[which]);
     /* not of rounded rows: what keys get from a softmax sums up to nearly 0 */
     if (dbias != NULL) dense->column_sums(a->ctx->queue, rows, out, l->din[which], dbias);
-    if (is_copy(l->dy)) {
+    if (ls_is_narrow(l->dy)) {
         dense->copy(a->ctx->queue, rows * out, dy, l->dy);
         dy = l->dy;
     }
@@ -786,7 +782,7 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
         return LS_OK;
     }
     ls_operand dy = ls_reals(dout);
-    if (p->pad_q != NULL || is_copy(l.dy)) {
+    if (p->pad_q != NULL || ls_is_narrow(l.dy)) {
         dense->zero_rows(a->ctx->queue, p->B, p->T, E, batch_first(a), p->pad_q, dout, l.dy);
         dy = l.dy;
     }

@@ -220,12 +220,12 @@ static void test_linear(void **state)
         ls_real *y = fill(rows * out, NAN); /* overwritten, whatever stood there */
         double *expected = wide(rows * out);
         naive_linear(&p, expected);
-        RUN(linear, rows, in, out, of(x), on(w), on(b), of(y));
+        RUN(linear, rows, in, out, of(x), of(w), on(b), of(y));
         assert_close(rows * out, y, expected, forward_tolerance);
         p.b = NULL;
         y = fill(rows * out, NAN);
         naive_linear(&p, expected);
-        RUN(linear, rows, in, out, of(x), on(w), NULL, of(y));
+        RUN(linear, rows, in, out, of(x), of(w), NULL, of(y));
         assert_close(rows * out, y, expected, forward_tolerance);
     }
 }
@@ -241,13 +241,13 @@ static void test_products(void **state)
     ls_real *dw = fill(out * in, 0);
     ls_products list = {0};
     const double before = ls_products_operations(), one = 2.0 * 37 * 5 * 9;
-    RUN(linear, rows, in, out, of(x), on(w), NULL, of(y));
+    RUN(linear, rows, in, out, of(x), of(w), NULL, of(y));
     assert_true(ls_products_operations() - before == one);
     ls_products_keep(&list);
-    for (int i = 0; i < 3; i++) RUN(linear, rows, in, out, of(x), on(w), NULL, of(y));
-    RUN(linear_backward, rows, in, out, of(x), on(w), of(dy), of(dx), 1, on(dw), NULL);
+    for (int i = 0; i < 3; i++) RUN(linear, rows, in, out, of(x), of(w), NULL, of(y));
+    RUN(linear_backward, rows, in, out, of(x), of(w), of(dy), of(dx), 1, on(dw), NULL);
     ls_products_keep(NULL);
-    RUN(linear, rows, in, out, of(x), on(w), NULL, of(y));
+    RUN(linear, rows, in, out, of(x), of(w), NULL, of(y));
     assert_true(ls_products_operations() - before == 7 * one);
     assert_int_equal(list.kinds, 3);
     assert_false(list.short_of_memory);
@@ -305,17 +305,17 @@ static void test_linear_backward(void **state)
         p.dy = widen(rows * out, dy);
         const ls_real *dx0 = noise(rows * in), *dw0 = noise(out * in), *db0 = noise(out);
         ls_real *dx = fill(rows * in, NAN), *dw = copy(out * in, dw0), *db = copy(out, db0);
-        RUN(linear_backward, rows, in, out, of(x), on(w), of(dy), of(dx), 0, on(dw), on(db));
+        RUN(linear_backward, rows, in, out, of(x), of(w), of(dy), of(dx), 0, on(dw), on(db));
         check_gradient(linear_objective, &p, rows * in, p.x, NULL, 1, dx);
         check_gradient(linear_objective, &p, out * in, p.w, dw0, 1, dw);
         check_gradient(linear_objective, &p, out, p.b, db0, 1, db);
         dx = copy(rows * in, dx0);
         ls_real *dw_again = copy(out * in, dw0);
-        RUN(linear_backward, rows, in, out, of(x), on(w), of(dy), of(dx), 1, on(dw_again), NULL);
+        RUN(linear_backward, rows, in, out, of(x), of(w), of(dy), of(dx), 1, on(dw_again), NULL);
         check_gradient(linear_objective, &p, rows * in, p.x, dx0, 1, dx);
         assert_same(out * in, dw_again, dw);
         dw_again = copy(out * in, dw0);
-        RUN(linear_backward, rows, in, out, of(x), on(w), of(dy), nothing, 0, on(dw_again), NULL);
+        RUN(linear_backward, rows, in, out, of(x), of(w), of(dy), nothing, 0, on(dw_again), NULL);
         assert_same(out * in, dw_again, dw);
         ls_real *db_again = copy(out, db0);
         RUN(column_sums, rows, out, on(dy), on(db_again));
@@ -974,7 +974,7 @@ static void test_narrow_elements(void **state)
             RUN(gelu_backward, rows, E, of(x), bias ? on(bias) : NULL, of(dy), of(want));
             assert_rounds_to(n, got, want);
             ls_real *rounds = copy(n, x);
-            RUN(round_rows, rows, E, bias ? on(bias) : NULL, on(rounds), half(got));
+            RUN(add_and_round, rows, E, bias ? on(bias) : NULL, on(rounds), half(got));
             for (int64_t i = 0; i < n; i++) want[i] = x[i] + (biased ? b[i % E] : 0);
             assert_memory_equal(got, narrowed(n, want), (size_t)n * sizeof *got);
             assert_same(n, rounds, widened(n, got));
@@ -1010,18 +1010,18 @@ static void test_narrow_linear(void **state)
         ls_real *y = fill(rows * out, NAN), *want_y = fill(rows * out, NAN);
         ls_real *dx = fill(rows * in, NAN), *want_dx = fill(rows * in, NAN);
         ls_real *dw = fill(out * in, 1), *want_dw = fill(out * in, 1), *db = fill(out, 1), *want_db = fill(out, 1);
-        RUN(linear, rows, in, out, half(x_half), on(w), on(c.b), of(y));
-        RUN(linear, rows, in, out, of(x), on(w), on(c.b), of(want_y));
+        RUN(linear, rows, in, out, half(x_half), of(w), on(c.b), of(y));
+        RUN(linear, rows, in, out, of(x), of(w), on(c.b), of(want_y));
         assert_close(rows * out, y, widen(rows * out, want_y), forward_tolerance);
-        RUN(linear, rows, in, out, half(x_half), on(w), NULL, half(y_half));
-        RUN(linear, rows, in, out, of(x), on(w), NULL, of(want_y));
+        RUN(linear, rows, in, out, half(x_half), of(w), NULL, half(y_half));
+        RUN(linear, rows, in, out, of(x), of(w), NULL, of(want_y));
         assert_close(rows * out, widened(rows * out, y_half), widen(rows * out, want_y), 1.0 / 256);
-        RUN(linear_backward, rows, in, out, of(x), on(w), of(dy), of(want_dx), 0, on(want_dw), on(want_db));
-        RUN(linear_backward, rows, in, out, half(x_half), on(w), half(dy_half), of(dx), 0, on(dw), on(db));
+        RUN(linear_backward, rows, in, out, of(x), of(w), of(dy), of(want_dx), 0, on(want_dw), on(want_db));
+        RUN(linear_backward, rows, in, out, half(x_half), of(w), half(dy_half), of(dx), 0, on(dw), on(db));
         assert_close(rows * in, dx, widen(rows * in, want_dx), forward_tolerance);
         assert_close(out * in, dw, widen(out * in, want_dw), forward_tolerance);
         assert_same(out, db, want_db);
-        RUN(linear_backward, rows, in, out, half(x_half), on(w), half(dy_half), half(dx_half), 0, NULL, NULL);
+        RUN(linear_backward, rows, in, out, half(x_half), of(w), half(dy_half), half(dx_half), 0, NULL, NULL);
         assert_close(rows * in, widened(rows * in, dx_half), widen(rows * in, want_dx), 1.0 / 256);
     }
     device->close(queue);
@@ -1036,7 +1036,7 @@ static void test_narrow_refused(void **state)
     const uint16_t *x = narrowed(6, noise(6));
     ls_real *y = fill(4, 0);
     const ls_real *w = noise(6);
-    dense->linear(queue, 2, 3, 2, half(x), on(w), NULL, of(y));
+    dense->linear(queue, 2, 3, 2, half(x), of(w), NULL, of(y));
     assert_int_equal(device->wait(queue), LS_ERR_INTERNAL);
     back();
 }
@@ -1049,8 +1049,8 @@ static void test_no_rows(void **state)
     ls_real *dw = noise((int64_t)E * E), *db = noise(E);
     const ls_real *w = copy((int64_t)E * E, dw), *b = copy(E, db);
     double nll = 1;
-    RUN(linear, 0, E, E, nothing, on(w), on(b), nothing);
-    RUN(linear_backward, 0, E, E, nothing, on(w), nothing, nothing, 0, on(dw), on(db));
+    RUN(linear, 0, E, E, nothing, of(w), on(b), nothing);
+    RUN(linear_backward, 0, E, E, nothing, of(w), nothing, nothing, 0, on(dw), on(db));
     RUN(layer_norm, 0, E, NULL, on(w), on(b), nothing, NULL, NULL);
     RUN(layer_norm_backward, 0, E, NULL, on(w), NULL, NULL, NULL, NULL, 0, on(dw), on(db));
     RUN(gelu, 1, 0, nothing, NULL, nothing);

@@ -370,7 +370,7 @@ static ls_real *logits_of(ls_context *ctx, model *m, const ls_real *params, plan
     ls_real *all = make_zeros(o.B * o.T * m->V);
     for (int64_t row = 0; row < o.B; row++)
         output_logits(m, &m->w, params, b.target.n, m->decoder.x[m->decoder.blocks] + row * b.target.n * m->E,
-                      all + (row * o.T + b.target.lo) * m->V);
+                      output_weights(m, &m->w, params), all + (row * o.T + b.target.lo) * m->V);
     assert_ok(ls_all_reduce_sum(ctx, all, o.B * o.T * m->V));
     free_batch(&b);
     return all;

@@ -272,7 +272,8 @@ static float *logits_of(run *x)
     assert_ok(encoder_forward(m, &p));
     assert_ok(decoder_forward(m, &p));
     for (int64_t b = 0; b < x->b.B; b++) {
-        output_logits(m, &m->w, p.params, n, m->decoder.x[m->decoder.blocks] + b * n * m->E, row);
+        output_logits(m, &m->w, p.params, n, m->decoder.x[m->decoder.blocks] + b * n * m->E,
+                      output_weights(m, &m->w, p.params), row);
         assert_ok(ls_device_read(m->sequence, all + (b * T + lo) * m->V, row, bytes));
     }
     ls_device_free(m->sequence, row);

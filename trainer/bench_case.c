@@ -147,7 +147,8 @@ static ls_status time_subject(const bench *b, subject *s, double *forward, doubl
     return LS_OK;
 }
 
-/* The products of a layer's projections, forward and backward, with the same shapes and biases. */
+/* The products of a layer's projections, forward and backward, with the same shapes and biases, each by itself: in bf16
+ * it rounds its own operands, which a layer does once for all that have the same. */
 static ls_status time_projections(const bench *b, const subject *s, double *seconds)
 {
     const int64_t rows = s->rows / b->embed_dim;
@@ -164,10 +165,10 @@ static ls_status time_projections(const bench *b, const subject *s, double *seco
             const int bias = i + 1 < count && ls_attention_param(s->attention, i + 1)->ndim == 1;
             const ls_real *weight = s->params + w->offset;
             ls_real *dweight = s->grads.params + w->offset;
-            dense->linear(queue, rows, w->dim[1], w->dim[0], ls_reals(x), weight, bias ? weight + w->count : NULL,
-                          ls_reals(y));
-            dense->linear_backward(queue, rows, w->dim[1], w->dim[0], ls_reals(x), weight, ls_reals(y), ls_reals(dx), 0,
-                                   dweight, bias ? dweight + w->count : NULL);
+            dense->linear(queue, rows, w->dim[1], w->dim[0], ls_reals(x), ls_reals(weight),
+                          bias ? weight + w->count : NULL, ls_reals(y));
+            dense->linear_backward(queue, rows, w->dim[1], w->dim[0], ls_reals(x), ls_reals(weight), ls_reals(y),
+                                   ls_reals(dx), 0, dweight, bias ? dweight + w->count : NULL);
         }
     LS_TRY(bench_lap(b, s->ctx, begin, seconds));
     *seconds /= (double)s->calls;

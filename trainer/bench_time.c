@@ -73,7 +73,8 @@ static void multiply(const ceilings *c, int64_t times)
 {
     const int64_t n = c->side;
     for (int64_t i = 0; i < times; i++)
-        c->ctx->dense->linear(c->ctx->queue, n, n, n, ls_reals(c->x), c->x + n * n, NULL, ls_reals(c->x + 2 * n * n));
+        c->ctx->dense->linear(c->ctx->queue, n, n, n, ls_reals(c->x), ls_reals(c->x + n * n), NULL,
+                              ls_reals(c->x + 2 * n * n));
 }
 
 static ls_status product(const bench *b, const ceilings *c, int64_t times, double *seconds)

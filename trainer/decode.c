@@ -26,6 +26,7 @@ static void plan_step(decoder *d)
     d->w.rstd = ls_take(&d->arena, rows);
     d->w.logits = ls_take(&d->arena, rows * d->m->V);
     d->token = ls_arena_take(&d->arena, (size_t)rows * sizeof *d->token);
+    take_weights(d->m, &d->arena, &d->w);
     d->w.ready = take_ready(d->m, &d->arena, d->w.normed, rows * E);
     d->w.hidden = ls_take_operand(d->m->sequence, &d->arena, ls_min(wide_rows(d->m), rows) * d->m->F);
 }
@@ -127,7 +128,7 @@ ls_status decoder_step(decoder *d, const int32_t *token, const ls_real *params, 
         }
         m->dense->residual(m->queue, B, 1, E, (ls_drop){0}, w->branch, branch_bias(bl, params), d->x, d->x);
     }
-    output_logits(m, w, params, B, d->x, w->logits);
+    output_logits(m, w, params, B, d->x, output_weights(m, w, params), w->logits);
     d->position++;
     LS_TRY(ls_device_read(m->sequence, logits, w->logits, (size_t)(B * m->V) * sizeof *logits));
     return ls_context_wait(m->sequence);

@@ -34,6 +34,21 @@ ls_operand take_ready(const model *m, ls_arena *arena, const ls_real *x, int64_t
     return m->sequence->precision == LS_BF16 ? ls_take_operand(m->sequence, arena, n) : ls_reals(x);
 }
 
+void take_weights(const model *m, ls_arena *arena, workspace *w)
+{
+    const int rounds = m->sequence->precision == LS_BF16;
+    w->weight[0] = ls_take_operand(m->sequence, arena, rounds ? m->E * ls_max(m->F, m->V) : 0);
+    w->weight[1] = ls_take_operand(m->sequence, arena, rounds ? m->E * m->F : 0);
+}
+
+/* n weights as products take them: themselves, or a copy in `room`. */
+static ls_operand ready_weights(const model *m, const ls_real *weights, int64_t n, ls_operand room)
+{
+    if (!ls_is_narrow(room)) return ls_reals(weights);
+    m->dense->copy(m->queue, n, ls_reals(weights), room);
+    return room;
+}
+
 static void plan(model *m, const pass *p, int64_t source, int64_t target)
 {
     ls_arena *a = &m->arena;
@@ -51,6 +66,7 @@ static void plan(model *m, const pass *p, int64_t source, int64_t target)
     w->hidden = ls_take_operand(m->sequence, a, wide * m->F);
     w->active = ls_take_operand(m->sequence, a, wide * m->F);
     w->logits = ls_take(a, wide * m->V);
+    take_weights(m, a, w);
     w->mean = ls_take(a, rows);
     w->rstd = ls_take(a, rows);
     w->normed = ls_take(a, rows * E);
@@ -152,12 +168,14 @@ static void norm_backward(const model *m, const pass *p, norm_params n, int64_t 
 void ffn_forward(const model *m, const workspace *w, const ffn_params *f, const ls_real *params, int64_t rows)
 {
     const int64_t E = m->E, F = m->F;
+    const ls_operand w0 = ready_weights(m, params + f->weight0, E * F, w->weight[0]);
+    const ls_operand w1 = ready_weights(m, params + f->weight1, E * F, w->weight[1]);
     for (int64_t row = 0; row < rows; row += wide_rows(m)) {
         const int64_t n = ls_min(wide_rows(m), rows - row);
         const int relu = m->c.model.activation == ACTIVATION_RELU;
-        m->dense->linear(m->queue, n, E, F, ls_operand_at(w->ready, row * E), params + f->weight0, NULL, w->hidden);
+        m->dense->linear(m->queue, n, E, F, ls_operand_at(w->ready, row * E), w0, NULL, w->hidden);
         (relu ? m->dense->relu : m->dense->gelu)(m->queue, n, F, w->hidden, params + f->bias0, w->hidden);
-        m->dense->linear(m->queue, n, F, E, w->hidden, params + f->weight1, NULL, ls_reals(w->branch + row * E));
+        m->dense->linear(m->queue, n, F, E, w->hidden, w1, NULL, ls_reals(w->branch + row * E));
     }
 }
 
@@ -167,17 +185,19 @@ static void ffn_backward(const model *m, const pass *p, const ffn_params *f, int
     const workspace *w = &m->w;
     const ls_real *params = p->params;
     const int64_t E = m->E, F = m->F;
+    const ls_operand w0 = ready_weights(m, params + f->weight0, E * F, w->weight[0]);
+    const ls_operand w1 = ready_weights(m, params + f->weight1, E * F, w->weight[1]);
     for (int64_t row = 0; row < rows; row += wide_rows(m)) {
         const int64_t n = ls_min(wide_rows(m), rows - row), relu = m->c.model.activation == ACTIVATION_RELU;
         const ls_operand normed = ls_operand_at(w->ready, row * E), dbranch = ls_operand_at(w->dbranch, row * E);
-        m->dense->linear(m->queue, n, E, F, normed, params + f->weight0, NULL, w->hidden);
+        m->dense->linear(m->queue, n, E, F, normed, w0, NULL, w->hidden);
         (relu ? m->dense->relu : m->dense->gelu)(m->queue, n, F, w->hidden, params + f->bias0, w->active);
-        m->dense->linear_backward(m->queue, n, F, E, w->active, params + f->weight1, dbranch, w->dhidden, 0,
-                                  p->dparams + f->weight1, p->dparams + f->bias1);
+        m->dense->linear_backward(m->queue, n, F, E, w->active, w1, dbranch, w->dhidden, 0, p->dparams + f->weight1,
+                                  p->dparams + f->bias1);
         (relu ? m->dense->relu_backward : m->dense->gelu_backward)(m->queue, n, F, w->hidden, params + f->bias0,
                                                                    w->dhidden, w->dhidden);
-        m->dense->linear_backward(m->queue, n, E, F, normed, params + f->weight0, w->dhidden,
-                                  ls_reals(w->dnormed + row * E), 0, p->dparams + f->weight0, p->dparams + f->bias0);
+        m->dense->linear_backward(m->queue, n, E, F, normed, w0, w->dhidden, ls_reals(w->dnormed + row * E), 0,
+                                  p->dparams + f->weight0, p->dparams + f->bias0);
     }
 }
 
@@ -335,11 +355,16 @@ static ls_status backward(model *m, const pass *p)
 
 /* ------------------------------------------------------------------------------------------------ loss */
 
+ls_operand output_weights(const model *m, const workspace *w, const ls_real *params)
+{
+    return ready_weights(m, params + m->output, m->V * m->E, w->weight[0]);
+}
+
 void output_logits(const model *m, const workspace *w, const ls_real *params, int64_t rows, const ls_real *x,
-                   ls_real *logits)
+                   ls_operand output, ls_real *logits)
 {
     norm_forward(m, w, m->decoder.norm, params, rows, x, w->ready);
-    m->dense->linear(m->queue, rows, m->E, m->V, w->ready, params + m->output, NULL, ls_reals(logits));
+    m->dense->linear(m->queue, rows, m->E, m->V, w->ready, output, NULL, ls_reals(logits));
 }
 
 /* The loss of this rank's labels, added to sums, and, with p->dparams, the gradient of the last x of the decoder: each
@@ -349,15 +374,16 @@ static void output_loss(model *m, const pass *p, double grad_scale, double *sums
     const workspace *w = &m->w;
     const int64_t rows = rows_of(p->b, &p->b->target), E = m->E;
     const int gradient = p->dparams != NULL;
+    const ls_operand output = output_weights(m, w, p->params);
     for (int64_t row = 0; row < rows; row += wide_rows(m)) {
         const int64_t n = ls_min(wide_rows(m), rows - row);
         const ls_real *x = m->decoder.x[m->decoder.blocks] + row * E;
-        output_logits(m, w, p->params, n, x, w->logits);
+        output_logits(m, w, p->params, n, x, output, w->logits);
         m->dense->cross_entropy(m->queue, n, m->V, w->logits, p->label + row, m->c.train.label_smoothing, grad_scale,
                                 gradient ? w->logits : NULL, sums);
         if (!gradient) continue;
-        m->dense->linear_backward(m->queue, n, E, m->V, w->ready, p->params + m->output, ls_reals(w->logits),
-                                  ls_reals(w->dnormed), 0, p->dparams + m->output, NULL);
+        m->dense->linear_backward(m->queue, n, E, m->V, w->ready, output, ls_reals(w->logits), ls_reals(w->dnormed), 0,
+                                  p->dparams + m->output, NULL);
         norm_backward(m, p, m->decoder.norm, n, x, w->dnormed, w->dtarget + row * E, 0);
     }
 }

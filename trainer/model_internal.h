@@ -17,7 +17,7 @@
  * faster than all rows at once, which about pays for computing the hidden units twice. On a GPU the hidden units of a
  * chunk take a third of its second cache (40 MiB or more), so that the product, the activation and the next product
  * find them there; but products have as many rows as it takes to keep all of it busy. */
-enum { CPU_ROWS = 512, LEAST_GPU_ROWS = 2048, GPU_HIDDEN = 16 << 20 /* bytes */ };
+enum { CPU_ROWS = 512, LEAST_GPU_ROWS = 4096, MOST_GPU_ROWS = 16384, GPU_HIDDEN = 16 << 20 /* bytes */ };
 
 /* Offsets in the flat vector of parameters. */
 typedef struct norm_params {
@@ -54,6 +54,7 @@ typedef struct workspace {
     ls_real *normed, *branch, *mean, *rstd;
     ls_operand ready, dbranch; /* normed and the gradient of branch as products of a feed-forward net take them */
     ls_operand hidden, active, dhidden; /* (wide_rows, F) */
+    ls_operand weight[2];               /* bf16: of the net, or the output's, as the products of all chunks take them */
     ls_real *logits;                    /* (wide_rows, V) */
     ls_real *dnormed, *dkey;
     ls_real *memory, *dmemory, *dtarget; /* encoder output, its gradient; the running gradient of the decoder */
@@ -95,7 +96,8 @@ struct model {
 static inline int64_t wide_rows(const model *m)
 {
     const int64_t row = m->F * ls_operand_size(m->sequence);
-    return m->queue == NULL ? CPU_ROWS : ls_max(LEAST_GPU_ROWS, GPU_HIDDEN / row);
+    const int64_t fit = GPU_HIDDEN / row / 128 * 128; /* whole tiles of products */
+    return m->queue == NULL ? CPU_ROWS : ls_max(LEAST_GPU_ROWS, ls_min(fit, MOST_GPU_ROWS));
 }
 
 /* One call: what every block of both stacks sees. */
@@ -116,9 +118,11 @@ ls_status pass_begin(model *m, pass *p, int with_target);
 ls_status encoder_forward(model *m, const pass *p);
 /* Collective: embeddings and blocks; the last x waits for its norm and the logits, which go by in chunks. */
 ls_status decoder_forward(model *m, const pass *p);
+/* W of the output as its products take it, until the next net. */
+ls_operand output_weights(const model *m, const workspace *w, const ls_real *params);
 /* rows <= wide_rows: w->ready (rows,E) = norm x, logits (rows,V) = ready Wᵀ. */
 void output_logits(const model *m, const workspace *w, const ls_real *params, int64_t rows, const ls_real *x,
-                   ls_real *logits);
+                   ls_operand output, ls_real *logits);
 /* y = norm x; mean and rstd stay in w. */
 void norm_forward(const model *m, const workspace *w, norm_params n, const ls_real *params, int64_t rows,
                   const ls_real *x, ls_operand y);
@@ -129,6 +133,8 @@ static inline const ls_real *branch_bias(const block *bl, const ls_real *params)
 }
 /* For what lies in x (n) as products take it: x itself, or in bf16 room of its own. */
 ls_operand take_ready(const model *m, ls_arena *arena, const ls_real *x, int64_t n);
+/* Room for the weights that chunks of rows meet; none where they are taken as they are. */
+void take_weights(const model *m, ls_arena *arena, workspace *w);
 /* branch (rows,E) = W1 act(W0 ready + b0). The bias b1 comes as the branch is added to its x. */
 void ffn_forward(const model *m, const workspace *w, const ffn_params *f, const ls_real *params, int64_t rows);
 
