@@ -266,6 +266,16 @@ __device__ static inline walk first_keys(const softmax_call &p, const tile &quer
     return {0, 0, tiles_before(p, p.key[0], queries)};
 }
 
+/* They are brought to a stage: k, v (2,PASSES). */
+template <int D, int PARTS>
+__device__ static inline void ask_keys(const tensor_call &p, const place &x, const tile &keys, int stage, bf16 *k,
+                                       bf16 *v, uint32_t (*seen)[2])
+{
+    ask_rows<D, PARTS, TILE>(k + stage * of_width<D>::PASSES, head_of<D>(p.k16, x, p.n), keys);
+    ask_rows<D, PARTS, TILE>(v + stage * of_width<D>::PASSES, head_of<D>(p.v16, x, p.n), keys);
+    load_seen(seen[stage], keys, pads_of(p.pad_k, x.b, p.n), TILE);
+}
+
 /* The next tile of queries that see keys. */
 __device__ static inline bool next_queries(const softmax_call &p, const tile &keys, walk *w, tile *t)
 {
@@ -342,7 +352,7 @@ __device__ static inline void meet_keys(const softmax_call &p, const bf16 *q, co
 template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) forward_kernel(tensor_call p)
 {
     LS_SHARED(bf16, memory);
-    __shared__ uint32_t seen[2][TILE / LS_WARP];
+    __shared__ uint32_t seen[2][2];
     bf16 *q = memory, *k = q + of_width<D>::STAYS, *v = k + 2 * of_width<D>::PASSES;
     const place x = place_of<SIDE>(p, p.query, p.queries, 1);
     const spot at = spot_of<PARTS>();
@@ -369,11 +379,7 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) forward_kern
         }
     pass_by(
         t, [&](tile *next) { return next_keys(p, x.t, &w, next); },
-        [&](const tile &keys, int stage) {
-            ask_rows<D, PARTS, TILE>(k + stage * of_width<D>::PASSES, head_of<D>(p.k16, x, p.n), keys);
-            ask_rows<D, PARTS, TILE>(v + stage * of_width<D>::PASSES, head_of<D>(p.v16, x, p.n), keys);
-            load_seen(seen[stage], keys, pads_of(p.pad_k, x.b, p.n), TILE);
-        },
+        [&](const tile &keys, int stage) { ask_keys<D, PARTS>(p, x, keys, stage, k, v, seen); },
         [&](const tile &keys, int stage) {
             const int ahead = ahead_of(p, x.t, keys), from = stage * of_width<D>::PASSES;
             if (busy && at.first + PARTS * PART - 1 + ahead >= 0)
@@ -430,7 +436,7 @@ __device__ static inline void meet_keys_backward(const softmax_call &p, const bf
 template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) queries_backward_kernel(tensor_call p)
 {
     LS_SHARED(bf16, memory);
-    __shared__ uint32_t seen[2][TILE / LS_WARP];
+    __shared__ uint32_t seen[2][2];
     bf16 *q = memory, *dout = q + of_width<D>::STAYS, *k = dout + of_width<D>::STAYS;
     bf16 *v = k + 2 * of_width<D>::PASSES;
     const place x = place_of<SIDE>(p, p.query, p.queries, 1);
@@ -453,11 +459,7 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) queries_back
         }
     pass_by(
         t, [&](tile *next) { return next_keys(p, x.t, &w, next); },
-        [&](const tile &keys, int stage) {
-            ask_rows<D, PARTS, TILE>(k + stage * of_width<D>::PASSES, head_of<D>(p.k16, x, p.n), keys);
-            ask_rows<D, PARTS, TILE>(v + stage * of_width<D>::PASSES, head_of<D>(p.v16, x, p.n), keys);
-            load_seen(seen[stage], keys, pads_of(p.pad_k, x.b, p.n), TILE);
-        },
+        [&](const tile &keys, int stage) { ask_keys<D, PARTS>(p, x, keys, stage, k, v, seen); },
         [&](const tile &keys, int stage) {
             const int ahead = ahead_of(p, x.t, keys), from = stage * of_width<D>::PASSES;
             if (busy && at.first + PARTS * PART - 1 + ahead >= 0)

@@ -6,6 +6,7 @@
  *             kernels know: the same numbers up to the order of sums, and both near those of float32 */
 #include "harness.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 /* The last: of a few probabilities that one order of sums rounds up, and the other down. */
@@ -157,8 +158,11 @@ static void twins(ls_context *narrow, shape of)
         verdict(largest_of(rounding) <= most_of_rounding && least_of(rounding) >= least_of_rounding,
                 "twins: %s: bf16 differs from float32 by %.1e to %.1e", p.text, least_of(rounding),
                 largest_of(rounding));
-        verdict(!answer_same_bits(&p, &free_form, &masked, what, sizeof what),
-                "twins: %s: they have the same bits: it did not run on tensor cores", p.text);
+        /* wide heads do not fit where the emulated GPU has less shared memory than an A100 */
+        const int plain = of.d > 64 && getenv("LONGSPAN_EMULATOR_SHARED") != NULL;
+        verdict(answer_same_bits(&p, &free_form, &masked, what, sizeof what) == plain, "twins: %s: %s", p.text,
+                plain ? "it ran on tensor cores, for which a block has too little memory"
+                      : "they have the same bits: it did not run on tensor cores");
     }
     verdict(ok, "twins: %s: %s", p.text, ok ? "" : here.error);
     answer_free(&float32), answer_free(&free_form), answer_free(&masked);

@@ -140,10 +140,15 @@ foreach(run laws_bf16_1 laws_bf16_2 probsparse_bf16_3)
     TIMEOUT 1500 PROCESSORS ${ranks})
 endforeach()
 
-# tensor cores, with copies to shared memory that are made at once or when they are waited for
-add_test(NAME precision_emulated_order COMMAND $<TARGET_FILE:test_precision_emulated>)
-set_tests_properties(precision_emulated_order PROPERTIES ENVIRONMENT
-  "${test_environment};${emulated_environment};LONGSPAN_EMULATOR_ORDER=11" TIMEOUT 1500)
+# tensor cores, with copies to shared memory that are made at once or when they are waited for, and on a GPU where a
+# block has 99 KiB
+foreach(run ORDER=11 SHARED=99)
+  string(REGEX MATCH "[A-Z]+" name ${run})
+  string(TOLOWER ${name} name)
+  add_test(NAME precision_emulated_${name} COMMAND $<TARGET_FILE:test_precision_emulated>)
+  set_tests_properties(precision_emulated_${name} PROPERTIES ENVIRONMENT
+    "${test_environment};${emulated_environment};LONGSPAN_EMULATOR_${run}" TIMEOUT 1500)
+endforeach()
 
 # golden files with work memory full of NaN, and with streams that run at any time that their events allow
 foreach(run poisoned_1 poisoned_3 order_3)

@@ -9,7 +9,7 @@
  * too. Fresh memory is NaN in every number; what a kernel wrote behind the end of an allocation is found by cudaFree.
  *   - Dynamic shared memory is NaN before each block, and its end is the end of a page: beyond lies SIGSEGV.
  *     __shared__ arrays keep what the block before has left. What they take nobody knows here: of what a block has, 48
- *     KiB, or 227 of a kernel that has asked, 8 are left for them.
+ *     KiB, or 227 (LONGSPAN_EMULATOR_SHARED=KiB) of a kernel that has asked, 8 are left for them.
  *   - __syncthreads waits for all threads that have not returned, which must stand at the same line. Shuffles and votes
  *     wait for the lanes of their mask that have not returned; what they read of any other lane is all ones: NaN, -1.
  *   - Streams are queues: work is done as late as may be, when somebody waits for it, so that who does not wait sees

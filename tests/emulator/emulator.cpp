@@ -420,6 +420,18 @@ const size_t SHARED_END = (SHARED_MOST + PAGE - 1) / PAGE * PAGE;            /* 
 std::map<const void *, size_t> &asked = *new std::map<const void *, size_t>; /* by kernel */
 const int MOST = 1024, WARP = 32, WARPS = MOST / WARP;
 
+/* Of another GPU, in KiB: LONGSPAN_EMULATOR_SHARED. */
+size_t shared_most()
+{
+    static size_t most = 0;
+    if (most == 0) {
+        const char *text = getenv("LONGSPAN_EMULATOR_SHARED");
+        const size_t wanted = text == NULL ? SHARED_MOST + SHARED_STATIC : strtoull(text, NULL, 10) << 10;
+        most = std::min(SHARED_MOST, std::max(wanted, SHARED_UNASKED + SHARED_STATIC) - SHARED_STATIC);
+    }
+    return most;
+}
+
 struct worker {
     jmp_buf where;
     ucontext_t start; /* until it has begun */
@@ -862,7 +874,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device)
     strcpy(properties->name, "emulated on the CPU");
     properties->totalGlobalMem = REGION;
     properties->sharedMemPerBlock = SHARED_UNASKED + SHARED_STATIC;
-    properties->sharedMemPerBlockOptin = SHARED_MOST + SHARED_STATIC;
+    properties->sharedMemPerBlockOptin = shared_most() + SHARED_STATIC;
     properties->warpSize = WARP;
     properties->maxThreadsPerBlock = MOST;
     properties->major = 9;
@@ -881,7 +893,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int dev
 
 cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute, int value)
 {
-    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || (size_t)value > SHARED_MOST)
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || (size_t)value > shared_most())
         return keep(cudaErrorInvalidValue);
     asked[kernel] = (size_t)value;
     return cudaSuccess;
