@@ -48,6 +48,11 @@ struct ls_queue {
 
 /* A block has up to 48 KiB of shared memory unasked, of which 8 are left for what is static in a kernel. */
 enum { LS_SHARED_UNASKED = 40 << 10 };
+/* Whether a block of this device may have so much, beside 8 KiB. */
+static inline int ls_has_shared(const ls_queue *q, size_t bytes)
+{
+    return bytes + ((size_t)8 << 10) <= q->most_shared;
+}
 /* Asks that a block of the kernel may have so much. 0: the device has not so much, which the queue keeps. */
 int ls_ask_shared(ls_queue *q, const void *kernel, const char *name, size_t bytes);
 template <typename... P>

@@ -15,7 +15,6 @@ extern "C" {
 using namespace ls_linear;
 
 enum { EXPONENTIALS = LS_LINEAR_WORK, DRAW }; /* work[]; DRAW holds doubles */
-enum { ROOM = 96 << 10 };                     /* of shared memory in a block, what all GPUs have that this is for */
 
 /* ------------------------------------------------------------------------------------------------ projection */
 
@@ -105,7 +104,7 @@ static void project(ls_pass *p)
     const int orthogonal = p->option[ORTHOGONAL] != 0;
     LS_LAUNCH(p->queue, draw_normals, ls_blocks(n, LS_THREADS), LS_THREADS, 0, p->H, m * d, s, w);
     const size_t bytes = (size_t)(ls_min(m, d) * d) * sizeof *w;
-    const int fits = bytes <= ROOM;
+    const int fits = ls_has_shared(p->queue, bytes);
     if (orthogonal)
         LS_LAUNCH(p->queue, orthogonalise, ls_blocks(p->H * ((m + d - 1) / d), 1), LS_THREADS, fits ? bytes : 0, p->H,
                   m, d, fits, w);

@@ -606,10 +606,9 @@ template <int D> constexpr tensor_variant variant_of()
 static const tensor_variant *variant_for(const ls_pass *p)
 {
     static const tensor_variant by_width[] = {variant_of<32>(), variant_of<64>(), variant_of<96>(), variant_of<128>()};
-    const size_t others = 2048; /* what is static in the kernels, and the system's */
     if (p->queue->precision != LS_BF16 || p->step || p->d <= 0 || p->d > 128 || p->d % 32 != 0) return NULL;
     const tensor_variant *x = &by_width[p->d / 32 - 1];
-    return x->shared + others <= p->queue->most_shared ? x : NULL;
+    return ls_has_shared(p->queue, x->shared) ? x : NULL;
 }
 
 int64_t ls_softmax_tensor_reals(const ls_pass *p)

@@ -124,6 +124,8 @@ int main(int argc, char **argv)
         compare("performer", LS_NS, "m=40", 2, 2, 80, 300);
         compare("performer", LS_CS, "m=17", 1, 3, 66, 200);
         compare("performer", LS_NC, "m=70", 2, 1, 132, 150);
+        compare("performer", LS_NS, "m=120", 1, 2, 120, 40); /* directions in shared memory, and not */
+        compare("performer", LS_NS, "m=180", 1, 2, 180, 40);
         compare("cosformer", LS_NS, "", 2, 2, 68, 300);
         /* slots in tiles of 16, of 32, and in two of 64; features for two blocks */
         compare("nystrom", LS_NS, "m=12", 2, 2, 68, 300);
