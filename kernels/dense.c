@@ -72,9 +72,10 @@ static void linear_alike(ls_queue *queue, int64_t rows, int64_t in, int64_t out,
 }
 
 /* sum (n) += Σ_rows x (rows,n) */
-static void column_sums(ls_queue *queue, int64_t rows, int64_t n, const ls_real *x, ls_real *sum)
+static void column_sums(ls_queue *queue, int64_t rows, int64_t n, ls_operand of, ls_real *sum)
 {
     (void)queue;
+    const ls_real *x = of.p;
     for (int64_t j0 = 0; j0 < n; j0 += TILE_COLUMNS) {
         const int64_t columns = ls_min(TILE_COLUMNS, n - j0);
         double acc[TILE_COLUMNS] = {0};
@@ -88,10 +89,10 @@ static void column_sums(ls_queue *queue, int64_t rows, int64_t n, const ls_real 
 }
 
 static void linear_backward(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, ls_operand w,
-                            ls_operand dy, ls_operand dx, int accumulate_dx, ls_real *dw, ls_real *db)
+                            ls_operand dy, ls_operand dx, int accumulate_dx, ls_real *dw)
 {
+    (void)queue;
     if (dw) ls_gemm(1, 0, out, in, rows, 1, dy.p, out, x.p, in, 1, dw, in);
-    if (db) column_sums(queue, rows, out, dy.p, db);
     if (dx.p) ls_gemm(0, 0, rows, in, out, 1, dy.p, out, w.p, in, accumulate_dx ? 1 : 0, dx.p, in);
 }
 

@@ -309,17 +309,12 @@ template <int W> __global__ static void sum_columns(int64_t rows, int64_t n, ls_
     add_columns<W>(acc, n, part, sum);
 }
 
-static void add_column_sums(ls_queue *queue, int64_t rows, int64_t n, const ls_operand &x, ls_real *sum)
+static void column_sums(ls_queue *queue, int64_t rows, int64_t n, ls_operand x, ls_real *sum)
 {
     if (rows <= 0 || n <= 0) return;
     const int w = wide(n, x) ? 4 : 1, threads = column_threads(rows, w);
     const auto kernel = w == 4 ? sum_columns<4> : sum_columns<1>;
     LS_LAUNCH(queue, kernel, column_blocks(n), threads, column_bytes(threads, w), rows, n, x, sum);
-}
-
-static void column_sums(ls_queue *queue, int64_t rows, int64_t n, const ls_real *x, ls_real *sum)
-{
-    add_column_sums(queue, rows, n, ls_reals(x), sum);
 }
 
 /* ------------------------------------------------------------------------------------------------ linear */
@@ -402,11 +397,10 @@ static void linear_alike(ls_queue *queue, int64_t rows, int64_t in, int64_t out,
 }
 
 static void linear_backward(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, ls_operand w,
-                            ls_operand dy, ls_operand dx, int accumulate_dx, ls_real *dw, ls_real *db)
+                            ls_operand dy, ls_operand dx, int accumulate_dx, ls_real *dw)
 {
     if (rows <= 0) return;
     if (dw) ls_gemm_operands(queue, 1, 0, out, in, rows, dy, out, x, in, 1, ls_reals(dw), in);
-    if (db) add_column_sums(queue, rows, out, dy, db);
     if (dx.p) ls_gemm_operands(queue, 0, 0, rows, in, out, dy, out, w, in, accumulate_dx ? 1 : 0, dx, in);
 }
 

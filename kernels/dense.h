@@ -37,12 +37,12 @@ typedef struct ls_dense_ops {
     /* The same as linear, in float32 whatever the queue's precision. */
     void (*linear_exact)(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
                          const ls_real *b, ls_real *y);
-    /* dx = dy w (dx.p NULL: not wanted; accumulate_dx: +=, of ls_real), dw += dyᵀ x, db += Σ_rows dy (NULL where there
-     * is none). */
+    /* dx = dy w (dx.p NULL: not wanted; accumulate_dx: +=, of ls_real), dw += dyᵀ x. The bias's gradient is a sum of
+     * dy, below. */
     void (*linear_backward)(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, ls_operand w,
-                            ls_operand dy, ls_operand dx, int accumulate_dx, ls_real *dw, ls_real *db);
-    /* sum (n) += Σ_rows x (rows,n): a bias's gradient alone, where db above would be the sum of rounded rows. */
-    void (*column_sums)(ls_queue *queue, int64_t rows, int64_t n, const ls_real *x, ls_real *sum);
+                            ls_operand dy, ls_operand dx, int accumulate_dx, ls_real *dw);
+    /* sum (n) += Σ_rows x (rows,n) */
+    void (*column_sums)(ls_queue *queue, int64_t rows, int64_t n, ls_operand x, ls_real *sum);
 
     /* y = (x - mean) * rstd * w + b over the last axis E (Ba et al., 2016), eps 1e-5. mean, rstd (rows) are kept. */
     void (*layer_norm)(ls_queue *queue, int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *b,

@@ -244,26 +244,25 @@ __device__ static inline const uint8_t *pads_of(const uint8_t *pad, int64_t b, i
     return pad != NULL ? pad + b * n : NULL;
 }
 
-/* The tiles that pass, span after span: `first` of a span up to `end`. */
+/* The tiles that pass, span after span: those of `span` from `number` to `end` are still to come. */
 typedef struct walk {
     int span;
     int64_t number, end;
 } walk;
+__device__ static inline walk walk_of()
+{
+    return {-1, 0, 0};
+}
 
 /* The next tile of keys that queries see; false: there is none. */
 __device__ static inline bool next_keys(const softmax_call &p, const tile &queries, walk *w, tile *t)
 {
-    while (w->span < p.keys && w->number >= w->end) {
-        w->span++, w->number = 0;
-        w->end = w->span < p.keys ? tiles_before(p, p.key[w->span], queries) : 0;
+    while (w->number >= w->end) {
+        if (++w->span >= p.keys) return false;
+        w->number = 0, w->end = tiles_before(p, p.key[w->span], queries);
     }
-    if (w->span >= p.keys) return false;
     *t = tile_in(p.key[w->span], w->number++);
     return true;
-}
-__device__ static inline walk first_keys(const softmax_call &p, const tile &queries)
-{
-    return {0, 0, tiles_before(p, p.key[0], queries)};
 }
 
 /* They are brought to a stage: k, v (2,PASSES). */
@@ -279,18 +278,12 @@ __device__ static inline void ask_keys(const tensor_call &p, const place &x, con
 /* The next tile of queries that see keys. */
 __device__ static inline bool next_queries(const softmax_call &p, const tile &keys, walk *w, tile *t)
 {
-    while (w->span < p.queries && w->number >= w->end) {
-        w->span++;
-        w->number = w->span < p.queries ? tiles_from(p, p.query[w->span], keys) : 0;
-        w->end = w->span < p.queries ? tiles_in(p.query[w->span]) : 0;
+    while (w->number >= w->end) {
+        if (++w->span >= p.queries) return false;
+        w->number = tiles_from(p, p.query[w->span], keys), w->end = tiles_in(p.query[w->span]);
     }
-    if (w->span >= p.queries) return false;
     *t = tile_in(p.query[w->span], w->number++);
     return true;
-}
-__device__ static inline walk first_queries(const softmax_call &p, const tile &keys)
-{
-    return {0, tiles_from(p, p.query[0], keys), tiles_in(p.query[0])};
 }
 
 /* ------------------------------------------------------------------------------------------------ forward */
@@ -357,7 +350,7 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) forward_kern
     const place x = place_of<SIDE>(p, p.query, p.queries, 1);
     const spot at = spot_of<PARTS>();
     const bool busy = has_rows<PARTS>(at, x.t);
-    walk w = first_keys(p, x.t);
+    walk w = walk_of();
     tile t;
     if (!next_keys(p, x.t, &w, &t)) return; /* what was seen before is all */
     ask_rows<D, PARTS, SIDE>(q, head_of<D>(p.q16, x, p.T), x.t);
@@ -442,7 +435,7 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) queries_back
     const place x = place_of<SIDE>(p, p.query, p.queries, 1);
     const spot at = spot_of<PARTS>();
     const bool busy = has_rows<PARTS>(at, x.t);
-    walk w = first_keys(p, x.t);
+    walk w = walk_of();
     tile t;
     if (!next_keys(p, x.t, &w, &t)) return;
     ask_rows<D, PARTS, SIDE>(q, head_of<D>(p.q16, x, p.T), x.t);
@@ -534,7 +527,7 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) keys_backwar
     const place x = place_of<SIDE>(p, p.key, p.keys, 0);
     const spot at = spot_of<PARTS>();
     const bool busy = has_rows<PARTS>(at, x.t);
-    walk w = first_queries(p, x.t);
+    walk w = walk_of();
     tile t;
     if (!next_queries(p, x.t, &w, &t)) return;
     ask_rows<D, PARTS, SIDE>(k, head_of<D>(p.k16, x, p.n), x.t);

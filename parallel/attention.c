@@ -719,35 +719,34 @@ static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *sha
     return LS_OK;
 }
 
-static ls_real *gradient_of_bias(const ls_attention *a, int which, const ls_pass *p)
+/* += the sum of dy, of what projection `which` gave, if it has a bias. */
+static void bias_backward(ls_attention *a, int which, const ls_pass *p, ls_operand dy)
 {
-    return a->bias[which] < 0 ? NULL : p->dparams + a->param[a->bias[which]].offset;
+    if (a->bias[which] >= 0)
+        a->ctx->dense->column_sums(a->ctx->queue, rows_of(p, which), ls_projection_out(a, which), dy,
+                                   p->dparams + a->param[a->bias[which]].offset);
 }
 
-/* One projection backward, from what it took and the gradient of what it gave, as products take them: parameter
- * gradients (dbias NULL: not that one), and dx into `to`, which it adds to if it holds something. */
+/* Its weights' gradient, from what it took and the gradient of what it gave, as products take them; and dx into `to`,
+ * which it adds to if it holds something. */
 static void project_backward(ls_attention *a, int which, const ls_pass *p, ls_operand x, ls_operand dy, ls_real *to,
-                             int adds, ls_real *dbias)
+                             int adds)
 {
     a->ctx->dense->linear_backward(a->ctx->queue, rows_of(p, which), ls_projection_in(a, which),
                                    ls_projection_out(a, which), x, ls_reals(weight_of(a, which, p->params)), dy,
-                                   ls_reals(to), adds, p->dparams + a->param[a->weight[which]].offset, dbias);
+                                   ls_reals(to), adds, p->dparams + a->param[a->weight[which]].offset);
 }
 
 static void input_backward(ls_attention *a, int which, const ls_pass *p, layer *l, const uint8_t *pad, const ls_real *x,
                            ls_real *to, int *begun)
 {
-    const ls_dense_ops *dense = a->ctx->dense;
-    const int64_t rows = rows_of(p, which), out = ls_projection_out(a, which);
-    ls_real *dbias = gradient_of_bias(a, which, p);
     ls_operand dy = ls_reals(l->din[which]);
-    /* not of rounded rows: what keys get from a softmax sums up to nearly 0 */
-    if (dbias != NULL) dense->column_sums(a->ctx->queue, rows, out, l->din[which], dbias);
+    bias_backward(a, which, p, dy); /* not of rounded rows: what keys get from a softmax sums up to nearly 0 */
     if (ls_is_narrow(l->dy)) {
-        dense->copy(a->ctx->queue, rows * out, dy, l->dy);
+        a->ctx->dense->copy(a->ctx->queue, rows_of(p, which) * ls_projection_out(a, which), dy, l->dy);
         dy = l->dy;
     }
-    project_backward(a, which, p, input_rows(a, p, l, which, x, pad), dy, to, to != NULL && *begun, NULL);
+    project_backward(a, which, p, input_rows(a, p, l, which, x, pad), dy, to, to != NULL && *begun);
     *begun = 1;
 }
 
@@ -790,8 +789,8 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
     for (int i = 0; i < a->form.inputs; i++) recall_rows(a, rows_of(p, i) * a->form.input[i].width, l.in[i], l.kept[i]);
     recall_rows(a, rows * W, l.o, l.kept[OUTPUT]);
     if (a->form.gelu) dense->gelu(a->ctx->queue, rows, W, l.kept[OUTPUT], NULL, l.active);
-    project_backward(a, OUT_PROJ, p, a->form.gelu ? l.active : l.kept[OUTPUT], dy, l.do_, 0,
-                     gradient_of_bias(a, OUT_PROJ, p));
+    project_backward(a, OUT_PROJ, p, a->form.gelu ? l.active : l.kept[OUTPUT], dy, l.do_, 0);
+    bias_backward(a, OUT_PROJ, p, dy);
     if (a->form.gelu)
         dense->gelu_backward(a->ctx->queue, rows, W, l.kept[OUTPUT], NULL, ls_reals(l.do_), ls_reals(l.do_));
     /* the gradient of an input arrives in the first of query, key, value that is this input */

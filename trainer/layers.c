@@ -192,12 +192,13 @@ static void ffn_backward(const model *m, const pass *p, const ffn_params *f, int
         const ls_operand normed = ls_operand_at(w->ready, row * E), dbranch = ls_operand_at(w->dbranch, row * E);
         m->dense->linear(m->queue, n, E, F, normed, w0, NULL, w->hidden);
         (relu ? m->dense->relu : m->dense->gelu)(m->queue, n, F, w->hidden, params + f->bias0, w->active);
-        m->dense->linear_backward(m->queue, n, F, E, w->active, w1, dbranch, w->dhidden, 0, p->dparams + f->weight1,
-                                  p->dparams + f->bias1);
+        m->dense->linear_backward(m->queue, n, F, E, w->active, w1, dbranch, w->dhidden, 0, p->dparams + f->weight1);
+        m->dense->column_sums(m->queue, n, E, dbranch, p->dparams + f->bias1);
         (relu ? m->dense->relu_backward : m->dense->gelu_backward)(m->queue, n, F, w->hidden, params + f->bias0,
                                                                    w->dhidden, w->dhidden);
         m->dense->linear_backward(m->queue, n, E, F, normed, w0, w->dhidden, ls_reals(w->dnormed + row * E), 0,
-                                  p->dparams + f->weight0, p->dparams + f->bias0);
+                                  p->dparams + f->weight0);
+        m->dense->column_sums(m->queue, n, F, w->dhidden, p->dparams + f->bias0);
     }
 }
 
@@ -383,7 +384,7 @@ static void output_loss(model *m, const pass *p, double grad_scale, double *sums
                                 gradient ? w->logits : NULL, sums);
         if (!gradient) continue;
         m->dense->linear_backward(m->queue, n, E, m->V, w->ready, output, ls_reals(w->logits), ls_reals(w->dnormed), 0,
-                                  p->dparams + m->output, NULL);
+                                  p->dparams + m->output);
         norm_backward(m, p, m->decoder.norm, n, x, w->dnormed, w->dtarget + row * E, 0);
     }
 }
