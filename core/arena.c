@@ -41,6 +41,18 @@ void ls_arena_replay(ls_arena *arena)
     arena->replaying = 1;
 }
 
+ls_status ls_reserve(const ls_device_ops *device, const char *what, size_t bytes, void **p)
+{
+    *p = device->alloc(bytes);
+    if (*p != NULL) return LS_OK;
+    const double size = (double)bytes / 1048576.0;
+    if (device->broken() != NULL)
+        LS_FAIL(LS_ERR_INTERNAL, "%s: the device refuses %.1f MiB, not for want of memory: %s", what, size,
+                device->broken());
+    LS_FAIL(LS_ERR_MEMORY,
+            "%s: cannot reserve %.1f MiB: use more ranks, a smaller batch, or a machine with more memory", what, size);
+}
+
 ls_status ls_arena_reserve(ls_arena *arena, const char *what)
 {
     arena->overrun = 0;
@@ -52,15 +64,10 @@ ls_status ls_arena_reserve(ls_arena *arena, const char *what)
     if (need <= arena->capacity) return LS_OK;
     device_of(arena)->release(arena->base);
     arena->capacity = 0;
-    arena->base = device_of(arena)->alloc(need);
-    const char *broken = arena->base == NULL ? device_of(arena)->broken() : NULL;
-    if (broken != NULL)
-        LS_FAIL(LS_ERR_INTERNAL, "%s: the device refuses %.1f MiB, not for want of memory: %s", what,
-                (double)need / 1048576.0, broken);
-    if (arena->base == NULL)
-        LS_FAIL(LS_ERR_MEMORY,
-                "%s: cannot reserve %.1f MiB: use more ranks, a smaller batch, or a machine with more memory", what,
-                (double)need / 1048576.0);
+    void *base;
+    const ls_status status = ls_reserve(device_of(arena), what, need, &base);
+    arena->base = base;
+    LS_TRY(status);
     arena->capacity = need;
     return LS_OK;
 }

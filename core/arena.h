@@ -5,6 +5,10 @@
 
 #include "device.h"
 
+/* bytes > 0 of a device's memory, to be given to its `release`; what could not be had, and why, is told under the name
+ * `what`. On failure *p is NULL. */
+ls_status ls_reserve(const ls_device_ops *device, const char *what, size_t bytes, void **p);
+
 typedef struct ls_arena {
     const ls_device_ops *device; /* where the memory is; NULL: the CPU */
     char *base;

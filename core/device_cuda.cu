@@ -1,6 +1,10 @@
 /* The CUDA device: memory, a stream and a cuBLAS handle for each queue. */
 #include "cuda.h"
 
+extern "C" {
+#include "arena.h"
+}
+
 #include <limits.h>
 #include <pthread.h>
 #include <sched.h>
@@ -208,12 +212,8 @@ static ls_status make_queue(ls_queue *q)
         status = cublasSetMathMode(
             q->blas, (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
     if (status == CUBLAS_STATUS_SUCCESS && q->precision != LS_BF16) return LS_OK;
-    if (status == CUBLAS_STATUS_SUCCESS) {
-        q->narrow = alloc(LS_NARROW_BYTES);
-        return q->narrow != NULL ? LS_OK
-                                 : ls_fail(LS_ERR_MEMORY, "CUDA device %d: no memory for operands in bfloat16: %s",
-                                           q->device, advice(cudaErrorMemoryAllocation));
-    }
+    if (status == CUBLAS_STATUS_SUCCESS)
+        return ls_reserve(&ls_cuda_device, "CUDA: copies in bfloat16", LS_NARROW_BYTES, &q->narrow);
     return ls_fail(status == CUBLAS_STATUS_ALLOC_FAILED ? LS_ERR_MEMORY : LS_ERR_INTERNAL,
                    "CUDA device %d: cuBLAS cannot be opened: %s: free the device of other programs", q->device,
                    cublasGetStatusString(status));

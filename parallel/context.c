@@ -159,11 +159,7 @@ ls_status ls_context_wait(ls_context *ctx)
 
 ls_status ls_device_alloc(ls_context *ctx, size_t bytes, void **p)
 {
-    *p = ctx->ops->alloc(bytes > 0 ? bytes : 1);
-    if (*p == NULL)
-        LS_FAIL(LS_ERR_MEMORY, "%s: cannot reserve %.1f MiB: use more ranks or a smaller batch", ctx->ops->name,
-                (double)bytes / 1048576.0);
-    return LS_OK;
+    return ls_reserve(ctx->ops, ctx->ops->name, bytes > 0 ? bytes : 1, p);
 }
 
 void ls_device_free(ls_context *ctx, void *p)

@@ -550,8 +550,8 @@ ls_status ls_state_reorder(ls_state *s, const int64_t *index)
         if (bytes > most) most = bytes;
         if ((size_t)s->item[i] * real > most) most = (size_t)s->item[i] * real;
     }
-    char *copy = s->attention->ctx->ops->alloc(batch * most + 1);
-    if (copy == NULL) LS_FAIL(LS_ERR_MEMORY, "%s: no memory to reorder a state", name);
+    void *copy;
+    LS_TRY(ls_reserve(s->attention->ctx->ops, name, batch * most + 1, &copy));
     for (int i = 0; i < LS_MAX_PHASES; i++) {
         if (s->summary[i] != NULL) reorder(s, s->summary[i], index, summary_bytes(s, i), copy);
         for (int64_t at = 0; at < s->listed[i]; at += s->batch * s->item[i])

@@ -705,6 +705,36 @@ static void test_agree(void **unused)
     assert_true(all(ls_agree(ctx, LS_OK) != LS_OK) == 0);
 }
 
+static void *nothing(size_t bytes)
+{
+    (void)bytes;
+    return NULL;
+}
+static const char *kernel_broke(void)
+{
+    return "a kernel broke";
+}
+
+/* Too little memory is one thing, a device that gives none since it failed another. */
+static void test_reserve(void **unused)
+{
+    (void)unused;
+    ls_device_ops device = *ls_device_find(LS_CPU);
+    ls_arena arena = {.device = &device};
+    void *p;
+    assert_int_equal(ls_reserve(&device, "rows", 100, &p), LS_OK);
+    device.release(p);
+    device.alloc = nothing;
+    ls_arena_measure(&arena);
+    ls_arena_take(&arena, 100);
+    assert_int_equal(ls_arena_reserve(&arena, "rows"), LS_ERR_MEMORY);
+    assert_non_null(strstr(ls_last_error(), "rows: cannot reserve"));
+    device.broken = kernel_broke;
+    assert_int_equal(ls_reserve(&device, "rows", 100, &p), LS_ERR_INTERNAL);
+    assert_null(p);
+    assert_non_null(strstr(ls_last_error(), "a kernel broke"));
+}
+
 /* A rank that fails while messages travel leaves the others waiting, unless all were told. */
 static void test_alone(void **unused)
 {
@@ -783,6 +813,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_requests_fail_together),
         cmocka_unit_test(test_volumes),
         cmocka_unit_test(test_agree),
+        cmocka_unit_test(test_reserve),
         cmocka_unit_test(test_alone),
         cmocka_unit_test(test_create_together),
         cmocka_unit_test(test_forget),
