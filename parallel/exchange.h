@@ -34,6 +34,11 @@ ls_status ls_exchange_add(ls_exchange *x, void *data, size_t bytes, int peer, in
 ls_status ls_exchange_add_host(ls_exchange *x, void *data, size_t bytes, int peer, int receive);
 ls_status ls_exchange_begin(ls_exchange *x, ls_crossing kind, ls_pending *pending);
 ls_status ls_exchange_end(ls_exchange *x, ls_pending *pending);
+/* What a message takes of the wire: numbers of the next one begin where a GPU reads 16 bytes at once. */
+static inline size_t ls_wire_bytes(size_t bytes)
+{
+    return (bytes + 15) / 16 * 16;
+}
 /* The wire is reserved before a call is agreed on, so that no rank lacks memory while others wait for its messages:
  * ls_exchange_plan_begin, plan (of one group after the other; between other times it does nothing), then _reserve. */
 void ls_exchange_plan_begin(ls_exchange *x);
@@ -58,7 +63,8 @@ ls_status ls_gather(ls_exchange *x, const int64_t *count, const ls_real *mine, l
 ls_status ls_gather_adjoint(ls_exchange *x, const int64_t *count, const ls_real *dall, ls_real *dmine);
 
 /* Fetch: this rank's `to` rows become the global positions of its spans, one span after the other; want (2 per rank)
- * says what every rank wants, [lo, lo + n), n = 0: nothing. `from` holds this rank's shard. n tensors in one go. */
+ * says what every rank wants, [lo, lo + n), n = 0: nothing. `from` holds this rank's shard. n tensors in one go; those
+ * of bytes come after those of numbers. */
 ls_status ls_fetch(ls_exchange *x, const ls_shard *shard, const ls_span *want, const ls_rows *from, const ls_rows *to,
                    int tensors);
 /* What it takes of the wire, and its adjoint takes as much: a row of all tensors has row_bytes. */

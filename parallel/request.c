@@ -7,7 +7,7 @@
  *   4. the intervals go to their owners                                            (3 numbers for each interval)
  *   5. rows go from owners to wanters, or their gradients back: as often as is asked, and nothing but those rows
  *
- * A message of rows is, interval by interval and tensor by tensor, packed. */
+ * A message of rows is, tensor by tensor and interval by interval, packed; pads come last, as in a fetch. */
 #include "context.h"
 
 #include <stdlib.h>
@@ -112,17 +112,17 @@ static ls_status tell_numbers(ls_exchange *x, ls_requests *r)
     return LS_OK;
 }
 
-static int64_t rows_of_others(const ls_exchange *x, const int64_t *numbers)
+static size_t bytes_of_others(const ls_exchange *x, const int64_t *numbers, size_t row_bytes)
 {
-    int64_t rows = 0;
-    for (int p = 0; p < x->comm.size; p++) rows += p == x->comm.rank ? 0 : numbers[2 * p + 1];
-    return rows;
+    size_t bytes = 0;
+    for (int p = 0; p < x->comm.size; p++)
+        bytes += p == x->comm.rank ? 0 : ls_wire_bytes((size_t)numbers[2 * p + 1] * row_bytes);
+    return bytes;
 }
 
 static ls_status take_wire(ls_exchange *x, const ls_requests *r, size_t row_bytes, int adjoint, char **out, char **in)
 {
-    const size_t give = (size_t)rows_of_others(x, r->given) * row_bytes;
-    const size_t want = (size_t)rows_of_others(x, r->wanted) * row_bytes;
+    const size_t give = bytes_of_others(x, r->given, row_bytes), want = bytes_of_others(x, r->wanted, row_bytes);
     ls_arena_measure(&x->wire);
     ls_arena_take(&x->wire, give), ls_arena_take(&x->wire, want);
     LS_TRY(ls_arena_reserve(&x->wire, "exchange: message buffers"));
@@ -190,14 +190,13 @@ static void pack(const ls_exchange *x, const ls_shard *shard, const ls_requests 
                  int tensors, int adjoint, char *wire)
 {
     const int64_t *at = adjoint ? r->want_at : r->give_at;
-    for (int64_t i = at[p]; i < at[p + 1]; i++) {
-        const ls_interval k = adjoint ? r->want[i] : r->give[i];
-        for (int j = 0; j < tensors; j++) {
+    for (int j = 0; j < tensors; j++)
+        for (int64_t i = at[p]; i < at[p + 1]; i++) {
+            const ls_interval k = adjoint ? r->want[i] : r->give[i];
             const ls_rows rows = adjoint ? brought(&t[j], r->row[i]) : owned(r, &t[j], k.group, k.lo - shard->lo);
             ls_memory_of(x)->copy_rows(x->queue, ls_rows_packed(&rows, k.n, wire), rows, k.n);
             wire += k.n * rows.row_bytes;
         }
-    }
 }
 
 /* The rows that came from rank p: put where they were wanted, or added where they are owned. */
@@ -205,9 +204,9 @@ static void unpack(const ls_exchange *x, const ls_shard *shard, const ls_request
                    int tensors, int adjoint, char *wire)
 {
     const int64_t *at = adjoint ? r->give_at : r->want_at;
-    for (int64_t i = at[p]; i < at[p + 1]; i++) {
-        const ls_interval k = adjoint ? r->give[i] : r->want[i];
-        for (int j = 0; j < tensors; j++) {
+    for (int j = 0; j < tensors; j++)
+        for (int64_t i = at[p]; i < at[p + 1]; i++) {
+            const ls_interval k = adjoint ? r->give[i] : r->want[i];
             const ls_rows rows = adjoint ? owned(r, &t[j], k.group, k.lo - shard->lo) : brought(&t[j], r->row[i]);
             const ls_rows packed = ls_rows_packed(&rows, k.n, wire);
             if (adjoint)
@@ -216,7 +215,6 @@ static void unpack(const ls_exchange *x, const ls_shard *shard, const ls_request
                 ls_memory_of(x)->copy_rows(x->queue, rows, packed, k.n);
             wire += k.n * rows.row_bytes;
         }
-    }
 }
 
 /* What this rank wants of itself. */
@@ -253,7 +251,7 @@ static ls_status travel(ls_exchange *x, const ls_shard *shard, const ls_requests
         x->traffic.predicted[LS_FETCH] += n_out;
         LS_TRY(ls_exchange_add(x, in, n_in, p, 1));
         LS_TRY(ls_exchange_add(x, out, n_out, p, 0));
-        out += n_out, in += n_in;
+        out += ls_wire_bytes(n_out), in += ls_wire_bytes(n_in);
     }
     LS_TRY(ls_exchange_begin(x, LS_FETCH, &x->pending));
     if (!adjoint) move_own(x, shard, r, from, to, tensors, 0); /* while the others' travel */
@@ -264,7 +262,7 @@ static ls_status travel(ls_exchange *x, const ls_shard *shard, const ls_requests
             continue;
         }
         unpack(x, shard, r, p, adjoint ? from : to, tensors, adjoint, arrived);
-        arrived += (size_t)coming[2 * p + 1] * bytes;
+        arrived += ls_wire_bytes((size_t)coming[2 * p + 1] * bytes);
     }
     return LS_OK;
 }
