@@ -296,7 +296,7 @@ __global__ static void weigh_chunks_backward(shape z, int64_t first, int64_t R, 
 {
     const int warp = threadIdx.x / LS_WARP;
     const int64_t chunks = chunks_of(z.S), g = blockIdx.x / chunks, lo = blockIdx.x % chunks * CHUNK;
-    const int64_t at = blockIdx.x * CHUNK * R;
+    const int64_t at = (int64_t)blockIdx.x * CHUNK * R;
     const uint8_t *dead = pad == NULL ? NULL : pad + g / z.H * z.S;
     LS_EACH_LANE(r, R)
     {

@@ -227,24 +227,33 @@ multiply_slices(const softmax_call &p, const place &x, const tile &t, const ls_f
     }
 }
 
-/* The rows of a block that a thread has: a result of COLUMNS features from f on is added to them. */
-__device__ static inline void add_rows(const softmax_call &p, ls_view v, const place &x, int64_t f, ls_real scale,
-                                       const ls_real o[ROWS][COLUMNS])
+/* A thread's rows of a block, COLUMNS features from f on: v = keep(i) v + times(i) o, of which nothing is left. */
+template <typename K, typename F>
+__device__ static inline void add_rows(const softmax_call &p, ls_view v, const place &x, int64_t f, K keep, F times,
+                                       ls_real o[ROWS][COLUMNS])
 {
     const int y = threadIdx.x / ACROSS;
     f += COLUMNS * (threadIdx.x % ACROSS);
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
         const int r = ROWS * y + i;
-        if (r < x.t.first || r >= x.t.last || f >= p.d) continue;
-        ls_real *to = ls_row(v, x.b, x.h, x.t.row + r) + f;
-        if (p.wide) {
-            ls_four old = *(ls_four *)to;
-            for (int c = 0; c < COLUMNS; c++) old.v[c] += scale * o[i][c];
-            *(ls_four *)to = old;
-        } else
-            for (int c = 0; c < COLUMNS && f + c < p.d; c++) to[c] += scale * o[i][c];
+        if (r >= x.t.first && r < x.t.last && f < p.d) {
+            ls_real *to = ls_row(v, x.b, x.h, x.t.row + r) + f;
+            if (p.wide) {
+                ls_four old = *(ls_four *)to;
+                for (int c = 0; c < COLUMNS; c++) old.v[c] = keep(i) * old.v[c] + times(i) * o[i][c];
+                *(ls_four *)to = old;
+            } else
+                for (int c = 0; c < COLUMNS && f + c < p.d; c++) to[c] = keep(i) * to[c] + times(i) * o[i][c];
+        }
+        for (int c = 0; c < COLUMNS; c++) o[i][c] = 0;
     }
+}
+__device__ static inline void add_rows(const softmax_call &p, ls_view v, const place &x, int64_t f,
+                                       ls_real o[ROWS][COLUMNS])
+{
+    add_rows(
+        p, v, x, f, [](int) { return (ls_real)1; }, [](int) { return (ls_real)1; }, o);
 }
 
 /* The dropout factors D of query (row, position i) and the keys at j .. j + 3, j a multiple of 4, which is what one
@@ -370,56 +379,61 @@ __device__ static inline void update_rows(const softmax_call &p, const place &x,
     }
 }
 
+/* (m, l, out) of a thread's rows in memory ⊕= what the block has of them, of which nothing is left. */
+template <int N>
+__device__ static inline void join_rows(const softmax_call &p, const place &x, int64_t f0, ls_real m[ROWS],
+                                        ls_real l[ROWS], ls_real o[N][ROWS][COLUMNS])
+{
+    const int64_t state = (x.slice * p.B * p.H + x.head) * p.T + x.t.row;
+    const int r0 = ROWS * (threadIdx.x / ACROSS), first = threadIdx.x % ACROSS == 0;
+    ls_real before[ROWS], more[ROWS]; /* weights of what is there and of what comes */
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        const int r = r0 + i, exists = r >= x.t.first && r < x.t.last;
+        const ls_real total = across(l[i], sum()); /* threads of a row have parts */
+        const ls_statistics_joined s =
+            ls_statistics_join(exists ? p.m[state + r] : -INFINITY, exists ? p.l[state + r] : 0, m[i], total);
+        __syncwarp(); /* all threads of the row have read */
+        if (exists && first) p.m[state + r] = s.m, p.l[state + r] = s.l;
+        before[i] = s.weight[0], more[i] = s.weight[1];
+        m[i] = -INFINITY, l[i] = 0;
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        add_rows(
+            p, p.out, x, f0 + n * TILE, [&](int i) { return before[i]; }, [&](int i) { return more[i]; }, o[n]);
+}
+
 template <int N, bool EXTRAS>
 __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) forward_kernel(softmax_call p)
 {
     __shared__ ls_four stays[TILE * ACROSS], passes[TILE * ACROSS], probabilities[TILE * ACROSS];
     const place x = place_of(p, p.query, p.queries, 1);
-    const int64_t state = (x.slice * p.B * p.H + x.head) * p.T + x.t.row, f0 = x.slice * N * TILE;
-    const int r0 = ROWS * (threadIdx.x / ACROSS), c0 = COLUMNS * (threadIdx.x % ACROSS);
-    ls_real o[N][ROWS][COLUMNS], m[ROWS], l[ROWS];
+    const int64_t f0 = x.slice * N * TILE;
+    const int c0 = COLUMNS * (threadIdx.x % ACROSS);
+    ls_real o[N][ROWS][COLUMNS] = {}, m[ROWS], l[ROWS];
 #pragma unroll
-    for (int i = 0; i < ROWS; i++) {
-        const int r = r0 + i, exists = r >= x.t.first && r < x.t.last;
-        m[i] = exists ? p.m[state + r] : -INFINITY;
-        l[i] = exists && c0 == 0 ? p.l[state + r] : 0; /* threads of a row have parts of the sum */
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int c = 0; c < COLUMNS; c++) {
-                const int64_t f = f0 + n * TILE + c0 + c;
-                o[n][i][c] = exists && f < p.d ? ls_row(p.out, x.b, x.h, x.t.row + r)[f] : 0;
-            }
-    }
-    const int busy = r0 / (2 * ROWS) * 2 * ROWS < x.t.last; /* the warp has rows that exist */
+    for (int i = 0; i < ROWS; i++) m[i] = -INFINITY, l[i] = 0;
+    /* the warp has rows that exist */
+    const int busy = (int)threadIdx.x / LS_WARP * 2 * ROWS < x.t.last;
     const uint8_t *pad_q = p.pad_q != NULL ? p.pad_q + x.b * p.T : NULL;
     const uint8_t *pad_k = p.pad_k != NULL ? p.pad_k + x.b * p.n : NULL;
     int kept = 0;
     for (int span = 0; span < p.keys; span++) {
         const int64_t tiles = tiles_before(p, p.key[span], x.t);
-        for (int64_t number = 0; number < tiles; number++) {
-            const tile t = tile_in(p.key[span], number);
-            ls_real s[ROWS][COLUMNS];
-            scores<EXTRAS>(p, x, t, stays, passes, p.q, pad_q, p.scale, kept, p.k, NULL, 1, s);
-            kept = p.d <= TILE;
-            const int seen = keys_seen(t, c0, COLUMNS, pad_k);
-            mask_scores<EXTRAS>(p, x, t, seen, s);
-            if (busy) update_rows<N, EXTRAS>(p, x, t, seen, s, m, l, o, probabilities);
-            multiply_slices<N, EXTRAS>(p, x, t, probabilities, passes, 0, p.v, NULL, 1, f0, o);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < ROWS; i++) {
-        const int r = r0 + i, exists = r >= x.t.first && r < x.t.last;
-        l[i] = across(l[i], sum());
-        if (exists && c0 == 0) p.m[state + r] = m[i], p.l[state + r] = l[i];
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int c = 0; c < COLUMNS; c++) {
-                const int64_t f = f0 + n * TILE + c0 + c;
-                if (exists && f < p.d) ls_row(p.out, x.b, x.h, x.t.row + r)[f] = o[n][i][c];
+        for (int64_t from = 0; from < tiles; from += TILES_TOGETHER) {
+            for (int64_t number = from; number < ls_min(tiles, from + TILES_TOGETHER); number++) {
+                const tile t = tile_in(p.key[span], number);
+                ls_real s[ROWS][COLUMNS];
+                scores<EXTRAS>(p, x, t, stays, passes, p.q, pad_q, p.scale, kept, p.k, NULL, 1, s);
+                kept = p.d <= TILE;
+                const int seen = keys_seen(t, c0, COLUMNS, pad_k);
+                mask_scores<EXTRAS>(p, x, t, seen, s);
+                if (busy) update_rows<N, EXTRAS>(p, x, t, seen, s, m, l, o, probabilities);
+                multiply_slices<N, EXTRAS>(p, x, t, probabilities, passes, 0, p.v, NULL, 1, f0, o);
             }
+            join_rows<N>(p, x, f0, m, l, o);
+        }
     }
 }
 
@@ -522,48 +536,49 @@ __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backwa
     }
     for (int span = 0; span < p.keys; span++) {
         const int64_t tiles = tiles_before(p, p.key[span], x.t);
-        for (int64_t number = 0; number < tiles; number++) {
-            const tile t = tile_in(p.key[span], number);
-            ls_real dp[ROWS][COLUMNS], s[ROWS][COLUMNS];
-            scores<EXTRAS>(p, x, t, stays, passes, p.dout, pad_q, 1, 0, p.v, NULL, 1, dp);
-            scores<EXTRAS>(p, x, t, stays, passes, p.q, pad_q, p.scale, 0, p.k, NULL, 1, s);
-            const int seen = keys_seen(t, c0, COLUMNS, pad_k);
-            mask_scores<EXTRAS>(p, x, t, seen, s);
+        for (int64_t from = 0; from < tiles; from += TILES_TOGETHER) {
+            for (int64_t number = from; number < ls_min(tiles, from + TILES_TOGETHER); number++) {
+                const tile t = tile_in(p.key[span], number);
+                ls_real dp[ROWS][COLUMNS], s[ROWS][COLUMNS];
+                scores<EXTRAS>(p, x, t, stays, passes, p.dout, pad_q, 1, 0, p.v, NULL, 1, dp);
+                scores<EXTRAS>(p, x, t, stays, passes, p.q, pad_q, p.scale, 0, p.k, NULL, 1, s);
+                const int seen = keys_seen(t, c0, COLUMNS, pad_k);
+                mask_scores<EXTRAS>(p, x, t, seen, s);
 #pragma unroll
-            for (int i = 0; i < ROWS; i++) {
-                const int r = r0 + i;
-                if (EXTRAS && (p.draws || (p.dropout_mask != NULL && top[i] != INFINITY))) {
-                    const ls_four D = dropout(p, x, x.t.row + r, x.t.at + r, t.at + c0, seen);
-                    for (int j = 0; j < COLUMNS; j++) dp[i][j] *= D.v[j];
+                for (int i = 0; i < ROWS; i++) {
+                    const int r = r0 + i;
+                    if (EXTRAS && (p.draws || (p.dropout_mask != NULL && top[i] != INFINITY))) {
+                        const ls_four D = dropout(p, x, x.t.row + r, x.t.at + r, t.at + c0, seen);
+                        for (int j = 0; j < COLUMNS; j++) dp[i][j] *= D.v[j];
+                    }
+                    const int lives = top[i] != INFINITY; /* else masks may hold anything */
+                    ls_four e, ds;                        /* e: p l */
+                    ls_real mass = 0, flow = 0;
+                    for (int j = 0; j < COLUMNS; j++) {
+                        e.v[j] = lives ? ls_exp(s[i][j] - top[i]) : 0;
+                        if (EXTRAS && !lives) dp[i][j] = 0;
+                        mass += e.v[j], flow += e.v[j] * dp[i][j];
+                    }
+                    mass = across(mass, sum()), flow = across(flow, sum());
+                    if (lives && !p.narrow && ls_statistics_whole(mass * p.inverse[row + r])) delta[i] = flow / mass;
+                    for (int j = 0; j < COLUMNS; j++) ds.v[j] = e.v[j] * (dp[i][j] - delta[i]);
+                    gradients[staying(r, c0 / COLUMNS)] = narrowed<EXTRAS>(p, ds);
                 }
-                const int lives = top[i] != INFINITY; /* else masks may hold anything */
-                ls_four e, ds;                        /* e: p l */
-                ls_real mass = 0, flow = 0;
-                for (int j = 0; j < COLUMNS; j++) {
-                    e.v[j] = lives ? ls_exp(s[i][j] - top[i]) : 0;
-                    if (EXTRAS && !lives) dp[i][j] = 0;
-                    mass += e.v[j], flow += e.v[j] * dp[i][j];
-                }
-                mass = across(mass, sum()), flow = across(flow, sum());
-                if (lives && !p.narrow && ls_statistics_whole(mass * p.inverse[row + r])) delta[i] = flow / mass;
-                for (int j = 0; j < COLUMNS; j++) ds.v[j] = e.v[j] * (dp[i][j] - delta[i]);
-                gradients[staying(r, c0 / COLUMNS)] = narrowed<EXTRAS>(p, ds);
+                __syncwarp(); /* rows are written and read by the same warp */
+                multiply_slices<N, EXTRAS>(p, x, t, gradients, passes, p.d <= TILE, p.k, NULL, 1, f0, dq);
             }
-            __syncwarp(); /* rows are written and read by the same warp */
-            multiply_slices<N, EXTRAS>(p, x, t, gradients, passes, p.d <= TILE, p.k, NULL, 1, f0, dq);
+#pragma unroll
+            for (int n = 0; n < N; n++)
+                add_rows(
+                    p, p.dq, x, f0 + n * TILE, [](int) { return (ls_real)1; },
+                    [&](int i) { return p.scale * p.inverse[row + r0 + i]; }, dq[n]);
         }
     }
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
         const int r = r0 + i, exists = r >= x.t.first && r < x.t.last;
-        const ls_real inverse = exists ? p.inverse[row + r] : 0;
         if (exists && c0 == 0 && x.slice == 0) p.taken[row + r] = delta[i];
-#pragma unroll
-        for (int n = 0; n < N; n++)
-            for (int c = 0; c < COLUMNS; c++) dq[n][i][c] *= inverse;
     }
-#pragma unroll
-    for (int n = 0; n < N; n++) add_rows(p, p.dq, x, f0 + n * TILE, p.scale, dq[n]);
 }
 
 /* dk_j += Σ_i ds_ij (scale q_i), dv_j += Σ_i D p do_i. Rows of a tile are keys here, its columns queries. */
@@ -579,53 +594,56 @@ template <int N, bool EXTRAS> __global__ static void __launch_bounds__(THREADS, 
     for (int span = 0; span < p.queries; span++) {
         const ls_span q = p.query[span];
         const int64_t tiles = tiles_in(q);
-        for (int64_t number = tiles_from(p, q, x.t); number < tiles; number++) {
-            const tile t = tile_in(q, number);
-            ls_real dp[ROWS][COLUMNS], s[ROWS][COLUMNS];
-            scores<EXTRAS>(p, x, t, stays, passes, p.v, NULL, 1, 0, p.dout, pad_q, 1, dp);
-            scores<EXTRAS>(p, x, t, stays, passes, p.k, NULL, 1, 0, p.q, pad_q, p.scale, s);
+        for (int64_t from = tiles_from(p, q, x.t); from < tiles; from += TILES_TOGETHER) {
+            for (int64_t number = from; number < ls_min(tiles, from + TILES_TOGETHER); number++) {
+                const tile t = tile_in(q, number);
+                ls_real dp[ROWS][COLUMNS], s[ROWS][COLUMNS];
+                scores<EXTRAS>(p, x, t, stays, passes, p.v, NULL, 1, 0, p.dout, pad_q, 1, dp);
+                scores<EXTRAS>(p, x, t, stays, passes, p.k, NULL, 1, 0, p.q, pad_q, p.scale, s);
 #pragma unroll
-            for (int j = 0; j < COLUMNS; j++) {
-                const int c = c0 + j, exists = c >= t.first && c < t.last;
-                const int64_t row = x.head * p.T + t.row + c;
-                const ls_real top = exists ? p.top[row] : INFINITY, inverse = exists ? p.inverse[row] : 0;
-                const ls_real delta = exists ? p.taken[row] : 0;
-                const int lives = top != INFINITY; /* else masks may hold anything */
-                const ls_real *mask = EXTRAS && p.attn_mask != NULL && lives ? mask_row(p, x, t.row + c) : NULL;
+                for (int j = 0; j < COLUMNS; j++) {
+                    const int c = c0 + j, exists = c >= t.first && c < t.last;
+                    const int64_t row = x.head * p.T + t.row + c;
+                    const ls_real top = exists ? p.top[row] : INFINITY, inverse = exists ? p.inverse[row] : 0;
+                    const ls_real delta = exists ? p.taken[row] : 0;
+                    const int lives = top != INFINITY; /* else masks may hold anything */
+                    const ls_real *mask = EXTRAS && p.attn_mask != NULL && lives ? mask_row(p, x, t.row + c) : NULL;
 #pragma unroll
-                for (int half = 0; half < ROWS; half += 4) {
-                    ls_four D = {{1, 1, 1, 1}};
-                    if (EXTRAS && (p.draws || (p.dropout_mask != NULL && lives)))
-                        D = dropout(p, x, t.row + c, t.at + c, x.t.at + r0 + half, seen >> half);
+                    for (int half = 0; half < ROWS; half += 4) {
+                        ls_four D = {{1, 1, 1, 1}};
+                        if (EXTRAS && (p.draws || (p.dropout_mask != NULL && lives)))
+                            D = dropout(p, x, t.row + c, t.at + c, x.t.at + r0 + half, seen >> half);
 #pragma unroll
-                    for (int i = half; i < half + 4; i++) {
-                        const int64_t key = x.t.at + r0 + i;
-                        const int visible = (seen >> i & 1) && (!p.causal || key <= t.at + c);
-                        if (mask != NULL && visible) s[i][j] += mask[key];
-                        const ls_real prob = visible ? inverse * ls_exp(s[i][j] - top) : 0;
-                        dp[i][j] = prob * (D.v[i - half] * dp[i][j] - delta);
-                        s[i][j] = prob * D.v[i - half];
+                        for (int i = half; i < half + 4; i++) {
+                            const int64_t key = x.t.at + r0 + i;
+                            const int visible = (seen >> i & 1) && (!p.causal || key <= t.at + c);
+                            if (mask != NULL && visible) s[i][j] += mask[key];
+                            const ls_real prob = visible ? inverse * ls_exp(s[i][j] - top) : 0;
+                            dp[i][j] = prob * (D.v[i - half] * dp[i][j] - delta);
+                            s[i][j] = prob * D.v[i - half];
+                        }
                     }
                 }
+                /* in two parts through the same shared memory: ds to dk, then D p to dv */
+#pragma unroll
+                for (int i = 0; i < ROWS; i++)
+                    factors[staying(r0 + i, c0 / COLUMNS)] =
+                        narrowed<EXTRAS>(p, {{dp[i][0], dp[i][1], dp[i][2], dp[i][3]}});
+                __syncwarp();
+                multiply_slices<N, EXTRAS>(p, x, t, factors, passes, p.d <= TILE, p.q, pad_q, p.scale, f0, dk);
+                __syncwarp();
+#pragma unroll
+                for (int i = 0; i < ROWS; i++)
+                    factors[staying(r0 + i, c0 / COLUMNS)] =
+                        narrowed<EXTRAS>(p, {{s[i][0], s[i][1], s[i][2], s[i][3]}});
+                multiply_slices<N, EXTRAS>(p, x, t, factors, passes, 0, p.dout, pad_q, 1, f0, dv);
             }
-            /* in two parts through the same shared memory: ds to dk, then D p to dv */
 #pragma unroll
-            for (int i = 0; i < ROWS; i++)
-                factors[staying(r0 + i, c0 / COLUMNS)] =
-                    narrowed<EXTRAS>(p, {{dp[i][0], dp[i][1], dp[i][2], dp[i][3]}});
-            __syncwarp();
-            multiply_slices<N, EXTRAS>(p, x, t, factors, passes, p.d <= TILE, p.q, pad_q, p.scale, f0, dk);
-            __syncwarp();
-#pragma unroll
-            for (int i = 0; i < ROWS; i++)
-                factors[staying(r0 + i, c0 / COLUMNS)] = narrowed<EXTRAS>(p, {{s[i][0], s[i][1], s[i][2], s[i][3]}});
-            multiply_slices<N, EXTRAS>(p, x, t, factors, passes, 0, p.dout, pad_q, 1, f0, dv);
+            for (int n = 0; n < N; n++) {
+                add_rows(p, p.dk, x, f0 + n * TILE, dk[n]);
+                add_rows(p, p.dv, x, f0 + n * TILE, dv[n]);
+            }
         }
-    }
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-        add_rows(p, p.dk, x, f0 + n * TILE, 1, dk[n]);
-        add_rows(p, p.dv, x, f0 + n * TILE, 1, dv[n]);
     }
 }
 

@@ -121,23 +121,26 @@ template <int D, int PARTS, int ROWS> __device__ static inline void ask_rows(bf1
 }
 
 /* Tiles pass, the first one `t`: next tells of the next one, if there is one, ask has a tile brought to stage 0 or 1,
- * with whatever was asked for before, meet works on it. All threads of a block call. */
-template <typename N, typename A, typename M> __device__ static inline void pass_by(tile t, N next, A ask, M meet)
+ * with whatever was asked for before, meet works on it, and after some of them join adds up. All threads of a block
+ * call. */
+template <typename N, typename A, typename M, typename J>
+__device__ static inline void pass_by(tile t, N next, A ask, M meet, J join)
 {
     int stage = 0;
     ask(t, stage);
     ls_copy_close();
-    for (bool more = true; more; stage ^= 1) {
-        tile coming;
-        more = next(&coming);
-        if (more) ask(coming, stage ^ 1);
-        ls_copy_close();
-        ls_copy_wait<1>(); /* for all but the next tile */
-        __syncthreads();
-        meet(t, stage);
-        t = coming;
-        __syncthreads(); /* the next copies go where this tile was */
-    }
+    for (bool more = true; more; join())
+        for (int i = 0; more && i < TILES_TOGETHER; i++, stage ^= 1) {
+            tile coming = t;
+            more = next(&coming);
+            if (more) ask(coming, stage ^ 1);
+            ls_copy_close();
+            ls_copy_wait<1>(); /* for all but the next tile */
+            __syncthreads();
+            meet(t, stage);
+            t = coming;
+            __syncthreads(); /* the next copies go where this tile was */
+        }
     ls_copy_wait<0>();
 }
 
@@ -201,25 +204,37 @@ __device__ static inline void multiply_rows(const float (&s)[PARTS][N][4], const
     }
 }
 
-/* A warp's rows: v += scale · o. */
-template <int D, int PARTS>
-__device__ static inline void add_rows(ls_view v, const place &x, const spot &at, float scale,
-                                       const float (&o)[PARTS][D / 8][4])
+/* A warp's rows: v = keep(part, half) v + times(part, half) o, of which nothing is left. */
+template <int D, int PARTS, typename K, typename F>
+__device__ static inline void add_rows(ls_view v, const place &x, const spot &at, K keep, F times,
+                                       float (&o)[PARTS][D / 8][4])
 {
 #pragma unroll
     for (int i = 0; i < PARTS; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int r = row_of(at, i, half);
-            if (r < x.t.first || r >= x.t.last) continue;
-            float *to = ls_row(v, x.b, x.h, x.t.row + r) + at.column;
+            if (r >= x.t.first && r < x.t.last) {
+                float *to = ls_row(v, x.b, x.h, x.t.row + r) + at.column;
+                const float before = keep(i, half), more = times(i, half);
 #pragma unroll
-            for (int n = 0; n < D / 8; n++) {
-                float2 y = *(float2 *)(to + 8 * n);
-                y.x += scale * o[i][n][2 * half], y.y += scale * o[i][n][2 * half + 1];
-                *(float2 *)(to + 8 * n) = y;
+                for (int n = 0; n < D / 8; n++) {
+                    float2 y = *(float2 *)(to + 8 * n);
+                    y.x = before * y.x + more * o[i][n][2 * half], y.y = before * y.y + more * o[i][n][2 * half + 1];
+                    *(float2 *)(to + 8 * n) = y;
+                }
             }
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) o[i][n][2 * half] = o[i][n][2 * half + 1] = 0;
         }
+}
+/* v += times o. */
+template <int D, int PARTS>
+__device__ static inline void add_rows(ls_view v, const place &x, const spot &at, float times,
+                                       float (&o)[PARTS][D / 8][4])
+{
+    add_rows<D>(
+        v, x, at, [](int, int) { return 1.0f; }, [&](int, int) { return times; }, o);
 }
 
 /* ------------------------------------------------------------------------------------------------ tiles that pass */
@@ -288,25 +303,54 @@ __device__ static inline bool next_queries(const softmax_call &p, const tile &ke
 
 /* ------------------------------------------------------------------------------------------------ forward */
 
-/* Scores of 16 rows become -inf where a key may not be seen; `row`: the thread's first one. */
-__device__ static inline void mask_scores(const uint32_t seen[2], int ahead, int row, int column, float s[EIGHTS][4])
+/* Scores of 16 rows and N eights of keys become -inf where a key may not be seen; `row`: the thread's first one. */
+template <int N>
+__device__ static inline void mask_scores(const uint32_t *seen, int ahead, int row, int column, float (&s)[N][4])
 {
-    if ((seen[0] & seen[1]) == 0xffffffffu && TILE - 1 <= row + ahead) return; /* the rows see all */
-    const uint32_t bits[2] = {seen[0] >> column, seen[1] >> column};
+    uint32_t all = seen[0];
 #pragma unroll
-    for (int n = 0; n < EIGHTS; n++)
+    for (int w = 1; w < N * 8 / LS_WARP; w++) all &= seen[w];
+    if (all == 0xffffffffu && 8 * N - 1 <= row + ahead) return; /* the rows see all */
+#pragma unroll
+    for (int n = 0; n < N; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            const int there = bits[8 * n / LS_WARP] >> (8 * n % LS_WARP + e % 2) & 1;
+            const int there = seen[8 * n / LS_WARP] >> (8 * n % LS_WARP + column + e % 2) & 1;
             const int past = 8 * n + column + e % 2 <= row + 8 * (e / 2) + ahead;
             s[n][e] = there && past ? s[n][e] : -INFINITY;
         }
 }
 
-/* What the queries of a warp have seen so far: m, l (each thread of a row a part of the sum), o. */
+/* What the queries of a warp have seen since they last joined: m, l (each thread of a row a part of the sum), o. */
 template <int D, int PARTS> struct outlook {
     float m[PARTS][2], l[PARTS][2], o[PARTS][D / 8][4];
 };
+
+/* (m, l, out) of a warp's rows in memory ⊕= what they have seen, of which nothing is left. */
+template <int D, int PARTS>
+__device__ static inline void join_rows(const softmax_call &p, const place &x, const spot &at, outlook<D, PARTS> &y)
+{
+    float before[PARTS][2], more[PARTS][2]; /* weights of what is there and of what comes */
+#pragma unroll
+    for (int i = 0; i < PARTS; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int r = row_of(at, i, half);
+            const bool exists = r >= x.t.first && r < x.t.last;
+            const int64_t row = x.head * p.T + x.t.row + r;
+            float sum = y.l[i][half] + __shfl_xor_sync(0xffffffffu, y.l[i][half], 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            const ls_statistics_joined s =
+                ls_statistics_join(exists ? p.m[row] : -INFINITY, exists ? p.l[row] : 0, y.m[i][half], sum);
+            __syncwarp(); /* all threads of the row have read */
+            if (exists && at.column == 0) p.m[row] = s.m, p.l[row] = s.l;
+            before[i][half] = s.weight[0], more[i][half] = s.weight[1];
+            y.m[i][half] = -INFINITY, y.l[i][half] = 0;
+        }
+    add_rows<D>(
+        p.out, x, at, [&](int i, int half) { return before[i][half]; }, [&](int i, int half) { return more[i][half]; },
+        y.o);
+}
 
 /* A warp's rows meet 64 keys. */
 template <int D, int PARTS>
@@ -354,22 +398,9 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) forward_kern
     tile t;
     if (!next_keys(p, x.t, &w, &t)) return; /* what was seen before is all */
     ask_rows<D, PARTS, SIDE>(q, head_of<D>(p.q16, x, p.T), x.t);
-    outlook<D, PARTS> y;
+    outlook<D, PARTS> y = {};
 #pragma unroll
-    for (int i = 0; i < PARTS; i++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int r = row_of(at, i, half), exists = r >= x.t.first && r < x.t.last;
-            const int64_t row = x.head * p.T + x.t.row + r;
-            y.m[i][half] = exists ? p.m[row] : -INFINITY;
-            y.l[i][half] = exists && at.column == 0 ? p.l[row] : 0;
-            const float *from = exists ? ls_row(p.out, x.b, x.h, x.t.row + r) + at.column : NULL;
-#pragma unroll
-            for (int n = 0; n < D / 8; n++) {
-                const float2 z = exists ? *(const float2 *)(from + 8 * n) : make_float2(0, 0);
-                y.o[i][n][2 * half] = z.x, y.o[i][n][2 * half + 1] = z.y;
-            }
-        }
+    for (int i = 0; i < PARTS; i++) y.m[i][0] = y.m[i][1] = -INFINITY;
     pass_by(
         t, [&](tile *next) { return next_keys(p, x.t, &w, next); },
         [&](const tile &keys, int stage) { ask_keys<D, PARTS>(p, x, keys, stage, k, v, seen); },
@@ -377,22 +408,8 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) forward_kern
             const int ahead = ahead_of(p, x.t, keys), from = stage * of_width<D>::PASSES;
             if (busy && at.first + PARTS * PART - 1 + ahead >= 0)
                 meet_keys(p, q, k + from, v + from, seen[stage], ahead, at, y);
-        });
-#pragma unroll
-    for (int i = 0; i < PARTS; i++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int r = row_of(at, i, half);
-            const int64_t row = x.head * p.T + x.t.row + r;
-            float sum = y.l[i][half] + __shfl_xor_sync(0xffffffffu, y.l[i][half], 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            if (r < x.t.first || r >= x.t.last) continue;
-            if (at.column == 0) p.m[row] = y.m[i][half], p.l[row] = sum;
-            float *to = ls_row(p.out, x.b, x.h, x.t.row + r) + at.column;
-#pragma unroll
-            for (int n = 0; n < D / 8; n++)
-                *(float2 *)(to + 8 * n) = make_float2(y.o[i][n][2 * half], y.o[i][n][2 * half + 1]);
-        }
+        },
+        [&] { join_rows(p, x, at, y); });
 }
 
 /* ------------------------------------------------------------------------------------------------ backward */
@@ -409,18 +426,15 @@ __device__ static inline void meet_keys_backward(const softmax_call &p, const bf
         float s[PARTS][HALF_EIGHTS][4], dp[PARTS][HALF_EIGHTS][4];
         multiply_features<D>(q + at.first * of_width<D>::ROW, k + j * of_width<D>::ROW, s);
         multiply_features<D>(dout + at.first * of_width<D>::ROW, v + j * of_width<D>::ROW, dp);
-        const uint32_t bits = seen[j / HALF] >> at.column;
 #pragma unroll
-        for (int i = 0; i < PARTS; i++)
+        for (int i = 0; i < PARTS; i++) {
+            mask_scores(seen + j / HALF, ahead - j, row_of(at, i, 0), at.column, s[i]);
 #pragma unroll
             for (int n = 0; n < HALF_EIGHTS; n++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int there = bits >> (8 * n + e % 2) & 1;
-                    const int past = j + 8 * n + at.column + e % 2 <= row_of(at, i, e / 2) + ahead;
-                    const float weight = __expf(p.scale * s[i][n][e] - top[i][e / 2]);
-                    s[i][n][e] = there && past ? weight * (dp[i][n][e] - delta[i][e / 2]) : 0;
-                }
+                for (int e = 0; e < 4; e++)
+                    s[i][n][e] = __expf(p.scale * s[i][n][e] - top[i][e / 2]) * (dp[i][n][e] - delta[i][e / 2]);
+        }
         multiply_rows<D>(s, k + j * of_width<D>::ROW, dq);
     }
 }
@@ -457,17 +471,12 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) queries_back
             const int ahead = ahead_of(p, x.t, keys), from = stage * of_width<D>::PASSES;
             if (busy && at.first + PARTS * PART - 1 + ahead >= 0)
                 meet_keys_backward<D>(p, q, dout, k + from, v + from, seen[stage], ahead, at, top, delta, dq);
+        },
+        [&] {
+            add_rows<D>(
+                p.dq, x, at, [](int, int) { return 1.0f; },
+                [&](int i, int half) { return p.scale * p.inverse[x.head * p.T + x.t.row + row_of(at, i, half)]; }, dq);
         });
-#pragma unroll
-    for (int i = 0; i < PARTS; i++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int r = row_of(at, i, half);
-            const float inverse = r >= x.t.first && r < x.t.last ? p.inverse[x.head * p.T + x.t.row + r] : 0;
-#pragma unroll
-            for (int n = 0; n < D / 8; n++) dq[i][n][2 * half] *= inverse, dq[i][n][2 * half + 1] *= inverse;
-        }
-    add_rows<D>(p.dq, x, at, p.scale, dq);
 }
 
 /* m, 1 / l and δ of the queries of a tile; 0 where there are none, so that p = 0. */
@@ -545,9 +554,11 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) keys_backwar
             const int ahead = ahead_of(p, queries, x.t), from = stage * of_width<D>::PASSES;
             if (busy && at.first <= TILE - 1 + ahead)
                 meet_queries<D>(p, k, v, q + from, dout + from, known[stage], seen, ahead, at, dk, dv);
+        },
+        [&] {
+            add_rows<D>(p.dk, x, at, p.scale, dk);
+            add_rows<D>(p.dv, x, at, 1, dv);
         });
-    add_rows<D>(p.dk, x, at, p.scale, dk);
-    add_rows<D>(p.dv, x, at, 1, dv);
 }
 
 /* ------------------------------------------------------------------------------------------------ host */

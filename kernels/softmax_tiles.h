@@ -12,6 +12,10 @@ extern "C" {
 /* A tile, and what of it each of a block's threads has, see softmax.cu. */
 enum { TILE = 64, THREADS = 128, ROWS = 8, COLUMNS = 4, ACROSS = TILE / COLUMNS };
 
+/* So many tiles are summed up in registers, and then added to what is in memory: a sum over a million positions, one by
+ * one, would round each of them to what it can hold itself, and tensor cores always towards 0. */
+enum { TILES_TOGETHER = 32 };
+
 /* A call as its kernels see it. */
 typedef struct softmax_call {
     ls_view q, k, v, out, dout, dq, dk, dv;

@@ -2,6 +2,7 @@
  *
  *   refusals  the CPU, and the double build, compute in their own numbers alone; before anything is allocated
  *   memory    what a layer keeps for backward
+ *   repeated  sums over 8,192 keys or queries, known from those of 16
  *   twins     exact softmax in bf16, as it comes (by the tensor cores) and with a mask of zeros, which only the plain
  *             kernels know: the same numbers up to the order of sums, and both near those of float32 */
 #include "harness.h"
@@ -9,8 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The last: of a few probabilities that one order of sums rounds up, and the other down. */
-static const double most_of_rounding = 2e-2, least_of_rounding = 1e-4, most_of_order = 2e-3;
+/* The last: a unit of rounding, by which a probability moves that one order of sums rounds up, and the other down. */
+static const double most_of_rounding = 2e-2, least_of_rounding = 1e-4, most_of_order = 1.0 / 256;
 
 static void refused(ls_device device, int precision, ls_status expected, const char *word)
 {
@@ -169,10 +170,73 @@ static void twins(ls_context *narrow, shape of)
     problem_free(&p);
 }
 
+static ls_real *repeat_rows(int64_t n, int64_t width, int64_t times, ls_real *x)
+{
+    ls_real *y = NEW(ls_real, times * n * width);
+    for (int64_t i = 0; i < times * n * width; i++) y[i] = x[i % (n * width)];
+    free(x);
+    return y;
+}
+
+/* How far x (rows n) is from factor times y, whose n_y rows come again and again. */
+static double repeated_error(int64_t n, const ls_real *x, int64_t n_y, const ls_real *y, double factor)
+{
+    ls_real *should = NEW(ls_real, n);
+    for (int64_t i = 0; i < n; i++) should[i] = (ls_real)(factor * (double)y[i % n_y]);
+    const double error = relative_error(n, x, should, 0);
+    free(should);
+    return error;
+}
+
+/* Where all keys come 512 times, outputs do not change, and a key's gradients are shared by its repetitions; where
+ * queries do, the gradients of keys add up. A power of 2, so that little is rounded otherwise. The values' mean is not
+ * 0: their sums grow with every key, and so would what is lost of each. Where operands are rounded, p depends on the
+ * last bits of l: then keys tell of `out` alone, and on several ranks, where l is summed in another order, nothing. */
+static void repeated(ls_context *ctx, int rounds, const char *mechanism, int64_t d, int of_keys)
+{
+    enum { FEW = 16, TIMES = 512 };
+    const case_row row = {mechanism, LS_NC, "", 0};
+    const setting s = {
+        .row = &row, .level = LS_LEVEL_CORE, .layout = LS_BTHD, .B = 1, .H = 1, .d = d, .T = FEW, .S = FEW, .seed = 77};
+    problem p, l;
+    answer few = {0}, many = {0};
+    watchdog(300);
+    if (problem_draw(&s, &p) != LS_OK) {
+        verdict(0, "repeated: %s", here.error);
+        return;
+    }
+    for (int64_t i = 0; i < FEW * d; i++) p.value[i] += 1, p.dout[i] += 1;
+    l = problem_copy(&p);
+    if (of_keys)
+        l.S *= TIMES, l.key = repeat_rows(FEW, d, TIMES, l.key), l.value = repeat_rows(FEW, d, TIMES, l.value);
+    else
+        l.T *= TIMES, l.query = repeat_rows(FEW, d, TIMES, l.query), l.dout = repeat_rows(FEW, d, TIMES, l.dout);
+    const int64_t together[64] = {FEW}; /* as each rank has them all when they are many: m is the same then */
+    const int ok = problem_run(ctx, here.comm, &p, NULL, of_keys ? together : NULL, &few) == LS_OK &&
+                   problem_run(ctx, here.comm, &l, NULL, NULL, &many) == LS_OK;
+    verdict(ok, "repeated: %s: %s", p.text, ok ? "" : here.error);
+    const double share = of_keys ? 1.0 / TIMES : TIMES;
+    const struct {
+        const char *name;
+        double error;
+    } part[] = {{"out", ok ? repeated_error(many.n_out, many.out, few.n_out, few.out, 1) : 0},
+                {"dq", ok ? repeated_error(many.n_query, many.dquery, few.n_query, few.dquery, 1) : 0},
+                {"dk", ok ? repeated_error(many.n_key, many.dkey, few.n_key, few.dkey, share) : 0},
+                {"dv", ok ? repeated_error(many.n_key, many.dvalue, few.n_key, few.dvalue, share) : 0}};
+    for (int i = 0; i < (rounds && of_keys ? 1 : 4); i++)
+        verdict(part[i].error <= LAW_TOLERANCE, "repeated %s: %s: %s: error %.1e", of_keys ? "keys" : "queries", p.text,
+                part[i].name, part[i].error);
+    answer_free(&few), answer_free(&many);
+    problem_free(&p), problem_free(&l);
+}
+
 int main(int argc, char **argv)
 {
     world_open(&argc, &argv);
     refusals();
+    static const char *const summed[] = {"softmax", "abc", "performer"};
+    const int some = getenv("LONGSPAN_TEST_EVERY") == NULL ? 6 : 2; /* the emulated GPU takes its time */
+    for (int i = 0; i < some; i++) repeated(here.all, 0, summed[i / 2], 8, i % 2);
     if (test_device() == LS_CUDA && sizeof(ls_real) == sizeof(float)) {
         const ls_context_options options = {.comm = here.comm, .device = LS_CUDA, .precision = LS_BF16, .seed = 2024};
         ls_context *narrow = NULL;
@@ -180,6 +244,8 @@ int main(int argc, char **argv)
         const ls_status status = ls_context_create(&options, &narrow);
         verdict(status == LS_OK, "bf16: %s", ls_last_error());
         if (status == LS_OK) memory(narrow);
+        for (int i = 0; status == LS_OK && here.size == 1 && i < 4; i++)
+            repeated(narrow, 1, "softmax", 64 * (1 + i / 2), i % 2);
         for (int pattern = LS_NS; status == LS_OK && pattern <= LS_NC; pattern++)
             for (int64_t d = 32; d <= 128; d += 32)
                 twins(narrow, (shape){.pattern = (ls_pattern)pattern,

@@ -1,9 +1,10 @@
 /* Tensor cores under the emulator: see core/cuda_mma.h, which this header stands before. What a lane has of a matrix is
  * written here once more, from the PTX ISA's figures of ldmatrix and mma.m16n8k16, as what the number at a row and a
- * column is called; sums are floats, from the first number to the last. */
+ * column is called. A GPU rounds the sum of an instruction towards 0 (Fasi et al., 2021), and so does this. */
 #ifndef LS_CUDA_MMA_H
 #define LS_CUDA_MMA_H
 
+#include <cmath>
 #include <cuda_bf16.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -33,6 +34,12 @@ static inline void mma_meet(const mma_table &table)
 static inline float mma_number(uint32_t two, int which)
 {
     return __bfloat162float({(uint16_t)(which == 0 ? two & 0xffff : two >> 16)});
+}
+/* The float next to x on the side of 0. */
+static inline float mma_towards_0(double x)
+{
+    const float near = (float)x;
+    return std::fabs((double)near) > std::fabs(x) ? std::nextafterf(near, 0) : near;
 }
 static inline float mma_a(const mma_table &table, int row, int column)
 {
@@ -81,9 +88,13 @@ static inline void ls_mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t
     memcpy(table.a[lane], a, sizeof table.a[lane]);
     table.b[lane][0] = b0, table.b[lane][1] = b1, table.line[lane] = line;
     emulator::mma_meet(table);
-    for (int e = 0; e < 4; e++)
+    for (int e = 0; e < 4; e++) {
+        double sum = c[e];
         for (int k = 0; k < 16; k++)
-            c[e] += emulator::mma_a(table, lane / 4 + e / 2 * 8, k) * emulator::mma_b(table, k, lane % 4 * 2 + e % 2);
+            sum += (double)emulator::mma_a(table, lane / 4 + e / 2 * 8, k) *
+                   (double)emulator::mma_b(table, k, lane % 4 * 2 + e % 2);
+        c[e] = emulator::mma_towards_0(sum);
+    }
     __syncwarp();
 }
 
