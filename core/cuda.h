@@ -138,6 +138,16 @@ LS_BOTH_SIDES int ls_is_four(const ls_real *x)
     return (uintptr_t)x % sizeof(ls_four) == 0;
 }
 
+/* x y, rounded before anything is added to it: for a product that two kernels must have alike. */
+__device__ static inline float ls_multiply(float x, float y)
+{
+    return __fmul_rn(x, y);
+}
+__device__ static inline double ls_multiply(double x, double y)
+{
+    return __dmul_rn(x, y);
+}
+
 /* The sum, the maximum over the 32 threads of a warp, all of which call; every thread gets it. */
 template <typename T> __device__ static inline T ls_warp_sum(T x)
 {

@@ -400,13 +400,13 @@ static __device__ void gradients_of_keys(const windows *x, const keys *s, int64_
             visit->k[lane] = sees ? ls_row(q, b, h, w.query) : NULL;
             visit->v[lane] = sees ? ls_row(dout, b, h, w.query) : NULL;
         }
-        dots(own_k, rows, visit->k, d, piece, score);
+        dots(own_k, rows, visit->k, d, piece, score, scale); /* (scale q)·k, rounded as in the forward pass */
         dots(own_v, rows, visit->v, d, piece, gain);
         for (int u = 0; u < EACH; u++) {
             const int i = warp + u * WARPS;
             if (i >= rows) break;
             const int seen = sees && !hidden[u] && r + i >= w.from && r + i < w.to;
-            const pair a = weigh(x, seen, scale * score[u], top, inverse, w.offset + (double)(r + i), narrow);
+            const pair a = weigh(x, seen, score[u], top, inverse, w.offset + (double)(r + i), narrow);
             weight[i * WIDE + lane] = a.weight;
             dscore[i * WIDE + lane] = a.weight * gain[u] - a.a * delta;
         }

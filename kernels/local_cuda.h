@@ -124,8 +124,9 @@ __device__ static inline void load_own(ls_real *own, int r, const ls_real *row, 
         own[r * room + e] = row != NULL && e < d ? scale * row[e] : 0;
 }
 
-/* piece (32,64) = features [e0, e0 + 64) of the visitors; 0 for NULL and from d on. */
-__device__ static inline void load_piece(const ls_real *const *visitor, int64_t e0, int64_t d, ls_real *piece)
+/* piece (32,64) = scale · features [e0, e0 + 64) of the visitors; 0 for NULL and from d on. */
+__device__ static inline void load_piece(const ls_real *const *visitor, int64_t e0, int64_t d, ls_real *piece,
+                                         ls_real scale = 1)
 {
     __syncthreads();
     for (int i = threadIdx.x; i < GUESTS * PIECE / 4; i += THREADS) {
@@ -138,15 +139,16 @@ __device__ static inline void load_piece(const ls_real *const *visitor, int64_t 
             for (int k = 0; k < 4; k++)
                 if (e0 + e + k < d) x.v[k] = row[e0 + e + k];
         }
+        for (int k = 0; k < 4; k++) x.v[k] *= scale;
         *(ls_four *)(piece + i / (PIECE / 4) * PITCH + e) = x;
     }
     __syncthreads();
 }
 
-/* Of the tile's rows r = warp, warp + 4, ..: own_r · (this lane's visitor), summed in T. */
+/* Of the tile's rows r = warp, warp + 4, ..: own_r · (scale · this lane's visitor), summed in T. */
 template <typename T>
 __device__ static inline void dots(const ls_real *own, int rows, const ls_real *const *visitor, int64_t d,
-                                   ls_real *piece, T (&s)[EACH])
+                                   ls_real *piece, T (&s)[EACH], ls_real scale = 1)
 {
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
     for (int u = 0; u < EACH; u++) s[u] = 0;
@@ -156,7 +158,7 @@ __device__ static inline void dots(const ls_real *own, int rows, const ls_real *
             mine[u] = own + ls_min(warp + u * WARPS, rows - 1) * ls_fours(d) + e0;
             theirs[u] = piece + lane * PITCH;
         }
-        load_piece(visitor, e0, d, piece);
+        load_piece(visitor, e0, d, piece, scale);
         ls_dots(mine, theirs, 1, (int)ls_fours(ls_min(PIECE, d - e0)), s);
     }
 }

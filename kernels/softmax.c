@@ -219,17 +219,19 @@ static void load_gradients(ls_pass *p, const tile *t)
     ls_clean_rows(p->dout, t->b, t->h, t->q0, t->nq, p->d, p->pad_q, p->T, 1, p->work[DOUT]);
 }
 
-/* A row of scores s and of do·v becomes D p and ds. Where the tile has all that the row sees (Σ p = 1), δ is taken from
- * it, Σ p D do·v: that of the output is the same but for rounding, of which nothing else is left where p is 1. */
+/* A row of scores s and of do·v becomes D p and ds. */
 static void row_backward(int64_t n, ls_real top, ls_real inverse, ls_real delta, const ls_real *D, ls_real *restrict s,
                          ls_real *restrict ds)
 {
-    ls_real mass = 0, flow = 0;
+    ls_real mass = 0, flow = 0, size = 0;
     for (int64_t j = 0; j < n; j++) s[j] = inverse * ls_exp(s[j] - top);
     for (int64_t j = 0; D != NULL && j < n; j++) ds[j] *= s[j] > 0 ? D[j] : 0;
-#pragma omp simd reduction(+ : mass, flow)
-    for (int64_t j = 0; j < n; j++) mass += s[j], flow += s[j] * ds[j];
-    if (ls_statistics_whole(mass)) delta = flow / mass;
+#pragma omp simd reduction(+ : mass, flow, size)
+    for (int64_t j = 0; j < n; j++) {
+        const ls_real of_j = s[j] * ds[j];
+        mass += s[j], flow += of_j, size += of_j < 0 ? -of_j : of_j;
+    }
+    delta = ls_statistics_delta(mass, flow, size, delta);
     for (int64_t j = 0; j < n; j++) ds[j] = s[j] * (ds[j] - delta);
     for (int64_t j = 0; D != NULL && j < n; j++) s[j] *= s[j] > 0 ? D[j] : 0;
 }

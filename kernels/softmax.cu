@@ -549,18 +549,22 @@ __global__ static void __launch_bounds__(THREADS, N == 1 ? 3 : 2) queries_backwa
                     const int r = r0 + i;
                     if (EXTRAS && (p.draws || (p.dropout_mask != NULL && top[i] != INFINITY))) {
                         const ls_four D = dropout(p, x, x.t.row + r, x.t.at + r, t.at + c0, seen);
-                        for (int j = 0; j < COLUMNS; j++) dp[i][j] *= D.v[j];
+                        for (int j = 0; j < COLUMNS; j++) dp[i][j] = ls_multiply(dp[i][j], D.v[j]);
                     }
                     const int lives = top[i] != INFINITY; /* else masks may hold anything */
                     ls_four e, ds;                        /* e: p l */
-                    ls_real mass = 0, flow = 0;
+                    ls_real mass = 0, flow = 0, size = 0;
                     for (int j = 0; j < COLUMNS; j++) {
                         e.v[j] = lives ? ls_exp(s[i][j] - top[i]) : 0;
                         if (EXTRAS && !lives) dp[i][j] = 0;
-                        mass += e.v[j], flow += e.v[j] * dp[i][j];
+                        const ls_real of_j = e.v[j] * dp[i][j];
+                        mass += e.v[j], flow += of_j, size += of_j < 0 ? -of_j : of_j;
                     }
-                    mass = across(mass, sum()), flow = across(flow, sum());
-                    if (lives && !p.narrow && ls_statistics_whole(mass * p.inverse[row + r])) delta[i] = flow / mass;
+                    mass = across(mass, sum()), flow = across(flow, sum()), size = across(size, sum());
+                    if (lives && !p.narrow) {
+                        const ls_real inverse = p.inverse[row + r];
+                        delta[i] = ls_statistics_delta(inverse * mass, inverse * flow, inverse * size, delta[i]);
+                    }
                     for (int j = 0; j < COLUMNS; j++) ds.v[j] = e.v[j] * (dp[i][j] - delta[i]);
                     gradients[staying(r, c0 / COLUMNS)] = narrowed<EXTRAS>(p, ds);
                 }
@@ -619,7 +623,7 @@ template <int N, bool EXTRAS> __global__ static void __launch_bounds__(THREADS, 
                             const int visible = (seen >> i & 1) && (!p.causal || key <= t.at + c);
                             if (mask != NULL && visible) s[i][j] += mask[key];
                             const ls_real prob = visible ? inverse * ls_exp(s[i][j] - top) : 0;
-                            dp[i][j] = prob * (D.v[i - half] * dp[i][j] - delta);
+                            dp[i][j] = prob * (ls_multiply(dp[i][j], D.v[i - half]) - delta);
                             s[i][j] = prob * D.v[i - half];
                         }
                     }

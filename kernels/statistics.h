@@ -32,11 +32,14 @@ LS_BOTH_SIDES ls_statistics_joined ls_statistics_join(ls_real m, ls_real l, ls_r
     return x;
 }
 
-/* Are probabilities that sum to `mass` all of a row's, but for the rounding of the sum? */
-LS_BOTH_SIDES int ls_statistics_whole(ls_real mass)
+/* The δ of a row in backward: where a tile has all that the row sees, what the tile gives, flow / mass, of mass = Σ p,
+ * flow = Σ p D do·v, size = Σ p |D do·v|. The δ of the output is the same but for rounding, of which nothing else is
+ * left where one p is 1. But where the key of that p is dropped, δ is what others give: so they must be near. */
+LS_BOTH_SIDES ls_real ls_statistics_delta(ls_real mass, ls_real flow, ls_real size, ls_real delta)
 {
-    const ls_real off = mass - 1, most = sizeof(ls_real) == sizeof(float) ? (ls_real)4e-7 : (ls_real)1e-15;
-    return off < most && off > -most;
+    const ls_real most = sizeof(ls_real) == sizeof(float) ? (ls_real)4e-7 : (ls_real)1e-15;
+    const ls_real off = mass - 1, apart = flow / mass - delta, near = 10 * most * size;
+    return off < most && off > -most && apart <= near && apart >= -near ? flow / mass : delta;
 }
 
 #endif

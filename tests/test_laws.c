@@ -728,6 +728,33 @@ static int dropout_seen(ls_context *ctx, MPI_Comm comm, int training, uint64_t s
     return status;
 }
 
+/* A key that has nearly all of p is dropped: what is left, Σ_j p_j v_j of keys elsewhere, is small but no rounding.
+ * With q = v = do = 1, D = 2 and n such keys, of logits 0 beside one of `logit`: δ = 2 n e / (1 + n e), e = e^-logit.
+ */
+static void the_key_is_dropped(int64_t n, double logit)
+{
+    problem p = {0};
+    answer a;
+    verdict(ls_attention_defaults("softmax", &p.options) == LS_OK, "dropout: %s", ls_last_error());
+    p.options.pattern = LS_NC;
+    p.options.embed_dim = p.options.num_heads = 1;
+    p.options.scale = 1;
+    problem_shape(&p, 1, 1, n + 1);
+    p.query = NEW(ls_real, 1), p.key = NEW(ls_real, n + 1), p.value = NEW(ls_real, n + 1);
+    p.dout = NEW(ls_real, 1), p.dropout_mask = NEW(ls_real, n + 1), p.params = NEW(ls_real, 1);
+    p.query[0] = p.dout[0] = 1, p.key[0] = (ls_real)logit;
+    for (int64_t j = 0; j <= n; j++) p.value[j] = 1, p.dropout_mask[j] = j == 0 ? 0 : 2;
+    const double others = (double)n * exp(-logit), delta = 2 * others / (1 + others), dk = -delta / (1 + others);
+    const int status = problem_run(here.all, here.comm, &p, NULL, NULL, &a);
+    const double error = status == LS_OK
+                             ? fmax(fabs((double)a.dkey[0] / dk - 1), fabs((double)a.dquery[0] / (logit * dk) - 1))
+                             : INFINITY;
+    verdict(error <= LAW_TOLERANCE, "dropout: of %lld keys the one with nearly all of p is dropped: error %.1e %s",
+            (long long)n + 1, error, status == LS_OK ? "" : here.error);
+    answer_free(&a);
+    problem_free(&p);
+}
+
 static void dropout_is_a_mask(void)
 {
     const int64_t B = 3, H = 2, n = 64, block = H * n * n;
@@ -792,6 +819,8 @@ static void softmax_extras(void)
                 weights_are_probabilities(row, (padding)pad, pad % 2 ? LS_LEVEL_LAYER : LS_LEVEL_CORE);
     for (int pattern = LS_NS; pattern <= LS_CC; pattern++) all_masked((ls_pattern)pattern);
     dropout_is_a_mask();
+    the_key_is_dropped(1, 18);
+    the_key_is_dropped(299, 25);
 }
 
 /* ------------------------------------------------------------------------------------------------ promises */

@@ -248,6 +248,17 @@ static inline float __fdividef(float x, float y)
 {
     return x / y;
 }
+/* rounded before anything is added to it: what went through memory takes no part in a fused multiply-add */
+static inline float __fmul_rn(float x, float y)
+{
+    const volatile float z = x * y;
+    return z;
+}
+static inline double __dmul_rn(double x, double y)
+{
+    const volatile double z = x * y;
+    return z;
+}
 /* as the hardware does it, whose error grows with |x|; not by its name, which glibc has taken */
 static inline float emulator_expf(float x)
 {
