@@ -41,6 +41,7 @@ ls_status bench_fill(ls_context *ctx, ls_real *x, int64_t n);
 typedef struct ceilings {
     ls_context *ctx;
     ls_real *x;
+    ls_operand factor[2];   /* of the product, as the device takes them without a copy */
     int64_t side, products; /* of a square matrix; how many products are timed at once */
     int64_t reals, copies;  /* that are copied; how often */
 } ceilings;
