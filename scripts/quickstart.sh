@@ -6,7 +6,9 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
-[ "${1-}" != --help ] || { sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 0; }
+case ${1-} in
+-h | --help) sed -n '2,5s/^# \{0,1\}//p' "$0" && exit 0 ;;
+esac
 
 longspan=$root/build/longspan data=$root/data/kjv-web run=$root/runs/quickstart
 mpirun=$root/scripts/mpirun.sh
