@@ -22,9 +22,13 @@
 
 extern const ls_cuda_mechanism ls_softmax_cuda;
 
-enum { TQ = 128, TK = 256 };                                                           /* tile of queries, of keys */
-enum { TOP };                                                                          /* saved[] */
-enum { MAXIMUM, SUM, DELTA = LS_SOFTMAX_DELTA, SCORES, DSCORES, QUERIES, DOUT, DROP }; /* work[] */
+enum { TQ = 128, TK = 256 }; /* tile of queries, of keys */
+/* So many tiles are summed up aside, and then added to what is there: one by one, a sum over a million keys would round
+ * each of them to what it can hold itself. */
+enum { TILES_TOGETHER = 16 };
+enum { TOP }; /* saved[] */
+/* work[]; PART.. are of a tile of queries: out or dq, m, l */
+enum { MAXIMUM, SUM, DELTA = LS_SOFTMAX_DELTA, SCORES, DSCORES, QUERIES, DOUT, DROP, PART, PART_MAXIMUM, PART_SUM };
 
 void ls_softmax_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
@@ -38,6 +42,9 @@ void ls_softmax_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[QUERIES] = ls_take(work, TQ * p->d);
     p->work[DOUT] = ls_take(work, TQ * p->d);
     p->work[DROP] = ls_take(work, TK);
+    p->work[PART] = ls_take(work, TQ * p->d);
+    p->work[PART_MAXIMUM] = ls_take(work, TQ);
+    p->work[PART_SUM] = ls_take(work, TQ);
 }
 
 static int is_padded(const uint8_t *pad, int64_t row)
@@ -52,8 +59,10 @@ typedef struct tile {
     int64_t b, h, q0, nq, i0, k0, nk, j0;
 } tile;
 
-/* Calls work for every tile of the visiting block that is not wholly in the future. */
-static void each_tile(ls_pass *p, void (*begin)(ls_pass *, const tile *), void (*work)(ls_pass *, const tile *))
+/* Calls work for every tile of the visiting block that is not wholly in the future; of each tile of queries begin comes
+ * first, and join after some tiles and at the end. */
+static void each_tile(ls_pass *p, void (*begin)(ls_pass *, const tile *), void (*work)(ls_pass *, const tile *),
+                      void (*join)(ls_pass *, const tile *))
 {
     for (int64_t b = 0; b < p->B; b++)
         for (int64_t h = 0; h < p->H; h++)
@@ -61,6 +70,7 @@ static void each_tile(ls_pass *p, void (*begin)(ls_pass *, const tile *), void (
                 const ls_span q = p->query_span[qs];
                 for (int64_t i = 0; i < q.n; i += TQ) {
                     tile t = {.b = b, .h = h, .q0 = q.row + i, .nq = ls_min(TQ, q.n - i), .i0 = q.lo + i};
+                    int64_t met = 0;
                     begin(p, &t);
                     for (int ks = 0; ks < p->visit.spans; ks++) {
                         const ls_span k = p->visit.span[ks];
@@ -68,8 +78,10 @@ static void each_tile(ls_pass *p, void (*begin)(ls_pass *, const tile *), void (
                             if (p->pattern == LS_CS && k.lo + j > t.i0 + t.nq - 1) break;
                             t.k0 = k.row + j, t.nk = ls_min(TK, k.n - j), t.j0 = k.lo + j;
                             work(p, &t);
+                            if (++met % TILES_TOGETHER == 0) join(p, &t);
                         }
                     }
+                    if (met % TILES_TOGETHER != 0) join(p, &t);
                 }
             }
 }
@@ -135,13 +147,26 @@ static void load_queries(ls_pass *p, const tile *t)
     ls_clean_rows(p->q, t->b, t->h, t->q0, t->nq, p->d, p->pad_q, p->T, (ls_real)p->scale, p->work[QUERIES]);
 }
 
+static void begin_part(ls_pass *p, const tile *t)
+{
+    ls_zero(p->work[PART], t->nq * p->d);
+    ls_zero(p->work[PART_SUM], t->nq);
+    for (int64_t i = 0; i < t->nq; i++) p->work[PART_MAXIMUM][i] = -INFINITY;
+}
+
+static void begin_queries(ls_pass *p, const tile *t)
+{
+    load_queries(p, t);
+    begin_part(p, t);
+}
+
 static void forward_tile(ls_pass *p, const tile *t)
 {
     scores(p, t);
     const int64_t row = (t->b * p->H + t->h) * p->T + t->q0;
     for (int64_t i = 0; i < t->nq; i++) {
-        ls_real *s = p->work[SCORES] + i * TK, *out = ls_row(p->out, t->b, t->h, t->q0 + i);
-        ls_real *m = p->work[MAXIMUM] + row + i, *l = p->work[SUM] + row + i;
+        ls_real *s = p->work[SCORES] + i * TK, *out = p->work[PART] + i * p->d;
+        ls_real *m = p->work[PART_MAXIMUM] + i, *l = p->work[PART_SUM] + i;
         if (p->weights != NULL) memcpy(p->weights + (row + i) * p->all_keys + t->j0, s, (size_t)t->nk * sizeof *s);
         const ls_real here = ls_row_max(t->nk, s);
         if (here > *m) {
@@ -155,14 +180,29 @@ static void forward_tile(ls_pass *p, const tile *t)
         for (int64_t j = 0; D != NULL && j < t->nk; j++) s[j] = s[j] > 0 ? s[j] * D[j] : 0;
     }
     const ls_view v = p->visit.v;
-    ls_gemm(0, 0, t->nq, p->d, t->nk, 1, p->work[SCORES], TK, ls_row(v, t->b, t->h, t->k0), v.st, 1,
-            ls_row(p->out, t->b, t->h, t->q0), p->out.st);
+    ls_gemm(0, 0, t->nq, p->d, t->nk, 1, p->work[SCORES], TK, ls_row(v, t->b, t->h, t->k0), v.st, 1, p->work[PART],
+            p->d);
+}
+
+/* (m, l, out) ⊕= the part's. */
+static void join_queries(ls_pass *p, const tile *t)
+{
+    const int64_t row = (t->b * p->H + t->h) * p->T + t->q0;
+    for (int64_t i = 0; i < t->nq; i++) {
+        ls_real *m = p->work[MAXIMUM] + row + i, *l = p->work[SUM] + row + i;
+        ls_real *out = ls_row(p->out, t->b, t->h, t->q0 + i);
+        const ls_real *part = p->work[PART] + i * p->d;
+        const ls_statistics_joined x = ls_statistics_join(*m, *l, p->work[PART_MAXIMUM][i], p->work[PART_SUM][i]);
+        *m = x.m, *l = x.l;
+        for (int64_t e = 0; e < p->d; e++) out[e] = x.weight[0] * out[e] + x.weight[1] * part[e];
+    }
+    begin_part(p, t);
 }
 
 ls_status ls_softmax_visit(ls_pass *p, int phase)
 {
     (void)phase;
-    each_tile(p, load_queries, forward_tile);
+    each_tile(p, begin_queries, forward_tile, join_queries);
     return LS_OK;
 }
 
@@ -213,9 +253,9 @@ ls_status ls_softmax_finish_backward(ls_pass *p, int phase)
     return LS_OK;
 }
 
-static void load_gradients(ls_pass *p, const tile *t)
+static void begin_gradients(ls_pass *p, const tile *t)
 {
-    load_queries(p, t);
+    begin_queries(p, t);
     ls_clean_rows(p->dout, t->b, t->h, t->q0, t->nq, p->d, p->pad_q, p->T, 1, p->work[DOUT]);
 }
 
@@ -254,14 +294,20 @@ static void backward_tile(ls_pass *p, const tile *t)
     }
     ls_gemm(1, 0, t->nk, d, t->nq, 1, s, TK, p->work[DOUT], d, 1, ls_row(v->dv, t->b, t->h, t->k0), v->dv.st);
     ls_gemm(1, 0, t->nk, d, t->nq, 1, ds, TK, p->work[QUERIES], d, 1, ls_row(v->dk, t->b, t->h, t->k0), v->dk.st);
-    ls_gemm(0, 0, t->nq, d, t->nk, p->scale, ds, TK, ls_row(v->k, t->b, t->h, t->k0), v->k.st, 1,
-            ls_row(p->dq, t->b, t->h, t->q0), p->dq.st);
+    ls_gemm(0, 0, t->nq, d, t->nk, p->scale, ds, TK, ls_row(v->k, t->b, t->h, t->k0), v->k.st, 1, p->work[PART], d);
+}
+
+static void join_gradients(ls_pass *p, const tile *t)
+{
+    for (int64_t i = 0; i < t->nq; i++)
+        ls_axpy(p->d, 1, p->work[PART] + i * p->d, ls_row(p->dq, t->b, t->h, t->q0 + i));
+    begin_part(p, t);
 }
 
 ls_status ls_softmax_visit_backward(ls_pass *p, int phase)
 {
     (void)phase;
-    each_tile(p, load_gradients, backward_tile);
+    each_tile(p, begin_gradients, backward_tile, join_gradients);
     return LS_OK;
 }
 
