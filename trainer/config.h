@@ -86,6 +86,8 @@ typedef struct config_key {
     const char *initial;      /* the default as text */
     const char *help;
 } config_key;
+/* The value as config_text writes it; "" for an option that the mechanism has not. */
+void config_value(const config_key *key, const config *c, char *text, size_t size);
 /* NULL past the end. */
 const config_key *config_key_at(int index);
 /* Every key with its default, range and a line of help, then the options of every mechanism. */
