@@ -25,8 +25,8 @@ static const char usage[] =
     "Trains a model; run it under mpirun or srun for more than one rank. Checkpoints, metrics.jsonl and the resolved\n"
     "config.yaml go to run.directory, which only one training uses at a time. SIGTERM, SIGUSR1 and Ctrl-C end the run\n"
     "after the current step, with a checkpoint; an evaluation that is due then is made when the run goes on. mpirun\n"
-    "passes SIGUSR1 on to the ranks; after SIGTERM or Ctrl-C it kills them itself within seconds, unless it has\n"
-    "--mca odls_base_sigkill_timeout SECONDS: where a step may take longer, send it SIGUSR1, or SIGTERM to a rank.\n"
+    "passes SIGUSR1 on to the ranks, but after SIGTERM or Ctrl-C it kills them within about 2 seconds: where a step\n"
+    "takes longer, send SIGUSR1 to mpirun, or SIGTERM to a rank.\n"
     "\n"
     "  --set KEY=VALUE    change a key of the configuration, e.g. train.steps=100; may be given many times\n"
     "  --resume WHAT      none: start anew (default; refuses a directory that holds checkpoints)\n"
@@ -136,11 +136,8 @@ static ls_status read_config(const train_options *o, run *t)
     ls_status status = config_parse(o->file, text, size, o->set.item, o->set.count, &t->c);
     free(text);
     if (status == LS_OK) status = config_text(&t->c, &t->config_text);
-    if (status == LS_OK && t->c.data.path[0] == 0) {
-        status = ls_fail(LS_ERR_ARGUMENT, "%s: data.path: which data set?", o->file);
-    } else if (status == LS_OK && t->c.run.directory[0] == 0) {
-        status = ls_fail(LS_ERR_ARGUMENT, "%s: run.directory: where do checkpoints and metrics go?", o->file);
-    }
+    if (status == LS_OK && (status = config_check_training(&t->c)) != LS_OK)
+        status = ls_fail(status, "%s: %s", o->file, ls_last_error());
     return agree(t->r, status);
 }
 
@@ -348,6 +345,21 @@ static void print_plan(const run *t)
     printf("  %-16sparameters %.1f MiB, gradients %.1f MiB, optimizer %.1f MiB on each rank; activations come on top\n",
            "memory", mib, mib, 2 * mib);
     if (t->resume[0] != 0) printf("  %-16sfrom %s\n", "goes on", t->resume);
+}
+
+/* Said before weeks of training, not after: what `longspan generate` would refuse. */
+static void print_warnings(const config *c)
+{
+    const struct {
+        const char *mechanism, *where;
+        ls_pattern pattern;
+    } used[] = {{c->model.decoder.mechanism, "decoder", LS_CS}, {c->model.cross.mechanism, "cross", LS_CC}};
+    for (int i = 0; i < 2; i++)
+        if (!ls_mechanism_has_step(used[i].mechanism, used[i].pattern))
+            printf(
+                "warning: model.%s.mechanism: %s cannot decode token by token, so longspan generate will refuse this "
+                "model\n",
+                used[i].where, used[i].mechanism);
 }
 
 /* ------------------------------------------------------------------------------------------------ a step */
@@ -578,6 +590,7 @@ static ls_status train(const train_options *o, run *t)
         LS_TRY(resume(t));
     else
         LS_TRY(agree(t->r, start(t)));
+    if (t->r->rank == 0) print_warnings(&t->c);
     if (o->dry_run) {
         if (t->r->rank == 0) print_plan(t);
         return LS_OK;
