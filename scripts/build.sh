@@ -1,6 +1,11 @@
 #!/usr/bin/env bash
 # Installs what is missing and builds the library and the program in build/ (no tests): scripts/build.sh
 set -euo pipefail
+case ${1-} in
+'') ;;
+-h | --help) sed -n '2s/^# //p' "$0" && exit 0 ;;
+*) echo "build.sh: unknown option $1: it takes none" >&2 && exit 2 ;;
+esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$root/scripts/setup.sh"
 cmake -S "$root" -B "$root/build" -G Ninja -DCMAKE_BUILD_TYPE=Release

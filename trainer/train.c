@@ -542,7 +542,7 @@ static ls_status loop(run *t)
     t->saved = t->w.s.step;
     t->sent = bytes_sent(t->r);
     /* what was due when a signal ended the run before */
-    if (t->saved > t->evaluated && due(t->saved, c->train.evaluate_every)) LS_TRY(evaluate(t));
+    if (t->saved > 0 && t->saved > t->evaluated && due(t->saved, c->train.evaluate_every)) LS_TRY(evaluate(t));
     while (t->w.s.step < c->train.steps && !stop) {
         LS_TRY(take_step(t, &stop));
         const int last = t->w.s.step == c->train.steps;
