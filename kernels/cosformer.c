@@ -11,7 +11,7 @@
 static const ls_option_info options[] = {
     {"act", "act", RELU, RELU, ONE_PLUS_ELU, 1, "what makes features positive: 0 relu, 1 1 + elu"},
     {"max_len", "max_len", 0, 0, 1099511627776.0, 1,
-     "length at which two positions are a right angle apart; 0: that of the sequence (NS, NC; CS and CC must give it)"},
+     "length at which two positions are a right angle apart; 0: that of the sequence (NS, NC; CS, CC need it)"},
     {"eps", "eps", 1e-6, 0, 1, 0, "the least denominator"},
     {.name = NULL},
 };

@@ -4,11 +4,11 @@
 #
 #   scripts/bench-encoders.sh [RANKS [WINDOW [MECHANISM ...]]]     default: 2 ranks, 1048576 bytes, all linear mechanisms
 set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 case ${1-} in
 -h | --help) sed -n '2,5s/^# \{0,1\}//p' "$0" && exit 0 ;;
--*) echo "bench-encoders.sh: unknown option $1: see --help" >&2 && exit 2 ;;
+-*) echo "bench-encoders.sh: unknown option $1 (see --help)" >&2 && exit 2 ;;
 esac
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 ranks=${1:-2} window=${2:-1048576}
 shift $(($# < 2 ? $# : 2))
 [ $# -gt 0 ] || set -- local abc nystrom performer lara cosformer probsparse s4d longshort

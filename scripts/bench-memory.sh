@@ -5,11 +5,11 @@
 #
 # The last column is what each further position costs; a linear mechanism keeps it level.
 set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 case ${1-} in
 -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0" && exit 0 ;;
--*) echo "bench-memory.sh: unknown option $1: see --help" >&2 && exit 2 ;;
+-*) echo "bench-memory.sh: unknown option $1 (see --help)" >&2 && exit 2 ;;
 esac
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 ranks=${1:-2}
 [ $# -lt 1 ] || shift
 [ $# -gt 0 ] || set -- 8192 16384 32768 65536 131072

@@ -3,7 +3,7 @@
 set -euo pipefail
 case ${1-} in
 '') ;;
--h | --help) sed -n '2s/^# \{0,1\}//p' "$0" && exit 0 ;;
+-h | --help) sed -n '2s/^# //p' "$0" && exit 0 ;;
 *) echo "build.sh: unknown option $1: it takes none" >&2 && exit 2 ;;
 esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

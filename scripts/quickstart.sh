@@ -6,9 +6,14 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
-case ${1-} in
--h | --help) sed -n '2,5s/^# \{0,1\}//p' "$0" && exit 0 ;;
-esac
+case ${1-} in -h | --help) sed -n '2,5s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
+for ((i = 1; i <= $#; i++)); do # now, not after minutes
+  case ${!i} in
+  --set) i=$((i + 1)) && [ $i -le $# ] || { echo "quickstart.sh: --set needs KEY=VALUE" >&2 && exit 2; } ;;
+  --set=*) ;;
+  *) echo "quickstart.sh: unknown option ${!i} (see --help)" >&2 && exit 2 ;;
+  esac
+done
 
 longspan=$root/build/longspan data=$root/data/kjv-web run=$root/runs/quickstart
 mpirun=$root/scripts/mpirun.sh

@@ -160,6 +160,21 @@ refused(cpu, ["--device", "tpu"], 2, ["cpu, cuda"])
 refused(cpu, ["--precision", "fp8"], 2, ["float32, tf32, bf16"])
 refused(cpu, ["--precision", "bf16"], 2, ["is for GPUs"])
 refused(cpu, model, 2, ["data.max_source"])
+kept = os.path.join(scratch, "kept.csv")
+with open(kept, "w") as file:
+    file.write("figures of a long day")
+for arguments, word in (
+        (["--set", "local.window=0", "--mechanism", "abc"], "window = 0 is out of range"),
+        (["--set", "abc.num_slots=3x"], "'3x' is not a number"),
+        (["--set", "abc.slots=3"], "no option"),
+        (["--mechanism", "lara", "--pattern", "CC"], "nothing to time"),
+        (["--mechanism", "softmax", "--length", "8K"], "nothing to time"),
+        (["--heads", "3"], "not divisible")):
+    refused(cpu, TINY + arguments + ["--csv", kept], 2, [word])
+with open(kept) as file:
+    if file.read() != "figures of a long day":
+        fail(f"{kept}: emptied by a command line that was refused")
+refused(cpu, TINY + ["--mechanism", "abc", "--pattern", "NS", "--csv", "/dev/full"], 4, ["/dev/full cannot be written"])
 refused(cpu, model + ["--mechanism", "abc"], 2, ["configuration"])
 refused(cpu, ["--train", os.path.join(scratch, "nothing.yaml")], 4, ["nothing.yaml"])
 if run(cpu, TINY + ["--device", "cuda", "--mechanism", "abc"]).returncode == 0:

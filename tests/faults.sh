@@ -3,7 +3,7 @@
 #   faults.sh LONGSPAN SCRATCH_FOLDER
 set -uo pipefail
 [ $# -eq 2 ] || { echo "usage: tests/faults.sh LONGSPAN SCRATCH_FOLDER" >&2; exit 2; }
-longspan=$(realpath "$1")
+longspan=$(realpath "$1") scripts=$(cd "$(dirname "$0")/../scripts" && pwd)
 mpirun="mpirun --oversubscribe --allow-run-as-root --bind-to none"
 rm -rf "$2" && mkdir -p "$2" && cd "$2" || exit 1
 passed=0 failed=0
@@ -105,6 +105,12 @@ for percent in 30 60 80; do
   refuse "checkpoint with a bit flipped at $percent%" 3 "flipped.h5" -- train good.yaml --resume flipped.h5
 done
 refuse "a directory that holds a run" 2 "resume" -- train good.yaml --set run.directory=well
+mkdir alone broken && cp well/best.h5 alone && cp $good broken/step-000001.h5 && cut_to $good 50 broken/step-000002.h5
+refuse "a directory that holds only best.h5" 2 "alone/best.h5 is there already" -- train good.yaml --set run.directory=alone
+refuse "resume from a damaged checkpoint beside a whole one" 3 "broken/step-000001.h5 is whole" -- \
+  train good.yaml --set run.directory=broken --resume auto
+refuse "resume with another batch" 2 "train.batch=2, the configuration has 4" -- train good.yaml --resume $good \
+  --set train.batch=4
 refuse "resume with another model" 2 "model.embed_dim" -- train good.yaml --resume $good --set model.embed_dim=32
 refuse "generate: an unknown key" 2 "model.width" -- generate $good --set model.width=3 --input good.tsv
 refuse "empty source" 2 "empty" -- generate $good --input /dev/null
@@ -134,6 +140,49 @@ during() { # NAME CODE FRAGMENT HOW RANK
 during "a rank without memory" 6 "rank 2" memory 2
 during "a loss that is not a number" 5 "step 2" nan 1
 during "a rank that the others do not hear of" 1 "rank 1: step 2" lost 1
+
+# ---- two trainings in one directory; Ctrl-C, which saves and leaves the evaluation that is due to the next run
+rm -rf out && mkdir out
+long=(train good.yaml --set train.steps=1000000 --set train.evaluate_every=1 --set train.save_every=0)
+"$longspan" "${long[@]}" >long 2>&1 &
+pid=$!
+while [ "$(cat out/run/metrics.jsonl 2>/dev/null | wc -l)" -lt 4 ] && kill -0 $pid 2>/dev/null; do sleep 0.01; done
+timeout 20 "$longspan" "${long[@]}" --resume auto >stdout 2>stderr && got=0 || got=$?
+if [ $got -ne 2 ] || ! grep -q '^longspan: .*another training is running in out/run' stderr; then
+  complain "a second training in a directory: exit code $got"
+else passed=$((passed + 1)); fi
+kill -INT $pid
+wait $pid && got=0 || got=$?
+cp long stderr
+step=$(sed -n 's/^stopped by a signal after step \([0-9]*\) .*/\1/p' long)
+evaluations() { grep -c "^{\"step\":$step,\"valid_nll\"" out/run/metrics.jsonl; }
+if [ $got -ne 0 ] || [ ! -f "$(printf 'out/run/step-%06d.h5' "$step")" ]; then complain "Ctrl-C: exit code $got"
+elif [ "$(evaluations)" -ne 0 ]; then complain "Ctrl-C: step $step was evaluated first"
+elif ! "$longspan" train good.yaml --set train.steps=$((step + 1)) --set train.evaluate_every=1 --resume auto >stdout 2>stderr ||
+  [ "$(evaluations)" -ne 1 ]; then complain "after Ctrl-C: $(evaluations) evaluations of step $step"
+else passed=$((passed + 1)); fi
+
+# ---- a limit on the size of files, which MPI itself can live with
+printf 'd\t%05000000d\t1\n' 0 >large.tsv
+rm -rf out && mkdir out
+(ulimit -f 8192 && exec "$longspan" pack --train large.tsv --out out/x.h5) >stdout 2>stderr && got=0 || got=$?
+if [ $got -ne 4 ] || ! grep -q '^longspan: .*File too large' stderr || [ -n "$(ls -A out)" ]; then
+  complain "a file that may not grow: exit code $got, left $(ls -A out)"
+else passed=$((passed + 1)); fi
+
+# ---- what is told before it costs time; every script says what it does, without doing it
+if ! "$longspan" train good.yaml --dry-run --set model.decoder.mechanism=probsparse 2>stderr |
+  grep -q '^warning: model.decoder.mechanism: probsparse cannot decode'; then complain "no warning of a decoder without steps"
+else passed=$((passed + 1)); fi
+"$longspan" info --json --markdown >stdout 2>stderr && got=0 || got=$?
+if [ $got -ne 2 ]; then complain "info --json --markdown: exit code $got"; else passed=$((passed + 1)); fi
+for script in "$scripts"/*.sh "$scripts"/data/*.sh "$scripts"/plot-bench "$scripts"/scaling; do
+  timeout 10 "$script" --help >stdout 2>stderr </dev/null && got=0 || got=$?
+  if [ $got -ne 0 ] || [ ! -s stdout ]; then complain "$script --help: exit code $got"; else passed=$((passed + 1)); fi
+  [ "${script##*/}" != mpirun.sh ] || continue # its options are mpirun's
+  timeout 10 "$script" --frobnicate >stdout 2>stderr </dev/null && got=0 || got=$?
+  if [ $got -ne 2 ] || [ ! -s stderr ]; then complain "$script --frobnicate: exit code $got"; else passed=$((passed + 1)); fi
+done
 
 printf '%d passed, %d failed\n' $passed $failed
 [ $failed -eq 0 ] && [ $passed -gt 0 ]

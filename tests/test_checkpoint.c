@@ -139,6 +139,22 @@ static const char *below(const char *directory, const char *name)
     return in_folder(both);
 }
 
+/* The file, opened for changes by hand. */
+static hid_t open_to_change(const char *path)
+{
+    const hid_t f = H5Fopen(path, H5F_ACC_RDWR, H5P_DEFAULT);
+    assert_true(f >= 0);
+    return f;
+}
+
+static void change_number(hid_t f, const char *object, const char *name, uint64_t value)
+{
+    const hid_t o = H5Oopen(f, object, H5P_DEFAULT), a = H5Aopen(o, name, H5P_DEFAULT);
+    assert_true(a >= 0 && H5Awrite(a, H5T_NATIVE_UINT64, &value) >= 0);
+    H5Aclose(a);
+    H5Oclose(o);
+}
+
 /* ------------------------------------------------------------------------------------------------ save and load */
 
 static void comes_back(void **state)
@@ -193,6 +209,35 @@ static void keeps_the_newest(void **state)
     expect_step(below(run, "step-000020.h5"), &m, 20);
     save_step(run, 0, 0, &m, 30);
     assert_int_equal(count_files(run, "step-"), 4);
+}
+
+/* best.h5 alone is a checkpoint like others; beside one that is damaged the newest whole one is found. */
+static void finds_what_to_go_on_from(void **state)
+{
+    (void)state;
+    const model m = usual_model();
+    const char *run = fresh("found"), *best = below(run, "best.h5"), *newest = below(run, "step-000007.h5");
+    char path[1200];
+    save_step(run, 1, 1, &m, 4);
+    expect_ok(checkpoint_latest(run, path), "latest");
+    assert_string_equal(path, best);
+    for (int64_t step = 5; step <= 7; step++) save_step(run, 0, 9, &m, step);
+    expect_ok(checkpoint_latest(run, path), "latest");
+    assert_string_equal(path, newest);
+    const int from_the_newest[] = {7, 6, 5};
+    static const char *const wanted[] = {"step-000006.h5", "step-000005.h5", "best.h5"};
+    for (int i = 0; i < 3; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "step-%06d.h5", from_the_newest[i]);
+        const hid_t f = open_to_change(below(run, name));
+        change_number(f, "params/embedding", "digest", 4);
+        H5Fclose(f);
+        expect_ok(checkpoint_other(newest, path), "other");
+        assert_string_equal(path, below(run, wanted[i]));
+    }
+    remove(best);
+    expect_ok(checkpoint_other(newest, path), "none");
+    assert_string_equal(path, "");
 }
 
 static void removes_leftovers(void **state)
@@ -308,22 +353,6 @@ static void bad_places_are_refused(void **state)
 
 /* ------------------------------------------------------------------------------------------------ damage */
 
-/* The file, opened for changes by hand. */
-static hid_t open_to_change(const char *path)
-{
-    const hid_t f = H5Fopen(path, H5F_ACC_RDWR, H5P_DEFAULT);
-    assert_true(f >= 0);
-    return f;
-}
-
-static void change_number(hid_t f, const char *object, const char *name, uint64_t value)
-{
-    const hid_t o = H5Oopen(f, object, H5P_DEFAULT), a = H5Aopen(o, name, H5P_DEFAULT);
-    assert_true(a >= 0 && H5Awrite(a, H5T_NATIVE_UINT64, &value) >= 0);
-    H5Aclose(a);
-    H5Oclose(o);
-}
-
 /* Changes that HDF5's own checksums cannot see, each in a fresh file. */
 static void changes_are_noticed(void **state)
 {
@@ -399,7 +428,7 @@ static void truncated_is_refused(void **state)
         expect_refusal(load_it(cut, &m), LS_ERR_FORMAT, length < 8 ? "is not an HDF5 file" : "cut.h5", "truncated");
     }
     write_bytes(cut, bytes, n - 1);
-    expect_refusal(load_it(cut, &m), LS_ERR_FORMAT, "is truncated or damaged", "one byte less");
+    expect_refusal(load_it(cut, &m), LS_ERR_FORMAT, "is truncated or damaged (HDF5: truncated file", "one byte less");
     free(bytes);
 }
 
@@ -531,6 +560,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(comes_back),
         cmocka_unit_test(keeps_the_newest),
+        cmocka_unit_test(finds_what_to_go_on_from),
         cmocka_unit_test(removes_leftovers),
         cmocka_unit_test(summary_tells),
         cmocka_unit_test(other_models_are_refused),

@@ -77,6 +77,12 @@ static const struct {
     {"model:\n  dropout: nan\n", "a.yaml:2: model.dropout: 'nan' is not a number", LS_ERR_ARGUMENT},
     {"train:\n  clip_norm: inf\n", "a.yaml:2: train.clip_norm: inf is out of range: allowed is [0, inf)",
      LS_ERR_ARGUMENT},
+    {"train:\n  steps: 1e3\n", "a.yaml:2: train.steps: '1e3' is not a whole number", LS_ERR_ARGUMENT},
+    {"train:\n  steps: 0\n", "0 is out of range: allowed is [1, 1000000000000]", LS_ERR_ARGUMENT},
+    {"train: {steps: 3}\nmodel:\n  decoder: {mechanism: nystrom}\n",
+     "a.yaml:3: model.decoder.mechanism: nystrom: ", LS_ERR_UNSUPPORTED},
+    {"train:\n  accumulation: 3\n", "a.yaml:2: train.batch: 8 is not a multiple of train.accumulation=3",
+     LS_ERR_ARGUMENT},
     {"train:\n  epsilon: 0\n", "a.yaml:2: train.epsilon: 0 is out of range: allowed is (0, 1]", LS_ERR_ARGUMENT},
     {"train:\n  beta2: 1.0\n", "train.beta2: 1.0 is out of range", LS_ERR_ARGUMENT},
     {"train:\n  learning_rate: 1e-3x\n", "'1e-3x' is not a number", LS_ERR_ARGUMENT},
@@ -97,14 +103,15 @@ static const struct {
     {"train: {steps: 5}\n---\ntrain: {steps: 6}\n", "a.yaml:3: a second document begins here", LS_ERR_ARGUMENT},
     {"? [1, 2]\n: 3\n", "a.yaml:1: a key must be a word", LS_ERR_ARGUMENT},
     {"train: &a\n  train: *a\n", "a.yaml:2: train.train: unknown key", LS_ERR_ARGUMENT},
-    {"model:\n  embed_dim: 100\n  num_heads: 3\n", "a.yaml: model.embed_dim: 100 cannot be shared by model.num_heads=3",
+    {"model:\n  embed_dim: 100\n  num_heads: 3\n",
+     "a.yaml:2: model.embed_dim: 100 cannot be shared by model.num_heads=3", LS_ERR_ARGUMENT},
+    {"train:\n  batch: 8\n  accumulation: 3\n", "a.yaml:2: train.batch: 8 is not a multiple of train.accumulation=3",
      LS_ERR_ARGUMENT},
-    {"train:\n  batch: 8\n  accumulation: 3\n", "train.batch: 8 is not a multiple of train.accumulation=3",
+    {"train:\n  learning_rate: 1e-4\n  min_learning_rate: 1e-3\n", "a.yaml:3: train.min_learning_rate: 0.001 is above",
      LS_ERR_ARGUMENT},
-    {"train:\n  learning_rate: 1e-4\n  min_learning_rate: 1e-3\n", "min_learning_rate: 0.001 is above",
+    {"train: {precision: bf16}\n", "a.yaml:1: train.precision: bf16 is for GPUs: it needs device: cuda",
      LS_ERR_ARGUMENT},
-    {"train: {precision: bf16}\n", "a.yaml: train.precision: bf16 is for GPUs: it needs device: cuda", LS_ERR_ARGUMENT},
-    {"device: cpu\ntrain: {precision: tf32}\n", "train.precision: tf32 is for GPUs", LS_ERR_ARGUMENT},
+    {"device: cpu\ntrain: {precision: tf32}\n", "a.yaml:2: train.precision: tf32 is for GPUs", LS_ERR_ARGUMENT},
     {"train:\n  precision: fp16\n", "a.yaml:2: train.precision: 'fp16' is not float32, tf32 or bf16", LS_ERR_ARGUMENT},
     {"device: tpu\n", "a.yaml:1: device: 'tpu' is not cpu or cuda", LS_ERR_ARGUMENT},
 };
@@ -159,6 +166,11 @@ static const struct {
     {"", "--set : unknown key"},
     {"train.beta1=1", "--set train.beta1=1: 1 is out of range: allowed is [0, 1)"},
     {"model.cross.mechanism=zzz", "--set model.cross.mechanism=zzz: 'zzz' is no mechanism: use "},
+    {"train.accumulation=3", "--set train.accumulation=3: train.batch: 8 is not a multiple of train.accumulation=3"},
+    {"train.min_learning_rate=1", "--set train.min_learning_rate=1: train.min_learning_rate: 1 is above"},
+    {"model.decoder.mechanism=cosformer",
+     "--set model.decoder.mechanism=cosformer: model.decoder.mechanism: cosformer"},
+    {"train.precision=bf16", "--set train.precision=bf16: train.precision: bf16 is for GPUs"},
     {"run.directory=\xc3", "run.directory=\xc3: is not UTF-8"},
 };
 
@@ -226,6 +238,31 @@ static void refuses_patterns(void **state)
     strcpy(c.model.cross.mechanism, "nothing");
     assert_int_equal(config_check(&c), LS_ERR_ARGUMENT);
     assert_contains(ls_last_error(), "model.cross.mechanism: attention: there is no mechanism \"nothing\"", "nothing");
+}
+
+static void refuses_what_has_no_effect(void **state)
+{
+    (void)state;
+    static const char given[] = "data: {path: a.h5}\nrun: {directory: b}\n";
+    static const struct {
+        const char *set, *message; /* NULL: it has an effect */
+    } each[] = {
+        {"train.steps=3", NULL},
+        {"train.short_length=64", "train.short_length: 64 has no effect without train.short_steps"},
+        {"train.short_steps=5", "train.short_steps: 5 has no effect without train.short_length"},
+        {"train.lengthen_steps=7", "train.lengthen_steps: 7 has no effect without train.short_length"},
+        {"data.path=", "data.path: which data set?"},
+        {"run.directory=", "run.directory: where do"},
+    };
+    config c;
+    for (size_t i = 0; i < sizeof each / sizeof *each; i++) {
+        assert_int_equal(set(given, each[i].set, &c), LS_OK);
+        assert_int_equal(config_check_training(&c), each[i].message == NULL ? LS_OK : LS_ERR_ARGUMENT);
+        if (each[i].message != NULL) assert_contains(ls_last_error(), each[i].message, each[i].set);
+    }
+    const char *both[] = {"train.short_length=64", "train.lengthen_steps=7"};
+    assert_int_equal(config_parse("a.yaml", given, strlen(given), both, 2, &c), LS_OK);
+    assert_int_equal(config_check_training(&c), LS_OK);
 }
 
 static void refuses_files(void **state)
@@ -452,6 +489,7 @@ int main(void)
         cmocka_unit_test(refuses_what_is_not_built),
         cmocka_unit_test(refuses_set),
         cmocka_unit_test(refuses_patterns),
+        cmocka_unit_test(refuses_what_has_no_effect),
         cmocka_unit_test(refuses_files),
         cmocka_unit_test(options_belong_to_their_mechanism),
         cmocka_unit_test(reads_values),

@@ -371,6 +371,23 @@ static void truncated_is_refused(void **state)
     free(bytes);
 }
 
+/* HDF5 by itself reads zeros beyond the end of a file that was longer when it was opened. */
+static void cut_in_use_is_told(void **state)
+{
+    (void)state;
+    dataset *d = opened(made("in-use.h5", NOTHING), 0); /* when verifying HDF5 may keep so small an array in memory */
+    batch b = {0};
+    const int64_t first = 0;
+    MPI_Barrier(MPI_COMM_WORLD);
+    if (rank == 0) assert_int_equal(truncate(in_folder("in-use.h5"), 100), 0);
+    MPI_Barrier(MPI_COMM_WORLD);
+    for (int again = 0; again < 2; again++)
+        expect_refusal(dataset_read(d, "train", &first, 1, 0, 0, 0, 1, &b), LS_ERR_IO,
+                       "cannot be read: the file became shorter", "cut");
+    batch_free(&b);
+    dataset_close(d);
+}
+
 /* All that a data set tells. Local. */
 static uint64_t content(dataset *d)
 {
@@ -596,6 +613,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(what_is_no_data_set_is_refused),
         cmocka_unit_test(ranks_agree),
         cmocka_unit_test(truncated_is_refused),
+        cmocka_unit_test(cut_in_use_is_told),
         cmocka_unit_test(flipped_bits_are_noticed),
         cmocka_unit_test(batches_are_as_defined),
         cmocka_unit_test(impossible_reads_are_refused),

@@ -225,11 +225,33 @@ static void bad_places_are_refused(void **state)
     expect_refusal(dataset_pack(out, in_folder("nope"), NULL, NULL), LS_ERR_IO, "nope: cannot be read", "no input");
     expect_refusal(dataset_pack(out, "/dev/null", NULL, NULL), LS_ERR_ARGUMENT, "not a plain file", "a device");
     expect_refusal(dataset_pack(out, NULL, NULL, NULL), LS_ERR_ARGUMENT, "nothing to pack", "no input");
+    expect_refusal(dataset_pack(out, a, "", NULL), LS_ERR_ARGUMENT, "the name of an input is empty", "empty name");
     assert_false(exists(out));
     expect_ok(dataset_pack(out, a, NULL, NULL), "pack");
     write_text("bad.tsv", "s\n");
     expect_refusal(dataset_pack(out, a, in_folder("bad.tsv"), NULL), LS_ERR_FORMAT, "bad.tsv: line 1", "second split");
     dataset_close(opened(out)); /* the old one is untouched */
+    assert_int_equal(count_files(folder, ".tmp"), 0);
+}
+
+/* Only a data set is replaced: by another name, too, an input stays what it was. */
+static void other_files_are_not_replaced(void **state)
+{
+    (void)state;
+    const char *a = write_text("a.tsv", "s\tt\n"), *link = in_folder("link.h5"), *bare = in_folder("bare.h5");
+    assert_int_equal(symlink(a, link), 0);
+    expect_refusal(dataset_pack(a, a, NULL, NULL), LS_ERR_ARGUMENT, "a.tsv is an input", "itself");
+    expect_refusal(dataset_pack(link, NULL, NULL, a), LS_ERR_ARGUMENT, "link.h5 is an input", "by a link");
+    write_text("b.tsv", "s\tt\n");
+    expect_refusal(dataset_pack(in_folder("b.tsv"), a, NULL, NULL), LS_ERR_ARGUMENT, "is not a data set", "a text");
+    H5Fclose(H5Fcreate(bare, H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT));
+    expect_refusal(dataset_pack(bare, a, NULL, NULL), LS_ERR_ARGUMENT, "is not a data set", "other HDF5");
+    size_t n;
+    unsigned char *bytes = read_bytes(a, &n);
+    assert_int_equal(n, 4);
+    free(bytes);
+    expect_ok(dataset_pack(in_folder("twice.h5"), a, NULL, NULL), "pack");
+    expect_ok(dataset_pack(in_folder("twice.h5"), NULL, a, NULL), "pack again");
     assert_int_equal(count_files(folder, ".tmp"), 0);
 }
 
@@ -303,7 +325,7 @@ static size_t said_size;
 
 static int run(int (*command)(int, char **, ranks *), const char *const *words)
 {
-    char *argv[8] = {0};
+    char *argv[10] = {0};
     int argc = 0;
     for (; words[argc] != NULL; argc++) argv[argc] = strdup(words[argc]);
     ranks r = {.world = alone, .size = 1, .groups = 1};
@@ -351,6 +373,8 @@ static void commands_pack_and_inspect(void **state)
     assert_int_equal(RUN(command_inspect, "inspect", "--help"), EXIT_OK);
     assert_int_equal(RUN(command_pack, "pack", "--train", in), EXIT_USAGE);
     assert_int_equal(RUN(command_pack, "pack", "--out", out), EXIT_USAGE);
+    assert_int_equal(RUN(command_pack, "pack", "--train", in, "--train", in, "--out", out), EXIT_USAGE);
+    assert_int_equal(RUN(command_pack, "pack", "--train", "", "--out", out), EXIT_USAGE);
     assert_int_equal(RUN(command_pack, "pack", "--frobnicate"), EXIT_USAGE);
     assert_int_equal(RUN(command_pack, "pack", in, "--out", out), EXIT_USAGE);
     assert_int_equal(RUN(command_inspect, "inspect"), EXIT_USAGE);
@@ -372,6 +396,7 @@ int main(void)
         cmocka_unit_test(same_input_same_bytes),
         cmocka_unit_test(bad_lines_are_refused),
         cmocka_unit_test(bad_places_are_refused),
+        cmocka_unit_test(other_files_are_not_replaced),
         cmocka_unit_test(killed_packing_leaves_whole_or_nothing),
         cmocka_unit_test(full_disk_is_told),
         cmocka_unit_test(commands_pack_and_inspect),

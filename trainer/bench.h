@@ -78,6 +78,10 @@ double bench_option(const ls_attention_options *o, const char *name); /* NAN: th
 /* Collective. o: its level may change. */
 ls_status bench_measure(const bench *b, const ceilings *top, ls_attention_options *o, int64_t length, bench_figures *f);
 
+/* Collective, once everything is checked: what the file held before is gone then. */
+ls_status bench_open_csv(bench *b);
+/* Also tells of lines that could not be written. Harmless where there is none. */
+ls_status bench_close_csv(bench *b);
 int bench_ranks(const bench *b); /* also of those that --ranks only imagines */
 void bench_print_header(const bench *b, const ceilings *top);
 void bench_print_figures(const bench *b, const bench_case *c, int64_t length, const bench_figures *f);

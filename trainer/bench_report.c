@@ -1,9 +1,34 @@
 /* The table of `longspan bench`, and the same as CSV. */
 #include "bench.h"
 
+#include <errno.h>
 #include <string.h>
 
 static const char *const letters[] = {"NS", "CS", "NC", "CC"};
+
+static ls_status open_csv(bench *b)
+{
+    if (b->csv_path == NULL || b->r->rank != 0) return LS_OK;
+    if ((b->csv = fopen(b->csv_path, "w")) != NULL) return LS_OK;
+    LS_FAIL(LS_ERR_IO, "bench: %s cannot be written: %s", b->csv_path, strerror(errno));
+}
+
+ls_status bench_open_csv(bench *b)
+{
+    return agree(b->r, open_csv(b));
+}
+
+ls_status bench_close_csv(bench *b)
+{
+    if (b->csv == NULL) return LS_OK;
+    int failed = ferror(b->csv); /* an earlier line, which nobody asked about: figures were still to be printed */
+    errno = 0;
+    failed |= fclose(b->csv) != 0;
+    b->csv = NULL;
+    if (!failed) return LS_OK;
+    LS_FAIL(LS_ERR_IO, "bench: %s cannot be written: %s", b->csv_path,
+            errno != 0 ? strerror(errno) : "is the disk full?");
+}
 
 int bench_ranks(const bench *b)
 {

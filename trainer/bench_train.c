@@ -359,6 +359,7 @@ ls_status bench_train(bench *b)
     if (s.c.train.batch < b->r->groups)
         LS_FAIL(LS_ERR_ARGUMENT, "train.batch: %lld sequences are not enough for %d groups of ranks",
                 (long long)s.c.train.batch, b->r->groups);
+    LS_TRY(bench_open_csv(b));
     ls_status status = ceilings_open(b, b->r->sequence, &s.top);
     if (status == LS_OK) print_header(b, &s.c);
     for (int i = 0; i < b->lengths && status == LS_OK; i++)

@@ -229,6 +229,11 @@ static ls_status step_path(const char *directory, int64_t step, char path[H5_PAT
     return LS_OK;
 }
 
+static void best_path(const char *directory, char path[H5_PATH])
+{
+    snprintf(path, H5_PATH, "%.*s/best.h5", (int)(H5_PATH - 16), directory);
+}
+
 /* `saved` stays even when older runs have left files of later steps. */
 static ls_status remove_old(const char *directory, int64_t keep, int64_t saved)
 {
@@ -254,7 +259,7 @@ ls_status checkpoint_save(const char *directory, int best, int64_t keep, const m
     if (s->params == NULL || s->adam_m == NULL || s->adam_v == NULL || s->step < 0)
         LS_FAIL(LS_ERR_ARGUMENT, "checkpoint: there is nothing to save at step %lld", (long long)s->step);
     LS_TRY(step_path(directory, s->step, path));
-    if (best) snprintf(path, sizeof path, "%.*s/best.h5", (int)(H5_PATH - 16), directory);
+    if (best) best_path(directory, path);
     h5_remove_leftovers(directory, ".step-");
     h5_remove_leftovers(directory, ".best.h5");
     LS_TRY(write_checkpoint(path, m, config_text, s));
@@ -267,6 +272,40 @@ ls_status checkpoint_latest(const char *directory, char path[1200])
     path[0] = 0;
     LS_TRY(list_steps(directory, &steps, &n));
     const ls_status status = n > 0 ? step_path(directory, steps[0], path) : LS_OK;
+    free(steps);
+    if (n > 0) return status;
+    best_path(directory, path);
+    if (access(path, F_OK) != 0) path[0] = 0;
+    return LS_OK;
+}
+
+static int is_whole(const char *path)
+{
+    checkpoint_summary s;
+    if (checkpoint_summarize(path, &s) != LS_OK) return 0;
+    checkpoint_summary_free(&s);
+    return 1;
+}
+
+ls_status checkpoint_other(const char *damaged, char path[1200])
+{
+    char directory[H5_PATH];
+    const char *slash = strrchr(damaged, '/');
+    int64_t *steps, n;
+    snprintf(directory, sizeof directory, "%.*s", slash == NULL ? 1 : (int)(slash - damaged) + 1,
+             slash == NULL ? "." : damaged);
+    directory[strlen(directory) - (slash != NULL && slash > damaged)] = 0;
+    path[0] = 0;
+    LS_TRY(list_steps(directory, &steps, &n));
+    ls_status status = LS_OK;
+    for (int64_t i = 0; i <= n && status == LS_OK; i++) {
+        if (i < n)
+            status = step_path(directory, steps[i], path);
+        else
+            best_path(directory, path);
+        if (status == LS_OK && is_whole(path)) break;
+        path[0] = 0;
+    }
     free(steps);
     return status;
 }

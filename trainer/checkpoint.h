@@ -26,8 +26,10 @@ typedef struct training_state {
  * or, with best = 1, as best.h5. */
 ls_status checkpoint_save(const char *directory, int best, int64_t keep, const model *m, const char *config_text,
                           const training_state *s);
-/* The newest step file of a directory; path[0] = 0 where there is none. */
+/* The newest step file of a directory, or best.h5 where it holds no other: it is as complete. path[0] = 0: none. */
 ls_status checkpoint_latest(const char *directory, char path[1200]);
+/* The same beside a checkpoint that is damaged, with everything read and held against its digest. */
+ls_status checkpoint_other(const char *damaged, char path[1200]);
 /* The configuration text that a checkpoint holds, to be freed. */
 ls_status checkpoint_config(const char *path, char **text);
 /* Rank 0 only (the caller broadcasts): fills s; adam_m and adam_v may be NULL (generate, eval). Every tensor's name,

@@ -265,11 +265,9 @@ static ls_status set_options(const bench *b, const bench_case *c, int64_t length
         LS_TRY(ls_attention_set(o, at, value == NULL ? NAN : strtod(value, NULL)));
     }
     const size_t n = strlen(c->mechanism);
-    for (int i = 0; i < b->set.count; i++) {
+    for (int i = 0; i < b->set.count; i++) { /* see check_set */
         snprintf(text, sizeof text, "%s", b->set.item[i]);
         char *equals = strchr(text, '=');
-        if (equals == NULL || strchr(text, '.') == NULL)
-            LS_FAIL(LS_ERR_ARGUMENT, "bench: --set %s: use MECHANISM.OPTION=VALUE", text);
         *equals = '\0';
         if (strncmp(text, c->mechanism, n) == 0 && text[n] == '.')
             LS_TRY(ls_attention_set(o, text + n + 1, strtod(equals + 1, NULL)));
@@ -278,7 +276,26 @@ static ls_status set_options(const bench *b, const bench_case *c, int64_t length
     return ls_attention_check(o);
 }
 
-static ls_status run_case(const bench *b, const ceilings *top, const bench_case *c)
+/* --set as it stands, whichever cases there are. */
+static ls_status check_set(const char *set)
+{
+    char text[256], *end;
+    snprintf(text, sizeof text, "%s", set);
+    char *equals = strchr(text, '='), *dot = strchr(text, '.');
+    if (equals == NULL || dot == NULL || dot > equals)
+        LS_FAIL(LS_ERR_ARGUMENT, "bench: --set %s: use MECHANISM.OPTION=VALUE", set);
+    *equals = *dot = '\0';
+    const double value = strtod(equals + 1, &end);
+    if (end == equals + 1 || *end != '\0')
+        LS_FAIL(LS_ERR_ARGUMENT, "bench: --set %s: '%s' is not a number", set, equals + 1);
+    ls_attention_options o;
+    ls_status status = ls_attention_defaults(text, &o);
+    if (status == LS_OK) status = ls_attention_set(&o, dot + 1, value);
+    return status == LS_OK ? LS_OK : ls_fail(status, "bench: --set %s: %s", set, ls_last_error());
+}
+
+/* top NULL: only checks, before anything is timed. *cases grows by how many there are. */
+static ls_status run_case(const bench *b, const ceilings *top, const bench_case *c, int64_t *cases)
 {
     if (!lists(b->mechanisms, c->mechanism) || !lists(b->patterns, letters[c->pattern])) return LS_OK;
     if (!ls_mechanism_has(c->mechanism, c->pattern)) return LS_OK;
@@ -287,19 +304,34 @@ static ls_status run_case(const bench *b, const ceilings *top, const bench_case 
         bench_figures f = {0};
         if (strcmp(c->mechanism, "softmax") == 0 && b->length[i] > b->softmax_limit) continue;
         LS_TRY(set_options(b, c, b->length[i], &o));
+        ++*cases;
+        if (top == NULL) continue;
         LS_TRY(bench_measure(b, top, &o, b->length[i], &f));
         bench_print_figures(b, c, b->length[i], &f);
     }
     return LS_OK;
 }
 
-static ls_status run_cases(const bench *b, const ceilings *top)
+static ls_status run_cases(const bench *b, const ceilings *top, int64_t *cases)
 {
-    bench_print_header(b, top);
-    for (int i = 0; b->cases && table[i].mechanism != NULL; i++) LS_TRY(run_case(b, top, &table[i]));
+    *cases = 0;
+    for (int i = 0; b->cases && table[i].mechanism != NULL; i++) LS_TRY(run_case(b, top, &table[i], cases));
     for (int m = 0; !b->cases && ls_mechanism_name(m) != NULL; m++)
         for (int pattern = LS_NS; pattern <= LS_CC; pattern++)
-            LS_TRY(run_case(b, top, &(bench_case){ls_mechanism_name(m), (ls_pattern)pattern, ""}));
+            LS_TRY(run_case(b, top, &(bench_case){ls_mechanism_name(m), (ls_pattern)pattern, ""}, cases));
+    return LS_OK;
+}
+
+static ls_status check_cases(const bench *b)
+{
+    int64_t cases;
+    for (int i = 0; i < b->set.count; i++) LS_TRY(check_set(b->set.item[i]));
+    LS_TRY(run_cases(b, NULL, &cases));
+    if (cases == 0)
+        LS_FAIL(LS_ERR_ARGUMENT,
+                "bench: nothing to time: the mechanism has none of these patterns, or no length is within "
+                "--softmax-limit %lld",
+                (long long)b->softmax_limit);
     return LS_OK;
 }
 
@@ -310,25 +342,32 @@ static ls_status run_all(bench *b)
         memcpy(b->length, lengths, sizeof lengths);
         b->lengths = 3;
     }
+    int64_t cases;
+    LS_TRY(check_cases(b));
     LS_TRY(ranks_device(b->r, b->device, &b->device_number));
     const ls_context_options options = bench_context(b);
     ls_context *ctx;
     LS_TRY(ls_context_create(&options, &ctx));
     ceilings top;
-    ls_status status = ceilings_open(b, ctx, &top);
-    if (status == LS_OK) status = run_cases(b, &top);
-    ceilings_close(&top);
+    ls_status status = bench_open_csv(b);
+    if (status == LS_OK) {
+        status = ceilings_open(b, ctx, &top);
+        if (status == LS_OK) bench_print_header(b, &top);
+        if (status == LS_OK) status = run_cases(b, &top, &cases);
+        ceilings_close(&top);
+    }
     ls_context_free(ctx);
     return status;
 }
 
 /* Every rank sends to the next and receives from the one before: what an exchange is made of. */
-static ls_status run_messages(const bench *b)
+static ls_status run_messages(bench *b)
 {
     enum { MOST = 1 << 24, ROUNDS = 20 };
     double t[BENCH_REPEAT];
-    char *memory = calloc(2, MOST);
     const int next = (b->r->rank + 1) % b->r->size, before = (b->r->rank + b->r->size - 1) % b->r->size;
+    LS_TRY(bench_open_csv(b));
+    char *memory = calloc(2, MOST);
     LS_TRY(agree(b->r, memory == NULL ? ls_fail(LS_ERR_MEMORY, "bench: no memory for messages") : LS_OK));
     if (b->r->rank == 0) printf("%12s %14s\n", "bytes", "microseconds");
     if (b->csv != NULL) fputs("bytes,seconds\n", b->csv);
@@ -358,12 +397,10 @@ int command_bench(int argc, char **argv, ranks *r)
         free(b.set.item);
         return EXIT_OK;
     }
-    if (status == LS_OK && b.csv_path != NULL && r->rank == 0 && (b.csv = fopen(b.csv_path, "w")) == NULL)
-        status = ls_fail(LS_ERR_IO, "bench: %s cannot be written: %s", b.csv_path, strerror(errno));
     status = agree(r, status);
     if (status == LS_OK) status = b.train ? bench_train(&b) : b.messages ? run_messages(&b) : run_all(&b);
-    if (b.csv != NULL && fclose(b.csv) != 0 && status == LS_OK)
-        status = ls_fail(LS_ERR_IO, "bench: %s cannot be written: %s", b.csv_path, strerror(errno));
+    const ls_status written = bench_close_csv(&b);
+    if (status == LS_OK) status = written;
     free(b.set.item);
     return report_error(r, agree(r, status));
 }

@@ -12,7 +12,8 @@ static const char usage[] =
     "                       within them \\t \\n \\r \\\\ stand for tab, line end, carriage return, backslash\n"
     "  SOURCE_DIR:TARGET_DIR  a file for each source, and one of the same name for its target\n"
     "\n"
-    "  --out FILE      the data set (HDF5); it appears when it is complete, and replaces one of that name\n"
+    "  --out FILE      the data set (HDF5); it appears when it is complete, and replaces a data set of that\n"
+    "                  name, but no other file\n"
     "  --train INPUT   pairs to train on\n"
     "  --valid INPUT   pairs to evaluate on while training\n"
     "  --test INPUT    pairs kept for the end\n"
@@ -22,6 +23,16 @@ typedef struct pack_options {
     const char *out, *input[DATA_SPLITS];
     int help;
 } pack_options;
+
+/* Twice the same is refused: the first would be forgotten without a word. */
+static ls_status take(const char **value, const char *option)
+{
+    if (*value != NULL)
+        LS_FAIL(LS_ERR_ARGUMENT, "pack: --%s is given twice: join the inputs first, a split is one", option);
+    if (optarg[0] == 0) LS_FAIL(LS_ERR_ARGUMENT, "pack: --%s: the name is empty", option);
+    *value = optarg;
+    return LS_OK;
+}
 
 static ls_status parse(int argc, char **argv, pack_options *o)
 {
@@ -40,11 +51,11 @@ static ls_status parse(int argc, char **argv, pack_options *o)
     optind = 1;
     for (int which; (which = getopt_long(argc, argv, ":", options, NULL)) != -1;) {
         if (which == OUT)
-            o->out = optarg;
+            LS_TRY(take(&o->out, "out"));
         else if (which == HELP)
             o->help = 1;
         else if (which >= INPUT && which < INPUT + DATA_SPLITS)
-            o->input[which - INPUT] = optarg;
+            LS_TRY(take(&o->input[which - INPUT], data_split_name[which - INPUT]));
         else
             return refuse_option("pack", which, argv, known);
     }

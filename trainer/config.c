@@ -55,7 +55,8 @@ static const config_key fixed[] = {
     ATTENTION(encoder, "the encoder's self attention"),
     ATTENTION(decoder, "the decoder's causal self attention"),
     ATTENTION(cross, "the decoder's attention to the encoder"),
-    {"train.steps", KEY_WHOLE, FIELD(train.steps), "[1, 1e12]", NULL, "1000", "optimizer steps of the whole run"},
+    {"train.steps", KEY_WHOLE, FIELD(train.steps), "[1, 1000000000000]", NULL, "1000",
+     "optimizer steps of the whole run"},
     {"train.batch", KEY_WHOLE, FIELD(train.batch), "[1, 1048576]", NULL, "8",
      "sequences per optimizer step, all ranks"},
     {"train.accumulation", KEY_WHOLE, FIELD(train.accumulation), "[1, 1048576]", NULL, "1",
@@ -64,12 +65,13 @@ static const config_key fixed[] = {
     {"train.learning_rate", KEY_REAL, FIELD(train.learning_rate), "[0, 1e3]", NULL, "5e-4", "the highest of the run"},
     {"train.min_learning_rate", KEY_REAL, FIELD(train.min_learning_rate), "[0, 1e3]", NULL, "0",
      "where cosine ends; the others stay above it"},
-    {"train.warmup_steps", KEY_WHOLE, FIELD(train.warmup_steps), "[0, 1e12]", NULL, "100", "of linear growth"},
+    {"train.warmup_steps", KEY_WHOLE, FIELD(train.warmup_steps), "[0, 1000000000000]", NULL, "100", "of linear growth"},
     {"train.schedule", KEY_WORD, FIELD(train.schedule), NULL, schedules, "cosine", "learning rate after warm-up"},
     {"train.short_length", KEY_WHOLE, FIELD(train.short_length), "[0, 2147483646]", NULL, "0",
      "tokens that documents are cut to at first; 0: never"},
-    {"train.short_steps", KEY_WHOLE, FIELD(train.short_steps), "[0, 1e12]", NULL, "0", "steps with them cut so"},
-    {"train.lengthen_steps", KEY_WHOLE, FIELD(train.lengthen_steps), "[0, 1e12]", NULL, "0",
+    {"train.short_steps", KEY_WHOLE, FIELD(train.short_steps), "[0, 1000000000000]", NULL, "0",
+     "steps with them cut so"},
+    {"train.lengthen_steps", KEY_WHOLE, FIELD(train.lengthen_steps), "[0, 1000000000000]", NULL, "0",
      "steps after, until they are whole (or max_source, max_target)"},
     {"train.weight_decay", KEY_REAL, FIELD(train.weight_decay), "[0, 1e3]", NULL, "0.01", "of matrices (AdamW)"},
     {"train.beta1", KEY_REAL, FIELD(train.beta1), "[0, 1)", NULL, "0.9", "memory of gradients"},
@@ -77,17 +79,19 @@ static const config_key fixed[] = {
     {"train.epsilon", KEY_REAL, FIELD(train.epsilon), "(0, 1]", NULL, "1e-8", "added to the root of squared gradients"},
     {"train.clip_norm", KEY_REAL, FIELD(train.clip_norm), "[0, inf)", NULL, "1", "of all gradients together; 0: none"},
     {"train.label_smoothing", KEY_REAL, FIELD(train.label_smoothing), "[0, 1)", NULL, "0", "of the training loss"},
-    {"train.evaluate_every", KEY_WHOLE, FIELD(train.evaluate_every), "[0, 1e12]", NULL, "200",
+    {"train.evaluate_every", KEY_WHOLE, FIELD(train.evaluate_every), "[0, 1000000000000]", NULL, "200",
      "steps; 0: only at the end"},
-    {"train.evaluate_documents", KEY_WHOLE, FIELD(train.evaluate_documents), "[0, 1e12]", NULL, "0",
+    {"train.evaluate_documents", KEY_WHOLE, FIELD(train.evaluate_documents), "[0, 1000000000000]", NULL, "0",
      "first documents of valid; 0: all"},
-    {"train.save_every", KEY_WHOLE, FIELD(train.save_every), "[0, 1e12]", NULL, "200", "steps; 0: only at the end"},
-    {"train.keep", KEY_WHOLE, FIELD(train.keep), "[1, 1e12]", NULL, "2", "recent checkpoints kept (best.h5 is always)"},
+    {"train.save_every", KEY_WHOLE, FIELD(train.save_every), "[0, 1000000000000]", NULL, "200",
+     "steps; 0: only at the end"},
+    {"train.keep", KEY_WHOLE, FIELD(train.keep), "[1, 1000000000000]", NULL, "2",
+     "recent checkpoints kept (best.h5 is always)"},
     {"train.recompute", KEY_WORD, FIELD(train.recompute), NULL, truth, "false",
      "layers run forward again in backward: less memory"},
     {"train.precision", KEY_WORD, FIELD(train.precision), NULL, precisions, "float32",
      "of products on a GPU: what operands are rounded to; sums are float32"},
-    {"parallel.sequence", KEY_WHOLE, FIELD(parallel.sequence), "[0, 1e9]", NULL, "0",
+    {"parallel.sequence", KEY_WHOLE, FIELD(parallel.sequence), "[0, 1000000000]", NULL, "0",
      "ranks that share each sequence; 0: all"},
     {"parallel.transport", KEY_TEXT, FIELD(parallel.transport), NULL, transports, "auto", "between ranks"},
     {"run.directory", KEY_TEXT, FIELD(run.directory), NULL, NULL, "", "checkpoints, metrics.jsonl, config.yaml"},
@@ -407,6 +411,32 @@ static ls_status apply_set(const char *set, source *s)
     return LS_OK;
 }
 
+/* 2: a key is the first word of a message, "KEY: "; 1: it is named in it, "KEY=VALUE"; 0: neither. */
+static int mentions(const char *message, const char *path)
+{
+    const size_t n = strlen(path);
+    const char *at = strstr(message, path);
+    while (at != NULL && at[n] != ':' && at[n] != '=') at = strstr(at + n, path);
+    return at == NULL ? 0 : at == message ? 2 : at[n] == '=';
+}
+
+/* What config_check refuses begins with a key, and may name another: says where the value came from, and --set first,
+ * as that was meant to change something. */
+static ls_status blame(ls_status status, const char *name, const source *s)
+{
+    const char *message = ls_last_error();
+    int key = -1, most = 0;
+    for (int i = 0; i < table_keys; i++) {
+        const int mention = s[i].text == NULL ? 0 : mentions(message, table[i].path);
+        const int weight = mention > 0 && s[i].name == NULL ? mention + 2 : mention;
+        if (weight > most) key = i, most = weight;
+    }
+    if (key >= 0 && s[key].name == NULL)
+        return ls_fail(status, "--set %s=%s: %s", table[key].path, s[key].text, message);
+    if (key >= 0) return ls_fail(status, "%s:%d: %s", name, s[key].line, message);
+    return ls_fail(status, "%s: %s", name, message);
+}
+
 ls_status config_parse(const char *name, const char *text, size_t size, const char *const *set, int nset, config *c)
 {
     memset(c, 0, sizeof *c);
@@ -427,7 +457,7 @@ ls_status config_parse(const char *name, const char *text, size_t size, const ch
             LS_TRY_GOTO(assign(&table[i], &initial, c));
     }
     status = config_check(c);
-    if (status != LS_OK) status = ls_fail(status, "%s: %s", name, ls_last_error());
+    if (status != LS_OK) status = blame(status, name, s);
 done:
     yaml_values_free(&document);
     return status;
@@ -485,14 +515,29 @@ static ls_status check_device(const config *c)
         LS_FAIL(LS_ERR_UNSUPPORTED, "device: cuda: this build has no CUDA backend");
     for (int i = 0; cuda && i < 3; i++)
         if (ls_mechanism_find(used[i]->mechanism)->cuda == NULL)
-            LS_FAIL(LS_ERR_UNSUPPORTED, "%s: %s has no CUDA kernels in this version: use device: cpu", places[i],
-                    used[i]->mechanism);
+            LS_FAIL(LS_ERR_UNSUPPORTED, "%s.mechanism: %s has no CUDA kernels in this version: use device: cpu",
+                    places[i], used[i]->mechanism);
     if (!cuda && c->train.precision != LS_FLOAT32)
         LS_FAIL(LS_ERR_ARGUMENT, "train.precision: %s is for GPUs: it needs device: cuda",
                 precisions[c->train.precision]);
     if (strcmp(c->parallel.transport, "nccl") != 0) return LS_OK;
     if (!ls_has_nccl()) LS_FAIL(LS_ERR_UNSUPPORTED, "parallel.transport: nccl: this build has no NCCL transport");
     if (!cuda) LS_FAIL(LS_ERR_ARGUMENT, "parallel.transport: nccl carries tensors of GPUs: it needs device: cuda");
+    return LS_OK;
+}
+
+ls_status config_check_training(const config *c)
+{
+    if (c->data.path[0] == 0) LS_FAIL(LS_ERR_ARGUMENT, "data.path: which data set?");
+    if (c->run.directory[0] == 0) LS_FAIL(LS_ERR_ARGUMENT, "run.directory: where do checkpoints and metrics go?");
+    const int64_t steps = c->train.short_steps + c->train.lengthen_steps;
+    if (c->train.short_length > 0 && steps == 0)
+        LS_FAIL(LS_ERR_ARGUMENT, "train.short_length: %lld has no effect without train.short_steps or lengthen_steps",
+                (long long)c->train.short_length);
+    if (c->train.short_length == 0 && steps > 0)
+        LS_FAIL(LS_ERR_ARGUMENT, "train.%s: %lld has no effect without train.short_length",
+                c->train.short_steps > 0 ? "short_steps" : "lengthen_steps",
+                (long long)(c->train.short_steps > 0 ? c->train.short_steps : c->train.lengthen_steps));
     return LS_OK;
 }
 

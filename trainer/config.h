@@ -64,6 +64,8 @@ ls_status config_load(const char *file, const char *const *set, int nset, config
 ls_status config_parse(const char *name, const char *text, size_t size, const char *const *set, int nset, config *c);
 /* What can be checked without data or ranks: divisibility, patterns, ranges. Called by config_load and config_parse. */
 ls_status config_check(const config *c);
+/* What a new training needs besides, and what would have no effect in it. Of a checkpoint nobody asks that. */
+ls_status config_check_training(const config *c);
 /* The resolved configuration as YAML text that config_parse reads back to the same values; to be freed. */
 ls_status config_text(const config *c, char **text);
 
@@ -86,6 +88,8 @@ typedef struct config_key {
     const char *initial;      /* the default as text */
     const char *help;
 } config_key;
+/* The value as config_text writes it; "" for an option that the mechanism has not. */
+void config_value(const config_key *key, const config *c, char *text, size_t size);
 /* NULL past the end. */
 const config_key *config_key_at(int index);
 /* Every key with its default, range and a line of help, then the options of every mechanism. */

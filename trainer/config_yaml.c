@@ -342,6 +342,22 @@ static const double *option_value(const config_key *key, const config *c)
     return NULL;
 }
 
+void config_value(const config_key *key, const config *c, char *text, size_t size)
+{
+    const double *option = key->kind == KEY_OPTION ? option_value(key, c) : NULL;
+    char *all = NULL;
+    size_t n = 0;
+    FILE *out = open_memstream(&all, &n);
+    text[0] = 0;
+    if (out == NULL) return;
+    if (option != NULL)
+        write_real(out, *option);
+    else if (key->kind != KEY_OPTION)
+        write_value(out, key, c);
+    if (fclose(out) == 0 && all != NULL) snprintf(text, size, "%s", all);
+    free(all);
+}
+
 ls_status config_text(const config *c, char **text)
 {
     size_t size = 0;

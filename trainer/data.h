@@ -72,7 +72,7 @@ ls_status dataset_order(const dataset *data, uint64_t seed, int64_t batch, int64
 /* `longspan pack`: writes the file (to a temporary name, synced, renamed). Each split is a TSV file
  * (name \t source \t target with \t, \n, \r, \\ escapes; two columns: no name), or a pair of directories with matching
  * file names "SOURCE_DIR:TARGET_DIR". NULL: the split is absent. Documents are streamed: memory holds the names and
- * offsets only. Inputs are read twice, first to count. */
+ * offsets only. Inputs are read twice, first to count. A data set of that name is replaced, any other file is not. */
 ls_status dataset_pack(const char *out, const char *train, const char *valid, const char *test);
 
 /* ------------------------------------------------------------------- between pack.c, which writes, and data.c */

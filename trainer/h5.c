@@ -55,13 +55,13 @@ static reason because(void)
 #define WITHOUT_LOCKS(access) 0
 #endif
 
-/* Metadata of the 1.8 format: the oldest with checksums, hence readable everywhere. failed: NULL when reading. */
+/* Metadata of the 1.8 format: the oldest with checksums, hence readable everywhere. */
 static hid_t file_access(int *failed)
 {
     H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
     const hid_t access = H5Pcreate(H5P_FILE_ACCESS);
     if (access < 0) return access;
-    herr_t ok = failed == NULL ? H5Pset_fapl_sec2(access) : h5_disk_use(access, failed);
+    herr_t ok = h5_disk_use(access, failed);
     if (ok >= 0) ok = H5Pset_libver_bounds(access, H5F_LIBVER_V18, H5F_LIBVER_LATEST);
     if (ok >= 0) ok = H5Pset_fclose_degree(access, H5F_CLOSE_STRONG);
     if (ok >= 0) ok = WITHOUT_LOCKS(access);
@@ -100,14 +100,20 @@ ls_status h5_open(const char *path, h5_file *f)
 {
     LS_TRY(set_path(path, f));
     LS_TRY(check_readable(path, &f->bytes));
-    const hid_t access = file_access(NULL);
-    if (access < 0) LS_FAIL(LS_ERR_INTERNAL, "%s: HDF5 cannot be set up (%s)", path, because().text);
-    const hid_t id = H5Fopen(path, H5F_ACC_RDONLY, access);
-    H5Pclose(access);
-    if (id < 0 && H5Fis_hdf5(path) == 0) LS_FAIL(LS_ERR_FORMAT, "%s: is not an HDF5 file", path);
-    if (id < 0) LS_FAIL(LS_ERR_FORMAT, "%s: is truncated or damaged (HDF5: %s)", path, because().text);
-    f->id = id;
-    return LS_OK;
+    f->failed = calloc(1, sizeof *f->failed);
+    if (f->failed == NULL) LS_FAIL(LS_ERR_MEMORY, "%s: no memory to open it", path);
+    const hid_t access = file_access(f->failed);
+    const hid_t id = access < 0 ? -1 : H5Fopen(path, H5F_ACC_RDONLY, access);
+    const reason why = because(); /* before the next call forgets it */
+    if (access >= 0) H5Pclose(access);
+    if (id >= 0) {
+        f->id = id;
+        return LS_OK;
+    }
+    h5_close(f);
+    if (access < 0) LS_FAIL(LS_ERR_INTERNAL, "%s: HDF5 cannot be set up (%s)", path, why.text);
+    if (H5Fis_hdf5(path) == 0) LS_FAIL(LS_ERR_FORMAT, "%s: is not an HDF5 file", path);
+    LS_FAIL(LS_ERR_FORMAT, "%s: is truncated or damaged (HDF5: %s)", path, why.text);
 }
 
 static const char *base_name(const char *path)
@@ -388,7 +394,7 @@ static ls_status open_array(const h5_file *f, const char *name, hid_t type, int 
 
 ls_status h5_array_open(const h5_file *f, const char *name, hid_t type, int ndim, h5_array *a)
 {
-    *a = (h5_array){0};
+    *a = (h5_array){.failed = f->failed};
     snprintf(a->where, sizeof a->where, "%s: %s", f->path, name);
     const ls_status status = open_array(f, name, type, ndim, a);
     if (status != LS_OK) h5_array_close(a);
@@ -455,6 +461,10 @@ ls_status h5_array_read(const h5_array *a, int64_t lo, int64_t n, void *x)
     const herr_t ok = H5Dread(a->id, s.type, s.memory, s.file, H5P_DEFAULT, x);
     const reason why = because();
     end_selection(&s);
+    const int failed = a->failed == NULL ? 0 : *a->failed;
+    if (failed == H5_DISK_CUT)
+        LS_FAIL(LS_ERR_IO, "%s cannot be read: the file became shorter while it was in use", a->where);
+    if (failed != 0) LS_FAIL(LS_ERR_IO, "%s cannot be read (%s)", a->where, strerror(failed));
     if (ok < 0) LS_FAIL(LS_ERR_IO, "%s cannot be read (HDF5: %s)", a->where, why.text);
     return LS_OK;
 }

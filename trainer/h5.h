@@ -25,7 +25,7 @@ typedef struct h5_file {
     int64_t bytes;                /* of a file that was opened: no array can be larger */
     char path[H5_PATH];           /* as the caller called it, for messages */
     char temporary[H5_PATH + 32]; /* where h5_create writes until h5_commit; "" when reading */
-    int *failed;                  /* when writing: errno of the first write that failed */
+    int *failed;                  /* errno of the first read or write that failed, or H5_DISK_CUT */
 } h5_file;
 
 /* LS_ERR_IO: missing, unreadable, not a plain file. LS_ERR_FORMAT: not HDF5, truncated, damaged. */

@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 /* From version 1.13 on what drivers need has a header of its own. */
@@ -14,7 +15,7 @@
 
 typedef struct disk {
     H5FD_t driver; /* HDF5's part comes first */
-    int fd;
+    int fd, reads; /* reads: it is never written */
     haddr_t end_allocated, end_written;
     int *failed;
 } disk;
@@ -32,15 +33,20 @@ static void fail(const disk *d)
 
 static H5FD_t *disk_open(const char *name, unsigned flags, hid_t access, haddr_t most)
 {
-    (void)flags;
+    struct stat about;
     (void)most;
     const disk_info *info = H5Pget_driver_info(access);
     disk *d = info == NULL ? NULL : calloc(1, sizeof *d);
     if (d == NULL) return NULL;
     d->failed = info->failed;
-    d->fd = open(name, O_RDWR | O_CREAT | O_EXCL, 0666);
-    if (d->fd >= 0) return &d->driver;
+    d->reads = (flags & H5F_ACC_RDWR) == 0;
+    d->fd = d->reads ? open(name, O_RDONLY) : open(name, O_RDWR | O_CREAT | O_EXCL, 0666);
+    if (d->fd >= 0 && fstat(d->fd, &about) == 0) {
+        d->end_written = (haddr_t)about.st_size;
+        return &d->driver;
+    }
     fail(d);
+    if (d->fd >= 0) close(d->fd);
     free(d);
     return NULL;
 }
@@ -90,13 +96,14 @@ static herr_t disk_read(H5FD_t *file, H5FD_mem_t type, hid_t transfer, haddr_t a
         const ssize_t n = pread(d->fd, to, size < PIECE ? size : PIECE, (off_t)at);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) fail(d);
+        if (n == 0 && d->reads) *d->failed = H5_DISK_CUT;
         if (n <= 0) break;
         to += n;
         at += (haddr_t)n;
         size -= (size_t)n;
     }
     memset(to, 0, size); /* beyond the end, or after a failure */
-    return 0;
+    return d->reads && size > 0 ? -1 : 0;
 }
 
 static herr_t disk_write(H5FD_t *file, H5FD_mem_t type, hid_t transfer, haddr_t at, size_t size, const void *bytes)

@@ -314,6 +314,9 @@ int command_info(int argc, char **argv, ranks *r)
     if (optind < argc) {
         return report_error(r, ls_fail(LS_ERR_ARGUMENT, "info: takes no argument '%s'", argv[optind]));
     }
+    if (reference + json + markdown > 1) {
+        return report_error(r, ls_fail(LS_ERR_ARGUMENT, "info: --config, --markdown and --json: one at a time"));
+    }
     ls_context *alone = NULL; /* in which rank 0 can ask attentions for their parameters */
     ls_status status = LS_OK;
     if (r->rank == 0) {

@@ -2,6 +2,7 @@
  * Longspan that ends the program. Runs under mpirun, srun, or alone. */
 #include "trainer.h"
 
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -68,6 +69,7 @@ int main(int argc, char **argv)
 {
     int provided;
     choose_blas_kernels(argv);
+    signal(SIGXFSZ, SIG_IGN); /* a file that may not grow (ulimit -f) is told like a full disk */
     if (MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided) != MPI_SUCCESS) return EXIT_COMM;
     ranks r = {.groups = 1};
     MPI_Comm_dup(MPI_COMM_WORLD, &r.comm);

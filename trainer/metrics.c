@@ -26,11 +26,12 @@ static double now(void)
 }
 
 /* The step of a line; -1 where it is no line of ours, such as one cut short when the run was killed. */
-static int64_t step_of(const char *line, size_t size)
+static int64_t step_of(const char *line, size_t size, int *of_valid)
 {
     json_t *object = json_loadb(line, size, 0, NULL);
     const json_t *step = json_object_get(object, "step");
     const int64_t value = json_is_integer(step) ? (int64_t)json_integer_value(step) : -1;
+    *of_valid = json_object_get(object, "valid_nll") != NULL;
     json_decref(object);
     return value;
 }
@@ -63,8 +64,9 @@ static ls_status slurp(const char *path, char **bytes, size_t *size)
     return status;
 }
 
-ls_status metrics_open(const char *directory, int64_t resumed, metrics **out)
+ls_status metrics_open(const char *directory, int64_t resumed, int64_t *evaluated, metrics **out)
 {
+    *evaluated = -1;
     metrics *m = *out = calloc(1, sizeof *m);
     if (m == NULL) LS_FAIL(LS_ERR_MEMORY, "metrics: no memory");
     snprintf(m->path, sizeof m->path, "%s/%s", directory, file_name);
@@ -79,8 +81,10 @@ ls_status metrics_open(const char *directory, int64_t resumed, metrics **out)
         const char *end = memchr(bytes + at, '\n', size - at);
         if (end == NULL) break;
         const size_t length = (size_t)(end - bytes) + 1 - at;
-        const int64_t step = step_of(bytes + at, length);
+        int of_valid;
+        const int64_t step = step_of(bytes + at, length, &of_valid);
         if (step >= 0 && step <= resumed) {
+            if (of_valid) *evaluated = step;
             memmove(bytes + kept, bytes + at, length);
             kept += length;
         }

@@ -28,8 +28,9 @@ typedef struct evaluation_metrics {
 typedef struct metrics metrics;
 
 /* Keeps the lines up to and including step `resumed` (0: a new run) and goes on after them, so that no step is told
- * twice. Rank 0 only, like everything here. */
-ls_status metrics_open(const char *directory, int64_t resumed, metrics **m);
+ * twice; *evaluated: the last step among them of which there is an evaluation, or -1. Rank 0 only, like everything
+ * here. */
+ls_status metrics_open(const char *directory, int64_t resumed, int64_t *evaluated, metrics **m);
 void metrics_close(metrics *m);
 /* Also shows the step to who is watching: a line redrawn on a terminal, a new line every few seconds elsewhere. */
 ls_status metrics_step(metrics *m, const step_metrics *s);

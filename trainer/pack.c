@@ -383,6 +383,7 @@ static void add_base_name(input *in, const char *path)
 static ls_status understand(const char *given, input *in)
 {
     *in = (input){.given = given};
+    if (given[0] == 0) LS_FAIL(LS_ERR_ARGUMENT, "pack: the name of an input is empty");
     if (strlen(given) >= sizeof in->text) LS_FAIL(LS_ERR_ARGUMENT, "pack: %.60s...: the name is too long", given);
     snprintf(in->text, sizeof in->text, "%s", given);
     struct stat about;
@@ -523,6 +524,28 @@ static ls_status write_header(h5_file *f, const char *source_names, const data_s
     return h5_put(f, "/", "digest", H5T_STD_U64LE, &digest);
 }
 
+/* A data set may be packed anew, but nothing else is overwritten: a slip on the command line shall cost nobody a text.
+ */
+static ls_status check_out(const char *out, const char *const given[DATA_SPLITS])
+{
+    struct stat there, other;
+    if (stat(out, &there) != 0 || !S_ISREG(there.st_mode)) return LS_OK; /* h5_create says what is wrong, if anything */
+    for (int i = 0; i < DATA_SPLITS; i++)
+        if (given[i] != NULL && stat(given[i], &other) == 0 && other.st_dev == there.st_dev &&
+            other.st_ino == there.st_ino)
+            LS_FAIL(LS_ERR_ARGUMENT, "pack: %s is an input: the data set needs another name", out);
+    h5_file f;
+    char *format = NULL;
+    ls_status status = h5_open(out, &f);
+    if (status == LS_OK) status = h5_get_text(&f, "/", "format", &format);
+    const int ours = status == LS_OK && strcmp(format, DATA_FORMAT) == 0;
+    free(format);
+    h5_close(&f);
+    if (ours) return LS_OK;
+    LS_FAIL(LS_ERR_ARGUMENT, "pack: %s is there and is not a data set of Longspan: remove it, or choose another name",
+            out);
+}
+
 ls_status dataset_pack(const char *out, const char *train, const char *valid, const char *test)
 {
     const char *given[DATA_SPLITS] = {train, valid, test};
@@ -536,6 +559,7 @@ ls_status dataset_pack(const char *out, const char *train, const char *valid, co
         LS_FAIL(LS_ERR_ARGUMENT, "pack: nothing to pack: give at least one of train, valid, test");
     for (int i = 0; i < DATA_SPLITS; i++)
         if (given[i] != NULL) LS_TRY(understand(given[i], &in[i]));
+    LS_TRY(check_out(out, given));
     LS_TRY(h5_create(out, &f));
     for (int i = 0; i < DATA_SPLITS; i++) {
         if (given[i] == NULL) continue;

@@ -7,25 +7,31 @@
 #include "step.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <getopt.h>
 #include <math.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <unistd.h>
 #include <xxhash.h>
 
 static const char usage[] =
     "usage: longspan train CONFIG.yaml [options]\n"
     "\n"
     "Trains a model; run it under mpirun or srun for more than one rank. Checkpoints, metrics.jsonl and the resolved\n"
-    "config.yaml go to run.directory. SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint\n"
-    "(mpirun passes SIGUSR1 on to the ranks).\n"
+    "config.yaml go to run.directory, which only one training uses at a time. SIGTERM, SIGUSR1 and Ctrl-C end the run\n"
+    "after the current step, with a checkpoint; an evaluation that is due then is made when the run goes on. mpirun\n"
+    "passes SIGUSR1 on to the ranks, but after SIGTERM or Ctrl-C it kills them within about 2 seconds: where a step\n"
+    "takes longer, send SIGUSR1 to mpirun, or SIGTERM to a rank.\n"
     "\n"
     "  --set KEY=VALUE    change a key of the configuration, e.g. train.steps=100; may be given many times\n"
     "  --resume WHAT      none: start anew (default; refuses a directory that holds checkpoints)\n"
-    "                     auto: go on from the newest checkpoint in run.directory, if there is one\n"
+    "                     auto: go on from the newest checkpoint in run.directory, if there is one (the last step,\n"
+    "                     or best.h5 where it is alone)\n"
     "                     PATH: go on from this checkpoint, or from the newest one in this directory\n"
     "  --dry-run          check everything, show who would own what, write nothing\n"
     "  --help-config      the keys of a configuration with defaults and ranges\n"
@@ -59,9 +65,10 @@ typedef struct run {
     int64_t *index;                 /* (batch): documents of the step */
     int64_t max_source, max_target; /* what they are cut to at the step */
     batch b;
-    metrics *log;   /* rank 0 */
-    ls_status late; /* what rank 0 could not write; told at the next agreement */
-    int64_t evaluated, saved;
+    metrics *log;             /* rank 0 */
+    int lock;                 /* rank 0: descriptor of the directory's lock, or -1 */
+    ls_status late;           /* what rank 0 could not write; told at the next agreement */
+    int64_t evaluated, saved; /* the last steps of which that is done */
     evaluation last;
     double seconds; /* of all steps of this process */
     int64_t tokens;
@@ -129,11 +136,8 @@ static ls_status read_config(const train_options *o, run *t)
     ls_status status = config_parse(o->file, text, size, o->set.item, o->set.count, &t->c);
     free(text);
     if (status == LS_OK) status = config_text(&t->c, &t->config_text);
-    if (status == LS_OK && t->c.data.path[0] == 0) {
-        status = ls_fail(LS_ERR_ARGUMENT, "%s: data.path: which data set?", o->file);
-    } else if (status == LS_OK && t->c.run.directory[0] == 0) {
-        status = ls_fail(LS_ERR_ARGUMENT, "%s: run.directory: where do checkpoints and metrics go?", o->file);
-    }
+    if (status == LS_OK && (status = config_check_training(&t->c)) != LS_OK)
+        status = ls_fail(status, "%s: %s", o->file, ls_last_error());
     return agree(t->r, status);
 }
 
@@ -211,19 +215,18 @@ static ls_status check_same_run(const run *t, const config *before)
         const char *name = strrchr(key->path, '.');
         const int model_key = strncmp(key->path, "model.", 6) == 0 && strcmp(name, ".dropout") != 0;
         if (!model_key && strcmp(key->path, "train.seed") != 0 && strcmp(key->path, "train.batch") != 0) continue;
-        const size_t offset = key->kind == KEY_OPTION ? key->offset + offsetof(config_attention, value) : key->offset;
-        const size_t size = key->kind == KEY_OPTION ? sizeof before->model.encoder.value : key->size;
-        if (memcmp((const char *)before + offset, (const char *)&t->c + offset, size) != 0) {
-            const char *what = key->path;
-            const int length = key->kind == KEY_OPTION ? (int)(name - what) : (int)strlen(what);
-            LS_FAIL(LS_ERR_ARGUMENT, "%s: was trained with other %.*s than the configuration has; they cannot change",
-                    t->resume, length, what);
+        char was[96], is[96];
+        config_value(key, before, was, sizeof was);
+        config_value(key, &t->c, is, sizeof is);
+        if (strcmp(was, is) != 0) {
+            LS_FAIL(LS_ERR_ARGUMENT, "%s: was trained with %s=%s, the configuration has %s: it cannot change",
+                    t->resume, key->path, was, is);
         }
     }
     return LS_OK;
 }
 
-static ls_status resume(run *t)
+static ls_status load(run *t)
 {
     config before;
     LS_TRY(checkpoint_config_everywhere(t->r, t->resume, NULL, 0, &before));
@@ -239,6 +242,22 @@ static ls_status resume(run *t)
                 t->resume);
     }
     return LS_OK;
+}
+
+/* Rank 0: adds to the message about a damaged checkpoint what could be used instead. */
+static ls_status name_another(const run *t, ls_status status)
+{
+    char message[512], other[PATH_SIZE];
+    snprintf(message, sizeof message, "%s", ls_last_error());
+    if (checkpoint_other(t->resume, other) != LS_OK || other[0] == 0 || strcmp(other, t->resume) == 0)
+        return ls_fail(status, "%s", message);
+    return ls_fail(status, "%s; %s is whole: remove what is newer, and go on with --resume auto", message, other);
+}
+
+static ls_status resume(run *t)
+{
+    const ls_status status = load(t);
+    return status == LS_ERR_FORMAT && t->r->rank == 0 ? name_another(t, status) : status;
 }
 
 static ls_status start(run *t)
@@ -265,13 +284,33 @@ static ls_status make_directories(const char *path)
     }
 }
 
+/* Two runs in one directory would remove each other's files. The lock goes with the process, however that ends: only
+ * the file stays. Where a file system knows no locks, the user has to know. */
+static ls_status lock_directory(const char *directory, int *lock)
+{
+    char path[PATH_SIZE];
+    snprintf(path, sizeof path, "%s/.lock", directory);
+    *lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (*lock < 0) LS_FAIL(LS_ERR_IO, "%s: cannot be written: %s", path, strerror(errno));
+    if (flock(*lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+        LS_FAIL(LS_ERR_ARGUMENT,
+                "run.directory: another training is running in %s: wait for its end, or choose another directory",
+                directory);
+    return LS_OK;
+}
+
 /* Rank 0: the first thing that is created. That config.yaml could be written shows that checkpoints can. */
-static ls_status create_run(run *t)
+static ls_status create_run(run *t, const char *asked)
 {
     const char *directory = t->c.run.directory;
+    char now[PATH_SIZE];
     LS_TRY(make_directories(directory));
+    LS_TRY(lock_directory(directory, &t->lock));
+    LS_TRY(choose_resume(directory, asked, now)); /* another run may have come and gone since */
+    if (strcmp(now, t->resume) != 0)
+        LS_FAIL(LS_ERR_ARGUMENT, "run.directory: another training has just left %s: start again", now);
     LS_TRY(write_file(directory, "config.yaml", t->config_text, strlen(t->config_text)));
-    return metrics_open(directory, t->w.s.step, &t->log);
+    return metrics_open(directory, t->w.s.step, &t->evaluated, &t->log);
 }
 
 /* ------------------------------------------------------------------------------------------------ plan */
@@ -306,6 +345,21 @@ static void print_plan(const run *t)
     printf("  %-16sparameters %.1f MiB, gradients %.1f MiB, optimizer %.1f MiB on each rank; activations come on top\n",
            "memory", mib, mib, 2 * mib);
     if (t->resume[0] != 0) printf("  %-16sfrom %s\n", "goes on", t->resume);
+}
+
+/* Said before weeks of training, not after: what `longspan generate` would refuse. */
+static void print_warnings(const config *c)
+{
+    const struct {
+        const char *mechanism, *where;
+        ls_pattern pattern;
+    } used[] = {{c->model.decoder.mechanism, "decoder", LS_CS}, {c->model.cross.mechanism, "cross", LS_CC}};
+    for (int i = 0; i < 2; i++)
+        if (!ls_mechanism_has_step(used[i].mechanism, used[i].pattern))
+            printf(
+                "warning: model.%s.mechanism: %s cannot decode token by token, so longspan generate will refuse this "
+                "model\n",
+                used[i].where, used[i].mechanism);
 }
 
 /* ------------------------------------------------------------------------------------------------ a step */
@@ -361,9 +415,9 @@ static ls_status rehearse(const run *t, int64_t step)
     if (strcmp(how, "kill") == 0) raise(SIGKILL);
     if (strcmp(how, "nan") == 0) return ls_device_write(t->r->sequence, t->w.sums, &nan, sizeof nan);
     if (strcmp(how, "torn") == 0 || strcmp(how, "full") == 0) {
-        /* beyond the limit a write ends the process, or fails where that signal is ignored */
+        /* beyond the limit a write fails, as main.c ignores the signal, or ends the process */
         const struct rlimit small = {.rlim_cur = 65536, .rlim_max = RLIM_INFINITY};
-        if (strcmp(how, "full") == 0) signal(SIGXFSZ, SIG_IGN);
+        if (strcmp(how, "torn") == 0) signal(SIGXFSZ, SIG_DFL);
         setrlimit(RLIMIT_FSIZE, &small);
     }
     if (strcmp(how, "lost") == 0) {
@@ -485,13 +539,16 @@ static ls_status loop(run *t)
 {
     const config *c = &t->c;
     int stop = 0;
-    t->evaluated = t->saved = t->w.s.step;
+    t->saved = t->w.s.step;
     t->sent = bytes_sent(t->r);
+    /* what was due when a signal ended the run before */
+    if (t->saved > 0 && t->saved > t->evaluated && due(t->saved, c->train.evaluate_every)) LS_TRY(evaluate(t));
     while (t->w.s.step < c->train.steps && !stop) {
         LS_TRY(take_step(t, &stop));
         const int last = t->w.s.step == c->train.steps;
-        if (due(t->w.s.step, c->train.evaluate_every) || last) LS_TRY(evaluate(t));
-        if (due(t->w.s.step, c->train.save_every) || last || stop) LS_TRY(save(t, 0));
+        if (stop) LS_TRY(save(t, 0)); /* first: whoever sent the signal may not wait for an evaluation */
+        if (last || (!stop && due(t->w.s.step, c->train.evaluate_every))) LS_TRY(evaluate(t));
+        if (!stop && (last || due(t->w.s.step, c->train.save_every))) LS_TRY(save(t, 0));
     }
     LS_TRY(agree(t->r, t->late));
     if (t->r->rank != 0) return LS_OK;
@@ -533,6 +590,7 @@ static ls_status train(const train_options *o, run *t)
         LS_TRY(resume(t));
     else
         LS_TRY(agree(t->r, start(t)));
+    if (t->r->rank == 0) print_warnings(&t->c);
     if (o->dry_run) {
         if (t->r->rank == 0) print_plan(t);
         return LS_OK;
@@ -544,8 +602,9 @@ static ls_status train(const train_options *o, run *t)
         }
         return LS_OK;
     }
-    if (t->r->rank == 0) status = create_run(t);
+    if (t->r->rank == 0) status = create_run(t, o->resume);
     LS_TRY(agree(t->r, status));
+    LS_TRY(broadcast_bytes(t->r, &t->evaluated, sizeof t->evaluated));
     if (t->r->rank == 0 && t->resume[0] != 0) printf("goes on from %s\n", t->resume);
     return loop(t);
 }
@@ -553,7 +612,7 @@ static ls_status train(const train_options *o, run *t)
 int command_train(int argc, char **argv, ranks *r)
 {
     train_options o;
-    run t = {.r = r};
+    run t = {.r = r, .lock = -1};
     ls_status status = parse(argc, argv, &o);
     if (status == LS_OK && (o.help || o.help_config)) {
         if (r->rank == 0 && o.help_config)
@@ -563,14 +622,19 @@ int command_train(int argc, char **argv, ranks *r)
         free(o.set.item);
         return EXIT_OK;
     }
-    struct sigaction action = {.sa_handler = want_stop, .sa_flags = SA_RESTART}, before[2];
-    sigemptyset(&action.sa_mask);
-    sigaction(SIGTERM, &action, &before[0]);
-    sigaction(SIGUSR1, &action, &before[1]);
+    static const int signals[] = {SIGTERM, SIGUSR1, SIGINT};
+    struct sigaction before[3];
+    for (int i = 0; i < 3; i++) {
+        /* a second Ctrl-C is meant as it always is */
+        const int flags = signals[i] == SIGINT ? (int)(SA_RESTART | SA_RESETHAND) : SA_RESTART;
+        struct sigaction action = {.sa_handler = want_stop, .sa_flags = flags};
+        sigemptyset(&action.sa_mask);
+        sigaction(signals[i], &action, &before[i]);
+    }
     if (status == LS_OK) status = train(&o, &t);
-    sigaction(SIGTERM, &before[0], NULL);
-    sigaction(SIGUSR1, &before[1], NULL);
+    for (int i = 0; i < 3; i++) sigaction(signals[i], &before[i], NULL);
     metrics_close(t.log); /* ends a progress line before the error */
+    if (t.lock >= 0) close(t.lock);
     const int code = report_error(r, status);
     batch_free(&t.b);
     stepper_free(&t.w);
