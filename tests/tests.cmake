@@ -109,6 +109,7 @@ longspan_test(gemm DOUBLE)
 longspan_test(dense DOUBLE EMULATED 1 EMULATED_DOUBLE 1)
 longspan_test(pinv EMULATED 1)
 longspan_test(exchange DOUBLE RANKS 1 2 3 4 5 7)
+longspan_test(refusals RANKS 1 2 3)
 longspan_test(golden DOUBLE HDF5 SOURCES ${harness} RANKS 1 2 3 5 ARGS ${golden}
   EMULATED 1 3 EMULATED_DOUBLE 1 3)
 longspan_test(gradients DOUBLE SOURCES ${harness} RANKS 1 2 EMULATED_DOUBLE 1)
