@@ -26,6 +26,15 @@
 #ifndef LONGSPAN_H
 #define LONGSPAN_H
 
+/* MPI's C interface is all that is used: its old one of C++ would have to be linked. */
+#ifdef __cplusplus
+#ifndef OMPI_SKIP_MPICXX
+#define OMPI_SKIP_MPICXX 1
+#endif
+#ifndef MPICH_SKIP_MPICXX
+#define MPICH_SKIP_MPICXX 1
+#endif
+#endif
 #include <mpi.h>
 #include <stddef.h>
 #include <stdint.h>
