@@ -42,6 +42,9 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#ifdef __GNUC__
+#pragma GCC visibility push(default) /* all else in the library is hidden */
+#endif
 
 #define LS_VERSION_MAJOR 0
 #define LS_VERSION_MINOR 1
@@ -389,6 +392,9 @@ ls_status ls_attention_step(ls_attention *attention, ls_state *state, const ls_a
  * where one did not, or was refused, the next step is refused on all ranks, until all have been reordered alike. */
 ls_status ls_state_reorder(ls_state *state, const int64_t *index);
 
+#ifdef __GNUC__
+#pragma GCC visibility pop
+#endif
 #ifdef __cplusplus
 }
 #endif

@@ -14,6 +14,10 @@ cmake --build "$scratch/example" >"$scratch/build.log"
 library=$(find "$scratch/prefix" -name 'liblongspan.so.*' -type l)
 soname=$(objdump -p "$library" | awk '/SONAME/ {print $2}')
 [ "$soname" = "$(basename "$library")" ] || { echo "SONAME $soname is not $(basename "$library")"; exit 1; }
+if nm -D --defined-only "$library" | grep ' [A-Z] ' | awk '{print $3}' | grep -vE '^(__bss_start|_edata|_end|_init|_fini)$' |
+    while read -r name; do grep -q "\b$name(" "$scratch/prefix/include/longspan.h" || echo "$name"; done | grep .; then
+  echo "liblongspan shows what longspan.h does not declare" && exit 1
+fi
 if objdump -p "$library" | grep -E 'NEEDED.*(hdf5|yaml|jansson|xxhash)'; then
   echo "liblongspan links what belongs to the trainer alone" && exit 1
 fi
