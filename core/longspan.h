@@ -14,19 +14,36 @@
  *
  * Conventions. Every function that can fail returns ls_status, and ls_last_error() tells what, where and what to do.
  * "Collective" means: every rank of the context's communicator calls it, in the same order, with the same options; a
- * collective function returns the same status everywhere, so no rank waits for one that failed. The library never
- * prints, exits, installs signal handlers, or touches MPI_COMM_WORLD. Pointers are borrowed unless a comment says
- * otherwise. A context and everything made from it belong to one thread at a time.
+ * collective function returns the same status everywhere, so no rank waits for one that failed. What is not called
+ * collective concerns this rank alone. These functions also refuse NULL where something is needed; but a collective
+ * call whose first argument is NULL has nobody to tell, and the other ranks wait for it. The library never prints,
+ * exits, installs signal handlers, or touches MPI_COMM_WORLD. Pointers are borrowed unless a comment says otherwise. A
+ * context and everything made from it belong to one thread at a time.
+ *
+ * Sizes. batch x the positions of queries and keys (at least 1024) x embed_dim is less than 2^44, over all ranks;
+ * embed_dim is at most 2^20, and a state is for at most 2^31 - 1 tokens. What is larger is refused.
  */
 #ifndef LONGSPAN_H
 #define LONGSPAN_H
 
+/* MPI's C interface is all that is used: its old one of C++ would have to be linked. */
+#ifdef __cplusplus
+#ifndef OMPI_SKIP_MPICXX
+#define OMPI_SKIP_MPICXX 1
+#endif
+#ifndef MPICH_SKIP_MPICXX
+#define MPICH_SKIP_MPICXX 1
+#endif
+#endif
 #include <mpi.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
 extern "C" {
+#endif
+#ifdef __GNUC__
+#pragma GCC visibility push(default) /* all else in the library is hidden */
 #endif
 
 #define LS_VERSION_MAJOR 0
@@ -59,6 +76,9 @@ const char *ls_status_name(ls_status status);
 
 /* The message of the last failure on this thread: one sentence. Valid until the next failing call on this thread. */
 const char *ls_last_error(void);
+/* For failures of the caller's own: the sentence (copied; NULL: the status's name) becomes ls_last_error(), and the
+ * status is returned: ls_agree(ctx, ls_set_error(LS_ERR_IO, "corpus.txt: cannot be read")). LS_OK changes nothing. */
+ls_status ls_set_error(ls_status status, const char *sentence);
 
 /* ------------------------------------------------------------------------------------------------ BLAS */
 
@@ -106,7 +126,7 @@ typedef enum ls_transport {
  *     probsparse, predicted positions of local), queries and keys of cosformer with relu, whose gradient jumps at 0;
  *   - what kernels sum without a matrix product: the windows of local, longshort, the modes of s4d, the slots of lara
  *     and nystrom, features of performer and their gradients, causal performer and cosformer and the sums of keys and
- * of gradients in both, the cores of decoding steps, norms, the loss. */
+ *     of gradients in both, the cores of decoding steps, norms, the loss. */
 typedef enum ls_precision { LS_FLOAT32 = 0, LS_TF32, LS_BF16 } ls_precision;
 const char *ls_precision_name(ls_precision precision); /* "float32", "tf32", "bf16" */
 
@@ -118,13 +138,15 @@ typedef struct ls_context_options {
     ls_precision precision; /* of products on a GPU; the CPU, and the double build, have LS_FLOAT32 alone */
     int device_number;      /* CUDA: which of this machine's devices; ranks may share one. A process uses one at a
                              * time, and all its contexts there belong to one thread at a time */
-    uint64_t seed;          /* of every random number drawn through this context */
+    uint64_t seed;          /* of every random number drawn through this context; the same on all ranks, as are device,
+                             * transport and precision */
     int dry_size, dry_rank; /* dry_size > 0: as rank dry_rank of so many, of whom the others do not exist: comm is not
                              * used, everything sent is counted and gone, everything received is zeros. For planning:
                              * exact volumes, memory and the work of one rank. Results mean nothing */
 } ls_context_options;
 
-/* Collective. On success *ctx is the caller's, to be freed with ls_context_free (collective too). */
+/* Collective. Between MPI_Init and MPI_Finalize, unless this process is alone. On success *ctx is the caller's, to be
+ * freed with ls_context_free (collective too), after all that was made from it. */
 ls_status ls_context_create(const ls_context_options *options, ls_context **ctx);
 void ls_context_free(ls_context *ctx);
 int ls_context_rank(const ls_context *ctx);
@@ -138,17 +160,20 @@ size_t ls_context_bytes(const ls_context *ctx); /* scratch memory that all its a
 ls_status ls_context_wait(ls_context *ctx);
 /* Memory on the context's device, for callers that have no other way to it, to be given back before the context is
  * freed; copies from and to host memory, in order with the work before. ls_device_read waits; what ls_device_write has
- * been given may be used again at once. On the CPU these are malloc and memcpy. */
+ * been given may be used again at once. On the CPU these are malloc and memcpy. None of them is
+ * collective, nor is ls_context_wait. */
 ls_status ls_device_alloc(ls_context *ctx, size_t bytes, void **p);
 void ls_device_free(ls_context *ctx, void *p);
 ls_status ls_device_write(ls_context *ctx, void *to, const void *from, size_t bytes);
 ls_status ls_device_read(ls_context *ctx, void *to, const void *from, size_t bytes);
 
 /* Collective: every rank passes its own status and gets the same one back: LS_OK if all were LS_OK, otherwise that of
- * the lowest failing rank, whose message (prefixed "rank N: ") becomes ls_last_error() everywhere. */
+ * the lowest failing rank, whose message becomes ls_last_error() everywhere: with "rank N: " before it, unless it came
+ * from all ranks already; the status's name, if the last failure on that rank was another one. */
 ls_status ls_agree(ls_context *ctx, ls_status mine);
 
-/* Collective: x (n) := the sum over ranks of x, bit for bit the same on each. For parameter gradients. */
+/* Collective: x (n) := the sum over ranks of x, bit for bit the same on each; n is the same on all. For parameter
+ * gradients. */
 ls_status ls_all_reduce_sum(ls_context *ctx, ls_real *x, int64_t n);
 
 /* Bytes this rank has sent since the context was created, and what the formulas of the exchanges predicted, per kind of
@@ -222,11 +247,18 @@ typedef struct ls_option_info {
     const char *help;
 } ls_option_info;
 
-/* The table of mechanisms, for programs that list or choose them. name is NULL past the end. */
+/* The table of mechanisms, for programs that list or choose them. name is NULL past the end.
+ *
+ *   softmax     Vaswani et al., 2017          lara        Zheng et al., 2022
+ *   local       Luong et al., 2015            cosformer   Qin et al., 2022
+ *   abc         Peng et al., 2022             probsparse  Zhou et al., 2021
+ *   nystrom     Xiong et al., 2021            s4d         Gu et al., 2022
+ *   performer   Choromanski et al., 2021      longshort   Zhu et al., 2021: at layer level alone */
 const char *ls_mechanism_name(int index);
 const ls_option_info *ls_mechanism_options(const char *mechanism, int *count);
 int ls_mechanism_has(const char *mechanism, ls_pattern pattern);      /* 1 if forward and backward exist */
 int ls_mechanism_has_step(const char *mechanism, ls_pattern pattern); /* 1 if step exists */
+int ls_mechanism_has_level(const char *mechanism, ls_level level);    /* 0: projections are part of it (longshort) */
 /* The phases of the forward pass in order, with default options on a long sequence: name, and what crosses ranks before
  * each. NULL past the end. */
 const char *ls_mechanism_phase(const char *mechanism, ls_pattern pattern, int index, ls_crossing *crossing);
@@ -241,7 +273,8 @@ ls_status ls_attention_check(const ls_attention_options *options);
 
 typedef struct ls_attention ls_attention;
 /* Collective. Refuses an unsupported pattern ("probsparse: causal cross attention is not supported") and impossible
- * shapes before anything is allocated. Free with ls_attention_free. */
+ * shapes before anything is allocated. Free with ls_attention_free, which is not collective, nor are ls_saved_free and
+ * ls_state_free; before the context. */
 ls_status ls_attention_create(ls_context *ctx, const ls_attention_options *options, ls_attention **attention);
 void ls_attention_free(ls_attention *attention);
 
@@ -314,20 +347,22 @@ typedef struct ls_attention_io {
 } ls_attention_io;
 
 /* What forward keeps for backward. Reusable, also by another attention of the context: it belongs to the last forward
- * call that was given it. Memory grows to the largest use. Free with ls_saved_free. */
+ * call that was given it. Memory grows to the largest use, in forward: making one is not collective. Free with
+ * ls_saved_free. */
 typedef struct ls_saved ls_saved;
 ls_status ls_saved_create(ls_attention *attention, ls_saved **saved);
 void ls_saved_free(ls_saved *saved);
 size_t ls_saved_bytes(const ls_saved *saved);
 
-/* Collective. out: like query. saved NULL: no backward will follow. The inputs, params and out must stay unchanged
- * until backward. */
+/* Collective. out: like query, in memory that no input has. saved NULL: no backward will follow. The inputs, params and
+ * out must stay unchanged until backward. */
 ls_status ls_attention_forward(ls_attention *attention, const ls_attention_shape *shape, const ls_attention_io *io,
                                const ls_real *params, ls_real *out, ls_saved *saved);
 
 /* Gradients. Of activations: overwritten; where inputs were the same pointer in forward (self attention, value = key)
  * the sum arrives in the first of query, key, value that names it, and the others are not written. params: this rank's
- * share is added; sum over ranks with ls_all_reduce_sum. Any pointer may be NULL: not wanted (layer level only). */
+ * share is added; sum over ranks with ls_all_reduce_sum. Any pointer may be NULL: not wanted (layer level only). None
+ * shares memory with another, or with an input, out or dout. */
 typedef struct ls_attention_grads {
     ls_real *query, *key, *value, *params;
 } ls_attention_grads;
@@ -340,7 +375,8 @@ ls_status ls_attention_backward(ls_attention *attention, const ls_attention_shap
 
 /* Incremental state of one attention for a batch of sequences. */
 typedef struct ls_state ls_state;
-/* Collective. max_length: the most tokens that will be fed to a causal self state (rows of caches are reserved). */
+/* Collective; batch and max_length are the same on all ranks. max_length: the most tokens that will be fed to a causal
+ * self state (rows of caches are reserved). */
 ls_status ls_state_create(ls_attention *attention, int64_t batch, int64_t max_length, ls_state **state);
 void ls_state_free(ls_state *state);
 size_t ls_state_bytes(const ls_state *state);
@@ -352,9 +388,13 @@ ls_status ls_state_source(ls_attention *attention, ls_state *state, const ls_att
  * gets the same output. Masks of io are (B,1). Dropout is off. */
 ls_status ls_attention_step(ls_attention *attention, ls_state *state, const ls_attention_io *io, const ls_real *params,
                             ls_real *out);
-/* New batch row b continues old row index[b] (beam search). */
+/* New batch row b continues old row index[b] (beam search). Not collective, but every rank does it with the same index:
+ * where one did not, or was refused, the next step is refused on all ranks, until all have been reordered alike. */
 ls_status ls_state_reorder(ls_state *state, const int64_t *index);
 
+#ifdef __GNUC__
+#pragma GCC visibility pop
+#endif
 #ifdef __cplusplus
 }
 #endif

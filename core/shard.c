@@ -3,10 +3,30 @@
 
 #include <stdlib.h>
 
+ls_status ls_check_length(int64_t length)
+{
+    if (length < 0) LS_FAIL(LS_ERR_ARGUMENT, "shard: a length of %lld is negative", (long long)length);
+    if (length >= LS_MOST_NUMBERS)
+        LS_FAIL(LS_ERR_ARGUMENT, "shard: %lld positions are too many: fewer than %lld can be counted",
+                (long long)length, (long long)LS_MOST_NUMBERS);
+    return LS_OK;
+}
+
+ls_status ls_check_size(const char *name, int64_t batch, int64_t positions, int64_t width)
+{
+    const int64_t counted = ls_max(positions, 1024); /* memory that a batch row takes however short it is */
+    if (counted < LS_MOST_NUMBERS / width / ls_max(batch, 1)) return LS_OK;
+    LS_FAIL(LS_ERR_ARGUMENT,
+            "%s: batch %lld x %lld positions (at least 1024) x embed_dim %lld is too large: fewer than %lld numbers "
+            "can be counted",
+            name, (long long)batch, (long long)positions, (long long)width, (long long)LS_MOST_NUMBERS);
+}
+
 ls_status ls_shard_even_of(int64_t length, int rank, int size, ls_shard *shard)
 {
+    LS_NEED(shard, "shard: shard is NULL");
     *shard = (ls_shard){0};
-    if (length < 0) LS_FAIL(LS_ERR_ARGUMENT, "shard: length %lld is negative", (long long)length);
+    LS_TRY(ls_check_length(length));
     int64_t *bounds = malloc(((size_t)size + 1) * sizeof *bounds);
     if (bounds == NULL) LS_FAIL(LS_ERR_MEMORY, "shard: no memory for the bounds of %d ranks", size);
     for (int p = 0; p <= size; p++) bounds[p] = length / size * p + ls_min(p, length % size);
@@ -21,6 +41,7 @@ ls_status ls_shard_even_of(int64_t length, int rank, int size, ls_shard *shard)
 
 void ls_shard_free(ls_shard *shard)
 {
+    if (shard == NULL) return;
     free(shard->bounds);
     *shard = (ls_shard){0};
 }

@@ -7,12 +7,26 @@
 /* Keeps the message and returns code, so that `return ls_fail(...)` reads well. */
 ls_status ls_fail(ls_status code, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
+/* The last failure became known to all ranks, with its sentence. */
+ls_status ls_share_failure(ls_status status);
+/* 1 if this is that failure. */
+int ls_is_shared(ls_status status);
+/* The same status, whose sentence is then ls_last_error(): its name, where the last failure was another one. What is no
+ * status becomes LS_ERR_ARGUMENT. */
+ls_status ls_explained(ls_status status);
+
 #define LS_FAIL(code, ...) return ls_fail((code), __VA_ARGS__)
 
 #define LS_TRY(call)                                                                                                   \
     do {                                                                                                               \
         const ls_status ls_try_status_ = (call);                                                                       \
         if (ls_try_status_ != LS_OK) return ls_try_status_;                                                            \
+    } while (0)
+
+/* What a call cannot do without: LS_NEED(pointer, sentence). Of a collective call: there is nobody to agree with. */
+#define LS_NEED(pointer, ...)                                                                                          \
+    do {                                                                                                               \
+        if ((pointer) == NULL) LS_FAIL(LS_ERR_ARGUMENT, __VA_ARGS__);                                                  \
     } while (0)
 
 /* For functions with something to release: keeps the status in `status` and goes to the label `done`. */

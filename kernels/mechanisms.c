@@ -27,10 +27,10 @@ const char *ls_mechanism_name(int index)
 const ls_option_info *ls_mechanism_options(const char *mechanism, int *count)
 {
     const ls_mechanism *m = ls_mechanism_find(mechanism);
-    *count = 0;
-    if (m == NULL || m->option == NULL) return NULL;
-    while (m->option[*count].name != NULL) ++*count;
-    return m->option;
+    int n = 0;
+    while (m != NULL && m->option != NULL && m->option[n].name != NULL) n++;
+    if (count != NULL) *count = n;
+    return n > 0 ? m->option : NULL;
 }
 
 int ls_mechanism_has(const char *mechanism, ls_pattern pattern)
@@ -45,6 +45,12 @@ int ls_mechanism_has_step(const char *mechanism, ls_pattern pattern)
     return m != NULL && (unsigned)pattern < 4 && m->step[pattern] != NULL;
 }
 
+int ls_mechanism_has_level(const char *mechanism, ls_level level)
+{
+    const ls_mechanism *m = ls_mechanism_find(mechanism);
+    return m != NULL && (level == LS_LEVEL_LAYER || (level == LS_LEVEL_CORE && !m->layer_only));
+}
+
 const char *ls_mechanism_phase(const char *mechanism, ls_pattern pattern, int index, ls_crossing *crossing)
 {
     if (!ls_mechanism_has(mechanism, pattern) || index < 0) return NULL;
@@ -55,7 +61,7 @@ const char *ls_mechanism_phase(const char *mechanism, ls_pattern pattern, int in
     const ls_pass p = {.pattern = pattern, .option = value, .kit = m->kit, .all_queries = 1 << 20, .all_keys = 1 << 20};
     for (; phase->name != NULL; phase++)
         if (ls_is_needed(&p, phase) && index-- == 0) break;
-    if (phase->name != NULL) *crossing = phase->crossing;
+    if (phase->name != NULL && crossing != NULL) *crossing = phase->crossing;
     return phase->name;
 }
 
@@ -77,6 +83,7 @@ ls_status ls_attention_defaults(const char *mechanism, ls_attention_options *opt
         LS_FAIL(LS_ERR_ARGUMENT, "attention: there is no mechanism \"%s\": use one of %s",
                 mechanism == NULL ? "" : mechanism, known);
     }
+    LS_NEED(options, "attention: options is NULL");
     *options = (ls_attention_options){.mechanism = m->name, .pattern = LS_NS};
     for (int i = 0; m->option != NULL && m->option[i].name != NULL; i++) options->value[i] = m->option[i].initial;
     return LS_OK;
@@ -84,8 +91,9 @@ ls_status ls_attention_defaults(const char *mechanism, ls_attention_options *opt
 
 ls_status ls_attention_set(ls_attention_options *options, const char *name, double value)
 {
-    const ls_mechanism *m = ls_mechanism_find(options->mechanism);
+    const ls_mechanism *m = options != NULL ? ls_mechanism_find(options->mechanism) : NULL;
     if (m == NULL) LS_FAIL(LS_ERR_ARGUMENT, "attention: set the mechanism before its options");
+    LS_NEED(name, "%s: the name of an option is NULL", m->name);
     for (int i = 0; m->option != NULL && m->option[i].name != NULL; i++) {
         const ls_option_info *o = &m->option[i];
         if (strcmp(o->name, name) != 0 && strcmp(o->symbol, name) != 0) continue;

@@ -22,8 +22,11 @@ struct ls_saved {
 
 /* ------------------------------------------------------------------------------------------------ create */
 
+enum { MOST_EMBED_DIM = 1 << 20 }; /* its square, times slots or channels, is still counted in 64 bits */
+
 static ls_status check_options(const ls_attention_options *o, const ls_mechanism **mechanism)
 {
+    if (o == NULL) LS_FAIL(LS_ERR_ARGUMENT, "attention: options is NULL");
     ls_attention_options defaults;
     LS_TRY(ls_attention_defaults(o->mechanism, &defaults)); /* names those that exist */
     const ls_mechanism *m = *mechanism = ls_mechanism_find(o->mechanism);
@@ -36,8 +39,9 @@ static ls_status check_options(const ls_attention_options *o, const ls_mechanism
     if (o->embed_dim % o->num_heads != 0)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: embed_dim %lld is not divisible by num_heads %lld", m->name,
                 (long long)o->embed_dim, (long long)o->num_heads);
-    if (o->embed_dim > INT32_MAX)
-        LS_FAIL(LS_ERR_ARGUMENT, "%s: embed_dim %lld is too large", m->name, (long long)o->embed_dim);
+    if (o->embed_dim > MOST_EMBED_DIM)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: embed_dim %lld is more than %d", m->name, (long long)o->embed_dim,
+                MOST_EMBED_DIM);
     if (!(o->scale >= 0) || o->scale > 1e30)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: scale %g must be a positive number, or 0 for the default", m->name, o->scale);
     if (!(o->dropout >= 0 && o->dropout < 1))
@@ -101,6 +105,14 @@ static void list_params(ls_attention *a)
     }
 }
 
+static uint64_t sign_options(const ls_attention_options *o)
+{
+    const uint64_t s = ls_sign(LS_SIGNATURE, o->mechanism, strlen(o->mechanism));
+    const int64_t numbers[] = {o->pattern, o->level, o->embed_dim, o->num_heads, o->stream};
+    const double reals[] = {o->scale, o->dropout};
+    return ls_sign(ls_sign(ls_sign(s, numbers, sizeof numbers), reals, sizeof reals), o->value, sizeof o->value);
+}
+
 static ls_status create(ls_context *ctx, const ls_attention_options *options, ls_attention **attention)
 {
     const ls_mechanism *mechanism;
@@ -111,6 +123,7 @@ static ls_status create(ls_context *ctx, const ls_attention_options *options, ls
     a->mechanism = mechanism;
     a->options = *options;
     a->options.mechanism = mechanism->name;
+    a->signature = sign_options(&a->options);
     if (ctx->device == LS_CUDA && mechanism->cuda == NULL) {
         free(a);
         LS_FAIL(LS_ERR_UNSUPPORTED, "%s: it has no CUDA kernels in this version: use the CPU device", mechanism->name);
@@ -122,22 +135,18 @@ static ls_status create(ls_context *ctx, const ls_attention_options *options, ls
     return LS_OK;
 }
 
-static uint64_t sign_options(const ls_attention_options *o)
-{
-    uint64_t s = o->mechanism == NULL ? LS_SIGNATURE : ls_sign(LS_SIGNATURE, o->mechanism, strlen(o->mechanism));
-    const int64_t numbers[] = {o->pattern, o->level, o->embed_dim, o->num_heads, o->stream};
-    s = ls_sign(ls_sign(s, numbers, sizeof numbers), &o->scale, sizeof o->scale);
-    return ls_sign(ls_sign(s, &o->dropout, sizeof o->dropout), o->value, sizeof o->value);
-}
-
 ls_status ls_attention_create(ls_context *ctx, const ls_attention_options *options, ls_attention **attention)
 {
-    *attention = NULL;
-    const ls_status status = ls_agree_alike(ctx, create(ctx, options, attention), "attention", sign_options(options));
+    LS_NEED(ctx, "attention: the context is NULL");
+    ls_attention *made = NULL;
+    ls_status status = attention != NULL ? create(ctx, options, &made)
+                                         : ls_fail(LS_ERR_ARGUMENT, "attention: the place for it is NULL");
+    status = ls_agree_alike(ctx, status, "attention", "options", made != NULL ? made->signature : 0);
     if (status != LS_OK) {
-        free(*attention);
-        *attention = NULL;
+        free(made);
+        made = NULL;
     }
+    if (attention != NULL) *attention = made;
     return status;
 }
 
@@ -168,6 +177,8 @@ int64_t ls_attention_param_count(const ls_attention *attention)
 
 ls_status ls_saved_create(ls_attention *attention, ls_saved **saved)
 {
+    LS_NEED(attention, "saved: attention is NULL");
+    LS_NEED(saved, "saved: saved is NULL");
     *saved = calloc(1, sizeof **saved);
     if (*saved == NULL) LS_FAIL(LS_ERR_MEMORY, "attention: no memory for what backward needs");
     (*saved)->attention = attention;
@@ -236,7 +247,7 @@ ls_view ls_view_out(const ls_attention *a, const ls_real *p, int64_t B, int64_t 
     return a->mechanism->one_input ? ls_view_rows(a, p, B, n, a->form.core_width) : ls_view_of(a, p, B, n);
 }
 
-static ls_status check_shard(const ls_attention *a, const ls_shard *s, const char *what)
+ls_status ls_check_shard(const ls_attention *a, const ls_shard *s, const char *what)
 {
     const char *name = a->mechanism->name;
     const ls_comm *comm = &a->ctx->exchange.comm;
@@ -248,7 +259,12 @@ static ls_status check_shard(const ls_attention *a, const ls_shard *s, const cha
     if (s->n < 0 || s->lo != s->bounds[s->rank] || s->lo + s->n != s->bounds[s->rank + 1] ||
         s->length != s->bounds[s->size])
         LS_FAIL(LS_ERR_ARGUMENT, "%s: the shard of the %s contradicts itself", name, what);
-    return LS_OK;
+    return ls_check_length(s->length);
+}
+
+uint64_t ls_sign_shard(uint64_t signature, const ls_shard *s)
+{
+    return ls_sign(signature, s->bounds, ((size_t)s->size + 1) * sizeof *s->bounds);
 }
 
 /* What must be the same on every rank of a call. Called with shape and shards that were found whole. */
@@ -272,10 +288,15 @@ static uint64_t sign_call(const ls_attention *a, const ls_call *c, int backward,
                                p->samples_per_batch,
                                (int64_t)p->draw,
                                (int64_t)p->sample};
-    const size_t bytes = ((size_t)c->keys->size + 1) * sizeof *c->keys->bounds;
-    uint64_t s = ls_sign(sign_options(&a->options), numbers, sizeof numbers);
-    s = ls_sign(s, c->queries->bounds, bytes);
-    return ls_sign(s, c->keys->bounds, bytes);
+    return ls_sign_shard(ls_sign_shard(ls_sign(a->signature, numbers, sizeof numbers), c->queries), c->keys);
+}
+
+/* ls_agree_alike for a call, whose tensors c has where the status is LS_OK. */
+static ls_status agree_call(const ls_attention *a, ls_status status, const ls_call *c, int backward, int wants_weights)
+{
+    return ls_agree_alike(a->ctx, status, a->mechanism->name,
+                          "forward or backward, options, batch, shards and which optional inputs there are",
+                          status == LS_OK ? sign_call(a, c, backward, wants_weights) : 0);
 }
 
 static int is_self(ls_pattern p)
@@ -285,7 +306,7 @@ static int is_self(ls_pattern p)
 
 static int is_packed(const ls_attention_io *io)
 {
-    return io->query_segments != NULL || io->key_segments != NULL;
+    return io != NULL && (io->query_segments != NULL || io->key_segments != NULL);
 }
 
 static ls_status check_packed(const ls_attention *a, const ls_attention_io *io)
@@ -321,15 +342,18 @@ static ls_status check_call(const ls_attention *a, const ls_attention_shape *sha
                             const ls_real *params, const ls_real *out)
 {
     const char *name = a->mechanism->name;
+    LS_NEED(shape, "%s: shape is NULL", name);
+    LS_NEED(io, "%s: io is NULL", name);
     LS_TRY(a->ctx->ops->enter(a->ctx->queue));
     if (shape->batch <= 0) LS_FAIL(LS_ERR_ARGUMENT, "%s: batch %lld must be positive", name, (long long)shape->batch);
-    LS_TRY(check_shard(a, shape->queries, "queries"));
+    LS_TRY(ls_check_shard(a, shape->queries, "queries"));
     const ls_shard *keys = shape->keys == NULL && is_self(a->options.pattern) ? shape->queries : shape->keys;
-    LS_TRY(check_shard(a, keys, "keys"));
+    LS_TRY(ls_check_shard(a, keys, "keys"));
     if (is_self(a->options.pattern) &&
         memcmp(keys->bounds, shape->queries->bounds, ((size_t)keys->size + 1) * sizeof *keys->bounds) != 0)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: self attention needs as many keys (%lld) as queries (%lld), sharded alike", name,
                 (long long)keys->length, (long long)shape->queries->length);
+    LS_TRY(ls_check_size(name, shape->batch, shape->queries->length + keys->length, a->options.embed_dim));
     const int is_layer = ls_is_layer(a), one_input = a->mechanism->one_input;
     if (one_input && ((io->key != NULL && io->key != io->query) || (io->value != NULL && io->value != io->query)))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: it reads query alone: let key and value be NULL or the same", name);
@@ -346,6 +370,12 @@ static ls_status check_call(const ls_attention *a, const ls_attention_shape *sha
     LS_TRY(ls_check_given(a, io));
     if (io->samples != NULL && io->num_samples < 0)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: num_samples %lld is negative", name, (long long)io->num_samples);
+    if (io->samples != NULL && io->num_samples >= LS_MOST_NUMBERS / shape->batch / ls_max(shape->queries->n, 1))
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: num_samples %lld is too large", name, (long long)io->num_samples);
+    if ((io->attn_mask != NULL || io->dropout_mask != NULL || wants_weights) &&
+        shape->queries->n >= INT64_MAX / 16 / shape->batch / a->H / ls_max(keys->length, 1)) /* a number is 8 bytes */
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: a mask or weights of %lld queries x %lld keys are too large", name,
+                (long long)shape->queries->n, (long long)keys->length);
     if (wants_weights && io->weights == NULL && shape->queries->n > 0)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: need_weights without a place for them: weights is NULL", name);
     return check_packed(a, io);
@@ -548,7 +578,7 @@ static ls_status find_documents(ls_attention *a, const ls_attention_io *io, cons
     const ls_pass *p = &c->pass;
     const int self = is_self(p->pattern);
     const int32_t *q = self && io->query_segments == NULL ? io->key_segments : io->query_segments;
-    LS_TRY(ls_agree_alike(a->ctx, status, a->mechanism->name, status == LS_OK ? sign_call(a, c, 0, 0) : 0));
+    LS_TRY(agree_call(a, status, c, 0, 0));
     return ls_documents_find(a->ctx, a->mechanism->name, p->B, c->queries, self ? NULL : c->keys, q, io->key_segments,
                              c->documents);
 }
@@ -626,6 +656,7 @@ static void make_queries(void *of)
 ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
                                const ls_real *params, ls_real *out, ls_saved *saved)
 {
+    LS_NEED(a, "forward: attention is NULL");
     ls_call c;
     layer l;
     ls_arena *keep = saved != NULL ? &saved->arena : &a->ctx->unsaved;
@@ -641,8 +672,7 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
         LS_TRY(find_documents(a, io, &c, status));
     }
     if (status == LS_OK) status = reserve_forward(a, io, keep, &c, &l);
-    LS_TRY(ls_agree_alike(a->ctx, status, a->mechanism->name,
-                          status == LS_OK ? sign_call(a, &c, 0, io->need_weights || io->need_head_weights) : 0));
+    LS_TRY(agree_call(a, status, &c, 0, io != NULL && (io->need_weights || io->need_head_weights)));
     const ls_pass *p = &c.pass;
     const int64_t rows = p->B * p->T;
     const ls_real *const x[] = {l.x_q, l.x_k, l.x_v, l.x_q};
@@ -688,6 +718,7 @@ static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *sha
     if (saved->batch != p->B || saved->T != p->T || saved->S != p->S || saved->T_all != p->all_queries ||
         saved->S_all != p->all_keys)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: backward has other sizes than the forward call that saved", name);
+    LS_NEED(grads, "%s: grads is NULL", name);
     if (p->T > 0 && dout == NULL) LS_FAIL(LS_ERR_ARGUMENT, "%s: dout is NULL", name);
     if (!ls_is_layer(a) &&
         ((p->T > 0 && grads->query == NULL) || (p->S > 0 && grads->key == NULL && l->x_k != l->x_q) ||
@@ -766,10 +797,11 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
                                 const ls_real *params, const ls_real *out, const ls_real *dout, ls_saved *saved,
                                 const ls_attention_grads *grads)
 {
+    LS_NEED(a, "backward: attention is NULL");
     ls_call c;
     layer l;
     const ls_status status = reserve_backward(a, shape, io, params, out, dout, saved, grads, &c, &l);
-    LS_TRY(ls_agree_alike(a->ctx, status, a->mechanism->name, status == LS_OK ? sign_call(a, &c, 1, 0) : 0));
+    LS_TRY(agree_call(a, status, &c, 1, 0));
     const ls_pass *p = &c.pass;
     const ls_dense_ops *dense = a->ctx->dense;
     const int64_t E = a->options.embed_dim;

@@ -16,6 +16,7 @@ struct ls_attention {
     int count, own;                             /* parameters in all; the first that is the mechanism's own */
     int weight[PROJECTIONS], bias[PROJECTIONS]; /* places in param[], -1: there is none */
     int64_t reals;
+    uint64_t signature; /* of the options */
     ls_param_info param[LS_MAX_PARAMS];
 };
 
@@ -43,6 +44,10 @@ ls_view ls_view_of(const ls_attention *a, const ls_real *p, int64_t B, int64_t n
 ls_view ls_view_rows(const ls_attention *a, const ls_real *p, int64_t B, int64_t n, int64_t width);
 /* What a core gives: like ls_view_of, or rows of form.core_width. */
 ls_view ls_view_out(const ls_attention *a, const ls_real *p, int64_t B, int64_t n);
+
+/* Refuses a shard that is missing, another rank's or wrong in itself. `what` it is of. */
+ls_status ls_check_shard(const ls_attention *a, const ls_shard *s, const char *what);
+uint64_t ls_sign_shard(uint64_t signature, const ls_shard *s);
 
 /* Refuses random numbers that the mechanism does not take. */
 ls_status ls_check_given(const ls_attention *a, const ls_attention_io *io);

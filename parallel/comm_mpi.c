@@ -119,9 +119,11 @@ static void close_mpi(ls_comm *c)
 ls_status ls_comm_mpi(MPI_Comm mpi, ls_comm *comm)
 {
     static const ls_comm_ops ops = {"mpi", begin, end, forget, sum, close_mpi, next, min, broadcast, gather};
-    int initialized = 0;
+    int initialized = 0, finalized = 0;
     MPI_Initialized(&initialized);
+    MPI_Finalized(&finalized);
     if (!initialized) LS_FAIL(LS_ERR_ARGUMENT, "mpi: call MPI_Init before giving a communicator to a context");
+    if (finalized) LS_FAIL(LS_ERR_ARGUMENT, "mpi: a context with a communicator cannot be made after MPI_Finalize");
     *comm = (ls_comm){&ops, 0, 1, malloc(sizeof(MPI_Comm)), NULL};
     if (comm->own == NULL) LS_FAIL(LS_ERR_MEMORY, "mpi: no memory for a communicator");
     const int rc = MPI_Comm_dup(mpi, comm->own);

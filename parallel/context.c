@@ -47,7 +47,7 @@ static ls_status open_rest(const ls_context_options *o, ls_context *c)
     return prepare(o, c->alone, c->queue);
 }
 
-/* Local: what no communicator is needed to refuse. */
+/* Local: what no communicator is needed to refuse, and what the other ranks may find otherwise. */
 static ls_status check_options(const ls_context_options *o)
 {
     if (ls_device_find(o->device) == NULL)
@@ -95,14 +95,15 @@ static uint64_t signature_of(const ls_context_options *o)
 {
     const uint64_t device = ls_sign(LS_SIGNATURE, &o->device, sizeof o->device);
     const uint64_t transport = ls_sign(device, &o->transport, sizeof o->transport);
-    return ls_sign(transport, &o->precision, sizeof o->precision);
+    return ls_sign(ls_sign(transport, &o->precision, sizeof o->precision), &o->seed, sizeof o->seed);
 }
 
 ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
 {
-    *ctx = NULL;
+    LS_NEED(options, "context: options is NULL");
+    if (ctx != NULL) *ctx = NULL;
     const int alone = options->dry_size != 0 || options->comm == MPI_COMM_NULL || options->comm == (MPI_Comm)0;
-    const ls_status possible = check_options(options); /* which the other ranks may find otherwise */
+    const ls_status possible = ctx != NULL ? check_options(options) : ls_fail(LS_ERR_ARGUMENT, "context: ctx is NULL");
     if (alone && possible != LS_OK) return possible;
     ls_context *c = calloc(1, sizeof *c);
     if (c == NULL) LS_FAIL(LS_ERR_MEMORY, "context: no memory");
@@ -117,7 +118,8 @@ ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
         free(c);
         return status;
     }
-    status = ls_agree_alike(c, possible != LS_OK ? possible : open_rest(options, c), "context", signature_of(options));
+    status = ls_agree_alike(c, possible != LS_OK ? possible : open_rest(options, c), "context",
+                            "device, transport, precision and seed", signature_of(options));
     if (status == LS_OK && c->queue != NULL && c->exchange.comm.size > 1) status = open_transport(options, c);
     if (status != LS_OK) {
         ls_context_free(c);
@@ -154,11 +156,14 @@ void ls_context_free(ls_context *ctx)
 
 ls_status ls_context_wait(ls_context *ctx)
 {
+    LS_NEED(ctx, "wait: the context is NULL");
     return ctx->ops->wait(ctx->queue);
 }
 
 ls_status ls_device_alloc(ls_context *ctx, size_t bytes, void **p)
 {
+    LS_NEED(ctx, "device: the context is NULL");
+    LS_NEED(p, "device: p is NULL");
     return ls_reserve(ctx->ops, ctx->ops->name, bytes > 0 ? bytes : 1, p);
 }
 
@@ -167,13 +172,22 @@ void ls_device_free(ls_context *ctx, void *p)
     if (p != NULL) ctx->ops->release(p);
 }
 
+static ls_status check_copy(const ls_context *ctx, const void *to, const void *from, size_t bytes)
+{
+    LS_NEED(ctx, "device: the context is NULL");
+    if (bytes > 0 && (to == NULL || from == NULL)) LS_FAIL(LS_ERR_ARGUMENT, "device: a copy to or from NULL");
+    return LS_OK;
+}
+
 ls_status ls_device_write(ls_context *ctx, void *to, const void *from, size_t bytes)
 {
+    LS_TRY(check_copy(ctx, to, from, bytes));
     return ctx->ops->to_device(ctx->queue, to, from, bytes);
 }
 
 ls_status ls_device_read(ls_context *ctx, void *to, const void *from, size_t bytes)
 {
+    LS_TRY(check_copy(ctx, to, from, bytes));
     return ctx->ops->to_host(ctx->queue, to, from, bytes);
 }
 
@@ -200,7 +214,7 @@ uint64_t ls_sign(uint64_t signature, const void *bytes, size_t n)
 }
 
 /* The slow path: all are well, but not all the same. */
-static ls_status name_who_differs(ls_comm *comm, const char *what, int64_t signature)
+static ls_status name_who_differs(ls_comm *comm, const char *what, const char *alike, int64_t signature)
 {
     int64_t *all = malloc((size_t)comm->size * sizeof *all);
     int64_t short_of_memory = all == NULL ? -1 : 0;
@@ -210,48 +224,50 @@ static ls_status name_who_differs(ls_comm *comm, const char *what, int64_t signa
     if (status == LS_OK) {
         int odd = 0;
         while (odd + 1 < comm->size && all[odd] == all[0]) odd++;
-        status =
-            ls_fail(LS_ERR_ARGUMENT,
-                    "%s: rank %d has another batch, other shards, options or optional inputs than rank 0: they must "
-                    "be the same on every rank",
-                    what, odd);
+        status = ls_fail(LS_ERR_ARGUMENT,
+                         "%s: rank %d differs from rank 0: %s must be the same on every rank, and the calls in the "
+                         "same order",
+                         what, odd, alike);
     }
     free(all);
-    return status;
+    return ls_share_failure(status);
 }
 
 /* One all-reduce of three numbers does both: the lowest failing rank, whose code and sentence follow only then, and the
  * least and the greatest signature. */
-ls_status ls_agree_alike(ls_context *ctx, ls_status mine, const char *what, uint64_t signature)
+ls_status ls_agree_alike(ls_context *ctx, ls_status mine, const char *what, const char *alike, uint64_t signature)
 {
     ls_comm *comm = &ctx->exchange.comm;
-    ctx->agreed = 0;
+    mine = ls_explained(mine);
     if (comm->size == 1) return mine;
-    const int64_t sign = (int64_t)(signature >> 1); /* not negative, so that its negative exists */
+    /* calls of another kind differ too; not negative, so that its negative exists */
+    const int64_t sign = (int64_t)(ls_sign(signature, alike, strlen(alike)) >> 1);
     int64_t least[3] = {mine == LS_OK ? comm->size : comm->rank, sign, -sign};
     LS_TRY(ls_comm_min(comm, least, 3));
     const int first = (int)least[0];
-    if (first == comm->size) return least[1] == -least[2] ? LS_OK : name_who_differs(comm, what, sign);
+    if (first == comm->size) return least[1] == -least[2] ? LS_OK : name_who_differs(comm, what, alike, sign);
     struct {
-        int64_t code;
+        int32_t code, shared; /* shared: the sentence tells already whose it is */
         char text[1000];
-    } message = {mine, ""};
+    } message = {mine, ls_is_shared(mine), ""};
     if (comm->rank == first) strncpy(message.text, ls_last_error(), sizeof message.text - 1);
     LS_TRY(ls_comm_broadcast(comm, &message, (int)sizeof message, first));
-    ctx->agreed = 1;
-    return ls_fail((ls_status)message.code, "rank %d: %s", first, message.text);
+    const ls_status status = (ls_status)message.code;
+    return ls_share_failure(message.shared ? ls_fail(status, "%s", message.text)
+                                           : ls_fail(status, "rank %d: %s", first, message.text));
 }
 
 ls_status ls_agree(ls_context *ctx, ls_status mine)
 {
-    return ls_agree_alike(ctx, mine, "", 0);
+    LS_NEED(ctx, "agree: the context is NULL");
+    return ls_agree_alike(ctx, mine, "agree", "the status", 0);
 }
 
 ls_status ls_alone(ls_context *ctx, ls_status mine)
 {
     const ls_comm *comm = &ctx->exchange.comm;
     char text[800] = "";
-    if (ctx->agreed || comm->size == 1 || (mine != LS_ERR_MEMORY && mine != LS_ERR_INTERNAL)) return mine;
+    if (ls_is_shared(mine) || comm->size == 1 || (mine != LS_ERR_MEMORY && mine != LS_ERR_INTERNAL)) return mine;
     strncpy(text, ls_last_error(), sizeof text - 1);
     return ls_fail(LS_ERR_COMM, "rank %d of %d: %s: the others are left waiting, end the job", comm->rank, comm->size,
                    text);
@@ -259,6 +275,11 @@ ls_status ls_alone(ls_context *ctx, ls_status mine)
 
 ls_status ls_all_reduce_sum(ls_context *ctx, ls_real *x, int64_t n)
 {
+    LS_NEED(ctx, "all-reduce: the context is NULL");
+    ls_status status = LS_OK;
+    if (n < 0) status = ls_fail(LS_ERR_ARGUMENT, "all-reduce: n %lld is negative", (long long)n);
+    if (n > 0 && x == NULL) status = ls_fail(LS_ERR_ARGUMENT, "all-reduce: x is NULL");
+    LS_TRY(ls_agree_alike(ctx, status, "all-reduce", "n", ls_sign(LS_SIGNATURE, &n, sizeof n)));
     return ctx->exchange.comm.ops->sum(&ctx->exchange.comm, x, n);
 }
 
@@ -281,26 +302,38 @@ const char *ls_precision_name(ls_precision precision)
 
 ls_status ls_shard_even(const ls_context *ctx, int64_t length, ls_shard *shard)
 {
+    LS_NEED(ctx, "shard: the context is NULL");
     return ls_shard_even_of(length, ls_context_rank(ctx), ls_context_size(ctx), shard);
+}
+
+/* Where the pieces of all ranks begin; they must not be too many together either. */
+static ls_status add_up(int size, int64_t *bounds)
+{
+    bounds[0] = 0;
+    for (int p = 0; p < size; p++) {
+        bounds[p + 1] += bounds[p];
+        const ls_status status = ls_check_length(bounds[p + 1]);
+        if (status != LS_OK) return ls_share_failure(status); /* as all ranks find */
+    }
+    return LS_OK;
 }
 
 ls_status ls_shard_local(ls_context *ctx, int64_t n, ls_shard *shard)
 {
-    const int size = ls_context_size(ctx);
-    *shard = (ls_shard){0};
+    LS_NEED(ctx, "shard: the context is NULL");
+    const int rank = ls_context_rank(ctx), size = ls_context_size(ctx);
     int64_t *bounds = malloc(((size_t)size + 1) * sizeof *bounds);
-    ls_status status = LS_OK;
-    if (n < 0) status = ls_fail(LS_ERR_ARGUMENT, "shard: %lld positions is negative", (long long)n);
+    ls_status status = ls_check_length(n);
     if (bounds == NULL) status = ls_fail(LS_ERR_MEMORY, "shard: no memory for the bounds of %d ranks", size);
-    status = ls_agree(ctx, status);
+    if (shard == NULL) status = ls_fail(LS_ERR_ARGUMENT, "shard: shard is NULL");
+    if (shard != NULL) *shard = (ls_shard){0};
+    status = ls_agree_alike(ctx, status, "shard", "the call", 0);
     if (status == LS_OK) status = ls_comm_gather(&ctx->exchange.comm, n, bounds + 1);
+    if (status == LS_OK) status = add_up(size, bounds);
     if (status != LS_OK) {
         free(bounds);
         return status;
     }
-    bounds[0] = 0;
-    for (int p = 0; p < size; p++) bounds[p + 1] += bounds[p];
-    const int rank = ls_context_rank(ctx);
     *shard =
         (ls_shard){.length = bounds[size], .lo = bounds[rank], .n = n, .rank = rank, .size = size, .bounds = bounds};
     return LS_OK;

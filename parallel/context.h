@@ -21,7 +21,6 @@ struct ls_context {
     ls_queue *queue; /* NULL on the CPU; alone has the same */
     ls_span *spans;  /* (4 P): of the placement and of the fetch of the call that is running */
     int64_t *pieces; /* (LS_MAX_PHASES, P): of its gathers */
-    int agreed;      /* all ranks know of the last failure */
 };
 
 /* Bytes of a number as products take it in the context's precision, and room for n of them. */
@@ -35,8 +34,9 @@ static inline ls_operand ls_take_operand(const ls_context *ctx, ls_arena *arena,
 }
 
 /* Collective: ls_agree, and LS_ERR_ARGUMENT where all are well but their signatures (of whatever must be the same on
- * every rank) are not; `what` begins the message, which names the first rank that differs from rank 0. */
-ls_status ls_agree_alike(ls_context *ctx, ls_status mine, const char *what, uint64_t signature);
+ * every rank) are not; `what` begins the message, which names the first rank that differs from rank 0, and `alike` says
+ * of what the signature is: two kinds of calls never match. */
+ls_status ls_agree_alike(ls_context *ctx, ls_status mine, const char *what, const char *alike, uint64_t signature);
 
 /* Not collective: the end of a call in which messages travel. Memory that could not be had, or a kernel that did not
  * run, on this rank alone leaves the others waiting for it, so it becomes LS_ERR_COMM, after which a job has to be

@@ -25,6 +25,7 @@ typedef struct window {
 struct ls_state {
     ls_attention *attention;
     int64_t batch, max_length, tokens; /* tokens fed so far */
+    uint64_t order;                    /* the signature of all reorders: ranks whose rows differ are found by a step */
     int sourced;
     ls_arena arena;                  /* summaries and, for self attention, cache, window and lists */
     ls_real *summary[LS_MAX_PHASES]; /* by phase; NULL: none is kept */
@@ -122,11 +123,15 @@ static ls_status create(ls_attention *a, int64_t batch, int64_t max_length, ls_s
     if (batch <= 0 || max_length < 0)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: a state needs a positive batch (%lld) and a length (%lld) of 0 or more", name,
                 (long long)batch, (long long)max_length);
+    if (max_length > INT32_MAX)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: a state of %lld tokens: at most %d", name, (long long)max_length, INT32_MAX);
+    LS_TRY(ls_check_size(name, batch, max_length, a->options.embed_dim));
     ls_state *s = *state = calloc(1, sizeof *s);
     if (s == NULL) LS_FAIL(LS_ERR_MEMORY, "%s: no memory for a state", name);
     s->attention = a;
     s->batch = batch;
     s->max_length = max_length;
+    s->order = LS_SIGNATURE;
     const int cached = !is_cross(a) && rings(NULL, phases_of(a));
     s->arena.device = s->source.device = a->ctx->ops;
     s->rows = cached ? (max_length + comm->size - 1) / comm->size : 0;
@@ -143,12 +148,19 @@ static ls_status create(ls_attention *a, int64_t batch, int64_t max_length, ls_s
 
 ls_status ls_state_create(ls_attention *attention, int64_t batch, int64_t max_length, ls_state **state)
 {
-    *state = NULL;
-    const ls_status status = ls_agree(attention->ctx, create(attention, batch, max_length, state));
+    LS_NEED(attention, "state: attention is NULL");
+    const int64_t sizes[] = {batch, max_length};
+    ls_state *made = NULL;
+    ls_status status = state != NULL ? create(attention, batch, max_length, &made)
+                                     : ls_fail(LS_ERR_ARGUMENT, "state: the place for it is NULL");
+    status =
+        ls_agree_alike(attention->ctx, status, attention->mechanism->name, "options, batch and max_length of a state",
+                       ls_sign(attention->signature, sizes, sizeof sizes));
     if (status != LS_OK) {
-        ls_state_free(*state);
-        *state = NULL;
+        ls_state_free(made);
+        made = NULL;
     }
+    if (state != NULL) *state = made;
     return status;
 }
 
@@ -220,18 +232,27 @@ static ls_status reserve_call(const ls_attention *a, ls_pass *p, buffers *m)
 
 /* ------------------------------------------------------------------------------------------------ source */
 
+static ls_status check_whose(const ls_attention *a, const ls_state *s)
+{
+    LS_NEED(s, "%s: the state is NULL", a->mechanism->name);
+    if (s->attention != a) LS_FAIL(LS_ERR_ARGUMENT, "%s: the state belongs to another attention", a->mechanism->name);
+    return LS_OK;
+}
+
 static ls_status reserve_source(ls_attention *a, ls_state *s, const ls_attention_shape *shape,
                                 const ls_attention_io *io, const ls_real *params, ls_pass *p, buffers *m)
 {
     const char *name = a->mechanism->name;
+    LS_TRY(check_whose(a, s));
+    LS_NEED(shape, "%s: shape is NULL", name);
+    LS_NEED(io, "%s: io is NULL", name);
     LS_TRY(a->ctx->ops->enter(a->ctx->queue));
     if (!is_cross(a)) LS_FAIL(LS_ERR_ARGUMENT, "%s: only cross attention has a source", name);
-    if (shape->keys == NULL || shape->keys->size != a->ctx->exchange.comm.size ||
-        shape->keys->rank != a->ctx->exchange.comm.rank)
-        LS_FAIL(LS_ERR_ARGUMENT, "%s: the shard of the source is missing or is not this rank's", name);
+    LS_TRY(ls_check_shard(a, shape->keys, "source"));
     if (shape->batch != s->batch)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: the source has batch %lld, the state %lld", name, (long long)shape->batch,
                 (long long)s->batch);
+    LS_TRY(ls_check_size(name, s->batch, shape->keys->length, a->options.embed_dim));
     const int64_t n = shape->keys->n;
     if (n > 0 && (io->key == NULL || (a->options.level == LS_LEVEL_CORE && io->value == NULL)))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: key or value of the source is NULL", name);
@@ -256,12 +277,23 @@ static ls_status reserve_source(ls_attention *a, ls_state *s, const ls_attention
     return ls_arena_check(&s->source, name);
 }
 
+/* What must be the same on every rank, of calls that were found well. */
+static uint64_t sign_source(const ls_state *s, const ls_pass *p, const ls_shard *keys)
+{
+    const int64_t numbers[] = {s->batch, p->own.pad != NULL, p->given_features != NULL};
+    return ls_sign_shard(ls_sign(s->attention->signature, numbers, sizeof numbers), keys);
+}
+
 ls_status ls_state_source(ls_attention *a, ls_state *s, const ls_attention_shape *shape, const ls_attention_io *io,
                           const ls_real *params)
 {
+    LS_NEED(a, "source: attention is NULL");
     ls_pass p;
     buffers m = {0};
-    LS_TRY(ls_agree(a->ctx, reserve_source(a, s, shape, io, params, &p, &m)));
+    const ls_status status = reserve_source(a, s, shape, io, params, &p, &m);
+    LS_TRY(ls_agree_alike(a->ctx, status, a->mechanism->name,
+                          "options, batch, shard and which optional inputs a source has",
+                          status == LS_OK ? sign_source(s, &p, shape->keys) : 0));
     const ls_phase *phases = phases_of(a);
     if (ls_is_layer(a)) {
         ls_project(a, K_PROJ, p.B * p.S, ls_reals(io->key), params, m.in[K_PROJ]);
@@ -294,8 +326,9 @@ static ls_status reserve_step(ls_attention *a, ls_state *s, const ls_attention_i
 {
     const char *name = a->mechanism->name;
     const int core = a->options.level == LS_LEVEL_CORE;
+    LS_TRY(check_whose(a, s));
+    LS_NEED(io, "%s: io is NULL", name);
     LS_TRY(a->ctx->ops->enter(a->ctx->queue));
-    if (s->attention != a) LS_FAIL(LS_ERR_ARGUMENT, "%s: the state belongs to another attention", name);
     if (io->query == NULL || out == NULL || (a->reals > 0 && params == NULL))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: query, params or out of a step is NULL", name);
     if (core && !is_cross(a) && !a->mechanism->one_input && (io->key == NULL || io->value == NULL))
@@ -477,12 +510,24 @@ static ls_status cross_step(ls_attention *a, ls_state *s, ls_pass *p, const ls_p
     return LS_OK;
 }
 
+static uint64_t sign_step(const ls_state *s, const ls_pass *p)
+{
+    const int64_t numbers[] = {s->batch,         s->max_length,      s->tokens,         s->source_length,
+                               p->pad_q != NULL, p->own.pad != NULL, (int64_t)s->order, p->given_features != NULL};
+    return ls_sign(s->attention->signature, numbers, sizeof numbers);
+}
+
 ls_status ls_attention_step(ls_attention *a, ls_state *s, const ls_attention_io *io, const ls_real *params,
                             ls_real *out)
 {
+    LS_NEED(a, "step: attention is NULL");
     ls_pass p;
     buffers m = {0};
-    LS_TRY(ls_agree(a->ctx, reserve_step(a, s, io, params, out, &p, &m)));
+    const ls_status status = reserve_step(a, s, io, params, out, &p, &m);
+    LS_TRY(ls_agree_alike(a->ctx, status, a->mechanism->name,
+                          "options, the state (batch, tokens, source, its rows reordered alike) and which optional "
+                          "inputs a step has",
+                          status == LS_OK ? sign_step(s, &p) : 0));
     const ls_phase *phases = phases_of(a);
     const ls_real *x_k = io->key != NULL ? io->key : io->query, *x_v = io->value != NULL ? io->value : x_k;
     const ls_real *const x[] = {io->query, x_k, x_v, io->query};
@@ -533,7 +578,9 @@ static size_t summary_bytes(const ls_state *s, int i)
 
 ls_status ls_state_reorder(ls_state *s, const int64_t *index)
 {
+    LS_NEED(s, "reorder: the state is NULL");
     const char *name = s->attention->mechanism->name;
+    LS_NEED(index, "%s: reorder: index is NULL", name);
     const size_t batch = (size_t)s->batch, E = (size_t)s->attention->options.embed_dim;
     for (int64_t b = 0; b < s->batch; b++)
         if (index[b] < 0 || index[b] >= s->batch)
@@ -570,5 +617,6 @@ ls_status ls_state_reorder(ls_state *s, const int64_t *index)
     }
     const ls_status status = ls_context_wait(s->attention->ctx); /* the copy is in use until then */
     s->attention->ctx->ops->release(copy);
+    s->order = ls_sign(s->order, index, batch * sizeof *index);
     return status;
 }

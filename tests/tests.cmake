@@ -50,9 +50,10 @@ set(emulated_environment LONGSPAN_TEST_DEVICE=cuda LONGSPAN_TEST_EVERY=${every} 
 
 # longspan_test(NAME [DOUBLE] [HDF5] [RANKS 1 2 ...] [ARGS ...] [EMULATED 1 2 ...] [EMULATED_DOUBLE 1 2 ...]): programs
 # test_NAME and, with DOUBLE, test_NAME_double, each run once for every rank count. EMULATED: test_NAME_emulated, and
-# EMULATED_DOUBLE: test_NAME_emulated_double, the same test on the emulated GPU, for these rank counts.
+# EMULATED_DOUBLE: test_NAME_emulated_double, the same test on the emulated GPU, for these rank counts. OUTSIDE: with the
+# library as it is installed, which shows the public header's functions alone.
 function(longspan_test name)
-  cmake_parse_arguments(T "DOUBLE;HDF5;TRAINER" "" "RANKS;ARGS;SOURCES;EMULATED;EMULATED_DOUBLE" ${ARGN})
+  cmake_parse_arguments(T "DOUBLE;HDF5;TRAINER;OUTSIDE" "" "RANKS;ARGS;SOURCES;EMULATED;EMULATED_DOUBLE" ${ARGN})
   set(variants ${name})
   if(T_DOUBLE)
     list(APPEND variants ${name}_double)
@@ -80,8 +81,10 @@ function(longspan_test name)
       set(library longspan_double)
     elseif(T_TRAINER)
       set(library trainer)
-    else()
+    elseif(T_OUTSIDE)
       set(library longspan)
+    else()
+      set(library longspan_inside)
     endif()
     add_executable(test_${variant} ${PROJECT_SOURCE_DIR}/tests/test_${name}.c ${T_SOURCES})
     set_target_properties(test_${variant} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests)
@@ -109,6 +112,7 @@ longspan_test(gemm DOUBLE)
 longspan_test(dense DOUBLE EMULATED 1 EMULATED_DOUBLE 1)
 longspan_test(pinv EMULATED 1)
 longspan_test(exchange DOUBLE RANKS 1 2 3 4 5 7)
+longspan_test(refusals OUTSIDE RANKS 1 2 3)
 longspan_test(golden DOUBLE HDF5 SOURCES ${harness} RANKS 1 2 3 5 ARGS ${golden}
   EMULATED 1 3 EMULATED_DOUBLE 1 3)
 longspan_test(gradients DOUBLE SOURCES ${harness} RANKS 1 2 EMULATED_DOUBLE 1)

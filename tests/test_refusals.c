@@ -1,0 +1,345 @@
+/* What the public interface refuses, on every rank and in one sentence: what is missing, what differs between ranks,
+ * what cannot be counted. Nothing but the public header: as another program sees the library. test_laws.c has what
+ * single mechanisms refuse.
+ *
+ * In each case either all ranks are wrong or the last one alone is; all verdicts are made from sums over all ranks. */
+#include "longspan.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <cmocka.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { E = 8, H = 2, B = 2, L = 9, MOST_PARAMS = 1 << 14 };
+
+static ls_context *ctx;
+static int rank, size, last; /* last: this is the last rank, which errs */
+static ls_real *x, *y, *params, *grads;
+
+static int any(int wrong)
+{
+    int answer = 0;
+    MPI_Allreduce(&wrong, &answer, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD);
+    return answer;
+}
+
+static void must(ls_status status)
+{
+    if (status != LS_OK) print_message("rank %d: %s\n", rank, ls_last_error());
+    assert_false(any(status != LS_OK));
+}
+
+/* On each rank, with `part` in its sentence. */
+static void refused(ls_status status, ls_status want, const char *part)
+{
+    const int wrong = status != want || strstr(ls_last_error(), part) == NULL;
+    if (wrong)
+        print_message("rank %d: %s, \"%s\": wanted %s with \"%s\"\n", rank, ls_status_name(status), ls_last_error(),
+                      ls_status_name(want), part);
+    assert_false(any(wrong));
+}
+
+/* How a sentence about the last rank begins, which alone was wrong. */
+static const char *blamed(const char *sentence)
+{
+    static char text[256];
+    if (size == 1) snprintf(text, sizeof text, "%s", sentence);
+    if (size > 1) snprintf(text, sizeof text, "rank %d: %s", size - 1, sentence);
+    return text;
+}
+static const char *differs(void)
+{
+    static char text[64];
+    snprintf(text, sizeof text, "rank %d differs from rank 0", size - 1);
+    return text;
+}
+
+static ls_attention *make(const char *mechanism, ls_pattern pattern)
+{
+    ls_attention_options o;
+    ls_attention *a;
+    must(ls_attention_defaults(mechanism, &o));
+    (void)ls_attention_set(&o, "max_len", 64); /* cosformer's steps ask for it */
+    o.pattern = pattern, o.level = LS_LEVEL_LAYER, o.embed_dim = E, o.num_heads = H;
+    must(ls_attention_create(ctx, &o, &a));
+    assert_true(ls_attention_param_count(a) <= MOST_PARAMS);
+    return a;
+}
+
+/* ------------------------------------------------------------------------------------------------ what is missing */
+
+static void test_nothing(void **unused)
+{
+    (void)unused;
+    ls_attention *a = make("softmax", LS_CS);
+    ls_attention_options o;
+    ls_shard s;
+    ls_saved *saved;
+    ls_state *state;
+    must(ls_shard_even(ctx, L, &s));
+    must(ls_saved_create(a, &saved));
+    const ls_attention_shape shape = {.batch = B, .queries = &s};
+    const ls_attention_io io = {.query = x};
+    const ls_attention_grads g = {.query = grads};
+
+    refused(ls_context_create(NULL, &(ls_context *){NULL}), LS_ERR_ARGUMENT, "context: options is NULL");
+    const ls_context_options same = {.comm = MPI_COMM_WORLD};
+    ls_context *other = NULL;
+    refused(ls_context_create(&same, last ? NULL : &other), LS_ERR_ARGUMENT, blamed("context: ctx is NULL"));
+    assert_null(other);
+
+    refused(ls_attention_defaults("abc", NULL), LS_ERR_ARGUMENT, "options is NULL");
+    refused(ls_attention_set(NULL, "num_slots", 3), LS_ERR_ARGUMENT, "mechanism");
+    must(ls_attention_defaults("abc", &o));
+    refused(ls_attention_set(&o, NULL, 3), LS_ERR_ARGUMENT, "NULL");
+    refused(ls_attention_check(NULL), LS_ERR_ARGUMENT, "options is NULL");
+    o.embed_dim = E, o.num_heads = H;
+    ls_attention *b = NULL;
+    refused(ls_attention_create(NULL, &o, &b), LS_ERR_ARGUMENT, "context is NULL");
+    refused(ls_attention_create(ctx, last ? NULL : &o, &b), LS_ERR_ARGUMENT, blamed("attention: options is NULL"));
+    refused(ls_attention_create(ctx, &o, last ? NULL : &b), LS_ERR_ARGUMENT, blamed("attention: "));
+    assert_null(b);
+
+    refused(ls_shard_even(ctx, L, NULL), LS_ERR_ARGUMENT, "shard is NULL");
+    refused(ls_shard_even(NULL, L, &(ls_shard){0}), LS_ERR_ARGUMENT, "context is NULL");
+    refused(ls_shard_local(ctx, 3, last ? NULL : &(ls_shard){0}), LS_ERR_ARGUMENT, blamed("shard: "));
+    refused(ls_saved_create(NULL, &saved), LS_ERR_ARGUMENT, "attention is NULL");
+
+    refused(ls_attention_forward(NULL, &shape, &io, params, y, saved), LS_ERR_ARGUMENT, "attention is NULL");
+    refused(ls_attention_forward(a, last ? NULL : &shape, &io, params, y, saved), LS_ERR_ARGUMENT,
+            blamed("softmax: shape is NULL"));
+    refused(ls_attention_forward(a, &shape, last ? NULL : &io, params, y, saved), LS_ERR_ARGUMENT,
+            blamed("softmax: io is NULL"));
+    must(ls_attention_forward(a, &shape, &io, params, y, saved));
+    refused(ls_attention_backward(NULL, &shape, &io, params, y, y, saved, &g), LS_ERR_ARGUMENT, "attention is NULL");
+    refused(ls_attention_backward(a, last ? NULL : &shape, &io, params, y, y, saved, &g), LS_ERR_ARGUMENT,
+            blamed("softmax: shape is NULL"));
+    refused(ls_attention_backward(a, &shape, last ? NULL : &io, params, y, y, saved, &g), LS_ERR_ARGUMENT,
+            blamed("softmax: io is NULL"));
+    refused(ls_attention_backward(a, &shape, &io, params, y, y, saved, last ? NULL : &g), LS_ERR_ARGUMENT,
+            blamed("softmax: grads is NULL"));
+    must(ls_attention_backward(a, &shape, &io, params, y, y, saved, &g));
+
+    refused(ls_state_create(NULL, B, L, &state), LS_ERR_ARGUMENT, "attention is NULL");
+    state = NULL;
+    refused(ls_state_create(a, B, L, last ? NULL : &state), LS_ERR_ARGUMENT, blamed("state: "));
+    assert_null(state);
+    must(ls_state_create(a, B, L, &state));
+    refused(ls_attention_step(a, last ? NULL : state, &io, params, y), LS_ERR_ARGUMENT, blamed("softmax: "));
+    refused(ls_attention_step(a, state, last ? NULL : &io, params, y), LS_ERR_ARGUMENT, blamed("softmax: io is NULL"));
+    refused(ls_state_reorder(state, NULL), LS_ERR_ARGUMENT, "index is NULL");
+    refused(ls_state_reorder(NULL, (int64_t[]){0, 0}), LS_ERR_ARGUMENT, "state is NULL");
+    ls_state_free(state);
+    ls_saved_free(saved);
+    ls_shard_free(&s);
+    ls_attention_free(a);
+}
+
+static void test_all_reduce(void **unused)
+{
+    (void)unused;
+    refused(ls_all_reduce_sum(ctx, last ? NULL : y, 3), LS_ERR_ARGUMENT, blamed("all-reduce: x is NULL"));
+    refused(ls_all_reduce_sum(ctx, y, last ? -1 : 3), LS_ERR_ARGUMENT, blamed("all-reduce: n -1 is negative"));
+    if (size > 1) refused(ls_all_reduce_sum(ctx, y, last ? 3 : 4), LS_ERR_ARGUMENT, differs());
+    must(ls_all_reduce_sum(ctx, NULL, 0));
+}
+
+/* ------------------------------------------------------------------------------------------------ sentences */
+
+static void test_sentences(void **unused)
+{
+    (void)unused;
+    ls_attention *a = make("softmax", LS_CS);
+    ls_shard s;
+    must(ls_shard_even(ctx, L, &s));
+    const ls_attention_shape shape = {.batch = last ? -1 : B, .queries = &s};
+    const ls_attention_io io = {.query = x};
+    char want[256];
+    memcpy(want, blamed("softmax: batch -1 must be positive"), sizeof want);
+    ls_status status = ls_attention_forward(a, &shape, &io, params, y, NULL);
+    for (int i = 0; i < 3; i++, status = ls_agree(ctx, status)) {
+        refused(status, LS_ERR_ARGUMENT, want);
+        assert_false(any(strcmp(ls_last_error(), want) != 0));
+    }
+    /* nobody said why: not what was said of another failure */
+    refused(ls_agree(ctx, last ? LS_ERR_IO : LS_OK), LS_ERR_IO, blamed(ls_status_name(LS_ERR_IO)));
+    refused(ls_agree(ctx, last ? (ls_status)99 : LS_OK), LS_ERR_ARGUMENT, blamed("there is no status 99"));
+    refused(ls_agree(ctx, last ? ls_set_error(LS_ERR_FORMAT, "corpus.txt: 5% is read") : LS_OK), LS_ERR_FORMAT,
+            blamed("corpus.txt: 5% is read"));
+    must(ls_set_error(LS_OK, "all is well"));
+    refused(ls_agree(NULL, LS_OK), LS_ERR_ARGUMENT, "context is NULL");
+    ls_shard_free(&s);
+    ls_attention_free(a);
+}
+
+/* ------------------------------------------------------------------------------------------------ what differs */
+
+static void test_differences(void **unused)
+{
+    (void)unused;
+    if (size == 1) return;
+    ls_context *other = NULL;
+    const ls_context_options seeds = {.comm = MPI_COMM_WORLD, .seed = (uint64_t)last};
+    refused(ls_context_create(&seeds, &other), LS_ERR_ARGUMENT, "seed");
+    refused(LS_ERR_ARGUMENT, LS_ERR_ARGUMENT, differs());
+    assert_null(other);
+    ls_attention_options o;
+    ls_attention *a = NULL;
+    must(ls_attention_defaults("softmax", &o));
+    o.embed_dim = last ? 2 * E : E, o.num_heads = H;
+    refused(ls_attention_create(ctx, &o, &a), LS_ERR_ARGUMENT, "options");
+    refused(LS_ERR_ARGUMENT, LS_ERR_ARGUMENT, differs());
+    assert_null(strstr(ls_last_error(), "batch")); /* there is none */
+    assert_null(a);
+    /* calls of other kinds */
+    a = make("softmax", LS_CS);
+    ls_state *state = NULL;
+    refused(last ? ls_all_reduce_sum(ctx, y, 3) : ls_state_create(a, B, L, &state), LS_ERR_ARGUMENT, differs());
+    ls_attention_free(a);
+}
+
+static void test_states(void **unused)
+{
+    (void)unused;
+    for (int i = 0; ls_mechanism_name(i) != NULL; i++) {
+        const char *name = ls_mechanism_name(i);
+        if (!ls_mechanism_has_step(name, LS_CS)) continue;
+        ls_attention *a = make(name, LS_CS), *b = make(name, LS_CS);
+        ls_state *state = NULL;
+        const ls_attention_io io = {.query = x};
+        if (size > 1) {
+            refused(ls_state_create(a, last ? B + 1 : B, L, &state), LS_ERR_ARGUMENT, differs());
+            assert_null(state);
+            refused(ls_state_create(a, B, last ? 1 : L, &state), LS_ERR_ARGUMENT, differs());
+            assert_null(state);
+        }
+        must(ls_state_create(a, B, L, &state));
+        must(ls_attention_step(a, state, &io, params, y));
+        refused(ls_attention_step(last ? b : a, state, &io, params, y), LS_ERR_ARGUMENT, "another attention");
+        /* rows that one rank did not reorder: the others hear of it in a step, and it can still be done */
+        const int64_t there[] = {1, 0}, nowhere[] = {1, B};
+        const ls_status status = ls_state_reorder(state, last ? nowhere : there);
+        assert_false(any(status != (last ? LS_ERR_ARGUMENT : LS_OK)));
+        if (size > 1) refused(ls_attention_step(a, state, &io, params, y), LS_ERR_ARGUMENT, differs());
+        if (last) assert_int_equal(ls_state_reorder(state, there), LS_OK);
+        must(ls_attention_step(a, state, &io, params, y));
+        ls_state_free(state);
+        ls_attention_free(a), ls_attention_free(b);
+    }
+}
+
+static void test_sources(void **unused)
+{
+    (void)unused;
+    for (int i = 0; ls_mechanism_name(i) != NULL; i++) {
+        const char *name = ls_mechanism_name(i);
+        if (!ls_mechanism_has_step(name, LS_NC)) continue;
+        ls_attention *a = make(name, LS_NC);
+        ls_state *state;
+        ls_shard keys, longer;
+        const ls_attention_io io = {.key = x, .query = x};
+        must(ls_state_create(a, B, L, &state));
+        must(ls_shard_even(ctx, L, &keys));
+        must(ls_shard_even(ctx, L + 1, &longer));
+        const ls_attention_shape shape = {.batch = B, .keys = &keys}, other = {.batch = B, .keys = &longer};
+        if (size > 1)
+            refused(ls_state_source(a, state, last ? &other : &shape, &io, params), LS_ERR_ARGUMENT, differs());
+        refused(ls_state_source(a, last ? NULL : state, &shape, &io, params), LS_ERR_ARGUMENT, "state is NULL");
+        refused(ls_state_source(a, state, last ? NULL : &shape, &io, params), LS_ERR_ARGUMENT, "shape is NULL");
+        refused(ls_state_source(a, state, &shape, last ? NULL : &io, params), LS_ERR_ARGUMENT, "io is NULL");
+        must(ls_state_source(a, state, &shape, &io, params));
+        const uint8_t pad[B] = {0};
+        ls_attention_io token = {.query = x};
+        if (last) token.query_padding_mask = pad;
+        if (size > 1) refused(ls_attention_step(a, state, &token, params, y), LS_ERR_ARGUMENT, differs());
+        token.query_padding_mask = pad;
+        must(ls_attention_step(a, state, &token, params, y));
+        ls_state_free(state);
+        ls_shard_free(&keys), ls_shard_free(&longer);
+        ls_attention_free(a);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ what is too large */
+
+/* What 64 bits could not count is refused before memory is asked for: no product has overflowed until then. */
+static void test_sizes(void **unused)
+{
+    (void)unused;
+    ls_shard s = {0}, long_one, even;
+    const int64_t most = (int64_t)1 << 44;
+    refused(ls_shard_even(ctx, INT64_MAX, &s), LS_ERR_ARGUMENT, "too many");
+    refused(ls_shard_local(ctx, INT64_MAX / 2, &s), LS_ERR_ARGUMENT, "too many");
+    if (size > 1) refused(ls_shard_local(ctx, most - 1, &s), LS_ERR_ARGUMENT, "too many"); /* together */
+    assert_null(s.bounds);
+    must(ls_shard_even(ctx, L, &even));
+    must(ls_shard_even(ctx, most / E / B / 2, &long_one));
+    const ls_attention_io io = {.query = x, .key = x};
+    for (int i = 0; ls_mechanism_name(i) != NULL; i++)
+        for (int pattern = LS_NS; pattern <= LS_CC; pattern++) {
+            const char *name = ls_mechanism_name(i);
+            if (!ls_mechanism_has(name, (ls_pattern)pattern)) continue;
+            ls_attention *a = make(name, (ls_pattern)pattern);
+            ls_attention_shape shape = {.batch = B, .queries = &long_one, .keys = &long_one};
+            refused(ls_attention_forward(a, &shape, &io, params, y, NULL), LS_ERR_ARGUMENT, "too large");
+            shape.queries = shape.keys = &even;
+            ls_state *state = NULL;
+            for (int k = 31; k < 63; k += 6) {
+                shape.batch = last ? (int64_t)1 << k : B;
+                refused(ls_attention_forward(a, &shape, &io, params, y, NULL), LS_ERR_ARGUMENT, blamed(name));
+                if (ls_mechanism_has_step(name, (ls_pattern)pattern))
+                    refused(ls_state_create(a, shape.batch, L, &state), LS_ERR_ARGUMENT, blamed(name));
+            }
+            if (ls_mechanism_has_step(name, (ls_pattern)pattern))
+                refused(ls_state_create(a, 1, last ? INT64_MAX : 8, &state), LS_ERR_ARGUMENT, blamed(name));
+            assert_null(state);
+            ls_attention_free(a);
+        }
+    ls_shard_free(&even), ls_shard_free(&long_one);
+}
+
+/* ------------------------------------------------------------------------------------------------ main */
+
+static void test_levels(void **unused)
+{
+    (void)unused;
+    for (int i = 0; ls_mechanism_name(i) != NULL; i++) {
+        ls_attention_options o;
+        must(ls_attention_defaults(ls_mechanism_name(i), &o));
+        o.embed_dim = E, o.num_heads = H;
+        for (int level = LS_LEVEL_CORE; level <= LS_LEVEL_LAYER; level++) {
+            o.level = (ls_level)level;
+            assert_int_equal(ls_mechanism_has_level(o.mechanism, o.level), ls_attention_check(&o) == LS_OK);
+        }
+    }
+    assert_false(ls_mechanism_has_level("attention9", LS_LEVEL_LAYER) || ls_mechanism_has_level("abc", (ls_level)7));
+}
+
+int main(int argc, char **argv)
+{
+    const ls_context_options options = {.comm = MPI_COMM_WORLD};
+    ls_context *none = NULL;
+    int early = ls_context_create(&options, &none) != LS_ERR_ARGUMENT;
+    MPI_Init(&argc, &argv);
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &size);
+    last = rank == size - 1;
+    x = calloc(1024, sizeof *x), y = calloc(1024, sizeof *y), grads = calloc(1024, sizeof *grads);
+    params = calloc(MOST_PARAMS, sizeof *params);
+    if (x == NULL || y == NULL || grads == NULL || params == NULL || ls_context_create(&options, &ctx) != LS_OK)
+        MPI_Abort(MPI_COMM_WORLD, 1);
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_nothing),   cmocka_unit_test(test_all_reduce),
+                                       cmocka_unit_test(test_sentences), cmocka_unit_test(test_differences),
+                                       cmocka_unit_test(test_states),    cmocka_unit_test(test_sources),
+                                       cmocka_unit_test(test_sizes),     cmocka_unit_test(test_levels)};
+    const int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    ls_context_free(ctx);
+    free(x), free(y), free(grads), free(params);
+    MPI_Finalize();
+    const int late = ls_context_create(&options, &none) != LS_ERR_ARGUMENT;
+    if (early || late)
+        printf("a context was not refused before MPI_Init (%d) or after MPI_Finalize (%d)\n", early, late);
+    return failed != 0 || early || late || none != NULL;
+}
