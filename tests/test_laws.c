@@ -749,7 +749,7 @@ static void the_key_is_dropped(int64_t n, double logit)
     const double error = status == LS_OK
                              ? fmax(fabs((double)a.dkey[0] / dk - 1), fabs((double)a.dquery[0] / (logit * dk) - 1))
                              : INFINITY;
-    verdict(error <= LAW_TOLERANCE, "dropout: of %lld keys the one with nearly all of p is dropped: error %.1e %s",
+    verdict(error <= law_tolerance(), "dropout: of %lld keys the one with nearly all of p is dropped: error %.1e %s",
             (long long)n + 1, error, status == LS_OK ? "" : here.error);
     answer_free(&a);
     problem_free(&p);
