@@ -59,6 +59,14 @@ typedef struct tile {
     int64_t b, h, q0, nq, i0, k0, nk, j0;
 } tile;
 
+/* Nothing is summed up aside. */
+static void begin_part(ls_pass *p, const tile *t)
+{
+    ls_zero(p->work[PART], t->nq * p->d);
+    ls_zero(p->work[PART_SUM], t->nq);
+    for (int64_t i = 0; i < t->nq; i++) p->work[PART_MAXIMUM][i] = -INFINITY;
+}
+
 /* Calls work for every tile of the visiting block that is not wholly in the future; of each tile of queries begin comes
  * first, and join after some tiles and at the end. */
 static void each_tile(ls_pass *p, void (*begin)(ls_pass *, const tile *), void (*work)(ls_pass *, const tile *),
@@ -77,8 +85,9 @@ static void each_tile(ls_pass *p, void (*begin)(ls_pass *, const tile *), void (
                         for (int64_t j = 0; j < k.n; j += TK) {
                             if (p->pattern == LS_CS && k.lo + j > t.i0 + t.nq - 1) break;
                             t.k0 = k.row + j, t.nk = ls_min(TK, k.n - j), t.j0 = k.lo + j;
+                            if (met++ % TILES_TOGETHER == 0) begin_part(p, &t);
                             work(p, &t);
-                            if (++met % TILES_TOGETHER == 0) join(p, &t);
+                            if (met % TILES_TOGETHER == 0) join(p, &t);
                         }
                     }
                     if (met % TILES_TOGETHER != 0) join(p, &t);
@@ -147,19 +156,6 @@ static void load_queries(ls_pass *p, const tile *t)
     ls_clean_rows(p->q, t->b, t->h, t->q0, t->nq, p->d, p->pad_q, p->T, (ls_real)p->scale, p->work[QUERIES]);
 }
 
-static void begin_part(ls_pass *p, const tile *t)
-{
-    ls_zero(p->work[PART], t->nq * p->d);
-    ls_zero(p->work[PART_SUM], t->nq);
-    for (int64_t i = 0; i < t->nq; i++) p->work[PART_MAXIMUM][i] = -INFINITY;
-}
-
-static void begin_queries(ls_pass *p, const tile *t)
-{
-    load_queries(p, t);
-    begin_part(p, t);
-}
-
 static void forward_tile(ls_pass *p, const tile *t)
 {
     scores(p, t);
@@ -196,13 +192,12 @@ static void join_queries(ls_pass *p, const tile *t)
         *m = x.m, *l = x.l;
         for (int64_t e = 0; e < p->d; e++) out[e] = x.weight[0] * out[e] + x.weight[1] * part[e];
     }
-    begin_part(p, t);
 }
 
 ls_status ls_softmax_visit(ls_pass *p, int phase)
 {
     (void)phase;
-    each_tile(p, begin_queries, forward_tile, join_queries);
+    each_tile(p, load_queries, forward_tile, join_queries);
     return LS_OK;
 }
 
@@ -253,9 +248,9 @@ ls_status ls_softmax_finish_backward(ls_pass *p, int phase)
     return LS_OK;
 }
 
-static void begin_gradients(ls_pass *p, const tile *t)
+static void load_gradients(ls_pass *p, const tile *t)
 {
-    begin_queries(p, t);
+    load_queries(p, t);
     ls_clean_rows(p->dout, t->b, t->h, t->q0, t->nq, p->d, p->pad_q, p->T, 1, p->work[DOUT]);
 }
 
@@ -301,13 +296,12 @@ static void join_gradients(ls_pass *p, const tile *t)
 {
     for (int64_t i = 0; i < t->nq; i++)
         ls_axpy(p->d, 1, p->work[PART] + i * p->d, ls_row(p->dq, t->b, t->h, t->q0 + i));
-    begin_part(p, t);
 }
 
 ls_status ls_softmax_visit_backward(ls_pass *p, int phase)
 {
     (void)phase;
-    each_tile(p, begin_gradients, backward_tile, join_gradients);
+    each_tile(p, load_gradients, backward_tile, join_gradients);
     return LS_OK;
 }
 
