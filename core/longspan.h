@@ -106,13 +106,15 @@ typedef enum ls_transport {
 /* What the operands of matrix products are rounded to, on a GPU of compute capability 8.0 or more:
  *
  *   LS_FLOAT32  nothing is rounded.
- *   LS_TF32     to 10 bits behind the point (a relative error of 2^-11), inside the tensor cores.
+ *   LS_TF32     to 10 bits behind the point (a relative error of 2^-11), inside the tensor cores. Not in kernels that
+ *               multiply by themselves: exact softmax, performer and cosformer.
  *   LS_BF16     to bfloat16: 7 bits (2^-8), and float32's range, so that the loss needs no scaling. Dense layers,
  *               projections and the mechanisms' products; in exact softmax q, k, v, probabilities and gradients of
  *               logits, which run on tensor cores where the head dimension is 32, 64, 96 or 128 and there is no mask,
  *               dropout or weights (96 and 128 only where a block may have 106 or 139 KiB of shared memory, as on an
- *               A100 or H100). Takes 64 MiB of the GPU for copies of operands; exact softmax there 2 bytes for each
- *               number of q, k and v, and of the output's gradient, while it runs.
+ *               A100 or H100); in performer and cosformer features, values, weights and states, on tensor cores, too.
+ *               Takes 64 MiB of the GPU for copies of operands; exact softmax there 2 bytes for each number of q, k and
+ *               v, and of the output's gradient, while it runs.
  *
  * In LS_BF16 a layer also rounds the rows that it keeps for backward, and keeps them so: projected queries, keys and
  * values, which its core then sees, and the core's output.
@@ -125,8 +127,8 @@ typedef enum ls_transport {
  *     pseudo-inverse, gradients of lara's logits, projections whose rows are compared or rounded (queries and keys of
  *     probsparse, predicted positions of local), queries and keys of cosformer with relu, whose gradient jumps at 0;
  *   - what kernels sum without a matrix product: the windows of local, longshort, the modes of s4d, the slots of lara
- *     and nystrom, features of performer and their gradients, causal performer and cosformer and the sums of keys and
- *     of gradients in both, the cores of decoding steps, norms, the loss. */
+ *     and nystrom, features of performer and their gradients, the cores of decoding steps but those of performer and
+ *     cosformer, norms, the loss. */
 typedef enum ls_precision { LS_FLOAT32 = 0, LS_TF32, LS_BF16 } ls_precision;
 const char *ls_precision_name(ls_precision precision); /* "float32", "tf32", "bf16" */
 

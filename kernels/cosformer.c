@@ -9,7 +9,7 @@
 #include "tile.h"
 
 static const ls_option_info options[] = {
-    {"act", "act", RELU, RELU, ONE_PLUS_ELU, 1, "what makes features positive: 0 relu, 1 1 + elu"},
+    {"act", "act", 0, 0, 1, 1, "what makes features positive: 0 relu, 1 1 + elu"},
     {"max_len", "max_len", 0, 0, 1099511627776.0, 1,
      "length at which two positions are a right angle apart; 0: that of the sequence (NS, NC; CS, CC need it)"},
     {"eps", "eps", 1e-6, 0, 1, 0, "the least denominator"},
@@ -51,18 +51,18 @@ static double least(const ls_pass *p)
 
 static void activate(const ls_pass *p, int64_t n, const ls_real *x, ls_real *y)
 {
-    if (p->option[ACT] == RELU)
-        for (int64_t i = 0; i < n; i++) y[i] = ls_relu(x[i]);
+    if (act_of(p) == LS_LINEAR_RELU) /* each loop for itself, so that it becomes one of vectors */
+        for (int64_t i = 0; i < n; i++) y[i] = ls_linear_act(LS_LINEAR_RELU, x[i]);
     else
-        for (int64_t i = 0; i < n; i++) y[i] = ls_one_plus_elu(x[i]);
+        for (int64_t i = 0; i < n; i++) y[i] = ls_linear_act(LS_LINEAR_ONE_PLUS_ELU, x[i]);
 }
 
 static void activate_backward(const ls_pass *p, int64_t n, const ls_real *x, const ls_real *dy, ls_real *dx)
 {
-    if (p->option[ACT] == RELU)
-        for (int64_t i = 0; i < n; i++) dx[i] = ls_relu_backward(x[i], dy[i]);
+    if (act_of(p) == LS_LINEAR_RELU)
+        for (int64_t i = 0; i < n; i++) dx[i] = ls_linear_act_backward(LS_LINEAR_RELU, x[i], dy[i]);
     else
-        for (int64_t i = 0; i < n; i++) dx[i] = ls_one_plus_elu_backward(x[i], dy[i]);
+        for (int64_t i = 0; i < n; i++) dx[i] = ls_linear_act_backward(LS_LINEAR_ONE_PLUS_ELU, x[i], dy[i]);
 }
 
 static void queries(ls_pass *p, int64_t h, int64_t n, const ls_real *rows, ls_real *a)
@@ -86,7 +86,7 @@ static void backward(ls_pass *p, int64_t h, int64_t n, const ls_real *rows, cons
 /* relu's gradient jumps where a feature is 0. */
 static void layer(const ls_attention_options *o, ls_layer_form *form)
 {
-    form->input[0].exact = form->input[1].exact = o->value[ACT] == RELU;
+    form->input[0].exact = form->input[1].exact = o->value[ACT] == 0;
 }
 
 static const ls_feature_map map = {.features = features,

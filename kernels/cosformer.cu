@@ -1,5 +1,5 @@
-/* cosFormer on a GPU: the feature map of cosformer.c, row by row, a warp for each; the phases are those of linear.cu.
- */
+/* cosFormer on a GPU: the feature map of cosformer.c; the phases are those of linear.cu, whose kernels make features by
+ * themselves, but for short sequences of keys: those take them row by row, a warp for each. */
 #include "linear_cuda.h"
 
 extern "C" {
@@ -16,7 +16,7 @@ __global__ static void activate_rows(slab s, int64_t d, int act, ls_view rows, c
         const place at = place_of(s, R);
         if (!is_there(s, pad, at)) continue;
         const ls_real *x = ls_row(rows, at.b, at.h, at.t);
-        LS_EACH_LANE(e, d) y[R * d + e] = act == RELU ? ls_relu(x[e]) : ls_one_plus_elu(x[e]);
+        LS_EACH_LANE(e, d) y[R * d + e] = ls_linear_act(act, x[e]);
     }
 }
 
@@ -33,7 +33,7 @@ __global__ static void activate_rows_backward(slab s, int64_t d, int act, ls_vie
         LS_EACH_LANE(e, d)
         {
             const ls_real g = there ? dy[R * d + e] : 0;
-            const ls_real dx = !there ? 0 : act == RELU ? ls_relu_backward(x[e], g) : ls_one_plus_elu_backward(x[e], g);
+            const ls_real dx = there ? ls_linear_act_backward(act, x[e], g) : 0;
             to[e] = add ? to[e] + dx : dx;
         }
     }
@@ -41,14 +41,13 @@ __global__ static void activate_rows_backward(slab s, int64_t d, int act, ls_vie
 
 static void activate(ls_pass *p, slab s, ls_view rows, const uint8_t *pad, ls_real *y)
 {
-    LS_LAUNCH(p->queue, activate_rows, ls_row_blocks(rows_of(s)), LS_THREADS, 0, s, p->d, (int)p->option[ACT], rows,
-              pad, y);
+    LS_LAUNCH(p->queue, activate_rows, ls_row_blocks(rows_of(s)), LS_THREADS, 0, s, p->d, act_of(p), rows, pad, y);
 }
 
 static void backward(ls_pass *p, slab s, ls_view rows, const uint8_t *pad, const ls_real *dy, ls_view drows, int add)
 {
-    LS_LAUNCH(p->queue, activate_rows_backward, ls_row_blocks(rows_of(s)), LS_THREADS, 0, s, p->d, (int)p->option[ACT],
-              rows, pad, dy, drows, add);
+    LS_LAUNCH(p->queue, activate_rows_backward, ls_row_blocks(rows_of(s)), LS_THREADS, 0, s, p->d, act_of(p), rows, pad,
+              dy, drows, add);
 }
 
 static void queries(ls_pass *p, slab s, ls_real *a)
@@ -74,6 +73,7 @@ static void keys_backward(ls_pass *p, slab s, const ls_real *db, int add)
 
 extern "C" {
 const ls_feature_map_cuda ls_cosformer_map_cuda = {.prepare = NULL,
+                                                   .act = act_of,
                                                    .queries = queries,
                                                    .keys = keys,
                                                    .queries_backward = queries_backward,

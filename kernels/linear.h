@@ -33,6 +33,21 @@ enum { LS_LINEAR_RISE = 8 }; /* how far c may rise among rows that see their key
 /* pass.work[] and pass.saved[] from here on are the mechanism's own */
 enum { LS_LINEAR_WORK = 10, LS_LINEAR_SAVED = 1 };
 
+/* Features that are made of a row number by number. MADE: otherwise, by the mechanism. */
+enum ls_linear_act { LS_LINEAR_MADE, LS_LINEAR_RELU, LS_LINEAR_ONE_PLUS_ELU };
+LS_BOTH_SIDES ls_real ls_linear_act(int act, ls_real x)
+{
+    if (act == LS_LINEAR_RELU) return x > 0 ? x : 0;
+    const ls_real e = ls_exp(x < 0 ? x : 0);
+    return x > 0 ? 1 + x : e;
+}
+/* dx, from that of the feature. */
+LS_BOTH_SIDES ls_real ls_linear_act_backward(int act, ls_real x, ls_real dy)
+{
+    if (act == LS_LINEAR_RELU) return x > 0 ? dy : 0;
+    return dy * ls_exp(x < 0 ? x : 0);
+}
+
 /* The inverse of a denominator D, and whether anything flows to it. */
 LS_BOTH_SIDES ls_real ls_linear_inverse(double D, double floor, int *flows)
 {

@@ -82,6 +82,7 @@ extern "C" {
  * gradients go to p->dq or p->own.dk. Features (R,r), top (R); of rows that are not there they stay as they are. */
 typedef struct ls_feature_map_cuda {
     void (*prepare)(ls_pass *);
+    int (*act)(const ls_pass *); /* number by number: an ls_linear_act. NULL: they are made */
     void (*queries)(ls_pass *, ls_linear::slab s, ls_real *a);
     void (*keys)(ls_pass *, ls_linear::slab s, ls_real *b, ls_real *top);
     void (*queries_backward)(ls_pass *, ls_linear::slab s, const ls_real *da);

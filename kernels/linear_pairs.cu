@@ -247,7 +247,7 @@ ls_status ls_linear_cuda_share(ls_pass *p, int phase)
     const cut c = ls_linear_cut_rows(p, p->S, SHORT);
     if (c.N > 0) {
         ls_linear_go_to(p, &x, c, p->S, 0);
-        map_of(p)->keys(p, x.s, x.x, x.top);
+        ls_linear_make_keys(p, &x);
         copy_rows(p, &x, p->own.v, p->own.pad, x.v);
         LAUNCH_ROWS(p, send_keys, x, keys_of(p), message_of(p, &x, p->S), p->gathered[phase + 1].mine);
     }
@@ -272,12 +272,71 @@ ls_status ls_linear_cuda_share_backward(ls_pass *p, int phase)
     const cut c = ls_linear_cut_rows(p, p->S, SHORT);
     if (c.N > 0) {
         ls_linear_go_to(p, &x, c, p->S, 0);
-        map_of(p)->keys(p, x.s, x.x, x.top);
+        ls_linear_make_keys(p, &x);
         LAUNCH_ROWS(p, receive_gradients, x, keys_of(p), message_of(p, &x, p->S), p->gathered[phase + 1].dmine);
-        map_of(p)->keys_backward(p, x.s, x.db, 0);
+        ls_linear_keys_backward(p, &x, 0);
         put_rows(p, &x, x.out, NULL, p->own.dv, p->own.pad);
     }
     return ls_launched(p->queue, "linear attention: gradient of share");
+}
+
+/* Keys that were sent, seen from c: b = e^(x - c). Those that were not there are -inf, or 0. */
+__global__ static void see_from(linear x, level c)
+{
+    LS_EACH_ROW(R, rows_of(x.s))
+    {
+        const ls_real top = level_of(c, x.s, place_of(x.s, R)), from = top == -INFINITY ? 0 : top;
+        LS_EACH_LANE(f, x.r)
+        {
+            const ls_real y = x.x[R * x.r + f], above = y - from; /* above 0 are only keys that nobody sees */
+            x.b[R * x.r + f] = f < x.exponentials ? ls_exp(above > 0 ? 0 : above) : y;
+        }
+    }
+}
+
+/* By what a query's exponentials make up for keys that are seen from c at the end. */
+__device__ static inline ls_real near_by(const linear &x, int64_t R, level end)
+{
+    if (x.exponentials == 0) return 1;
+    const ls_real last = level_of(end, x.s, place_of(x.s, R));
+    return x.c[R] == -INFINITY || is_steep(x, R / x.M, last) ? 1 : ls_exp(last - x.c[R]);
+}
+
+/* a is 0 where no query is; a_near. */
+__global__ static void see_near(linear x, side q, level end)
+{
+    LS_EACH_ROW(R, rows_of(x.s))
+    {
+        const int there = is_there(x.s, q.pad, place_of(x.s, R));
+        const ls_real by = near_by(x, R, end);
+        LS_EACH_LANE(f, x.r)
+        {
+            const ls_real a = there ? x.a[R * x.r + f] : 0;
+            if (!there) x.a[R * x.r + f] = a;
+            if (x.a_near != x.a) x.a_near[R * x.r + f] = f < x.exponentials ? by * a : a;
+        }
+    }
+}
+
+/* da, which is that of a_near, becomes that of a, straightened: see straighten() of linear_rows.h. */
+__global__ static void straighten(linear x, level end)
+{
+    LS_EACH_ROW(R, rows_of(x.s))
+    {
+        const ls_real by = near_by(x, R, end), *a = x.a + R * x.r;
+        ls_real *da = x.da + R * x.r;
+        double square = 0, along = 0;
+        LS_EACH_LANE(f, x.r)
+        {
+            if (f < x.exponentials) da[f] *= by;
+            square += (double)a[f] * (double)a[f];
+            along += (double)a[f] * (double)da[f];
+        }
+        square = ls_warp_sum(square);
+        along = ls_warp_sum(along);
+        if (x.flows[R] == 0 || !(square > 0)) continue;
+        LS_EACH_LANE(f, x.r) da[f] = (ls_real)((double)da[f] - along / square * (double)a[f]);
+    }
 }
 
 /* All keys, as they were sent: a slab of its own, of one chunk. */
@@ -361,14 +420,13 @@ static level load_pairs(ls_pass *p, linear *x, const all_keys *k, cut c, int64_t
     x->M = x->s.K * x->s.C;
     x->relative = p->query_span[0].lo + x->s.first;
     x->stand = queries_of(p).angle + 2 * x->s.first;
-    map_of(p)->queries(p, x->s, x->a);
+    ls_linear_make_queries(p, x);
     const level end = {x->c + x->M - 1, x->M, 0};
-    const side keys = {NULL, NULL};
     if (x->exponentials > 0) LAUNCH_ROWS(p, see_keys, *x, k->top);
     linear of_keys = *x;
     of_keys.s = k->s;
-    ls_linear_ready_keys(p, &of_keys, keys, end, 0);
-    ls_linear_ready_queries(p, x, nowhere, end, NULL, NULL);
+    if (x->exponentials > 0) LAUNCH_ROWS(p, see_from, of_keys, end);
+    LAUNCH_ROWS(p, see_near, *x, queries_of(p), end);
     multiply_near(p, x, end, p->B * p->H);
     return end;
 }
@@ -402,8 +460,8 @@ ls_status ls_linear_cuda_pairs_backward(ls_pass *p, int phase)
         near_gradients(p, &x, end, G, x.s.K, keys.db, keys.dv);
         const numbers db = {keys.db, S * x.r, 0}, dv = {keys.dv, S * x.d, 0};
         ls_linear_scan(p, &x, db, dv, nowhere, 0);
-        ls_linear_finish_queries(p, &x, nowhere, end, 0, 1);
-        map_of(p)->queries_backward(p, x.s, x.da);
+        LAUNCH_ROWS(p, straighten, x, end);
+        ls_linear_queries_backward(p, &x);
     }
     LS_LAUNCH(p->queue, send_gradients, ls_row_blocks(G * S), LS_THREADS, 0, message_of(p, &x, S), G * S, x.running,
               p->gathered[phase].dall);

@@ -1,9 +1,9 @@
-/* Slabs of linear attention on a GPU: memory, features made ready, gradients on their way back. Theory:
- * linear_slabs.h. */
+/* Slabs of linear attention on a GPU: memory, who makes features, and the maxima of exponents. Theory: linear_slabs.h.
+ */
 #include "linear_slabs.h"
 
 #ifndef LS_LINEAR_SLAB /* a test may make it so small that there are several slabs */
-#define LS_LINEAR_SLAB 131072
+#define LS_LINEAR_SLAB 65536
 #endif
 
 /* ------------------------------------------------------------------------------------------------ slabs */
@@ -54,6 +54,12 @@ static int has_pairs(const ls_pass *p)
     return p->all_keys <= SHORT && !p->step;
 }
 
+/* Are features made, to lie in memory? */
+static int are_made(const ls_pass *p)
+{
+    return map_of(p)->act == NULL || has_pairs(p);
+}
+
 /* ------------------------------------------------------------------------------------------------ memory */
 
 /* The sizes of ls_linear_cuda_plan and of what ls_linear_begin hands out. */
@@ -63,7 +69,9 @@ typedef struct sizes {
     int64_t G, R, P, n; /* R rows and P chunks of a slab, n few keys */
     int64_t traced;     /* rows of c, inverse, delta */
     int64_t starts;     /* N + 1 */
-    int back, near, turns;
+    int64_t beside;     /* numbers of a row of dA */
+    int back, made, near;
+    int waits; /* da, which is made in two parts where keys are seen one by one */
 } sizes;
 } // namespace
 
@@ -79,8 +87,10 @@ static sizes sizes_of(const ls_pass *p)
     s.traced = ls_max(s.R, sweeps ? s.G * queries.N * queries.C : 0);
     s.starts = ls_max(p->pattern == LS_CS ? queries.N : 0, keys.N) + 1;
     s.back = p->backward != 0;
-    s.near = exponentials_of(p) > 0;
-    s.turns = ((const ls_feature_map *)p->kit)->turn != NULL;
+    s.made = are_made(p);
+    s.near = s.n > 0 && exponentials_of(p) > 0;
+    s.waits = s.back && (s.made || p->pattern == LS_CS);
+    s.beside = s.back ? ls_linear_beside(p, turned(p)) : 0;
     return s;
 }
 
@@ -92,9 +102,9 @@ void ls_linear_cuda_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     const int64_t keys = has_pairs(p) ? s.G * p->all_keys : 0;
     const int64_t turns = CAUSAL_ROWS + angles_of(p, p->T) + angles_of(p, p->S);
     const int64_t doubles = ls_max(s.G * F * (d + 1), keys * (r + d)) + 2 * turns;
-    p->work[QUERIES] = ls_take(work, (1 + s.back + s.near) * s.R * r);
-    p->work[KEYS] = ls_take(work, (1 + s.back + s.near) * s.R * r);
-    p->work[TURNED] = ls_take(work, (1 + s.back + s.turns) * s.R * F);
+    p->work[QUERIES] = ls_take(work, (s.made + s.near + s.waits) * s.R * r);
+    p->work[KEYS] = ls_take(work, (1 + s.back) * s.made * s.R * r);
+    p->work[BESIDE] = ls_take(work, s.beside * s.R);
     p->work[STAGE] = ls_take(work, (s.n > 0 ? 2 + s.back : 0) * s.R * d);
     p->work[WEIGHTS] = ls_take(work, (1 + s.back) * s.R * s.n);
     p->work[STATES] = ls_take(work, (s.P + s.G) * F * (d + 1));
@@ -130,20 +140,16 @@ linear ls_linear_begin(ls_pass *p)
     linear x = {};
     const int64_t F = x.F = turned(p), r = x.r = features_of(p), d = x.d = p->d, R = s.R;
     x.exponentials = exponentials_of(p);
-    x.turns = s.turns;
+    x.turns = map->turn != NULL;
     x.floor = map->floor(p);
     purse w = {p->work[QUERIES]};
-    x.a = give(&w, R * r);
+    x.a = s.made ? give(&w, R * r) : NULL;
     x.a_near = s.near ? give(&w, R * r) : x.a;
-    x.da = s.back ? give(&w, R * r) : NULL;
+    x.da = s.waits ? give(&w, R * r) : NULL;
     w.at = p->work[KEYS];
-    x.x = give(&w, R * r);
-    x.b = s.near ? give(&w, R * r) : x.x;
-    x.db = s.back ? give(&w, R * r) : NULL;
-    w.at = p->work[TURNED];
-    x.A = give(&w, R * F);
-    x.B = x.turns ? give(&w, R * F) : x.b;
-    x.dA = x.dB = s.back ? give(&w, R * F) : NULL;
+    x.x = s.made ? give(&w, R * r) : NULL;
+    x.db = s.made && s.back ? give(&w, R * r) : NULL;
+    x.dA = s.beside > 0 ? p->work[BESIDE] : NULL;
     w.at = p->work[STAGE];
     x.v = give(&w, R * d);
     x.out = give(&w, R * d);
@@ -181,6 +187,28 @@ void ls_linear_go_to(const ls_pass *p, linear *x, cut c, int64_t rows, int64_t k
 }
 
 /* ------------------------------------------------------------------------------------------------ features */
+
+void ls_linear_make_queries(ls_pass *p, const linear *x)
+{
+    if (are_made(p)) map_of(p)->queries(p, x->s, x->a);
+}
+
+void ls_linear_make_keys(ls_pass *p, const linear *x)
+{
+    if (are_made(p)) map_of(p)->keys(p, x->s, x->x, x->top);
+}
+
+void ls_linear_queries_backward(ls_pass *p, const linear *x)
+{
+    if (are_made(p)) map_of(p)->queries_backward(p, x->s, x->da);
+}
+
+void ls_linear_keys_backward(ls_pass *p, const linear *x, int add)
+{
+    if (are_made(p)) map_of(p)->keys_backward(p, x->s, x->db, add);
+}
+
+/* ------------------------------------------------------------------------------------------------ maxima */
 
 /* The maximum over the lanes up to this one. */
 __device__ static inline ls_real most_so_far(ls_real c)
@@ -238,71 +266,6 @@ __global__ static void raise_maxima(linear x, level before)
     }
 }
 
-__global__ static void ready_keys(linear x, side k, level c, int turned)
-{
-    LS_EACH_ROW(R, rows_of(x.s))
-    {
-        const place at = place_of(x.s, R);
-        const int there = is_there(x.s, k.pad, at), turns = x.turns && turned;
-        const angle y = turns ? angle_of(x, k, at.t) : angle{0, 1};
-        const ls_real top = x.exponentials > 0 ? level_of(c, x.s, at) : 0, from = top == -INFINITY ? 0 : top;
-        LS_EACH_LANE(f, x.r)
-        {
-            const int e = f < x.exponentials;
-            const ls_real raw = there ? x.x[R * x.r + f] : e ? -INFINITY : 0;
-            /* above 0 are only keys that nobody sees */
-            const ls_real b = e ? ls_exp(raw - from > 0 ? 0 : raw - from) : raw;
-            if (!there) x.x[R * x.r + f] = raw;
-            if (x.b != x.x) x.b[R * x.r + f] = b;
-            if (!turns) continue;
-            x.B[R * x.F + f] = y.sine * b;
-            x.B[R * x.F + x.r + f] = y.cosine * b;
-        }
-    }
-}
-
-/* What a query's exponentials are multiplied by, to see what is seen from c before its chunk, or at its end. */
-namespace
-{
-typedef struct views {
-    ls_real past, near;
-} views;
-} // namespace
-
-__device__ static inline views views_of(const linear &x, int64_t R, place at, level before, level end)
-{
-    views v = {1, 1};
-    if (x.exponentials == 0) return v;
-    if (before.p != NULL) v.past = (ls_real)ls_linear_change(level_of(before, x.s, at), x.c[R]);
-    if (end.p != NULL) {
-        const ls_real last = level_of(end, x.s, at);
-        v.near = x.c[R] == -INFINITY || is_steep(x, R / x.M, last) ? 1 : ls_exp(last - x.c[R]);
-    }
-    return v;
-}
-
-__global__ static void ready_queries(linear x, side q, level before, level end, const ls_real *scale, ls_real *A)
-{
-    LS_EACH_ROW(R, rows_of(x.s))
-    {
-        const place at = place_of(x.s, R);
-        const int there = is_there(x.s, q.pad, at);
-        const angle y = A != NULL ? angle_of(x, q, at.t) : angle{0, 1};
-        const views v = views_of(x, R, at, before, end);
-        const ls_real by = scale == NULL ? 1 : scale[R];
-        LS_EACH_LANE(f, x.r)
-        {
-            const int e = f < x.exponentials;
-            const ls_real a = there ? x.a[R * x.r + f] : 0, past = by * (e ? v.past * a : a);
-            if (!there) x.a[R * x.r + f] = a;
-            if (x.a_near != x.a) x.a_near[R * x.r + f] = e ? v.near * a : a;
-            if (A == NULL) continue;
-            A[R * x.F + f] = x.turns ? y.sine * past : past;
-            if (x.turns) A[R * x.F + x.r + f] = y.cosine * past;
-        }
-    }
-}
-
 void ls_linear_follow_maxima(ls_pass *p, const linear *x)
 {
     if (x->exponentials == 0) return;
@@ -312,70 +275,4 @@ void ls_linear_follow_maxima(ls_pass *p, const linear *x)
     LS_LAUNCH(p->queue, follow_maxima, ls_row_blocks(G), LS_THREADS, 0, G, x->s.K, start, x->each_start);
     if (x->causal)
         LS_LAUNCH(p->queue, raise_maxima, ls_blocks(chunks * x->s.C, LS_THREADS), LS_THREADS, 0, *x, before_chunks(x));
-}
-
-void ls_linear_ready_keys(ls_pass *p, const linear *x, side k, level c, int turned)
-{
-    LAUNCH_ROWS(p, ready_keys, *x, k, c, turned);
-}
-
-void ls_linear_ready_queries(ls_pass *p, const linear *x, level before, level end, const ls_real *scale, ls_real *A)
-{
-    LAUNCH_ROWS(p, ready_queries, *x, queries_of(p), before, end, scale, A);
-}
-
-/* ------------------------------------------------------------------------------------------------ gradients of rows */
-
-__global__ static void finish_queries(linear x, side q, level before, level end, int past, int near)
-{
-    LS_EACH_ROW(R, rows_of(x.s))
-    {
-        const place at = place_of(x.s, R);
-        const angle y = past ? angle_of(x, q, at.t) : angle{0, 1};
-        const views v = views_of(x, R, at, before, end);
-        const ls_real *a = x.a + R * x.r, *dA = x.dA + R * x.F;
-        ls_real *da = x.da + R * x.r;
-        double square = 0, along = 0;
-        LS_EACH_LANE(f, x.r)
-        {
-            const int e = f < x.exponentials;
-            ls_real g = near ? (e ? v.near : 1) * da[f] : 0;
-            if (past) g += (e ? v.past : 1) * (x.turns ? y.sine * dA[f] + y.cosine * dA[x.r + f] : dA[f]);
-            da[f] = g;
-            square += (double)a[f] * (double)a[f];
-            along += (double)a[f] * (double)g;
-        }
-        square = ls_warp_sum(square);
-        along = ls_warp_sum(along);
-        if (x.flows[R] == 0 || !(square > 0)) continue;
-        LS_EACH_LANE(f, x.r) da[f] = (ls_real)((double)da[f] - along / square * (double)a[f]);
-    }
-}
-
-/* db of x, from dB, to which z (F) of each problem is added, and nothing where no key is. */
-__global__ static void finish_keys(linear x, side k, const ls_real *z)
-{
-    LS_EACH_ROW(R, rows_of(x.s))
-    {
-        const place at = place_of(x.s, R);
-        const int there = is_there(x.s, k.pad, at);
-        const angle y = angle_of(x, k, at.t);
-        const ls_real *dB = x.dB + R * x.F, *sum = z + R / x.M * x.F;
-        LS_EACH_LANE(f, x.r)
-        {
-            const ls_real sines = dB[f] + sum[f];
-            const ls_real g = x.turns ? y.sine * sines + y.cosine * (dB[x.r + f] + sum[x.r + f]) : sines;
-            x.db[R * x.r + f] = !there ? 0 : f < x.exponentials ? g * x.b[R * x.r + f] : g;
-        }
-    }
-}
-
-void ls_linear_finish_queries(ls_pass *p, const linear *x, level before, level end, int past, int near)
-{
-    LAUNCH_ROWS(p, finish_queries, *x, queries_of(p), before, end, past, near);
-}
-
-void ls_linear_finish_keys(ls_pass *p, const linear *x, const ls_real *z)
-{
-    LAUNCH_ROWS(p, finish_keys, *x, keys_of(p), z);
 }

@@ -1,17 +1,19 @@
 /* Linear attention by feature maps on a GPU: the phases of linear.c, its formulas and what it sums in double. Here is
- * what its files share, and nobody else. They are those of the CPU: linear.cu, linear_causal.cu, linear_pairs.cu, and
- * what is linear_rows.h there is linear_slabs.cu and linear_states.cu.
+ * what its files share, and nobody else: linear.cu has the phases for all keys, linear_causal.cu those that are causal,
+ * linear_pairs.cu those for few keys; linear_attend.cu and linear_states.cu their kernels, of tiles as linear_tiles.h
+ * has them; linear_slabs.cu the memory.
  *
- * How the work is divided. Rows are cut into chunks of C (128; where queries see keys one by one 64), and some chunks
- * of all heads and batch rows, about 131072 rows together, make a slab: memory does not grow with the sequence, and a
- * slab is work enough for all of the GPU. Slabs go one after the other and hand on the state in double. In a slab
- * features lie as (H,B,K,C,width): the chunks of one (b,h) side by side, all rows of a head side by side, rows past the
- * end and padded ones 0; q, k, v and their gradients are read and written where they lie.
+ * How the work is divided. Rows are cut into chunks of C (256; where queries see keys one by one 64), and some chunks
+ * of all heads and batch rows, about 65536 rows together, make a slab: memory does not grow with the sequence, a slab
+ * is work enough for all of the GPU, and what it reads twice is still in the second cache. Slabs go one after the other
+ * and hand on the state in double. In a slab features lie as (H,B,K,C,r): the chunks of one (b,h) side by side, all
+ * rows of a head side by side; features that are made number by number lie nowhere: who needs them makes them. q, k, v
+ * and their gradients are read and written where they lie. Features are turned on their way to a tile.
  *
  *   states of chunks: sums S = Bᵀ v, z = Σ B, a block for each, then a scan over the K chunks, in double, a thread for
  *   each number: a chunk finds the sum of the chunks before it (in backward: after it) where its own sum was
- *   all keys: products of all rows of a (b,h) with its S, by cuBLAS; between them row by row, a warp for each
- *   causal: all that a chunk gives out, or its rows get, in a block, by way of shared memory
+ *   all keys: a strip of 64 rows at a time meets the S of its (b,h) by way of shared memory
+ *   causal: likewise the S of its chunk, which is a strip, after its own keys
  *   few keys: products of rows that are copied side by side, by cuBLAS
  *
  * Exponentials, c_i the maximum so far. A chunk's sum is seen from c at its end, and the scan takes it from c to c. A
@@ -24,8 +26,8 @@
 
 #include "linear_cuda.h"
 
-enum { ROWS = LS_LINEAR_ROWS, CAUSAL_ROWS = LS_LINEAR_CAUSAL_ROWS, SHORT = LS_LINEAR_SHORT };
-enum { QUERIES, KEYS, TURNED, STAGE, WEIGHTS, STATES, DOUBLES, TRACE, ALL_KEYS, ALL_WORK }; /* work[] */
+enum { ROWS = 256, CAUSAL_ROWS = LS_LINEAR_CAUSAL_ROWS, SHORT = LS_LINEAR_SHORT };
+enum { QUERIES, KEYS, BESIDE, STAGE, WEIGHTS, STATES, DOUBLES, TRACE, ALL_KEYS, ALL_WORK }; /* work[] */
 static_assert((int)ALL_WORK <= (int)LS_LINEAR_WORK, "work[] of linear attention overlaps that of its mechanism");
 static_assert((int)SHORT <= (int)CAUSAL_ROWS, "a short sequence of keys is one chunk");
 
@@ -60,11 +62,11 @@ typedef struct linear {
     /* M queries of a problem; few keys: the first has its n keys at `relative`, relative - 1, ... from itself */
     int64_t M, n, relative;
     int causal;
-    ls_real *v, *dout, *out;        /* (R,d), few keys; in backward out holds dv */
-    ls_real *a, *da, *x, *b, *db;   /* (R,r); b = x where there are no exponentials */
-    ls_real *a_near;                /* (R,r) a as it sees keys that are seen from c at the end; a or its own */
-    ls_real *A, *dA, *B, *dB;       /* (R,F); dA and dB are the same memory, B = b where nothing turns */
-    ls_real *w, *dw;                /* (R,n) of few keys */
+    ls_real *v, *dout, *out;  /* (R,d), few keys; in backward out holds dv */
+    ls_real *a, *da, *x, *db; /* (R,r), those that are made: features of queries, features or exponents of keys */
+    ls_real *b, *a_near; /* few keys, (R,r): e^(x - c), and a as it sees them; x and a where they are no exponents */
+    ls_real *dA;         /* (R,pitch), where it does not fit in shared memory; otherwise NULL */
+    ls_real *w, *dw;     /* (R,n) of few keys */
     ls_real *S, *z, *all_S, *all_z; /* (P,F,d), (P,F); (G,F,d), (G,F) */
     double *running, *step;         /* (G, F (d+1)); (CAUSAL_ROWS,2) sin jω, cos jω */
     const double *stand;            /* few keys, (M,2): sin, cos of ω(relative + i) */
@@ -194,24 +196,19 @@ int64_t ls_linear_most_chunks(const ls_pass *p, int64_t rows); /* of a slab */
 linear ls_linear_begin(ls_pass *p);
 /* The slab that begins with chunk k. */
 void ls_linear_go_to(const ls_pass *p, linear *x, cut c, int64_t rows, int64_t k);
-
+/* Features, where the mechanism makes them, and their way back to rows. add: dk +=. */
+void ls_linear_make_queries(ls_pass *p, const linear *x);
+void ls_linear_make_keys(ls_pass *p, const linear *x);
+void ls_linear_queries_backward(ls_pass *p, const linear *x);
+void ls_linear_keys_backward(ls_pass *p, const linear *x, int add);
 /* c of each key, the maximum so far, and in start that after each chunk. Without exponentials: nothing. */
 void ls_linear_follow_maxima(ls_pass *p, const linear *x);
-/* Keys made ready: x is -inf, or 0, where no key is; b = e^(x - c), and B. turned 0: no B. */
-void ls_linear_ready_keys(ls_pass *p, const linear *x, side k, level c, int turned);
-/* Queries made ready: a is 0 where none is; a_near, and A, which is multiplied by scale (R), NULL: 1. A NULL: no A. */
-void ls_linear_ready_queries(ls_pass *p, const linear *x, level before, level end, const ls_real *scale, ls_real *A);
 
-/* da of a, from dA (past) and from what a_near got, which is in da (near), straightened: see straighten() of
- * linear_rows.h. */
-void ls_linear_finish_queries(ls_pass *p, const linear *x, level before, level end, int past, int near);
-/* db from dB and z, a gradient of M rows each. */
-void ls_linear_finish_keys(ls_pass *p, const linear *x, const ls_real *z);
 /* ------------------------------------------------------------------------------------------------ linear_states.cu */
 
-/* S, z of each chunk := Σ B_j v_jᵀ, Σ B_j, seen from c after the chunk; B need not be ready. */
+/* S, z of each chunk := Σ B_j v_jᵀ, Σ B_j, seen from c after the chunk. */
 void ls_linear_gather_keys(ls_pass *p, const linear *x);
-/* The gradient of states: Σ A_i do_iᵀ, - Σ δ_i A_i, where A was divided by D. */
+/* The gradient of states: Σ A_i do_iᵀ / D_i, - Σ δ_i A_i / D_i, of those before chunks, or of all keys. */
 void ls_linear_gather_gradients(ls_pass *p, const linear *x);
 /* running (G,a.n+b.n) grows by all chunks, from the first to the last or REVERSED; KEEPS: chunks get what it was before
  * them. start: c before the first chunk and after each; p NULL: there is no c. What is after a chunk's keys is seen
@@ -225,6 +222,17 @@ void ls_linear_clear(ls_pass *p, const linear *x, int64_t n, ls_real *c);
 void ls_linear_pack(ls_pass *p, const linear *x, const ls_real *c, ls_real *elements);
 /* Back to all_S, all_z, or where running is not NULL to it; c, which is that of c_of, to start. */
 void ls_linear_unpack(ls_pass *p, const linear *x, const ls_real *elements, const ls_real *c_of, double *running);
+
+/* ------------------------------------------------------------------------------------------------ linear_attend.cu */
+
+/* Numbers of a row of dA that shared memory has no room for; 0: it has. */
+int64_t ls_linear_beside(const ls_pass *p, int64_t F);
+/* out of the slab's queries, from all_S, all_z or, causal, from S, z of their chunks and its keys. */
+void ls_linear_attend(ls_pass *p, const linear *x);
+/* dq, and inverse and delta; causal: dk, dv of the same chunk, too. */
+void ls_linear_attend_backward(ls_pass *p, const linear *x);
+/* What keys, seen from `from`, get from gradients all_S, all_z or, causal, S, z: dk, dv; add: +=. */
+void ls_linear_pay_keys(ls_pass *p, const linear *x, level from, int add);
 
 /* ------------------------------------------------------------------------------------------------ linear_pairs.cu */
 

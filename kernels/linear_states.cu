@@ -1,119 +1,108 @@
 /* States of linear attention on a GPU: the sums of chunks, how they are handed on, and their way to other ranks.
  * Theory: linear_slabs.h. */
-#include "linear_slabs.h"
+#include "linear_tiles.h"
 
 /* ------------------------------------------------------------------------------------------------ sums of chunks */
 
-enum { ACROSS = 16 }; /* threads side by side: each has four columns of a piece of the matrix */
-enum { SOME = 64 };   /* rows that are in shared memory at a time: four threads load the features of one */
-static_assert(SOME * 4 == LS_THREADS && ACROSS * 4 == DEEP, "each thread has its part of a piece");
-
-/* `to` (SOME, WIDE + 4) = turned features [f0, f0 + WIDE) of rows [R, R + count): `made` (R,F), or NULL: those of keys,
- * seen from c. 0 where there are none. */
-template <int WIDE>
-__device__ static void load_features(const linear &x, const side &k, level c, const ls_real *made, int64_t R,
-                                     int64_t count, int64_t f0, ls_real *to)
+/* S, z of each chunk: a block for each piece of SIDE columns, which goes through its features, PIECES times SIDE at a
+ * time, and for these through its rows. weight (R): of features in z, NULL: 1. */
+template <class M, int PIECES>
+__global__ static void __launch_bounds__(LS_THREADS, 2)
+    gather(linear x, features of, ls_view matrix, int fours, const ls_real *weight)
 {
-    const int64_t r = threadIdx.x / 4, row = R + r;
-    int there = r < count;
-    ls_real from = 0;
-    angle y = {0, 1};
-    if (there && made == NULL) {
-        const place at = place_of(x.s, row);
-        there = is_there(x.s, k.pad, at);
-        if (there) y = angle_of(x, k, at.t);
-        if (there && x.exponentials > 0) from = level_of(c, x.s, at);
-    }
-    for (int i = threadIdx.x % 4; i < WIDE; i += 4) {
-        const int64_t F = f0 + i, f = F < x.r ? F : F - x.r;
-        ls_real b = 0;
-        if (there && F < x.F && made != NULL)
-            b = made[row * x.F + F];
-        else if (there && F < x.F) {
-            b = x.x[row * x.r + f];
-            if (f < x.exponentials) b = ls_exp(b - from > 0 ? 0 : b - from);
-            if (x.turns) b *= F < x.r ? y.sine : y.cosine;
-        }
-        to[r * (WIDE + 4) + i] = b;
-    }
-}
-
-/* Σ over the threads of a block that have the same number modulo n, for the first n of them; in one order. */
-__device__ static inline double sum_alike(double mine, int n, double *scratch)
-{
-    scratch[threadIdx.x] = mine;
-    __syncthreads();
-    double sum = 0;
-    for (int i = threadIdx.x; (int)threadIdx.x < n && i < LS_THREADS; i += n) sum += scratch[i];
-    __syncthreads();
-    return sum;
-}
-
-/* S, z of each chunk: a block for each piece of DEEP columns, which goes through its features, and for these through
- * its rows. A thread has EACH features of four columns. */
-template <int EACH>
-__global__ static void gather(linear x, side k, level c, const ls_real *made, ls_view matrix, int fours,
-                              const ls_real *weight)
-{
-    constexpr int WIDE = ACROSS * EACH, WIDE_PITCH = WIDE + 4;
-    __shared__ __align__(32) ls_real of_rows[SOME * WIDE_PITCH];
-    __shared__ __align__(32) ls_real of_matrix[SOME * PITCH];
+    enum { SETS = LS_THREADS / SIDE }; /* of threads that share the rows of z */
+    LS_SHARED(ls_real, memory);
+    __shared__ facts rows;
     __shared__ double scratch[LS_THREADS];
-    const int64_t pieces = (x.d + DEEP - 1) / DEEP, chunks = rows_of(x.s) / x.s.C;
-    const int column = threadIdx.x % ACROSS * 4, mine = threadIdx.x / ACROSS * EACH;
-    for (int64_t i = blockIdx.x; i < chunks * pieces; i += gridDim.x) {
-        const int64_t P = i / pieces, e0 = i % pieces * DEEP;
-        for (int64_t f0 = 0; f0 < x.F; f0 += WIDE) {
-            ls_real sum[EACH][4] = {{0}};
-            double z = 0;
-            for (int64_t u = 0; u < x.s.C; u += SOME) {
-                const int64_t R = P * x.s.C + u;
-                const int count = (int)ls_min(SOME, x.s.C - u);
-                __syncthreads();
-                if (f0 == 0 || x.s.C > SOME) load_rows<SOME>(x.s, R, count, x.d, e0, matrix, k.pad, fours, of_matrix);
-                load_features<WIDE>(x, k, c, made, R, count, f0, of_rows);
-                __syncthreads();
-#pragma unroll 4
-                for (int r = 0; r < count; r++) {
-                    const ls_few<EACH> b = ls_few_at<EACH>(of_rows + r * WIDE_PITCH + mine);
-                    const ls_four v = ls_four_at(of_matrix + r * PITCH + column);
+    const int64_t columns = (x.d + SIDE - 1) / SIDE, chunks = rows_of(x.s) / x.s.C;
+    const int mine = threadIdx.x % SIDE, set = threadIdx.x / SIDE;
+    typename M::number *of_matrix = tile_number<M>(memory, 0);
+    for (int64_t i = blockIdx.x; i < chunks * columns; i += gridDim.x) {
+        const int64_t P = i / columns, e0 = i % columns * SIDE;
+        for (int64_t f0 = 0; f0 < x.F; f0 += PIECES * SIDE) {
+            sums<M, COLUMNS_COLUMNS> sum[PIECES]; /* where sums are to be exact, by strips */
+            double z[PIECES] = {0};
 #pragma unroll
-                    for (int a = 0; a < EACH; a++)
+            for (int q = 0; q < PIECES; q++) sum[q].clear();
+            for (int64_t u = 0; u < x.s.C; u += SIDE) {
+                const strip s = strip_of(x, P, u);
+                __syncthreads();
+                find_facts(x, of, s, PAST, &rows);
+                load_rows<M>(x, s, e0, matrix, of.at.pad, fours, of_matrix);
+                __syncthreads();
+#pragma unroll 1
+                for (int q = 0; q < PIECES; q++)
+                    if (f0 + q * SIDE < x.F)
+                        load_features<M>(x, of, s, rows, f0 + q * SIDE, 1, tile_number<M>(memory, 1 + q));
+                __syncthreads();
 #pragma unroll
-                        for (int j = 0; j < 4; j++) sum[a][j] += b.v[a] * v.v[j];
+                for (int q = 0; q < PIECES; q++) {
+                    if (f0 + q * SIDE >= x.F) continue;
+                    const typename M::number *of_rows = tile_number<M>(memory, 1 + q);
+                    if constexpr (M::IN_PLACE) {
+                        sums<M, COLUMNS_COLUMNS> more;
+                        more.clear();
+                        more.add(whole<M>(s.count), of_rows, of_matrix);
+#pragma unroll
+                        for (int a = 0; a < more.U; a++)
+#pragma unroll
+                            for (int c = 0; c < more.V; c++) sum[q].at(a, c) += more.at(a, c);
+                    } else {
+                        sum[q].add(whole<M>(s.count), of_rows, of_matrix);
+                    }
+                    for (int r = set; r < s.count && e0 == 0 && f0 + q * SIDE + mine < x.F; r += SETS)
+                        z[q] += (weight == NULL ? 1 : -(double)weight[s.R + r]) *
+                                (double)read_number(of_rows[r * M::PITCH + mine]);
                 }
-                for (int r = threadIdx.x / WIDE; r < count && e0 == 0; r += LS_THREADS / WIDE)
-                    z += (weight == NULL ? 1 : -(double)weight[R + r]) *
-                         (double)of_rows[r * WIDE_PITCH + threadIdx.x % WIDE];
             }
-            for (int a = 0; a < EACH; a++)
-                for (int j = 0; j < 4; j++)
-                    if (f0 + mine + a < x.F && e0 + column + j < x.d)
-                        x.S[(P * x.F + f0 + mine + a) * x.d + e0 + column + j] = sum[a][j];
-            if (e0 > 0) continue;
-            z = sum_alike(z, WIDE, scratch);
-            if (threadIdx.x < WIDE && f0 + threadIdx.x < x.F) x.z[P * x.F + f0 + threadIdx.x] = (ls_real)z;
+#pragma unroll
+            for (int q = 0; q < PIECES; q++) {
+                for (int a = 0; a < sum[q].U; a++)
+                    for (int c = 0; c < sum[q].V; c += M::TOGETHER) {
+                        const int64_t f = f0 + q * SIDE + sum[q].row(a), e = e0 + sum[q].column(c);
+                        ls_few<M::TOGETHER> y;
+                        for (int k = 0; k < M::TOGETHER; k++) y.v[k] = sum[q].at(a, c + k);
+                        if (f < x.F && e < x.d)
+                            write_some<M::TOGETHER>(y, x.S + (P * x.F + f) * x.d + e, x.d - e, x.d % 4 == 0);
+                    }
+                if (e0 > 0 || f0 + q * SIDE >= x.F) continue;
+                __syncthreads();
+                scratch[threadIdx.x] = z[q];
+                __syncthreads();
+                if (set > 0 || f0 + q * SIDE + mine >= x.F) continue;
+                double all = 0;
+                for (int k = 0; k < SETS; k++) all += scratch[k * SIDE + mine];
+                x.z[P * x.F + f0 + q * SIDE + mine] = (ls_real)all;
+            }
         }
     }
 }
 
-static void launch_gather(ls_pass *p, const linear *x, side k, level c, const ls_real *made, ls_view matrix,
-                          const ls_real *weight)
+template <class M>
+static void launch_gather(ls_pass *p, const linear *x, const features &of, ls_view matrix, const ls_real *weight)
 {
-    const auto kernel = x->F <= 2 * ACROSS ? gather<2> : gather<4>;
-    const int64_t blocks = chunks_of(x) * ((x->d + DEEP - 1) / DEEP);
-    LS_LAUNCH(p->queue, kernel, ls_blocks(blocks, 1), LS_THREADS, 0, *x, k, c, made, matrix, reads_fours(matrix, x->d),
-              weight);
+    const int pieces = x->F <= SIDE ? 1 : 2;
+    const auto kernel = pieces == 1 ? gather<M, 1> : gather<M, 2>;
+    const int64_t blocks = chunks_of(x) * ((x->d + SIDE - 1) / SIDE);
+    LS_LAUNCH(p->queue, kernel, ls_blocks(blocks, 1), LS_THREADS, tiles_bytes<M>(1 + pieces), *x, of, matrix,
+              reads_fours(matrix, x->d), weight);
+}
+
+static void gather_either(ls_pass *p, const linear *x, const features &of, ls_view matrix, const ls_real *weight)
+{
+    const auto launch = on_tensor_cores(p) ? launch_gather<tensor> : launch_gather<plain>;
+    launch(p, x, of, matrix, weight);
 }
 
 void ls_linear_gather_keys(ls_pass *p, const linear *x)
 {
-    launch_gather(p, x, keys_of(p), after_chunks(x), NULL, p->own.v, NULL);
+    gather_either(p, x, keys_as_seen(p, x, after_chunks(x)), p->own.v, NULL);
 }
 
 void ls_linear_gather_gradients(ls_pass *p, const linear *x)
 {
-    launch_gather(p, x, queries_of(p), nowhere, x->A, p->dout, x->delta);
+    const level before = x->causal ? before_chunks(x) : nowhere;
+    gather_either(p, x, queries_as_seen(p, x, before, x->inverse), p->dout, x->delta);
 }
 
 /* ------------------------------------------------------------------------------------------------ scan */

@@ -367,6 +367,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 
 extern "C" {
 const ls_feature_map_cuda ls_performer_map_cuda = {.prepare = project,
+                                                   .act = NULL,
                                                    .queries = queries,
                                                    .keys = keys,
                                                    .queries_backward = queries_backward,
