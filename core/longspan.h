@@ -114,7 +114,8 @@ typedef enum ls_transport {
  *               dropout or weights (96 and 128 only where a block may have 106 or 139 KiB of shared memory, as on an
  *               A100 or H100); in performer and cosformer features, values, weights and states, on tensor cores, too.
  *               Takes 64 MiB of the GPU for copies of operands; exact softmax there 2 bytes for each number of q, k and
- *               v, and of the output's gradient, while it runs.
+ *               v, and of the output's gradient, while it runs (in a layer, where one rank has all positions, of the
+ *               output's gradient alone).
  *
  * In LS_BF16 a layer also rounds the rows that it keeps for backward, and keeps them so: projected queries, keys and
  * values, which its core then sees, and the core's output.

@@ -464,4 +464,4 @@ static const ls_cuda_kernel kernels[] = {
 
 } // namespace ls_abc
 
-extern "C" const ls_cuda_mechanism ls_abc_cuda = {ls_abc::plan, ls_abc::kernels, NULL};
+extern "C" const ls_cuda_mechanism ls_abc_cuda = {ls_abc::plan, ls_abc::kernels, NULL, NULL};

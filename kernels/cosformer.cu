@@ -79,5 +79,5 @@ const ls_feature_map_cuda ls_cosformer_map_cuda = {.prepare = NULL,
                                                    .queries_backward = queries_backward,
                                                    .keys_backward = keys_backward};
 const ls_cuda_mechanism ls_cosformer_cuda = {
-    .plan = ls_linear_cuda_plan, .kernel = ls_linear_cuda_kernels, .host_bytes = NULL};
+    .plan = ls_linear_cuda_plan, .kernel = ls_linear_cuda_kernels, .host_bytes = NULL, .takes_narrow = NULL};
 }

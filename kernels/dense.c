@@ -88,6 +88,12 @@ static void column_sums(ls_queue *queue, int64_t rows, int64_t n, ls_operand of,
     }
 }
 
+static void sum_and_copy(ls_queue *queue, int64_t rows, int64_t n, const ls_real *x, ls_real *sum, ls_operand y)
+{
+    column_sums(queue, rows, n, ls_reals(x), sum);
+    memcpy(y.p, x, (size_t)(rows * n) * sizeof *x);
+}
+
 static void linear_backward(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, ls_operand w,
                             ls_operand dy, ls_operand dx, int accumulate_dx, ls_real *dw)
 {
@@ -439,16 +445,18 @@ static void residual(ls_queue *queue, int64_t B, int64_t T, int64_t E, ls_drop d
 /* ------------------------------------------------------------------------------------------------ rows */
 
 static void zero_rows(ls_queue *queue, int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad,
-                      const ls_real *x, ls_operand to)
+                      const ls_real *x, const ls_real *bias, ls_operand to)
 {
     (void)queue;
     ls_real *y = to.p;
     for (int64_t r = 0; r < B * T; r++) {
         const int64_t b = batch_first ? r / T : r % B, t = batch_first ? r % T : r / B;
-        if (pad && pad[b * T + t])
+        if (pad && pad[b * T + t]) {
             ls_zero(y + r * E, E);
-        else if (y != x)
-            memcpy(y + r * E, x + r * E, (size_t)E * sizeof *y);
+            continue;
+        }
+        if (y != x) memcpy(y + r * E, x + r * E, (size_t)E * sizeof *y);
+        for (int64_t e = 0; bias && e < E; e++) y[r * E + e] += bias[e];
     }
 }
 
@@ -482,6 +490,7 @@ const ls_dense_ops ls_dense_cpu = {.linear = linear,
                                    .linear_exact = linear_exact,
                                    .linear_backward = linear_backward,
                                    .column_sums = column_sums,
+                                   .sum_and_copy = sum_and_copy,
                                    .layer_norm = layer_norm,
                                    .layer_norm_backward = layer_norm_backward,
                                    .gelu = gelu,

@@ -292,8 +292,8 @@ static int column_blocks(int64_t n)
     return (int)((n + COLUMNS - 1) / COLUMNS);
 }
 
-/* sum (n) += Σ_rows x (rows,n) */
-template <int W> __global__ static void sum_columns(int64_t rows, int64_t n, ls_operand x, ls_real *sum)
+/* sum (n) += Σ_rows x (rows,n), and y = x where it is not NULL */
+template <int W> __global__ static void sum_columns(int64_t rows, int64_t n, ls_operand x, ls_real *sum, ls_operand y)
 {
     LS_SHARED(double, part);
     constexpr int DEEP = 8; /* reads on their way at a time */
@@ -305,16 +305,28 @@ template <int W> __global__ static void sum_columns(int64_t rows, int64_t n, ls_
             at[u] = r + u * s.step < rows ? load<W>(x, ((r + u * s.step) * n + s.column) / W) : ls_few<W>();
         for (int u = 0; u < DEEP; u++)
             for (int k = 0; k < W; k++) acc[k] += (double)at[u].v[k];
+        for (int u = 0; u < DEEP && y.p != NULL; u++)
+            if (r + u * s.step < rows) store<W>(y, ((r + u * s.step) * n + s.column) / W, at[u]);
     }
     add_columns<W>(acc, n, part, sum);
 }
 
-static void column_sums(ls_queue *queue, int64_t rows, int64_t n, ls_operand x, ls_real *sum)
+static void launch_sums(ls_queue *queue, int64_t rows, int64_t n, ls_operand x, ls_real *sum, ls_operand y)
 {
     if (rows <= 0 || n <= 0) return;
-    const int w = wide(n, x) ? 4 : 1, threads = column_threads(rows, w);
+    const int w = wide(n, x, y) ? 4 : 1, threads = column_threads(rows, w);
     const auto kernel = w == 4 ? sum_columns<4> : sum_columns<1>;
-    LS_LAUNCH(queue, kernel, column_blocks(n), threads, column_bytes(threads, w), rows, n, x, sum);
+    LS_LAUNCH(queue, kernel, column_blocks(n), threads, column_bytes(threads, w), rows, n, x, sum, y);
+}
+
+static void column_sums(ls_queue *queue, int64_t rows, int64_t n, ls_operand x, ls_real *sum)
+{
+    launch_sums(queue, rows, n, x, sum, ls_reals(NULL));
+}
+
+static void sum_and_copy(ls_queue *queue, int64_t rows, int64_t n, const ls_real *x, ls_real *sum, ls_operand y)
+{
+    launch_sums(queue, rows, n, ls_reals(x), sum, y);
 }
 
 /* ------------------------------------------------------------------------------------------------ linear */
@@ -790,24 +802,29 @@ static void cross_entropy(ls_queue *queue, int64_t rows, int64_t V, const ls_rea
 
 template <int W>
 __global__ static void zero_some(int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad, const ls_real *x,
-                                 ls_operand y)
+                                 const ls_real *bias, ls_operand y)
 {
     LS_EACH_ROW(r, B * T)
     {
         const int64_t b = batch_first ? r / T : r % B, t = batch_first ? r % T : r / B;
         const bool padded = pad != NULL && pad[b * T + t];
-        if (!padded && x == y.p) continue;
+        if (!padded && x == y.p && bias == NULL) continue;
         LS_EACH_LANE(j, E / W)
-        store<W>(y, r * (E / W) + j, padded ? ls_few<W>() : load<W>(x + r * E, j));
+        {
+            ls_few<W> at = padded ? ls_few<W>() : load<W>(x + r * E, j);
+            const ls_few<W> more = padded || bias == NULL ? ls_few<W>() : load<W>(bias, j);
+            for (int k = 0; k < W; k++) at.v[k] += more.v[k];
+            store<W>(y, r * (E / W) + j, at);
+        }
     }
 }
 
 static void zero_rows(ls_queue *queue, int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad,
-                      const ls_real *x, ls_operand y)
+                      const ls_real *x, const ls_real *bias, ls_operand y)
 {
     if (B <= 0 || T <= 0) return;
-    const auto kernel = wide(E, x, y) ? zero_some<4> : zero_some<1>;
-    LS_LAUNCH(queue, kernel, ls_row_blocks(B * T), LS_THREADS, 0, B, T, E, batch_first, pad, x, y);
+    const auto kernel = wide(E, x, bias, y) ? zero_some<4> : zero_some<1>;
+    LS_LAUNCH(queue, kernel, ls_row_blocks(B * T), LS_THREADS, 0, B, T, E, batch_first, pad, x, bias, y);
 }
 
 template <int W>
@@ -837,6 +854,7 @@ extern "C" const ls_dense_ops ls_dense_cuda = {.linear = linear,
                                                .linear_exact = linear_exact,
                                                .linear_backward = linear_backward,
                                                .column_sums = column_sums,
+                                               .sum_and_copy = sum_and_copy,
                                                .layer_norm = layer_norm,
                                                .layer_norm_backward = layer_norm_backward,
                                                .gelu = gelu,

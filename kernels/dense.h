@@ -43,6 +43,8 @@ typedef struct ls_dense_ops {
                             ls_operand dy, ls_operand dx, int accumulate_dx, ls_real *dw);
     /* sum (n) += Σ_rows x (rows,n) */
     void (*column_sums)(ls_queue *queue, int64_t rows, int64_t n, ls_operand x, ls_real *sum);
+    /* The same, and y = x on the way. */
+    void (*sum_and_copy)(ls_queue *queue, int64_t rows, int64_t n, const ls_real *x, ls_real *sum, ls_operand y);
 
     /* y = (x - mean) * rstd * w + b over the last axis E (Ba et al., 2016), eps 1e-5. mean, rstd (rows) are kept. */
     void (*layer_norm)(ls_queue *queue, int64_t rows, int64_t E, const ls_real *x, const ls_real *w, const ls_real *b,
@@ -84,10 +86,10 @@ typedef struct ls_dense_ops {
     void (*cross_entropy)(ls_queue *queue, int64_t rows, int64_t V, const ls_real *logits, const int32_t *target,
                           double smoothing, double grad_scale, ls_real *dlogits, double *sums);
 
-    /* Rows of x (B,T,E), or (T,B,E) with batch_first 0, whose pad (B,T) is 1 become 0 in y (may be x). pad NULL:
-     * copies. */
+    /* y = x + b (E), rows of x (B,T,E), or (T,B,E) with batch_first 0, whose pad (B,T) is 1 become 0 (y may be x). pad,
+     * b NULL: none is, nothing is added. */
     void (*zero_rows)(ls_queue *queue, int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad,
-                      const ls_real *x, ls_operand y);
+                      const ls_real *x, const ls_real *b, ls_operand y);
     /* On a GPU: x (rows,n) += b in every row (NULL: nothing is added), and becomes what bfloat16 can hold of it, which
      * y is. NULL on the CPU. */
     void (*add_and_round)(ls_queue *queue, int64_t rows, int64_t n, const ls_real *b, ls_real *x, ls_operand y);

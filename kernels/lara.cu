@@ -432,4 +432,4 @@ static const ls_cuda_kernel kernels[] = {
     {NULL, NULL, NULL},
 };
 
-const ls_cuda_mechanism ls_lara_cuda = {.plan = plan, .kernel = kernels, .host_bytes = NULL};
+const ls_cuda_mechanism ls_lara_cuda = {.plan = plan, .kernel = kernels, .host_bytes = NULL, .takes_narrow = NULL};

@@ -526,4 +526,4 @@ static const ls_cuda_kernel kernels[] = {
 
 } // namespace ls_local
 
-extern "C" const ls_cuda_mechanism ls_local_cuda = {ls_local::plan, ls_local::kernels, ls_local::host_bytes};
+extern "C" const ls_cuda_mechanism ls_local_cuda = {ls_local::plan, ls_local::kernels, ls_local::host_bytes, NULL};

@@ -45,4 +45,4 @@ static const ls_cuda_kernel kernels[] = {
     {NULL, NULL, NULL},
 };
 
-extern "C" const ls_cuda_mechanism ls_longshort_cuda = {plan, kernels, NULL};
+extern "C" const ls_cuda_mechanism ls_longshort_cuda = {plan, kernels, NULL, NULL};

@@ -50,9 +50,10 @@ typedef struct ls_span {
 
 /* Keys and values with their positions: this rank's own, a block that visits in a ring, or what a fetch brought. */
 typedef struct ls_block {
-    ls_view k, v, dk, dv;  /* (B,H,n,d) */
-    ls_view extra, dextra; /* (B,1,n,extra_width): the layer's fourth projection, where there is one */
-    const uint8_t *pad;    /* (B,n), or NULL */
+    ls_view k, v, dk, dv;            /* (B,H,n,d) */
+    const void *narrow_k, *narrow_v; /* see ls_pass.narrow */
+    ls_view extra, dextra;           /* (B,1,n,extra_width): the layer's fourth projection, where there is one */
+    const uint8_t *pad;              /* (B,n), or NULL */
     int64_t n;
     int spans;
     ls_span span[2]; /* two where causal work is balanced by a zigzag placement */
@@ -99,6 +100,10 @@ typedef struct ls_pass {
     ls_view q, out, dq, dout;
     int64_t out_width, extra_width;
     const uint8_t *pad_q; /* (B,T) or NULL */
+    /* narrow: the mechanism takes it so, see ls_cuda_mechanism. Then the rows of q, own.k and own.v lie in bfloat16 at
+     * narrow_q and own.narrow_*, with the strides of these, and 0 where padded; those of floats are not there */
+    int narrow;
+    const void *narrow_q;
     int query_spans;
     ls_span query_span[2];
     ls_block own;   /* this rank's keys */
@@ -198,6 +203,10 @@ typedef struct ls_cuda_mechanism {
                  ls_arena *work); /* as ls_mechanism.plan; gives pointers that no host reads */
     const ls_cuda_kernel *kernel;
     size_t (*host_bytes)(const ls_pass *); /* NULL: none. For lists that the host must know, see ls_phase.wanted */
+    /* LS_BF16, where one rank has all positions: whether the kernels of this call read queries, keys and values in
+     * bfloat16, as a layer keeps them. Those of a ring overwrite own.dk and own.dv then, which nobody has cleared.
+     * Views have their strides, but not yet their rows. NULL: never */
+    int (*takes_narrow)(const ls_pass *);
 } ls_cuda_mechanism;
 
 typedef struct ls_mechanism {

@@ -622,4 +622,4 @@ static const ls_cuda_kernel kernels[] = {
     {NULL, NULL, NULL},
 };
 
-const ls_cuda_mechanism ls_nystrom_cuda = {.plan = plan, .kernel = kernels, .host_bytes = NULL};
+const ls_cuda_mechanism ls_nystrom_cuda = {.plan = plan, .kernel = kernels, .host_bytes = NULL, .takes_narrow = NULL};

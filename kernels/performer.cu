@@ -372,5 +372,6 @@ const ls_feature_map_cuda ls_performer_map_cuda = {.prepare = project,
                                                    .keys = keys,
                                                    .queries_backward = queries_backward,
                                                    .keys_backward = keys_backward};
-const ls_cuda_mechanism ls_performer_cuda = {.plan = plan, .kernel = ls_linear_cuda_kernels, .host_bytes = NULL};
+const ls_cuda_mechanism ls_performer_cuda = {
+    .plan = plan, .kernel = ls_linear_cuda_kernels, .host_bytes = NULL, .takes_narrow = NULL};
 }

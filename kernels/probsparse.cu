@@ -547,4 +547,4 @@ static const ls_cuda_kernel kernels[] = {
 
 } // namespace ls_probsparse
 
-extern "C" const ls_cuda_mechanism ls_probsparse_cuda = {ls_probsparse::plan, ls_probsparse::kernels, NULL};
+extern "C" const ls_cuda_mechanism ls_probsparse_cuda = {ls_probsparse::plan, ls_probsparse::kernels, NULL, NULL};

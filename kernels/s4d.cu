@@ -817,4 +817,4 @@ static const ls_cuda_kernel kernels[] = {
 
 } // namespace
 
-extern "C" const ls_cuda_mechanism ls_s4d_cuda = {plan, kernels, NULL};
+extern "C" const ls_cuda_mechanism ls_s4d_cuda = {plan, kernels, NULL, NULL};

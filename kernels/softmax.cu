@@ -58,6 +58,16 @@ static int has_extras(const ls_pass *p)
     return p->attn_mask != NULL || p->weights != NULL || p->dropout_mask != NULL || draws(p);
 }
 
+static int takes_narrow(const ls_pass *p)
+{
+    return !has_extras(p) && ls_softmax_tensor_takes_narrow(p);
+}
+
+static ls_status refuse_narrow(void)
+{
+    LS_FAIL(LS_ERR_INTERNAL, "softmax: rows in bfloat16 beside gradients that are not aligned: please report this");
+}
+
 static softmax_call call_of(const ls_pass *p)
 {
     softmax_call x = {};
@@ -67,8 +77,10 @@ static softmax_call call_of(const ls_pass *p)
     x.B = p->B, x.H = p->H, x.T = p->T, x.n = p->visit.n, x.d = p->d, x.all_keys = p->all_keys;
     x.scale = (ls_real)p->scale;
     x.causal = p->pattern == LS_CS;
+    if (p->narrow) x.narrow_q = p->narrow_q, x.narrow_k = p->visit.narrow_k, x.narrow_v = p->visit.narrow_v;
     x.wide = p->d % 4 == 0 && is_wide(x.q) && is_wide(x.k) && is_wide(x.v) && is_wide(x.out);
     x.narrow = p->queue->precision == LS_BF16;
+    x.fresh = p->narrow;
     if (p->backward) x.wide = x.wide && is_wide(x.dout) && is_wide(x.dq) && is_wide(x.dk) && is_wide(x.dv);
     x.queries = p->query_spans, x.keys = p->visit.spans;
     for (int i = 0; i < x.queries; i++) x.query[i] = p->query_span[i];
@@ -292,7 +304,8 @@ __global__ static void begin_kernel(softmax_call p, int64_t slices)
 {
     const int64_t rows = p.B * p.H * p.T;
     LS_EACH(r, slices * rows) p.m[r] = -INFINITY, p.l[r] = 0;
-    LS_EACH(e, rows * p.d) ls_row(p.out, e / p.d / p.T / p.H, e / p.d / p.T % p.H, e / p.d % p.T)[e % p.d] = 0;
+    if (!p.fresh)
+        LS_EACH(e, rows * p.d) ls_row(p.out, e / p.d / p.T / p.H, e / p.d / p.T % p.H, e / p.d % p.T)[e % p.d] = 0;
     if (p.weights != NULL) LS_EACH(i, rows * p.all_keys) p.weights[i] = -INFINITY;
 }
 
@@ -503,7 +516,7 @@ __global__ static void finish_backward_kernel(softmax_call p)
             for (int64_t e = lane; e < p.d; e += LS_WARP) delta += dout[e] * out[e];
         delta = ls_warp_sum(delta);
         if (lane == 0) p.delta[row] = delta;
-        for (int64_t e = lane; e < p.d; e += LS_WARP) dq[e] = 0;
+        for (int64_t e = lane; e < p.d && !p.fresh; e += LS_WARP) dq[e] = 0;
     }
 }
 
@@ -658,6 +671,7 @@ ls_status ls_softmax_visit_backward_cuda(ls_pass *p, int phase)
     const int queries = blocks_of(p, x.query, x.queries), keys = blocks_of(p, x.key, x.keys);
     if (queries == 0 || keys == 0) return LS_OK;
     static const kernel_table backward[2] = {TABLE_OF(queries_backward_kernel), TABLE_OF(keys_backward_kernel)};
+    if (p->narrow && !x.wide) return refuse_narrow();
     if (has_extras(p) || !ls_softmax_tensor_backward(p, &x, p->work[COPIES])) {
         LS_LAUNCH(p->queue, kernel_for(p, backward[0]), queries, THREADS, 0, x);
         LS_LAUNCH(p->queue, kernel_for(p, backward[1]), keys, THREADS, 0, x);
@@ -757,6 +771,8 @@ ls_status ls_softmax_visit_cuda(ls_pass *p, int phase)
     if (blocks == 0 || tiles_of(x.key, x.keys) == 0) return LS_OK;
     if (p->step)
         visit_step(p, x);
+    else if (p->narrow && !x.wide)
+        return refuse_narrow();
     else if (has_extras(p) || !ls_softmax_tensor_forward(p, &x, p->work[COPIES]))
         LS_LAUNCH(p->queue, kernel_for(p, forward), blocks, THREADS, 0, x);
     return ls_launched(p->queue, "softmax: tiles");
@@ -816,4 +832,4 @@ static const ls_cuda_kernel kernels[] = {
     {NULL, NULL, NULL},
 };
 
-extern "C" const ls_cuda_mechanism ls_softmax_cuda = {ls_softmax_plan_cuda, kernels, NULL};
+extern "C" const ls_cuda_mechanism ls_softmax_cuda = {ls_softmax_plan_cuda, kernels, NULL, takes_narrow};

@@ -37,9 +37,14 @@ template <int D> struct of_width {
     static const int ROW = D + 8, STAYS = SIDE * ROW, PASSES = TILE * ROW;
 };
 
-/* A call, and its rows in bfloat16: (B,H,T,d) and (B,H,n,d), 0 where a query is padded. */
+/* Rows in bfloat16, of which those that are padded queries are 0: copies, (B,H,T,d) and (B,H,n,d), or the layer's. */
+struct narrow_view {
+    const bf16 *p;
+    int64_t sb, sh;
+    int st;
+};
 struct tensor_call : softmax_call {
-    bf16 *q16, *dout16, *k16, *v16;
+    narrow_view q16, dout16, k16, v16;
 };
 
 /* What a thread has of its warp's rows, which begin at `first` of the tile: of each 16 rows `row` and row + 8, and of
@@ -102,34 +107,31 @@ template <int D> __global__ static void narrow_kernel(copy_list list, int64_t B,
         }
 }
 
-/* The first row of a head, in one of the copies of n rows. */
-template <int D> __device__ static inline const bf16 *head_of(const bf16 *copy, const place &x, int64_t n)
-{
-    return copy + x.head * n * D;
-}
-
 /* Asks for ROWS rows of a tile, those that exist; the others become 0. */
-template <int D, int PARTS, int ROWS> __device__ static inline void ask_rows(bf16 *to, const bf16 *head, const tile &t)
+template <int D, int PARTS, int ROWS>
+__device__ static inline void ask_rows(bf16 *to, const narrow_view &from, const place &x, const tile &t)
 {
     const int pieces = D / PIECE;
+    const bf16 *head = from.p + x.b * from.sb + x.h * from.sh, *first = head + t.row * from.st;
 #pragma unroll
     for (int n = 0; n < ROWS * pieces / of_parts<PARTS>::WORKERS; n++) {
         const int i = (int)threadIdx.x + n * of_parts<PARTS>::WORKERS, r = i / pieces, f = i % pieces * PIECE;
         const bool exists = r >= t.first && r < t.last;
-        ls_copy<16>(to + r * of_width<D>::ROW + f, exists ? head + (t.row + r) * D + f : head, exists);
+        ls_copy<16>(to + r * of_width<D>::ROW + f, exists ? first + (int64_t)r * from.st + f : head, exists);
     }
 }
 
 /* Tiles pass, the first one `t`: next tells of the next one, if there is one, ask has a tile brought to stage 0 or 1,
- * with whatever was asked for before, meet works on it, and after some of them join adds up. All threads of a block
- * call. */
+ * with whatever was asked for before, meet works on it, and after some of them join adds up, told whether it is the
+ * first time. All threads of a block call. */
 template <typename N, typename A, typename M, typename J>
 __device__ static inline void pass_by(tile t, N next, A ask, M meet, J join)
 {
     int stage = 0;
+    bool first = true;
     ask(t, stage);
     ls_copy_close();
-    for (bool more = true; more; join())
+    for (bool more = true; more; join(first), first = false)
         for (int i = 0; more && i < TILES_TOGETHER; i++, stage ^= 1) {
             tile coming = t;
             more = next(&coming);
@@ -204,9 +206,9 @@ __device__ static inline void multiply_rows(const float (&s)[PARTS][N][4], const
     }
 }
 
-/* A warp's rows: v = keep(part, half) v + times(part, half) o, of which nothing is left. */
+/* A warp's rows: v = keep(part, half) v + times(part, half) o, of which nothing is left. fresh: v holds nothing yet. */
 template <int D, int PARTS, typename K, typename F>
-__device__ static inline void add_rows(ls_view v, const place &x, const spot &at, K keep, F times,
+__device__ static inline void add_rows(ls_view v, const place &x, const spot &at, bool fresh, K keep, F times,
                                        float (&o)[PARTS][D / 8][4])
 {
 #pragma unroll
@@ -219,7 +221,8 @@ __device__ static inline void add_rows(ls_view v, const place &x, const spot &at
                 const float before = keep(i, half), more = times(i, half);
 #pragma unroll
                 for (int n = 0; n < D / 8; n++) {
-                    float2 y = *(float2 *)(to + 8 * n);
+                    float2 y = make_float2(0, 0);
+                    if (!fresh) y = *(float2 *)(to + 8 * n);
                     y.x = before * y.x + more * o[i][n][2 * half], y.y = before * y.y + more * o[i][n][2 * half + 1];
                     *(float2 *)(to + 8 * n) = y;
                 }
@@ -228,13 +231,13 @@ __device__ static inline void add_rows(ls_view v, const place &x, const spot &at
             for (int n = 0; n < D / 8; n++) o[i][n][2 * half] = o[i][n][2 * half + 1] = 0;
         }
 }
-/* v += times o. */
+/* v += times o, or v = times o. */
 template <int D, int PARTS>
-__device__ static inline void add_rows(ls_view v, const place &x, const spot &at, float times,
+__device__ static inline void add_rows(ls_view v, const place &x, const spot &at, bool fresh, float times,
                                        float (&o)[PARTS][D / 8][4])
 {
     add_rows<D>(
-        v, x, at, [](int, int) { return 1.0f; }, [&](int, int) { return times; }, o);
+        v, x, at, fresh, [](int, int) { return 1.0f; }, [&](int, int) { return times; }, o);
 }
 
 /* ------------------------------------------------------------------------------------------------ tiles that pass */
@@ -285,8 +288,8 @@ template <int D, int PARTS>
 __device__ static inline void ask_keys(const tensor_call &p, const place &x, const tile &keys, int stage, bf16 *k,
                                        bf16 *v, uint32_t (*seen)[2])
 {
-    ask_rows<D, PARTS, TILE>(k + stage * of_width<D>::PASSES, head_of<D>(p.k16, x, p.n), keys);
-    ask_rows<D, PARTS, TILE>(v + stage * of_width<D>::PASSES, head_of<D>(p.v16, x, p.n), keys);
+    ask_rows<D, PARTS, TILE>(k + stage * of_width<D>::PASSES, p.k16, x, keys);
+    ask_rows<D, PARTS, TILE>(v + stage * of_width<D>::PASSES, p.v16, x, keys);
     load_seen(seen[stage], keys, pads_of(p.pad_k, x.b, p.n), TILE);
 }
 
@@ -328,7 +331,8 @@ template <int D, int PARTS> struct outlook {
 
 /* (m, l, out) of a warp's rows in memory ⊕= what they have seen, of which nothing is left. */
 template <int D, int PARTS>
-__device__ static inline void join_rows(const softmax_call &p, const place &x, const spot &at, outlook<D, PARTS> &y)
+__device__ static inline void join_rows(const softmax_call &p, const place &x, const spot &at, bool fresh,
+                                        outlook<D, PARTS> &y)
 {
     float before[PARTS][2], more[PARTS][2]; /* weights of what is there and of what comes */
 #pragma unroll
@@ -348,8 +352,8 @@ __device__ static inline void join_rows(const softmax_call &p, const place &x, c
             y.m[i][half] = -INFINITY, y.l[i][half] = 0;
         }
     add_rows<D>(
-        p.out, x, at, [&](int i, int half) { return before[i][half]; }, [&](int i, int half) { return more[i][half]; },
-        y.o);
+        p.out, x, at, fresh, [&](int i, int half) { return before[i][half]; },
+        [&](int i, int half) { return more[i][half]; }, y.o);
 }
 
 /* A warp's rows meet 64 keys. */
@@ -397,7 +401,7 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) forward_kern
     walk w = walk_of();
     tile t;
     if (!next_keys(p, x.t, &w, &t)) return; /* what was seen before is all */
-    ask_rows<D, PARTS, SIDE>(q, head_of<D>(p.q16, x, p.T), x.t);
+    ask_rows<D, PARTS, SIDE>(q, p.q16, x, x.t);
     outlook<D, PARTS> y = {};
 #pragma unroll
     for (int i = 0; i < PARTS; i++) y.m[i][0] = y.m[i][1] = -INFINITY;
@@ -409,7 +413,7 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) forward_kern
             if (busy && at.first + PARTS * PART - 1 + ahead >= 0)
                 meet_keys(p, q, k + from, v + from, seen[stage], ahead, at, y);
         },
-        [&] { join_rows(p, x, at, y); });
+        [&](bool first) { join_rows(p, x, at, p.fresh && first, y); });
 }
 
 /* ------------------------------------------------------------------------------------------------ backward */
@@ -452,8 +456,8 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) queries_back
     walk w = walk_of();
     tile t;
     if (!next_keys(p, x.t, &w, &t)) return;
-    ask_rows<D, PARTS, SIDE>(q, head_of<D>(p.q16, x, p.T), x.t);
-    ask_rows<D, PARTS, SIDE>(dout, head_of<D>(p.dout16, x, p.T), x.t);
+    ask_rows<D, PARTS, SIDE>(q, p.q16, x, x.t);
+    ask_rows<D, PARTS, SIDE>(dout, p.dout16, x, x.t);
     float top[PARTS][2], delta[PARTS][2], dq[PARTS][D / 8][4] = {};
 #pragma unroll
     for (int i = 0; i < PARTS; i++)
@@ -472,9 +476,9 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) queries_back
             if (busy && at.first + PARTS * PART - 1 + ahead >= 0)
                 meet_keys_backward<D>(p, q, dout, k + from, v + from, seen[stage], ahead, at, top, delta, dq);
         },
-        [&] {
+        [&](bool first) {
             add_rows<D>(
-                p.dq, x, at, [](int, int) { return 1.0f; },
+                p.dq, x, at, p.fresh && first, [](int, int) { return 1.0f; },
                 [&](int i, int half) { return p.scale * p.inverse[x.head * p.T + x.t.row + row_of(at, i, half)]; }, dq);
         });
 }
@@ -539,15 +543,15 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) keys_backwar
     walk w = walk_of();
     tile t;
     if (!next_queries(p, x.t, &w, &t)) return;
-    ask_rows<D, PARTS, SIDE>(k, head_of<D>(p.k16, x, p.n), x.t);
-    ask_rows<D, PARTS, SIDE>(v, head_of<D>(p.v16, x, p.n), x.t);
+    ask_rows<D, PARTS, SIDE>(k, p.k16, x, x.t);
+    ask_rows<D, PARTS, SIDE>(v, p.v16, x, x.t);
     load_seen(seen, x.t, pads_of(p.pad_k, x.b, p.n), SIDE);
     float dk[PARTS][D / 8][4] = {}, dv[PARTS][D / 8][4] = {};
     pass_by(
         t, [&](tile *next) { return next_queries(p, x.t, &w, next); },
         [&](const tile &queries, int stage) {
-            ask_rows<D, PARTS, TILE>(q + stage * of_width<D>::PASSES, head_of<D>(p.q16, x, p.T), queries);
-            ask_rows<D, PARTS, TILE>(dout + stage * of_width<D>::PASSES, head_of<D>(p.dout16, x, p.T), queries);
+            ask_rows<D, PARTS, TILE>(q + stage * of_width<D>::PASSES, p.q16, x, queries);
+            ask_rows<D, PARTS, TILE>(dout + stage * of_width<D>::PASSES, p.dout16, x, queries);
             ask_statistics(known[stage], p, x, queries);
         },
         [&](const tile &queries, int stage) {
@@ -555,9 +559,9 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) keys_backwar
             if (busy && at.first <= TILE - 1 + ahead)
                 meet_queries<D>(p, k, v, q + from, dout + from, known[stage], seen, ahead, at, dk, dv);
         },
-        [&] {
-            add_rows<D>(p.dk, x, at, p.scale, dk);
-            add_rows<D>(p.dv, x, at, 1, dv);
+        [&](bool first) {
+            add_rows<D>(p.dk, x, at, p.fresh && first, p.scale, dk);
+            add_rows<D>(p.dv, x, at, p.fresh && first, 1, dv);
         });
 }
 
@@ -617,8 +621,15 @@ static const tensor_variant *variant_for(const ls_pass *p)
 
 int64_t ls_softmax_tensor_reals(const ls_pass *p)
 {
-    const int64_t rows = p->T * (p->backward ? 2 : 1) + 2 * p->visit.n;
+    const int64_t rows = p->T * (p->backward != 0) + (p->narrow ? 0 : p->T + 2 * p->visit.n);
     return variant_for(p) != NULL ? p->B * p->H * rows * p->d / 2 : 0; /* two to a real */
+}
+
+/* Rows of values lie as those of keys do. */
+int ls_softmax_tensor_takes_narrow(const ls_pass *p)
+{
+    const int64_t strides = p->q.sb | p->q.sh | p->q.st | p->own.k.sb | p->own.k.sh | p->own.k.st;
+    return variant_for(p) != NULL && strides % PIECE == 0 && ls_max(p->q.st, p->own.k.st) <= INT32_MAX;
 }
 
 /* Fills `copies`, and tells the kernels where what lies. */
@@ -626,14 +637,22 @@ static tensor_call copy_rows(ls_pass *p, const tensor_variant *variant, const so
 {
     tensor_call x;
     static_cast<softmax_call &>(x) = call;
-    const int64_t heads = p->B * p->H, of_queries = heads * x.T * x.d, of_keys = heads * x.n * x.d;
-    x.k16 = reinterpret_cast<bf16 *>(copies), x.v16 = x.k16 + of_keys;
-    x.q16 = x.v16 + of_keys, x.dout16 = x.q16 + of_queries;
-    const copy_list list = {{{x.k, NULL, x.n, x.k16}, /* padded keys are 0 since they visit */
-                             {x.v, NULL, x.n, x.v16},
-                             {x.q, x.pad_q, x.T, x.q16},
-                             {x.dout, x.pad_q, x.T, x.dout16}}};
-    variant->narrow(p->queue, list, p->backward ? 4 : 3, x.B, x.H);
+    copy_list list = {};
+    int tensors = 0;
+    bf16 *to = reinterpret_cast<bf16 *>(copies);
+    const auto rows_of = [&](const void *narrow, ls_view v, const uint8_t *pad, int64_t n) {
+        const narrow_view there = {static_cast<const bf16 *>(narrow), v.sb, v.sh, (int)v.st};
+        const narrow_view copy = {to, x.H * n * x.d, n * x.d, (int)x.d};
+        if (narrow != NULL) return there;
+        list.x[tensors++] = {v, pad, n, to};
+        to += x.B * x.H * n * x.d;
+        return copy;
+    };
+    x.k16 = rows_of(x.narrow_k, x.k, NULL, x.n); /* padded keys are 0 since they visit */
+    x.v16 = rows_of(x.narrow_v, x.v, NULL, x.n);
+    x.q16 = rows_of(x.narrow_q, x.q, x.pad_q, x.T);
+    if (p->backward) x.dout16 = rows_of(NULL, x.dout, x.pad_q, x.T);
+    if (tensors > 0) variant->narrow(p->queue, list, tensors, x.B, x.H);
     return x;
 }
 

@@ -19,12 +19,14 @@ enum { TILES_TOGETHER = 32 };
 /* A call as its kernels see it. */
 typedef struct softmax_call {
     ls_view q, k, v, out, dout, dq, dk, dv;
+    const void *narrow_q, *narrow_k, *narrow_v; /* see ls_pass */
     const uint8_t *pad_q, *pad_k;
     int64_t B, H, T, n /* rows of the visiting block */, d, all_keys;
     ls_real scale;
     int causal;
     int wide;          /* rows may be read and written in fours */
     int narrow;        /* operands of products are rounded to bfloat16 */
+    int fresh;         /* nobody has cleared out, dq, dk, dv: all are of this call alone */
     int queries, keys; /* spans */
     ls_span query[2], key[2];
     ls_real *m, *l;                 /* (slices,B,H,T) */
@@ -108,6 +110,8 @@ __device__ static inline int64_t tiles_from(const softmax_call &p, ls_span queri
  * know: see softmax_tensor.cu. 0: this call is not for them, nothing was done. copies: ls_softmax_tensor_reals of
  * memory. */
 int64_t ls_softmax_tensor_reals(const ls_pass *p);
+/* Rows that lie in bfloat16: only they know what to do with them. */
+int ls_softmax_tensor_takes_narrow(const ls_pass *p);
 int ls_softmax_tensor_forward(ls_pass *p, const softmax_call *x, ls_real *copies);
 int ls_softmax_tensor_backward(ls_pass *p, const softmax_call *x, ls_real *copies);
 

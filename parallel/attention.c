@@ -216,6 +216,7 @@ typedef struct layer {
     const ls_real *x_q, *x_k, *x_v;  /* inputs after the aliases are resolved */
     ls_real *in[4], *o;              /* projected rows, the core's output */
     ls_operand kept[5];              /* what is saved of in[] and o: themselves, or in LS_BF16 copies */
+    int narrow;                      /* the core sees kept[], and in[] is where each of them is made in turn */
     ls_operand active;               /* gelu of o */
     ls_real *din[4], *do_, *no_grad; /* gradients of in[], of o, of parameters where nobody wants them */
     ls_operand dy;                   /* a gradient as its product takes it, where that is not as it lies */
@@ -474,6 +475,21 @@ static void recall_rows(const ls_attention *a, int64_t reals, ls_real *x, ls_ope
     if (ls_is_narrow(kept)) a->ctx->dense->copy(a->ctx->queue, reals, kept, ls_reals(x));
 }
 
+/* Whether the core takes rows as they are kept: one rank alone has them, and all of them are rounded. */
+static int takes_narrow(ls_attention *a, const ls_call *c)
+{
+    const ls_cuda_mechanism *cuda = a->mechanism->cuda;
+    if (a->ctx->precision != LS_BF16 || a->ctx->queue == NULL || cuda == NULL || cuda->takes_narrow == NULL) return 0;
+    if (c->documents != NULL || c->keys->size > 1 || a->form.inputs < 3) return 0;
+    if (c->pass.B * c->pass.T == 0 || c->pass.S == 0) return 0;
+    for (int i = 0; i < a->form.inputs; i++)
+        if (a->form.input[i].exact || a->form.input[i].alike) return 0;
+    ls_pass p = c->pass;
+    p.q = ls_view_of(a, NULL, p.B, p.T);
+    p.own.k = p.own.v = ls_view_of(a, NULL, p.B, p.S);
+    return cuda->takes_narrow(&p);
+}
+
 /* The layer's memory: what it projects becomes what the core sees. Without input projections the core sees the rows. */
 static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, ls_arena *work)
 {
@@ -481,12 +497,20 @@ static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, l
     const int64_t E = a->options.embed_dim, W = a->form.core_width, T = p->B * p->T, back = p->backward;
     const int rounds = a->ctx->precision == LS_BF16, cleans = back && (p->pad_q != NULL || p->own.pad != NULL);
     int64_t widest = T * E; /* of the gradients that are made ready for a product */
+    int64_t most = 0;
+    l->narrow = takes_narrow(a, c);
     for (int i = 0; i < a->form.inputs; i++) {
-        l->in[i] = plan_saved(a, rows_of(p, i) * a->form.input[i].width,
-                              a->form.input[i].exact || a->form.input[i].alike, &l->kept[i], saved, work);
-        l->din[i] = ls_take(work, back * rows_of(p, i) * a->form.input[i].width);
-        if (rounds) widest = ls_max(widest, rows_of(p, i) * a->form.input[i].width);
+        const int64_t reals = rows_of(p, i) * a->form.input[i].width;
+        if (l->narrow)
+            l->kept[i] = ls_take_operand(a->ctx, saved, reals);
+        else
+            l->in[i] = plan_saved(a, reals, a->form.input[i].exact || a->form.input[i].alike, &l->kept[i], saved, work);
+        l->din[i] = ls_take(work, back * reals);
+        most = ls_max(most, reals);
     }
+    if (rounds) widest = ls_max(widest, most);
+    ls_real *made = ls_take(work, l->narrow && !back ? most : 0);
+    for (int i = 0; l->narrow && i < a->form.inputs; i++) l->in[i] = made;
     l->o = plan_saved(a, T * W, 0, &l->kept[OUTPUT], saved, work);
     l->active = ls_take_operand(a->ctx, work, a->form.gelu ? T * W : 0);
     l->do_ = ls_take(work, back * T * W);
@@ -504,6 +528,8 @@ static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, l
     p->q = ls_view_of(a, l->in[Q_PROJ], p->B, p->T);
     p->own.k = ls_view_of(a, l->in[K_PROJ], p->B, p->S);
     p->own.v = ls_view_of(a, l->in[V_PROJ], p->B, p->S);
+    p->narrow = l->narrow;
+    p->narrow_q = l->kept[Q_PROJ].p, p->own.narrow_k = l->kept[K_PROJ].p, p->own.narrow_v = l->kept[V_PROJ].p;
     p->dq = ls_view_of(a, l->din[Q_PROJ], p->B, p->T);
     p->own.dk = ls_view_of(a, l->din[K_PROJ], p->B, p->S);
     p->own.dv = ls_view_of(a, l->din[V_PROJ], p->B, p->S);
@@ -619,7 +645,7 @@ static ls_operand input_rows(const ls_attention *a, const ls_pass *p, layer *l, 
     const int64_t n = length_of(p, which);
     if (pad == NULL && !ls_is_narrow(r->rows)) return ls_reals(x);
     if (r->x != x || r->pad != pad || r->n != n)
-        a->ctx->dense->zero_rows(a->ctx->queue, p->B, n, a->options.embed_dim, batch_first(a), pad, x, r->rows);
+        a->ctx->dense->zero_rows(a->ctx->queue, p->B, n, a->options.embed_dim, batch_first(a), pad, x, NULL, r->rows);
     r->x = x, r->pad = pad, r->n = n;
     return r->rows;
 }
@@ -635,7 +661,12 @@ static void make_input(const ls_attention *a, const ls_pass *p, layer *l, int wh
     /* The core sees what backward will see. The bias comes as rows are rounded, which spares a pass. */
     dense->linear(a->ctx->queue, rows, in, out, input_rows(a, p, l, which, x, NULL),
                   ls_reals(weight_of(a, which, p->params)), NULL, ls_reals(l->in[which]));
-    dense->add_and_round(a->ctx->queue, rows, out, bias_of(a, which, p->params), l->in[which], l->kept[which]);
+    if (l->narrow)
+        dense->zero_rows(a->ctx->queue, p->B, length_of(p, which), out, batch_first(a),
+                         which == Q_PROJ ? p->pad_q : p->own.pad, l->in[which], bias_of(a, which, p->params),
+                         l->kept[which]);
+    else
+        dense->add_and_round(a->ctx->queue, rows, out, bias_of(a, which, p->params), l->in[which], l->kept[which]);
 }
 
 /* What is done to the queries' rows alone, so that it need not be done before something crosses. */
@@ -688,7 +719,7 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
         ls_project_out(a, rows, l.kept[OUTPUT], l.active, params, out);
         if (p->pad_q != NULL)
             a->ctx->dense->zero_rows(a->ctx->queue, p->B, p->T, a->options.embed_dim, batch_first(a), p->pad_q, out,
-                                     ls_reals(out));
+                                     NULL, ls_reals(out));
     }
     if (l.heads != NULL && p->weights == l.heads)
         ls_memory_of(&a->ctx->exchange)->mean_heads(p->queue, p->B, p->H, p->T * p->all_keys, l.heads, io->weights);
@@ -771,10 +802,18 @@ static void project_backward(ls_attention *a, int which, const ls_pass *p, ls_op
 static void input_backward(ls_attention *a, int which, const ls_pass *p, layer *l, const uint8_t *pad, const ls_real *x,
                            ls_real *to, int *begun)
 {
+    const ls_dense_ops *dense = a->ctx->dense;
+    const int64_t rows = rows_of(p, which), out = ls_projection_out(a, which);
     ls_operand dy = ls_reals(l->din[which]);
-    bias_backward(a, which, p, dy); /* not of rounded rows: what keys get from a softmax sums up to nearly 0 */
-    if (ls_is_narrow(l->dy)) {
-        a->ctx->dense->copy(a->ctx->queue, rows_of(p, which) * ls_projection_out(a, which), dy, l->dy);
+    /* The bias gets the sum of rows that are not rounded: what keys get from a softmax sums up to nearly 0. */
+    if (!ls_is_narrow(l->dy)) {
+        bias_backward(a, which, p, dy);
+    } else if (a->bias[which] < 0) {
+        dense->copy(a->ctx->queue, rows * out, dy, l->dy);
+        dy = l->dy;
+    } else {
+        ls_real *sum = p->dparams + a->param[a->bias[which]].offset;
+        dense->sum_and_copy(a->ctx->queue, rows, out, l->din[which], sum, l->dy);
         dy = l->dy;
     }
     project_backward(a, which, p, input_rows(a, p, l, which, x, pad), dy, to, to != NULL && *begun);
@@ -814,11 +853,12 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
     }
     ls_operand dy = ls_reals(dout);
     if (p->pad_q != NULL || ls_is_narrow(l.dy)) {
-        dense->zero_rows(a->ctx->queue, p->B, p->T, E, batch_first(a), p->pad_q, dout, l.dy);
+        dense->zero_rows(a->ctx->queue, p->B, p->T, E, batch_first(a), p->pad_q, dout, NULL, l.dy);
         dy = l.dy;
     }
     const int64_t rows = p->B * p->T, W = a->form.core_width;
-    for (int i = 0; i < a->form.inputs; i++) recall_rows(a, rows_of(p, i) * a->form.input[i].width, l.in[i], l.kept[i]);
+    for (int i = 0; i < a->form.inputs && !l.narrow; i++)
+        recall_rows(a, rows_of(p, i) * a->form.input[i].width, l.in[i], l.kept[i]);
     recall_rows(a, rows * W, l.o, l.kept[OUTPUT]);
     if (a->form.gelu) dense->gelu(a->ctx->queue, rows, W, l.kept[OUTPUT], NULL, l.active);
     project_backward(a, OUT_PROJ, p, a->form.gelu ? l.active : l.kept[OUTPUT], dy, l.do_, 0);

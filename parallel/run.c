@@ -136,7 +136,7 @@ static void plan_ring(ls_call *c, const ls_phase *ring, ls_arena *work)
 {
     const ls_pass *p = &c->pass;
     const int64_t n = largest_block(c), reals = 2 * p->B * p->H * n * p->d;
-    const int alone = c->keys->size == 1, as_it_is = alone && p->own.pad == NULL;
+    const int alone = c->keys->size == 1, as_it_is = alone && (p->own.pad == NULL || p->narrow);
     for (int i = 0; i < 2; i++)
         c->ring.block[i] = ls_arena_take(work, as_it_is || (alone && i == 1) ? 0 : block_bytes(p, ring, n));
     const int back = p->backward && !alone && ring->backward != NULL;
@@ -342,12 +342,12 @@ static void see_block(const ls_call *c, const ls_pass *p, const ls_phase *ring, 
     block->pad = p->own.pad == NULL ? NULL : (const uint8_t *)(k + block_reals(p, ring, block->n));
 }
 
-/* This rank's block, with zeros where it is padded, in block[0]; where nobody else is and nothing is padded, as it is.
- */
+/* This rank's block, with zeros where it is padded, in block[0]; where nobody else is and nothing is padded, or
+ * rows are 0 there already, as it is. */
 static void start_ring(const ls_call *c, ls_pass *p, const ls_phase *ring)
 {
     p->visit = p->own;
-    if (c->keys->size == 1 && p->own.pad == NULL) return;
+    if (c->keys->size == 1 && (p->own.pad == NULL || p->narrow)) return;
     see_block(c, p, ring, c->keys->rank, c->ring.block[0], &p->visit);
     if (p->own.n == 0) return;
     const ls_memory *memory = ls_memory_of(&c->ctx->exchange);
@@ -405,8 +405,8 @@ static ls_status ring_backward(ls_call *c, ls_pass *p, const ls_phase *phase, in
     start_ring(c, p, phase);
     if (size == 1) {
         p->visit.dk = p->own.dk, p->visit.dv = p->own.dv;
-        ls_clear_view(c->ctx, p->own.dk, p->B, p->H, p->own.n, p->d);
-        ls_clear_view(c->ctx, p->own.dv, p->B, p->H, p->own.n, p->d);
+        if (!p->narrow) ls_clear_view(c->ctx, p->own.dk, p->B, p->H, p->own.n, p->d);
+        if (!p->narrow) ls_clear_view(c->ctx, p->own.dv, p->B, p->H, p->own.n, p->d);
         return ls_run_kernel(c->mechanism, p, phase - i, i, 1);
     }
     for (int step = 0; step < size; step++) {

@@ -310,6 +310,10 @@ static void test_linear_backward(void **state)
         check_gradient(linear_objective, &p, rows * in, p.x, NULL, 1, dx);
         check_gradient(linear_objective, &p, out * in, p.w, dw0, 1, dw);
         check_gradient(linear_objective, &p, out, p.b, db0, 1, db);
+        ls_real *db_again = copy(out, db0), *dy_again = fill(rows * out, NAN);
+        RUN(sum_and_copy, rows, out, on(dy), on(db_again), of(dy_again));
+        assert_same(out, db_again, db);
+        assert_same(rows * out, dy_again, dy);
         dx = copy(rows * in, dx0);
         ls_real *dw_again = copy(out * in, dw0);
         RUN(linear_backward, rows, in, out, of(x), of(w), of(dy), of(dx), 1, on(dw_again));
@@ -853,15 +857,20 @@ static void test_zero_rows(void **state)
             for (int64_t t = 0; t < T; t++)
                 for (int64_t e = 0; e < E && pad[b * T + t]; e++)
                     x[(batch_first ? b * T + t : t * B + b) * E + e] = (ls_real)NAN;
-        RUN(zero_rows, B, T, E, batch_first, on(pad), on(x), of(y));
+        RUN(zero_rows, B, T, E, batch_first, on(pad), on(x), NULL, of(y));
         for (int64_t i = 0; i < n; i++) assert_true(isnan(x[i]) ? y[i] == 0 : y[i] == x[i]);
         ls_real *all = fill(n, 1);
-        RUN(zero_rows, B, T, E, batch_first, NULL, on(x), of(all));
+        RUN(zero_rows, B, T, E, batch_first, NULL, on(x), NULL, of(all));
         assert_same(n, all, x);
-        RUN(zero_rows, B, T, E, batch_first, NULL, on(all), of(all));
+        RUN(zero_rows, B, T, E, batch_first, NULL, on(all), NULL, of(all));
         assert_same(n, all, x);
-        RUN(zero_rows, B, T, E, batch_first, on(pad), on(x), of(x));
+        const ls_real *b = noise(E);
+        RUN(zero_rows, B, T, E, batch_first, on(pad), on(x), on(b), of(all));
+        for (int64_t i = 0; i < n; i++) assert_true(isnan(x[i]) ? all[i] == 0 : all[i] == (ls_real)(x[i] + b[i % E]));
+        RUN(zero_rows, B, T, E, batch_first, on(pad), on(x), NULL, of(x));
         assert_same(n, x, y);
+        RUN(zero_rows, B, T, E, batch_first, on(pad), on(x), on(b), of(x));
+        for (int64_t i = 0; i < n; i++) assert_true(x[i] == all[i] || (y[i] == 0 && all[i] == 0));
     }
 }
 
@@ -980,8 +989,8 @@ static void test_narrow_elements(void **state)
         RUN(dropout, B, T, E, drop, on(x), half(got));
         RUN(dropout, B, T, E, drop, on(x), of(want));
         assert_rounds_to(n, got, want);
-        RUN(zero_rows, B, T, E, 1, on(pad), on(x), half(got));
-        RUN(zero_rows, B, T, E, 1, on(pad), on(x), of(want));
+        RUN(zero_rows, B, T, E, 1, on(pad), on(x), NULL, half(got));
+        RUN(zero_rows, B, T, E, 1, on(pad), on(x), NULL, of(want));
         assert_memory_equal(got, narrowed(n, want), (size_t)n * sizeof *got);
         RUN(copy, n, of(want), half(got));
         assert_memory_equal(got, narrowed(n, want), (size_t)n * sizeof *got);
@@ -1021,6 +1030,10 @@ static void test_narrow_linear(void **state)
         assert_close(rows * in, dx, widen(rows * in, want_dx), forward_tolerance);
         assert_close(out * in, dw, widen(out * in, want_dw), forward_tolerance);
         assert_same(out, db, want_db);
+        ls_real *db_again = fill(out, 1);
+        RUN(sum_and_copy, rows, out, on(dy), on(db_again), half(y_half));
+        assert_same(out, db_again, want_db);
+        assert_memory_equal(y_half, dy_half, (size_t)(rows * out) * sizeof *y_half);
         RUN(linear_backward, rows, in, out, half(x_half), of(w), half(dy_half), half(dx_half), 0, NULL);
         assert_close(rows * in, widened(rows * in, dx_half), widen(rows * in, want_dx), 1.0 / 256);
     }
@@ -1052,6 +1065,7 @@ static void test_no_rows(void **state)
     RUN(linear, 0, E, E, nothing, of(w), on(b), nothing);
     RUN(linear_backward, 0, E, E, nothing, of(w), nothing, nothing, 0, on(dw));
     RUN(column_sums, 0, E, nothing, on(db));
+    RUN(sum_and_copy, 0, E, NULL, on(db), nothing);
     RUN(layer_norm, 0, E, NULL, on(w), on(b), nothing, NULL, NULL);
     RUN(layer_norm_backward, 0, E, NULL, on(w), NULL, NULL, NULL, NULL, 0, on(dw), on(db));
     RUN(gelu, 1, 0, nothing, NULL, nothing);
@@ -1063,8 +1077,8 @@ static void test_no_rows(void **state)
     RUN(add_positions, 2, 0, E, 70, NULL);
     RUN(dropout, 2, 0, E, (ls_drop){0.5, 1, 2, 3, 70}, NULL, nothing);
     RUN(residual, 2, 0, E, (ls_drop){0.5, 1, 2, 3, 70}, NULL, on(b), NULL, NULL);
-    RUN(zero_rows, 2, 0, E, 1, NULL, NULL, nothing);
-    RUN(zero_rows, 2, 0, E, 0, NULL, NULL, nothing);
+    RUN(zero_rows, 2, 0, E, 1, NULL, NULL, NULL, nothing);
+    RUN(zero_rows, 2, 0, E, 0, NULL, NULL, NULL, nothing);
     RUN(add, 0, NULL, NULL);
     RUN(copy, 0, nothing, nothing);
     RUN(divide, 0, NULL, 2, NULL);

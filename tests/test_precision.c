@@ -1,13 +1,15 @@
 /* What precision does, and where it is refused. Golden files in each precision: test_golden.
  *
  *   refusals  the CPU, and the double build, compute in their own numbers alone; before anything is allocated
- *   memory    what a layer keeps for backward
+ *   memory    what a layer keeps for backward, and scratch where its core sees just that
  *   repeated  sums over 8,192 keys or queries, known from those of 16
  *   twins     what tensor cores make in bf16, near that of the plain kernels in float32; and exact softmax in bf16, as
  *             it comes and with a mask of zeros, which only the plain kernels know: the same numbers up to the order of
- *             sums */
+ *             sums
+ *   layers    exact softmax within a layer, in bf16: on one rank its core takes rows as the layer keeps them */
 #include "harness.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -109,8 +111,9 @@ static double least_of(errors e)
 
 static errors between(const answer *a, const answer *b)
 {
+    const double of_key = a->dkey == NULL ? 0 : relative_error(a->n_key, a->dkey, b->dkey, 0);
     return (errors){relative_error(a->n_out, a->out, b->out, 0), relative_error(a->n_query, a->dquery, b->dquery, 0),
-                    relative_error(a->n_key, a->dkey, b->dkey, 0), relative_error(a->n_key, a->dvalue, b->dvalue, 0)};
+                    of_key, a->dvalue == NULL ? 0 : relative_error(a->n_key, a->dvalue, b->dvalue, 0)};
 }
 
 /* Shapes of calls that tensor cores make, beside those of 150 rows in every pattern: how many rows of the last tile
@@ -189,6 +192,91 @@ static void twins(ls_context *narrow, const char *mechanism, const char *options
     problem_free(&p);
 }
 
+/* NaN where rows (B,n,E) are padded: they may hold anything. */
+static void spoil(const problem *p, int64_t n, const uint8_t *pad, ls_real *x)
+{
+    const int64_t E = p->options.embed_dim;
+    for (int64_t i = 0; x != NULL && pad != NULL && i < p->B * n; i++)
+        for (int64_t e = 0; pad[i] && e < E; e++) x[i * E + e] = (ls_real)NAN;
+}
+
+/* A layer whose core takes rows in bfloat16 as they are kept, beside one whose core, for the sake of a mask of zeros,
+ * has floats of the same values. */
+static void layers(ls_context *narrow, shape of, alias of_inputs)
+{
+    const case_row row = {"softmax", of.pattern, "", 0};
+    const setting s = {.row = &row,
+                       .level = LS_LEVEL_LAYER,
+                       .layout = of.d == 64 ? LS_TBHD : LS_BTHD,
+                       .B = of.B,
+                       .H = 2,
+                       .d = of.d,
+                       .T = of.T,
+                       .S = of.S,
+                       .pad = of.pad,
+                       .alias = of_inputs,
+                       .seed = (uint64_t)(20 * of.d + of.pattern)};
+    problem p;
+    answer as_kept = {0}, masked = {0};
+    char what[512] = "";
+    watchdog(120);
+    if (problem_draw(&s, &p) != LS_OK) {
+        verdict(0, "layers: %s", here.error);
+        return;
+    }
+    spoil(&p, p.T, p.pad_q, p.query);
+    spoil(&p, p.S, p.pad_k, p.key);
+    spoil(&p, p.S, p.pad_k, p.value);
+    int ok = problem_run(narrow, here.comm, &p, NULL, NULL, &as_kept) == LS_OK;
+    p.attn_mask = NEW(ls_real, p.T * p.S);
+    ok = ok && problem_run(narrow, here.comm, &p, NULL, NULL, &masked) == LS_OK;
+    verdict(ok, "layers: %s: %s", p.text, ok ? "" : here.error);
+    if (ok) {
+        const errors order = between(&as_kept, &masked);
+        const double params = relative_error(as_kept.n_params, as_kept.dparams, masked.dparams, 0);
+        verdict(largest_of(order) <= most_of_order && params <= most_of_order,
+                "layers: %s: they differ by %.1e, and %.1e", p.text, largest_of(order), params);
+        verdict(!answer_same_bits(&p, &as_kept, &masked, what, sizeof what), "layers: %s: %s", p.text,
+                "they have the same bits: neither ran on tensor cores");
+    }
+    answer_free(&as_kept), answer_free(&masked);
+    problem_free(&p);
+}
+
+/* Scratch of forward and backward, with padding, as rows are kept and, for the sake of a mask, as floats. */
+static void scratch(void)
+{
+    const case_row row = {"softmax", LS_CS, "", 0};
+    const setting s = {.row = &row,
+                       .level = LS_LEVEL_LAYER,
+                       .layout = LS_BTHD,
+                       .B = 1,
+                       .H = 2,
+                       .d = 32,
+                       .T = 300,
+                       .S = 300,
+                       .pad = PAD_TAIL,
+                       .alias = ALIAS_ALL,
+                       .seed = 6};
+    size_t bytes[2] = {0, 0};
+    for (int masked = 0; masked < 2; masked++) {
+        const ls_context_options options = {
+            .comm = MPI_COMM_SELF, .device = LS_CUDA, .precision = LS_BF16, .seed = 2024};
+        ls_context *ctx = NULL;
+        problem p;
+        answer a = {0};
+        if (problem_draw(&s, &p) != LS_OK) break;
+        if (masked) p.attn_mask = NEW(ls_real, p.T * p.S);
+        if (ls_context_create(&options, &ctx) == LS_OK && problem_run(ctx, MPI_COMM_SELF, &p, NULL, NULL, &a) == LS_OK)
+            bytes[masked] = ls_context_bytes(ctx);
+        answer_free(&a);
+        problem_free(&p);
+        ls_context_free(ctx);
+    }
+    verdict(bytes[0] > 0 && (double)bytes[0] < 0.7 * (double)bytes[1],
+            "scratch: a layer that sees what it keeps needs %zu bytes, with floats beside %zu", bytes[0], bytes[1]);
+}
+
 static ls_real *repeat_rows(int64_t n, int64_t width, int64_t times, ls_real *x)
 {
     ls_real *y = NEW(ls_real, times * n * width);
@@ -263,6 +351,7 @@ int main(int argc, char **argv)
         const ls_status status = ls_context_create(&options, &narrow);
         verdict(status == LS_OK, "bf16: %s", ls_last_error());
         if (status == LS_OK) memory(narrow);
+        scratch();
         for (int i = 0; status == LS_OK && here.size == 1 && i < 4; i++)
             repeated(narrow, 1, "softmax", 64 * (1 + i / 2), i % 2);
         for (int pattern = LS_NS; status == LS_OK && pattern <= LS_NC; pattern++)
@@ -278,6 +367,13 @@ int main(int argc, char **argv)
             twins(narrow, "softmax", "", shapes[i]);
         for (size_t i = 0; status == LS_OK && i < sizeof linear_shapes / sizeof *linear_shapes; i++)
             twins(narrow, linear_shapes[i].mechanism, linear_shapes[i].options, linear_shapes[i].of);
+        /* the last two: more rows than are summed up before they join memory */
+        static const shape of_layers[] = {{LS_NS, 2, 32, 70, 70, PAD_TAIL},   {LS_NS, 2, 64, 150, 150, PAD_RANDOM},
+                                          {LS_CS, 2, 64, 130, 130, PAD_TAIL}, {LS_CS, 1, 32, 66, 66, PAD_NONE},
+                                          {LS_NC, 2, 32, 67, 90, PAD_WHOLE},  {LS_NC, 2, 64, 20, 130, PAD_RANDOM},
+                                          {LS_NC, 1, 32, 20, 2100, PAD_TAIL}, {LS_NC, 1, 32, 2100, 20, PAD_TAIL}};
+        for (size_t i = 0; status == LS_OK && i < sizeof of_layers / sizeof *of_layers; i++)
+            layers(narrow, of_layers[i], of_layers[i].pattern == LS_NC ? ALIAS_NONE : ALIAS_ALL);
         ls_context_free(narrow);
     }
     return world_close();
