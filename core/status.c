@@ -7,20 +7,41 @@
 static _Thread_local struct {
     ls_status code;
     int shared; /* all ranks have this sentence */
+    const char *name[2];
     char text[1024];
 } last;
 
-ls_status ls_fail(ls_status code, const char *format, ...)
+static void keep(const char *name, const char *other, ls_status code, const char *format, va_list list)
 {
     char text[sizeof last.text]; /* the arguments may point into the old one: an outer layer adds to an inner one */
-    va_list list;
-    va_start(list, format);
     vsnprintf(text, sizeof text, format, list);
-    va_end(list);
     memcpy(last.text, text, sizeof text);
     last.code = code;
     last.shared = 0;
+    last.name[0] = name, last.name[1] = other;
+}
+
+ls_status ls_fail(ls_status code, const char *format, ...)
+{
+    va_list list;
+    va_start(list, format);
+    keep(NULL, NULL, code, format, list);
+    va_end(list);
     return code;
+}
+
+ls_status ls_fail_of(const char *name, const char *other, ls_status code, const char *format, ...)
+{
+    va_list list;
+    va_start(list, format);
+    keep(name, other, code, format, list);
+    va_end(list);
+    return code;
+}
+
+const char *ls_last_name(int which)
+{
+    return last.name[which];
 }
 
 ls_status ls_set_error(ls_status status, const char *sentence)

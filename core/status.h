@@ -7,6 +7,13 @@
 /* Keeps the message and returns code, so that `return ls_fail(...)` reads well. */
 ls_status ls_fail(ls_status code, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
+/* The same where what is refused has a name, which goes to the caller beside the sentence: an option, a key. name: what
+ * is wrong; other: what it does not go with, or lacks; either may be NULL. Static texts. */
+ls_status ls_fail_of(const char *name, const char *other, ls_status code, const char *format, ...)
+    __attribute__((format(printf, 4, 5)));
+/* Of the last failure: its name (0), and the other (1); NULL: none. */
+const char *ls_last_name(int which);
+
 /* The last failure became known to all ranks, with its sentence. */
 ls_status ls_share_failure(ls_status status);
 /* 1 if this is that failure. */

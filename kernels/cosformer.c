@@ -19,8 +19,9 @@ static const ls_option_info options[] = {
 static ls_status check(const ls_attention_options *o)
 {
     if ((o->pattern == LS_CS || o->pattern == LS_CC) && o->value[MAX_LEN] == 0)
-        LS_FAIL(LS_ERR_ARGUMENT, "cosformer: %s attention needs max_len: no output may depend on the final length",
-                ls_pattern_name(o->pattern));
+        return ls_fail_of(NULL, "max_len", LS_ERR_ARGUMENT,
+                          "cosformer: %s attention needs max_len: no output may depend on the final length",
+                          ls_pattern_name(o->pattern));
     return LS_OK;
 }
 

@@ -69,10 +69,12 @@ static ls_status check(const ls_attention_options *o)
 {
     const int k = (int)o->value[CONV_KERNEL];
     if (k > 0 && k % 2 == 0)
-        LS_FAIL(LS_ERR_ARGUMENT, "nystrom: conv_kernel %d is even: use an odd number, or 0 for no convolution", k);
+        return ls_fail_of("conv_kernel", NULL, LS_ERR_ARGUMENT,
+                          "nystrom: conv_kernel %d is even: use an odd number, or 0 for no convolution", k);
     if (k > 0 && o->pattern != LS_NS)
-        LS_FAIL(LS_ERR_UNSUPPORTED, "nystrom: conv_kernel %d: %s attention has no convolution: use 0", k,
-                ls_pattern_name(o->pattern));
+        return ls_fail_of("conv_kernel", NULL, LS_ERR_UNSUPPORTED,
+                          "nystrom: conv_kernel %d: %s attention has no convolution: use 0", k,
+                          ls_pattern_name(o->pattern));
     return LS_OK;
 }
 

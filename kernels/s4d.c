@@ -74,8 +74,8 @@ static const ls_option_info options[] = {
 static ls_status check(const ls_attention_options *o)
 {
     if ((int64_t)o->value[STATE_SIZE] % 2 != 0)
-        LS_FAIL(LS_ERR_ARGUMENT, "s4d: state_size %g is odd: the modes are complex, use an even number",
-                o->value[STATE_SIZE]);
+        return ls_fail_of("state_size", NULL, LS_ERR_ARGUMENT,
+                          "s4d: state_size %g is odd: the modes are complex, use an even number", o->value[STATE_SIZE]);
     return LS_OK;
 }
 

@@ -47,8 +47,8 @@ static ls_status check_options(const ls_attention_options *o, const ls_mechanism
     if (!(o->dropout >= 0 && o->dropout < 1))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: dropout %g must be in [0, 1)", m->name, o->dropout);
     if (o->dropout > 0 && !m->has_weights)
-        LS_FAIL(LS_ERR_UNSUPPORTED, "%s: dropout of attention probabilities is not supported, it has none: use 0",
-                m->name);
+        return ls_fail_of("dropout", NULL, LS_ERR_UNSUPPORTED,
+                          "%s: dropout of attention probabilities is not supported, it has none: use 0", m->name);
     if ((unsigned)o->layout > LS_TBHD || (unsigned)o->level > LS_LEVEL_LAYER)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: there is no layout %d or no level %d", m->name, (int)o->layout, (int)o->level);
     if (o->level == LS_LEVEL_CORE && m->layer_only)

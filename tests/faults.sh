@@ -162,6 +162,32 @@ elif ! "$longspan" train good.yaml --set train.steps=$((step + 1)) --set train.e
   [ "$(evaluations)" -ne 1 ]; then complain "after Ctrl-C: $(evaluations) evaluations of step $step"
 else passed=$((passed + 1)); fi
 
+# ---- a signal within a long evaluation, here that of the last step: the run does not wait for its end, tells nothing of it,
+# ---- and makes it when it goes on, though there is no step to take
+awk 'BEGIN { for (i = 0; i < 20000; i++) printf "v%d\tthe cat %d sat on the mat\tTHE CAT %d\n", i, i, i }' >many.tsv
+"$longspan" pack --train good.tsv --valid many.tsv --out many.h5 >/dev/null || { echo "FAILED: pack"; exit 1; }
+for ranks in 1 3; do
+  rm -rf out && mkdir out
+  launch=() signal=INT
+  [ $ranks = 1 ] || launch=($mpirun -n $ranks) signal=USR1 # what mpirun passes on
+  long=(train good.yaml --set data.path=many.h5 --set train.batch=3 --set train.steps=1 --set parallel.sequence=1)
+  "${launch[@]}" "$longspan" "${long[@]}" >stderr 2>&1 &
+  pid=$!
+  while [ ! -s out/run/metrics.jsonl ] && kill -0 $pid 2>/dev/null; do sleep 0.01; done
+  kill -$signal $pid
+  wait $pid && got=0 || got=$?
+  name="a signal within an evaluation on $ranks ranks"
+  if [ $got -ne 0 ]; then complain "$name: exit code $got"
+  elif ! grep -q '^stopped by a signal after step 1 of 1, before it was evaluated' stderr; then complain "$name: it was not heard"
+  elif grep -q valid_nll out/run/metrics.jsonl; then complain "$name: the evaluation was told of"
+  elif [ "$(ls out/run)" != "$(printf 'config.yaml\nmetrics.jsonl\nstep-000001.h5')" ]; then complain "$name: $(ls out/run)"
+  elif ! "${launch[@]}" "$longspan" "${long[@]}" --resume auto >stdout 2>stderr; then complain "$name: it does not go on"
+  elif ! grep -q '^done: step 1, valid [0-9.]* nats per token, [0-9.]* bits per byte; the results' stdout; then
+    complain "$name: $(cat stdout)"
+  elif [ "$(grep -c '"valid_documents":20000' out/run/metrics.jsonl)" -ne 1 ]; then complain "$name: not evaluated as a whole"
+  else passed=$((passed + 1)); fi
+done
+
 # ---- a limit on the size of files, which MPI itself can live with
 printf 'd\t%05000000d\t1\n' 0 >large.tsv
 rm -rf out && mkdir out

@@ -240,6 +240,47 @@ static void refuses_patterns(void **state)
     assert_contains(ls_last_error(), "model.cross.mechanism: attention: there is no mechanism \"nothing\"", "nothing");
 }
 
+/* Where a refusal has two sides, that which --set changed, else that which is refused; among them are those of the
+ * library, ls_attention_check, which knows no keys. */
+static void blames_what_was_given(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *text, *set, *message; /* set: NULL, or beside the file */
+    } each[] = {
+        {"model:\n  encoder:\n    mechanism: abc\n    dropout: 0.1\n", NULL,
+         "a.yaml:4: model.encoder.dropout: abc: dropout of attention probabilities is not supported"},
+        {"model:\n  encoder: {mechanism: abc}\n", "model.encoder.dropout=0.1",
+         "--set model.encoder.dropout=0.1: model.encoder.dropout: abc: dropout"},
+        {"model:\n  encoder: {dropout: 0.1}\n", "model.encoder.mechanism=abc",
+         "--set model.encoder.mechanism=abc: model.encoder.dropout: abc: dropout"},
+        {"model:\n  encoder:\n    mechanism: nystrom\n    options:\n      conv_kernel: 4\n", NULL,
+         "a.yaml:5: model.encoder.options.conv_kernel: nystrom: conv_kernel 4 is even"},
+        {"model:\n  cross:\n    mechanism: nystrom\n    options:\n      conv_kernel: 3\n", NULL,
+         "a.yaml:5: model.cross.options.conv_kernel: nystrom: conv_kernel 3: causal cross attention has no"},
+        {"model:\n  encoder: {mechanism: s4d}\n", "model.encoder.options.state_size=3",
+         "--set model.encoder.options.state_size=3: model.encoder.options.state_size: s4d: state_size 3 is odd"},
+        {"model:\n  decoder:\n    mechanism: cosformer\n", NULL,
+         "a.yaml:3: model.decoder.mechanism: cosformer: causal self attention needs max_len"},
+        {"model:\n  decoder:\n    mechanism: cosformer\n    options: {max_len: 64}\n",
+         "model.decoder.options.max_len=0",
+         "--set model.decoder.options.max_len=0: model.decoder.mechanism: cosformer: causal self attention needs"},
+        {"device: cpu\ntrain: {learning_rate: 1e-2}\nmodel: {embed_dim: 100, num_heads: 4}\n", "model.num_heads=3",
+         "--set model.num_heads=3: model.embed_dim: 100 cannot be shared by model.num_heads=3"},
+        {"train: {min_learning_rate: 1e-3}\n", "train.learning_rate=1e-4",
+         "--set train.learning_rate=1e-4: train.min_learning_rate: 0.001 is above train.learning_rate=0.0001"},
+        {"train: {precision: bf16}\n", "device=cpu", "--set device=cpu: train.precision: bf16 is for GPUs"},
+    };
+    for (size_t i = 0; i < sizeof each / sizeof *each; i++) {
+        config c;
+        const char *text = each[i].text;
+        const ls_status status = config_parse("a.yaml", text, strlen(text), &each[i].set, each[i].set != NULL, &c);
+        if (status == LS_OK) fail_msg("%s was taken", text);
+        assert_int_equal(strncmp(ls_last_error(), each[i].message, strcspn(each[i].message, " ")), 0);
+        assert_contains(ls_last_error(), each[i].message, text);
+    }
+}
+
 static void refuses_what_has_no_effect(void **state)
 {
     (void)state;
@@ -489,6 +530,7 @@ int main(void)
         cmocka_unit_test(refuses_what_is_not_built),
         cmocka_unit_test(refuses_set),
         cmocka_unit_test(refuses_patterns),
+        cmocka_unit_test(blames_what_was_given),
         cmocka_unit_test(refuses_what_has_no_effect),
         cmocka_unit_test(refuses_files),
         cmocka_unit_test(options_belong_to_their_mechanism),

@@ -51,6 +51,8 @@ must_train() {
 
 # "step loss order" of each step
 losses() { sed -n 's/^{"step":\([0-9]*\),.*"loss":\([^,]*\),.*"order":"\([0-9a-f]*\)"}$/\1 \2 \3/p' "$1/metrics.jsonl"; }
+# "step nll tokens best" of each evaluation
+evaluations() { sed -n 's/^{"step":\([0-9]*\),"valid_nll":\([^,]*\),.*"valid_tokens":\([0-9]*\),.*"best":\(.*\)}$/\1 \2 \3 \4/p' "$1/metrics.jsonl"; }
 check_metrics() { # every step once, in order, and every evaluation once
   [ "$(losses "$1" | cut -d' ' -f1 | tr '\n' ' ')" = "$(seq -s' ' 1 $steps) " ] || fail "$1: steps are missing or twice"
   [ "$(grep -c valid_nll "$1/metrics.jsonl")" = $((steps / 4)) ] || fail "$1: evaluations are missing or twice"
@@ -62,8 +64,8 @@ same_losses() { # A B: within 1e-4 of each other, the same batches
     END { printf "  %-14s %-14s largest relative difference of losses %.1e\n", a, b, worst; exit bad || NR == 0 }' ||
     fail "$1 and $2 differ"
 }
-digest() { "$longspan" inspect --json "$1" | sed -n 's/^  "digest": "\(.*\)",$/\1/p'; }
-same_weights() { # A B: parameters and optimizer, bit for bit, at the end and where the evaluation was best
+digest() { "$longspan" inspect --json "$1" | sed -n 's/^  "\(digest\|best_nll\)": \(.*\),$/\1 \2/p'; }
+same_weights() { # A B: parameters, optimizer and best evaluation, bit for bit, at the end and where it was best
   local file
   for file in step-0000$steps.h5 best.h5; do
     local a b
@@ -71,6 +73,7 @@ same_weights() { # A B: parameters and optimizer, bit for bit, at the end and wh
     [ -n "$a" ] && [ "$a" = "$b" ] || fail "$1/$file and $2/$file differ: $a, $b"
   done
   cmp -s <(losses "$1") <(losses "$2") || fail "$1 and $2: the weights are the same, but not the losses"
+  cmp -s <(evaluations "$1") <(evaluations "$2") || fail "$1 and $2: the weights are the same, but not the evaluations"
   say "$2 ends with the weights of $1"
 }
 
@@ -109,6 +112,36 @@ interrupt() { # REFERENCE DIRECTORY RANKS ARGUMENT...
 interrupt one one_again 1
 interrupt two two_again 2
 interrupt two_by_two two_by_two_again 4 --set parallel.sequence=2
+
+# ---- stopped by a signal within an evaluation, of which one rank alone knows: before the second of its two batches,
+# ---- after it, before the first, in that of the last step; and killed after one that was made again
+stop() { # REFERENCE DIRECTORY RANKS ARGUMENT...
+  local reference=$1 directory=$2 ranks=$3 point step
+  shift 3
+  for point in 4:stop2 8:stop3 12:stop1 20:stop2; do
+    step=${point%:*}
+    LONGSPAN_TEST_FAIL=$((step / 4 % ranks)):$point train "$ranks" "$directory" --resume auto "$@"
+    [ $code -eq 0 ] || fail "$directory, stopped at $point: exit code $code"
+    grep -q "^stopped by a signal after step $step of $steps, before it was evaluated" "$directory.log" ||
+      fail "$directory was not stopped at $point"
+    [ "$(evaluations "$directory" | cut -d' ' -f1)" = "$(seq 4 4 $((step - 1)))" ] ||
+      fail "$directory, stopped at $point: evaluations of $(evaluations "$directory")"
+    [ -f "$directory/step-$(printf %06d "$step").h5" ] || fail "$directory, stopped at $point: no checkpoint"
+    [ "$step" -eq 4 ] || continue
+    [ ! -e "$directory/best.h5" ] || fail "$directory: the best of an evaluation that was cut short"
+    LONGSPAN_TEST_FAIL=0:5:kill train "$ranks" "$directory" --resume auto "$@"
+    [ "$(digest "$directory/step-000004.h5")" = "$(digest "$directory/best.h5")" ] ||
+      fail "$directory: the step that was evaluated when the run went on does not know of it"
+  done
+  must_train "$ranks" "$directory" --resume auto "$@"
+  same_weights "$reference" "$directory"
+  train "$ranks" "$directory" --resume auto "$@"
+  tail -n 1 "$directory.log" | grep -q '^nothing to do' || fail "$directory: something to do at the end"
+}
+stop one one_stopped 1
+stop two two_stopped 2
+stop by_three by_three_stopped 3 --set parallel.sequence=1
+stop two_by_two two_by_two_stopped 4 --set parallel.sequence=2
 
 # ---- signals from outside
 wait_for_lines() { # DIRECTORY LINES PID

@@ -9,6 +9,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <math.h>
+#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -411,25 +412,15 @@ static ls_status apply_set(const char *set, source *s)
     return LS_OK;
 }
 
-/* 2: a key is the first word of a message, "KEY: "; 1: it is named in it, "KEY=VALUE"; 0: neither. */
-static int mentions(const char *message, const char *path)
-{
-    const size_t n = strlen(path);
-    const char *at = strstr(message, path);
-    while (at != NULL && at[n] != ':' && at[n] != '=') at = strstr(at + n, path);
-    return at == NULL ? 0 : at == message ? 2 : at[n] == '=';
-}
-
-/* What config_check refuses begins with a key, and may name another: says where the value came from, and --set first,
- * as that was meant to change something. */
+/* What config_check refuses has a key, and perhaps another that it does not go with (ls_last_name): says where the
+ * value came from, and --set first, as that was meant to change something. */
 static ls_status blame(ls_status status, const char *name, const source *s)
 {
     const char *message = ls_last_error();
-    int key = -1, most = 0;
-    for (int i = 0; i < table_keys; i++) {
-        const int mention = s[i].text == NULL ? 0 : mentions(message, table[i].path);
-        const int weight = mention > 0 && s[i].name == NULL ? mention + 2 : mention;
-        if (weight > most) key = i, most = weight;
+    int key = -1;
+    for (int k = 0; k < 2; k++) {
+        const int i = ls_last_name(k) == NULL ? -1 : config_find(ls_last_name(k));
+        if (i >= 0 && s[i].text != NULL && (key < 0 || (s[i].name == NULL && s[key].name != NULL))) key = i;
     }
     if (key >= 0 && s[key].name == NULL)
         return ls_fail(status, "--set %s=%s: %s", table[key].path, s[key].text, message);
@@ -489,22 +480,53 @@ ls_status config_load(const char *file, const char *const *set, int nset, config
 
 /* ------------------------------------------------------------------------------------------------ checking */
 
+/* "KEY: " and why its value cannot stay, perhaps because of the other key's. The keys go to blame as they are, whatever
+ * the words. */
+__attribute__((format(printf, 4, 5))) static ls_status unfit(const char *key, const char *other, ls_status code,
+                                                             const char *format, ...)
+{
+    char why[800];
+    va_list list;
+    va_start(list, format);
+    vsnprintf(why, sizeof why, format, list);
+    va_end(list);
+    if (config_find(key) < 0 || (other != NULL && config_find(other) < 0))
+        LS_FAIL(LS_ERR_INTERNAL, "configuration: %s or %s is no key (%s)", key, other ? other : key, why);
+    return ls_fail_of(key, other, code, "%s: %s", key, why);
+}
+
+/* The key of what an attention's options call by this name, or of its mechanism. */
+static const char *key_of(const char *place, const char *name)
+{
+    static const char *const sections[] = {"", "options."};
+    char path[80];
+    int i = -1;
+    for (int k = 0; k < 2 && i < 0 && name != NULL; k++) {
+        snprintf(path, sizeof path, "%s.%s%s", place, sections[k], name);
+        i = config_find(path);
+    }
+    if (i >= 0) return table[i].path;
+    snprintf(path, sizeof path, "%s.mechanism", place);
+    return table[config_find(path)].path;
+}
+
 /* What the library would refuse once there are ranks: patterns, and options that do not go together. */
 static ls_status check_attention(const char *place, const config *c, const config_attention *a, ls_pattern pattern)
 {
     ls_attention_options o;
-    if (ls_attention_defaults(a->mechanism, &o) != LS_OK)
-        LS_FAIL(LS_ERR_ARGUMENT, "%s.mechanism: %s", place, ls_last_error());
-    o.pattern = pattern;
-    o.level = LS_LEVEL_LAYER;
-    o.embed_dim = c->model.embed_dim;
-    o.num_heads = c->model.num_heads;
-    o.scale = a->scale;
-    o.dropout = a->dropout;
-    memcpy(o.value, a->value, sizeof o.value);
-    const ls_status status = ls_attention_check(&o);
+    ls_status status = ls_attention_defaults(a->mechanism, &o);
+    if (status == LS_OK) {
+        o.pattern = pattern;
+        o.level = LS_LEVEL_LAYER;
+        o.embed_dim = c->model.embed_dim;
+        o.num_heads = c->model.num_heads;
+        o.scale = a->scale;
+        o.dropout = a->dropout;
+        memcpy(o.value, a->value, sizeof o.value);
+        status = ls_attention_check(&o);
+    }
     if (status == LS_OK) return LS_OK;
-    LS_FAIL(status, "%s.mechanism: %s", place, ls_last_error());
+    return unfit(key_of(place, ls_last_name(0)), key_of(place, ls_last_name(1)), status, "%s", ls_last_error());
 }
 
 static ls_status check_device(const config *c)
@@ -512,17 +534,20 @@ static ls_status check_device(const config *c)
     const int cuda = strcmp(c->device, "cuda") == 0;
     const config_attention *const used[] = {&c->model.encoder, &c->model.decoder, &c->model.cross};
     if (cuda && ls_device_find(LS_CUDA) == NULL)
-        LS_FAIL(LS_ERR_UNSUPPORTED, "device: cuda: this build has no CUDA backend");
+        return unfit("device", NULL, LS_ERR_UNSUPPORTED, "cuda: this build has no CUDA backend");
     for (int i = 0; cuda && i < 3; i++)
         if (ls_mechanism_find(used[i]->mechanism)->cuda == NULL)
-            LS_FAIL(LS_ERR_UNSUPPORTED, "%s.mechanism: %s has no CUDA kernels in this version: use device: cpu",
-                    places[i], used[i]->mechanism);
+            return unfit(key_of(places[i], NULL), "device", LS_ERR_UNSUPPORTED,
+                         "%s has no CUDA kernels in this version: use device: cpu", used[i]->mechanism);
     if (!cuda && c->train.precision != LS_FLOAT32)
-        LS_FAIL(LS_ERR_ARGUMENT, "train.precision: %s is for GPUs: it needs device: cuda",
-                precisions[c->train.precision]);
+        return unfit("train.precision", "device", LS_ERR_ARGUMENT, "%s is for GPUs: it needs device: cuda",
+                     precisions[c->train.precision]);
     if (strcmp(c->parallel.transport, "nccl") != 0) return LS_OK;
-    if (!ls_has_nccl()) LS_FAIL(LS_ERR_UNSUPPORTED, "parallel.transport: nccl: this build has no NCCL transport");
-    if (!cuda) LS_FAIL(LS_ERR_ARGUMENT, "parallel.transport: nccl carries tensors of GPUs: it needs device: cuda");
+    if (!ls_has_nccl())
+        return unfit("parallel.transport", NULL, LS_ERR_UNSUPPORTED, "nccl: this build has no NCCL transport");
+    if (!cuda)
+        return unfit("parallel.transport", "device", LS_ERR_ARGUMENT,
+                     "nccl carries tensors of GPUs: it needs device: cuda");
     return LS_OK;
 }
 
@@ -555,21 +580,23 @@ ls_status config_check(const config *c)
             memcpy(&number, field, sizeof number);
         }
         if (!within(table[i].range, number)) {
-            LS_FAIL(LS_ERR_ARGUMENT, "%s: %g is out of range: allowed is %s", table[i].path, number, table[i].range);
+            return unfit(table[i].path, NULL, LS_ERR_ARGUMENT, "%g is out of range: allowed is %s", number,
+                         table[i].range);
         }
     }
     if (c->model.embed_dim % c->model.num_heads != 0) {
-        LS_FAIL(LS_ERR_ARGUMENT,
-                "model.embed_dim: %lld cannot be shared by model.num_heads=%lld: it must be a multiple",
-                (long long)c->model.embed_dim, (long long)c->model.num_heads);
+        return unfit("model.embed_dim", "model.num_heads", LS_ERR_ARGUMENT,
+                     "%lld cannot be shared by model.num_heads=%lld: it must be a multiple",
+                     (long long)c->model.embed_dim, (long long)c->model.num_heads);
     }
     if (c->train.batch % c->train.accumulation != 0) {
-        LS_FAIL(LS_ERR_ARGUMENT, "train.batch: %lld is not a multiple of train.accumulation=%lld",
-                (long long)c->train.batch, (long long)c->train.accumulation);
+        return unfit("train.batch", "train.accumulation", LS_ERR_ARGUMENT,
+                     "%lld is not a multiple of train.accumulation=%lld", (long long)c->train.batch,
+                     (long long)c->train.accumulation);
     }
     if (c->train.min_learning_rate > c->train.learning_rate) {
-        LS_FAIL(LS_ERR_ARGUMENT, "train.min_learning_rate: %g is above train.learning_rate=%g",
-                c->train.min_learning_rate, c->train.learning_rate);
+        return unfit("train.min_learning_rate", "train.learning_rate", LS_ERR_ARGUMENT,
+                     "%g is above train.learning_rate=%g", c->train.min_learning_rate, c->train.learning_rate);
     }
     /* cross attention is causal: an output may depend on no later query, though training knows them all */
     LS_TRY(check_attention(places[0], c, &c->model.encoder, LS_NS));

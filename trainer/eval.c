@@ -62,10 +62,30 @@ static ls_status read_pair(const config *c, const ranks *r, dataset *data, const
 }
 
 typedef struct sums {
-    double nll, tokens;
+    double nll, tokens, stop;
 } sums;
 
-/* This rank's share: the batches of its group, its rows of them. */
+static int asked_to_stop(const evaluation_choice *choice)
+{
+    return choice->stop != NULL && choice->stop(choice->of);
+}
+
+/* Collective: before each batch the ranks tell each other whether one has failed, and in the same message whether one
+ * was asked to stop. So all go on, or none. */
+static ls_status agree_to_go_on(const ranks *r, const evaluation_choice *choice, ls_status mine, int *stop)
+{
+    if (mine == LS_ERR_COMM) return mine; /* the others may never come */
+    const int told[2] = {mine != LS_OK, asked_to_stop(choice)};
+    int any[2];
+    if (MPI_Allreduce(told, any, 2, MPI_INT, MPI_MAX, r->comm) != MPI_SUCCESS)
+        LS_FAIL(LS_ERR_COMM, "mpi: agreeing on a batch of the evaluation failed");
+    *stop = any[1];
+    return any[0] ? agree(r, mine) : LS_OK;
+}
+
+/* Collective: this rank's share of the sums, the batches of its group, its rows of them. The groups take turns, so that
+ * all ranks come to each agreement; in the last turn there may be no batch for some. out->stop: ended before all were
+ * worked through, on every rank alike. */
 static ls_status evaluate_share(const ranks *r, const config *c, dataset *data, model *m, const ls_real *params,
                                 const evaluation_choice *choice, int64_t n, sums *out)
 {
@@ -77,27 +97,32 @@ static ls_status evaluate_share(const ranks *r, const config *c, dataset *data, 
     int64_t *index = malloc(2 * (size_t)rows * sizeof *index), *source = index + (shift > 0 ? rows : 0);
     reading in = {0};
     batch b;
+    int stop = 0;
     ls_status status = LS_OK;
-    if (order == NULL || index == NULL) {
+    if (order == NULL || index == NULL)
         status = ls_fail(LS_ERR_MEMORY, "evaluation: no memory for the order of %lld documents", (long long)n);
-        goto done;
-    }
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = 0; i < n && status == LS_OK; i++) {
         int64_t source_length, target_length;
         dataset_lengths(data, choice->split, i, &source_length, &target_length);
         order[i] = (ordered){i, source_length + target_length};
     }
-    qsort(order, (size_t)n, sizeof *order, by_length);
-    for (int64_t first = r->group * rows; first < n; first += r->groups * rows) {
+    if (status == LS_OK) qsort(order, (size_t)n, sizeof *order, by_length);
+    for (int64_t turn = 0; turn < n; turn += r->groups * rows) {
+        const int64_t first = turn + r->group * rows;
         const int64_t count = n - first < rows ? n - first : rows;
-        for (int64_t k = 0; k < count; k++) {
+        for (int64_t k = 0; k < count && status == LS_OK; k++) {
             index[k] = order[first + k].document;
             source[k] = (order[first + k].document + shift) % all;
         }
-        LS_TRY_GOTO(ls_agree(r->sequence, read_pair(c, r, data, choice->split, index, source, count, &in, &b)));
+        if (count > 0 && status == LS_OK) status = read_pair(c, r, data, choice->split, index, source, count, &in, &b);
+        LS_TRY_GOTO(agree_to_go_on(r, choice, status, &stop));
+        out->stop = stop;
+        if (stop) break;
+        if (count <= 0) continue;
         b.sample = (uint64_t)first;
         model_loss loss;
-        LS_TRY_GOTO(model_evaluate(m, &b, params, &loss));
+        status = model_evaluate(m, &b, params, &loss); /* what is wrong is told in the next turn, or at the end */
+        if (status != LS_OK) continue;
         out->nll += loss.nll;
         out->tokens += (double)loss.tokens;
     }
@@ -120,15 +145,19 @@ ls_status evaluate_split(const ranks *r, const config *c, dataset *data, model *
     ls_status status = each == NULL ? ls_fail(LS_ERR_MEMORY, "evaluation: no memory for %d sums", r->size) : LS_OK;
     LS_TRY_GOTO(agree(r, status));
     LS_TRY_GOTO(agree(r, evaluate_share(r, c, data, m, params, choice, n, &mine)));
+    if (mine.stop == 0) mine.stop = asked_to_stop(choice); /* during the last batch */
     /* gathered and added in rank order: the same bits everywhere */
-    if (MPI_Allgather(&mine, 2, MPI_DOUBLE, each, 2, MPI_DOUBLE, r->comm) != MPI_SUCCESS) {
+    if (MPI_Allgather(&mine, 3, MPI_DOUBLE, each, 3, MPI_DOUBLE, r->comm) != MPI_SUCCESS) {
         status = ls_fail(LS_ERR_COMM, "mpi: gathering the sums of the evaluation failed");
         goto done;
     }
     for (int p = 0; p < r->size; p++) {
         total.nll += each[p].nll;
         total.tokens += each[p].tokens;
+        total.stop += each[p].stop;
     }
+    out->stopped = total.stop > 0;
+    if (out->stopped) goto done; /* of sums that are those of some batches alone nobody is told */
     out->tokens = (int64_t)total.tokens;
     out->nll = total.nll / total.tokens;
     if (!isfinite(out->nll)) {

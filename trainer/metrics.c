@@ -102,6 +102,24 @@ ls_status metrics_open(const char *directory, int64_t resumed, int64_t *evaluate
     return status;
 }
 
+ls_status metrics_owe(const char *directory, int64_t step, int *owed)
+{
+    char path[1100], *bytes;
+    size_t size;
+    int told[2] = {0}; /* of the step, of its evaluation */
+    snprintf(path, sizeof path, "%s/%s", directory, file_name);
+    const ls_status status = slurp(path, &bytes, &size);
+    for (const char *at = bytes, *end; status == LS_OK && at != NULL && at < bytes + size; at = end + 1) {
+        int of_valid;
+        end = memchr(at, '\n', (size_t)(bytes + size - at));
+        if (end == NULL) break;
+        if (step_of(at, (size_t)(end - at), &of_valid) == step) told[of_valid] = 1;
+    }
+    free(bytes);
+    *owed = told[0] && !told[1];
+    return status;
+}
+
 void metrics_close(metrics *m)
 {
     if (m == NULL) return;

@@ -32,6 +32,8 @@ typedef struct metrics metrics;
  * here. */
 ls_status metrics_open(const char *directory, int64_t resumed, int64_t *evaluated, metrics **m);
 void metrics_close(metrics *m);
+/* *owed: the step is told of, and no evaluation of it. Changes nothing. */
+ls_status metrics_owe(const char *directory, int64_t step, int *owed);
 /* Also shows the step to who is watching: a line redrawn on a terminal, a new line every few seconds elsewhere. */
 ls_status metrics_step(metrics *m, const step_metrics *s);
 ls_status metrics_evaluation(metrics *m, const evaluation_metrics *e);

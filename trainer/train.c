@@ -24,9 +24,10 @@ static const char usage[] =
     "\n"
     "Trains a model; run it under mpirun or srun for more than one rank. Checkpoints, metrics.jsonl and the resolved\n"
     "config.yaml go to run.directory, which only one training uses at a time. SIGTERM, SIGUSR1 and Ctrl-C end the run\n"
-    "after the current step, with a checkpoint; an evaluation that is due then is made when the run goes on. mpirun\n"
-    "passes SIGUSR1 on to the ranks, but after SIGTERM or Ctrl-C it kills them within about 2 seconds: where a step\n"
-    "takes longer, send SIGUSR1 to mpirun, or SIGTERM to a rank.\n"
+    "after the current step, or the current batch of an evaluation, with a checkpoint; an evaluation that is due\n"
+    "then, or was cut short, is made as a whole when the run goes on. mpirun passes SIGUSR1 on to the ranks, but\n"
+    "after SIGTERM or Ctrl-C it kills them within about 2 seconds: where a step takes longer, send SIGUSR1 to mpirun,\n"
+    "or SIGTERM to a rank.\n"
     "\n"
     "  --set KEY=VALUE    change a key of the configuration, e.g. train.steps=100; may be given many times\n"
     "  --resume WHAT      none: start anew (default; refuses a directory that holds checkpoints)\n"
@@ -48,11 +49,13 @@ typedef struct train_options {
 /* LONGSPAN_TEST_FAIL=RANK:STEP:HOW, for tests: at this step the rank
  *   memory     has none (the default)     nan   gets a loss that is not a number
  *   kill       dies at once               torn  dies in the middle of the next file it writes that is not small
- *   full       finds the disk full there  lost  fails where the others do not hear of it */
+ *   full       finds the disk full there  lost  fails where the others do not hear of it
+ *   stop1, stop2, ...  is sent SIGTERM in the evaluation after this step, when that asks for it so many times */
 typedef struct rehearsal {
     int rank;
     int64_t step;
     char how[8];
+    int asked;
 } rehearsal;
 
 typedef struct run {
@@ -510,13 +513,41 @@ static ls_status save(run *t, int best)
     return LS_OK;
 }
 
-static ls_status evaluate(run *t)
+static int asked_to_stop(void *of)
 {
-    t->evaluated = t->w.s.step;
-    if (dataset_documents(t->data, "valid") == 0) return LS_OK;
+    run *t = of;
+    int when = 0;
+    if (t->test.rank == t->r->rank && t->test.step == t->w.s.step && sscanf(t->test.how, "stop%d", &when) == 1 &&
+        ++t->test.asked == when)
+        raise(SIGTERM);
+    return stop_wanted != 0;
+}
+
+static int due(int64_t step, int64_t every)
+{
+    return every > 0 && step % every == 0;
+}
+
+/* Of the step that the run is at, not made yet. */
+static int evaluation_due(const run *t)
+{
+    const int64_t step = t->w.s.step;
+    return step > t->evaluated && dataset_documents(t->data, "valid") > 0 &&
+           (due(step, t->c.train.evaluate_every) || step == t->c.train.steps);
+}
+
+/* Collective. *stop: some rank was asked to end the run, and this is as if it had not begun. */
+static ls_status evaluate(run *t, int *stop)
+{
     const double begin = seconds_now();
-    const evaluation_choice choice = {.split = "valid", .documents = t->c.train.evaluate_documents};
-    LS_TRY(evaluate_split(t->r, &t->c, t->data, t->w.m, t->w.s.params, &choice, &t->last));
+    const evaluation_choice choice = {
+        .split = "valid", .documents = t->c.train.evaluate_documents, .stop = asked_to_stop, .of = t};
+    evaluation now;
+    LS_TRY(evaluate_split(t->r, &t->c, t->data, t->w.m, t->w.s.params, &choice, &now));
+    *stop = now.stopped;
+    if (*stop) return LS_OK;
+    t->evaluated = t->w.s.step;
+    t->last = now;
     const evaluation_metrics line = {.step = t->w.s.step,
                                      .tokens = t->last.tokens,
                                      .documents = t->last.documents,
@@ -524,15 +555,14 @@ static ls_status evaluate(run *t)
                                      .bits_per_byte = bits_per_byte(t->last.nll),
                                      .seconds = seconds_now() - begin,
                                      .best = t->last.nll < t->w.s.best_nll};
+    if (line.best) {
+        t->w.s.best_nll = t->last.nll;
+        LS_TRY(save(t, 1));
+        if (t->saved == t->w.s.step) LS_TRY(save(t, 0)); /* without this evaluation, before: the best goes with it */
+    }
+    /* last: where there is a line of it, it is not made again */
     if (t->r->rank == 0 && t->late == LS_OK) t->late = metrics_evaluation(t->log, &line);
-    if (!line.best) return LS_OK;
-    t->w.s.best_nll = t->last.nll;
-    return save(t, 1);
-}
-
-static int due(int64_t step, int64_t every)
-{
-    return every > 0 && step % every == 0;
+    return LS_OK;
 }
 
 static ls_status loop(run *t)
@@ -541,29 +571,32 @@ static ls_status loop(run *t)
     int stop = 0;
     t->saved = t->w.s.step;
     t->sent = bytes_sent(t->r);
-    /* what was due when a signal ended the run before */
-    if (t->saved > 0 && t->saved > t->evaluated && due(t->saved, c->train.evaluate_every)) LS_TRY(evaluate(t));
+    if (t->saved > 0 && evaluation_due(t)) { /* a signal ended the run before */
+        LS_TRY(evaluate(t, &stop));
+        if (stop) LS_TRY(save(t, 0)); /* it may have come from another directory */
+    }
     while (t->w.s.step < c->train.steps && !stop) {
         LS_TRY(take_step(t, &stop));
-        const int last = t->w.s.step == c->train.steps;
-        if (stop) LS_TRY(save(t, 0)); /* first: whoever sent the signal may not wait for an evaluation */
-        if (last || (!stop && due(t->w.s.step, c->train.evaluate_every))) LS_TRY(evaluate(t));
-        if (!stop && (last || due(t->w.s.step, c->train.save_every))) LS_TRY(save(t, 0));
+        /* whoever sent a signal may not wait for an evaluation */
+        if (!stop && evaluation_due(t)) LS_TRY(evaluate(t, &stop));
+        if (stop || t->w.s.step == c->train.steps || due(t->w.s.step, c->train.save_every)) LS_TRY(save(t, 0));
     }
     LS_TRY(agree(t->r, t->late));
     if (t->r->rank != 0) return LS_OK;
     metrics_close(t->log);
     t->log = NULL;
-    if (t->w.s.step < c->train.steps) {
-        printf("stopped by a signal after step %lld of %lld; the checkpoint is in %s: go on with --resume auto\n",
-               (long long)t->w.s.step, (long long)c->train.steps, c->run.directory);
+    if (t->w.s.step < c->train.steps || evaluation_due(t)) {
+        printf("stopped by a signal after step %lld of %lld%s; the checkpoint is in %s: go on with --resume auto\n",
+               (long long)t->w.s.step, (long long)c->train.steps, evaluation_due(t) ? ", before it was evaluated" : "",
+               c->run.directory);
     } else {
         printf("done: step %lld", (long long)t->w.s.step);
         if (t->last.tokens > 0) {
             printf(", valid %.4f nats per token, %.4f bits per byte", t->last.nll, bits_per_byte(t->last.nll));
         }
-        printf(", %.0f tokens/s, peak memory %.0f MiB on %d rank%s", (double)t->tokens / t->seconds,
-               (double)t->peak_memory / 1048576, t->r->size, t->r->size == 1 ? "" : "s");
+        if (t->tokens > 0) /* not only the last evaluation */
+            printf(", %.0f tokens/s, peak memory %.0f MiB on %d rank%s", (double)t->tokens / t->seconds,
+                   (double)t->peak_memory / 1048576, t->r->size, t->r->size == 1 ? "" : "s");
         if (t->peak_device_memory > 0) printf(" and %.0f MiB of GPUs", (double)t->peak_device_memory / 1048576);
         printf("; the results are in %s\n", c->run.directory);
     }
@@ -595,7 +628,12 @@ static ls_status train(const train_options *o, run *t)
         if (t->r->rank == 0) print_plan(t);
         return LS_OK;
     }
-    if (t->w.s.step >= t->c.train.steps) {
+    int owed = 0;
+    if (t->r->rank == 0 && t->w.s.step == t->c.train.steps && dataset_documents(t->data, "valid") > 0)
+        status = metrics_owe(t->c.run.directory, t->w.s.step, &owed);
+    LS_TRY(agree(t->r, status));
+    LS_TRY(broadcast_bytes(t->r, &owed, sizeof owed));
+    if (t->w.s.step >= t->c.train.steps && !owed) {
         if (t->r->rank == 0) {
             printf("nothing to do: %s is at step %lld of %lld\n", t->resume, (long long)t->w.s.step,
                    (long long)t->c.train.steps);

@@ -90,11 +90,14 @@ ls_status read_count(const char *command, const char *option, const char *text, 
 typedef struct evaluation {
     double nll;                /* nats per label, the end of each target included */
     int64_t tokens, documents; /* labels */
+    int stopped;               /* on some rank `stop` said so: there is no result */
 } evaluation;
 typedef struct evaluation_choice {
     const char *split;
-    int64_t documents; /* the first so many in file order; 0: all */
-    int shuffle;       /* each target gets the source of another document, half of the split further on */
+    int64_t documents;     /* the first so many in file order; 0: all */
+    int shuffle;           /* each target gets the source of another document, half of the split further on */
+    int (*stop)(void *of); /* asked before each batch and at the end; NULL: never */
+    void *of;
 } evaluation_choice;
 /* Collective over world. The same value, up to rounding, for any number of ranks. */
 ls_status evaluate_split(const ranks *r, const config *c, dataset *data, model *m, const ls_real *params,
