@@ -100,10 +100,12 @@ typedef struct ls_pass {
     ls_view q, out, dq, dout;
     int64_t out_width, extra_width;
     const uint8_t *pad_q; /* (B,T) or NULL */
-    /* narrow: the mechanism takes it so, see ls_cuda_mechanism. Then the rows of q, own.k and own.v lie in bfloat16 at
-     * narrow_q and own.narrow_*, with the strides of these, and 0 where padded; those of floats are not there */
+    /* narrow: the mechanism takes it so, see ls_cuda_mechanism. Then the rows of q, own.k, own.v and dout lie in
+     * bfloat16 at narrow_*, with the strides of these, and 0 where padded; those of floats are not there. The output
+     * goes to narrow_out, and is read from there in backward; in forward out is scratch */
     int narrow;
-    const void *narrow_q;
+    const void *narrow_q, *narrow_dout;
+    void *narrow_out;
     int query_spans;
     ls_span query_span[2];
     ls_block own;   /* this rank's keys */

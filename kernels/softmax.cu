@@ -77,7 +77,10 @@ static softmax_call call_of(const ls_pass *p)
     x.B = p->B, x.H = p->H, x.T = p->T, x.n = p->visit.n, x.d = p->d, x.all_keys = p->all_keys;
     x.scale = (ls_real)p->scale;
     x.causal = p->pattern == LS_CS;
-    if (p->narrow) x.narrow_q = p->narrow_q, x.narrow_k = p->visit.narrow_k, x.narrow_v = p->visit.narrow_v;
+    if (p->narrow) {
+        x.narrow_q = p->narrow_q, x.narrow_k = p->visit.narrow_k, x.narrow_v = p->visit.narrow_v;
+        x.narrow_dout = p->narrow_dout, x.narrow_out = p->narrow_out;
+    }
     x.wide = p->d % 4 == 0 && is_wide(x.q) && is_wide(x.k) && is_wide(x.v) && is_wide(x.out);
     x.narrow = p->queue->precision == LS_BF16;
     x.fresh = p->narrow;
@@ -466,6 +469,16 @@ static int blocks_of(const ls_pass *p, const ls_span *span, int spans)
     return (int)(tiles_of(span, spans) * p->B * p->H * slices_of(p));
 }
 
+/* Where a row begins, and number i of floats, or of what is there in their place. */
+__device__ static inline int64_t row_at(ls_view v, int64_t b, int64_t h, int64_t t)
+{
+    return b * v.sb + h * v.sh + t * v.st;
+}
+__device__ static inline ls_real number_of(const ls_real *x, const void *narrow, int64_t i)
+{
+    return narrow == NULL ? x[i] : (ls_real)__bfloat162float(static_cast<const __nv_bfloat16 *>(narrow)[i]);
+}
+
 /* out /= l; m and 1 / l are kept. A row that saw no key, or is padded, gives 0; its m is +inf, so that p = 0 in
  * backward. A warp has a row. */
 __global__ static void finish_kernel(softmax_call p)
@@ -479,8 +492,14 @@ __global__ static void finish_kernel(softmax_call p)
         const int dead = l == 0 || ls_is_padded(p.pad_q, b * p.T + t);
         const ls_real top = dead ? INFINITY : p.m[row], inverse = dead ? 0 : 1 / l;
         if (lane == 0) p.top[row] = top, p.inverse[row] = inverse;
-        ls_real *out = ls_row(p.out, b, row / p.T % p.H, t);
-        for (int64_t e = lane; e < p.d; e += LS_WARP) out[e] = dead ? 0 : out[e] / l;
+        const int64_t at = row_at(p.out, b, row / p.T % p.H, t);
+        for (int64_t e = at + lane; e < at + p.d; e += LS_WARP) {
+            const ls_real o = dead ? 0 : p.out.p[e] / l;
+            if (p.narrow_out != NULL)
+                static_cast<__nv_bfloat16 *>(p.narrow_out)[e] = __float2bfloat16((float)o);
+            else
+                p.out.p[e] = o;
+        }
         if (p.weights == NULL) continue;
         ls_real *w = p.weights + row * p.all_keys;
         for (int64_t j = lane; j < p.all_keys; j += LS_WARP) w[j] = dead ? 0 : inverse * ls_exp(w[j] - top);
@@ -510,10 +529,11 @@ __global__ static void finish_backward_kernel(softmax_call p)
     int64_t row = (int64_t)blockIdx.x * (blockDim.x / LS_WARP) + threadIdx.x / LS_WARP;
     for (; row < p.B * p.H * p.T; row += warps) {
         const int64_t b = row / p.T / p.H, h = row / p.T % p.H, t = row % p.T;
-        const ls_real *dout = ls_row(p.dout, b, h, t), *out = ls_row(p.out, b, h, t);
+        const int64_t from = row_at(p.dout, b, h, t), at = row_at(p.out, b, h, t);
         ls_real *dq = ls_row(p.dq, b, h, t), delta = 0;
         if (!ls_is_padded(p.pad_q, b * p.T + t))
-            for (int64_t e = lane; e < p.d; e += LS_WARP) delta += dout[e] * out[e];
+            for (int64_t e = lane; e < p.d; e += LS_WARP)
+                delta += number_of(p.dout.p, p.narrow_dout, from + e) * number_of(p.out.p, p.narrow_out, at + e);
         delta = ls_warp_sum(delta);
         if (lane == 0) p.delta[row] = delta;
         for (int64_t e = lane; e < p.d && !p.fresh; e += LS_WARP) dq[e] = 0;

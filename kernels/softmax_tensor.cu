@@ -621,8 +621,8 @@ static const tensor_variant *variant_for(const ls_pass *p)
 
 int64_t ls_softmax_tensor_reals(const ls_pass *p)
 {
-    const int64_t rows = p->T * (p->backward != 0) + (p->narrow ? 0 : p->T + 2 * p->visit.n);
-    return variant_for(p) != NULL ? p->B * p->H * rows * p->d / 2 : 0; /* two to a real */
+    const int64_t rows = p->T * (p->backward ? 2 : 1) + 2 * p->visit.n;
+    return variant_for(p) != NULL && !p->narrow ? p->B * p->H * rows * p->d / 2 : 0; /* two to a real */
 }
 
 /* Rows of values lie as those of keys do. */
@@ -651,7 +651,7 @@ static tensor_call copy_rows(ls_pass *p, const tensor_variant *variant, const so
     x.k16 = rows_of(x.narrow_k, x.k, NULL, x.n); /* padded keys are 0 since they visit */
     x.v16 = rows_of(x.narrow_v, x.v, NULL, x.n);
     x.q16 = rows_of(x.narrow_q, x.q, x.pad_q, x.T);
-    if (p->backward) x.dout16 = rows_of(NULL, x.dout, x.pad_q, x.T);
+    if (p->backward) x.dout16 = rows_of(x.narrow_dout, x.dout, x.pad_q, x.T);
     if (tensors > 0) variant->narrow(p->queue, list, tensors, x.B, x.H);
     return x;
 }

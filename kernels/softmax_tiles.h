@@ -19,7 +19,8 @@ enum { TILES_TOGETHER = 32 };
 /* A call as its kernels see it. */
 typedef struct softmax_call {
     ls_view q, k, v, out, dout, dq, dk, dv;
-    const void *narrow_q, *narrow_k, *narrow_v; /* see ls_pass */
+    const void *narrow_q, *narrow_k, *narrow_v, *narrow_dout; /* see ls_pass */
+    void *narrow_out;
     const uint8_t *pad_q, *pad_k;
     int64_t B, H, T, n /* rows of the visiting block */, d, all_keys;
     ls_real scale;

@@ -213,14 +213,15 @@ typedef struct ready_rows {
 
 /* What the layer adds to a call of the core: projected rows, their gradients, and both as products take them. */
 typedef struct layer {
-    const ls_real *x_q, *x_k, *x_v;  /* inputs after the aliases are resolved */
-    ls_real *in[4], *o;              /* projected rows, the core's output */
-    ls_operand kept[5];              /* what is saved of in[] and o: themselves, or in LS_BF16 copies */
-    int narrow;                      /* the core sees kept[], and in[] is where each of them is made in turn */
-    ls_operand active;               /* gelu of o */
-    ls_real *din[4], *do_, *no_grad; /* gradients of in[], of o, of parameters where nobody wants them */
-    ls_operand dy;                   /* a gradient as its product takes it, where that is not as it lies */
-    ready_rows ready;                /* likewise for inputs */
+    const ls_real *x_q, *x_k, *x_v; /* inputs after the aliases are resolved */
+    ls_real *in[4], *o;             /* projected rows, the core's output */
+    ls_operand kept[5];             /* what is saved of in[] and o: themselves, or in LS_BF16 copies */
+    int narrow;                     /* the core sees kept[], and in[] is where each of them is made in turn */
+    ls_operand active;              /* gelu of o */
+    ls_real *din[4], *no_grad;      /* gradients of in[], and of parameters where nobody wants them */
+    ls_operand do_;                 /* gradient of o */
+    ls_operand dy;                  /* a gradient as its product takes it, where that is not as it lies */
+    ready_rows ready;               /* likewise for inputs */
     ls_real *dk, *dv;
     int key_aliased, value_aliased; /* core: key is query, value is one of them: dk, dv are made aside and added */
     ls_real *heads;                 /* weights per head, where the mean over heads was asked for */
@@ -475,12 +476,12 @@ static void recall_rows(const ls_attention *a, int64_t reals, ls_real *x, ls_ope
     if (ls_is_narrow(kept)) a->ctx->dense->copy(a->ctx->queue, reals, kept, ls_reals(x));
 }
 
-/* Whether the core takes rows as they are kept: one rank alone has them, and all of them are rounded. */
+/* Whether the core takes and gives rows as they are kept: one rank alone has them, and all of them are rounded. */
 static int takes_narrow(ls_attention *a, const ls_call *c)
 {
     const ls_cuda_mechanism *cuda = a->mechanism->cuda;
     if (a->ctx->precision != LS_BF16 || a->ctx->queue == NULL || cuda == NULL || cuda->takes_narrow == NULL) return 0;
-    if (c->documents != NULL || c->keys->size > 1 || a->form.inputs < 3) return 0;
+    if (c->documents != NULL || c->keys->size > 1 || a->form.inputs < 3 || a->form.gelu) return 0;
     if (c->pass.B * c->pass.T == 0 || c->pass.S == 0) return 0;
     for (int i = 0; i < a->form.inputs; i++)
         if (a->form.input[i].exact || a->form.input[i].alike) return 0;
@@ -511,16 +512,21 @@ static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, l
     if (rounds) widest = ls_max(widest, most);
     ls_real *made = ls_take(work, l->narrow && !back ? most : 0);
     for (int i = 0; l->narrow && i < a->form.inputs; i++) l->in[i] = made;
-    l->o = plan_saved(a, T * W, 0, &l->kept[OUTPUT], saved, work);
+    if (l->narrow) {
+        l->kept[OUTPUT] = ls_take_operand(a->ctx, saved, T * W);
+        l->o = ls_take(work, back ? 0 : T * W);
+    } else {
+        l->o = plan_saved(a, T * W, 0, &l->kept[OUTPUT], saved, work);
+    }
     l->active = ls_take_operand(a->ctx, work, a->form.gelu ? T * W : 0);
-    l->do_ = ls_take(work, back * T * W);
+    l->do_ = l->narrow ? ls_take_operand(a->ctx, work, back * T * W) : ls_reals(ls_take(work, back * T * W));
     l->dy = ls_take_operand(a->ctx, work, back && (rounds || p->pad_q != NULL) ? widest : 0);
     const int projects = a->form.inputs > 0;
     l->ready.rows = ls_take_operand(a->ctx, work, projects && (rounds || cleans) ? p->B * ls_max(p->T, p->S) * E : 0);
     l->no_grad = ls_take(work, back * a->reals); /* where parameter gradients go that nobody wants */
     if (a->form.inputs == 0) l->din[Q_PROJ] = ls_take(work, back * T * E);
     p->out = ls_view_out(a, l->o, p->B, p->T);
-    p->dout = ls_view_out(a, l->do_, p->B, p->T);
+    p->dout = ls_view_out(a, l->narrow ? NULL : l->do_.p, p->B, p->T);
     if (a->form.inputs == 0) {
         if (p->dq.p == NULL) p->dq = ls_view_of(a, l->din[Q_PROJ], p->B, p->T);
         return;
@@ -530,6 +536,7 @@ static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, l
     p->own.v = ls_view_of(a, l->in[V_PROJ], p->B, p->S);
     p->narrow = l->narrow;
     p->narrow_q = l->kept[Q_PROJ].p, p->own.narrow_k = l->kept[K_PROJ].p, p->own.narrow_v = l->kept[V_PROJ].p;
+    p->narrow_out = l->kept[OUTPUT].p, p->narrow_dout = l->do_.p;
     p->dq = ls_view_of(a, l->din[Q_PROJ], p->B, p->T);
     p->own.dk = ls_view_of(a, l->din[K_PROJ], p->B, p->S);
     p->own.dv = ls_view_of(a, l->din[V_PROJ], p->B, p->S);
@@ -714,7 +721,7 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
     if (c.documents == NULL && ls_has_projection(a, Q_PROJ)) c.meanwhile = make_queries, c.meanwhile_of = &queries;
     LS_TRY(ls_alone(a->ctx, c.documents != NULL ? ls_packed_forward(&c, keep, &a->ctx->work) : ls_run_forward(&c)));
     if (ls_is_layer(a)) {
-        if (ls_is_narrow(l.kept[OUTPUT]))
+        if (ls_is_narrow(l.kept[OUTPUT]) && !l.narrow)
             a->ctx->dense->copy(a->ctx->queue, rows * a->form.core_width, ls_reals(l.o), l.kept[OUTPUT]);
         ls_project_out(a, rows, l.kept[OUTPUT], l.active, params, out);
         if (p->pad_q != NULL)
@@ -791,12 +798,12 @@ static void bias_backward(ls_attention *a, int which, const ls_pass *p, ls_opera
 
 /* Its weights' gradient, from what it took and the gradient of what it gave, as products take them; and dx into `to`,
  * which it adds to if it holds something. */
-static void project_backward(ls_attention *a, int which, const ls_pass *p, ls_operand x, ls_operand dy, ls_real *to,
+static void project_backward(ls_attention *a, int which, const ls_pass *p, ls_operand x, ls_operand dy, ls_operand to,
                              int adds)
 {
     a->ctx->dense->linear_backward(a->ctx->queue, rows_of(p, which), ls_projection_in(a, which),
-                                   ls_projection_out(a, which), x, ls_reals(weight_of(a, which, p->params)), dy,
-                                   ls_reals(to), adds, p->dparams + a->param[a->weight[which]].offset);
+                                   ls_projection_out(a, which), x, ls_reals(weight_of(a, which, p->params)), dy, to,
+                                   adds, p->dparams + a->param[a->weight[which]].offset);
 }
 
 static void input_backward(ls_attention *a, int which, const ls_pass *p, layer *l, const uint8_t *pad, const ls_real *x,
@@ -816,7 +823,7 @@ static void input_backward(ls_attention *a, int which, const ls_pass *p, layer *
         dense->sum_and_copy(a->ctx->queue, rows, out, l->din[which], sum, l->dy);
         dy = l->dy;
     }
-    project_backward(a, which, p, input_rows(a, p, l, which, x, pad), dy, to, to != NULL && *begun);
+    project_backward(a, which, p, input_rows(a, p, l, which, x, pad), dy, ls_reals(to), to != NULL && *begun);
     *begun = 1;
 }
 
@@ -859,12 +866,11 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
     const int64_t rows = p->B * p->T, W = a->form.core_width;
     for (int i = 0; i < a->form.inputs && !l.narrow; i++)
         recall_rows(a, rows_of(p, i) * a->form.input[i].width, l.in[i], l.kept[i]);
-    recall_rows(a, rows * W, l.o, l.kept[OUTPUT]);
+    if (!l.narrow) recall_rows(a, rows * W, l.o, l.kept[OUTPUT]);
     if (a->form.gelu) dense->gelu(a->ctx->queue, rows, W, l.kept[OUTPUT], NULL, l.active);
     project_backward(a, OUT_PROJ, p, a->form.gelu ? l.active : l.kept[OUTPUT], dy, l.do_, 0);
     bias_backward(a, OUT_PROJ, p, dy);
-    if (a->form.gelu)
-        dense->gelu_backward(a->ctx->queue, rows, W, l.kept[OUTPUT], NULL, ls_reals(l.do_), ls_reals(l.do_));
+    if (a->form.gelu) dense->gelu_backward(a->ctx->queue, rows, W, l.kept[OUTPUT], NULL, l.do_, l.do_);
     /* the gradient of an input arrives in the first of query, key, value that is this input */
     ls_real *dx_q = grads->query, *dx_k = l.x_k == l.x_q ? dx_q : grads->key;
     ls_real *dx_v = l.x_v == l.x_q ? dx_q : l.x_v == l.x_k ? dx_k : grads->value;
