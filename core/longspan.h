@@ -112,7 +112,8 @@ typedef enum ls_transport {
  *               projections and the mechanisms' products; in exact softmax q, k, v, probabilities and gradients of
  *               logits, which run on tensor cores where the head dimension is 32, 64, 96 or 128 and there is no mask,
  *               dropout or weights (96 and 128 only where a block may have 106 or 139 KiB of shared memory, as on an
- *               A100 or H100); in performer and cosformer features, values, weights and states, on tensor cores, too.
+ *               A100 or H100); in performer and cosformer features, values, weights and states, on tensor cores, too,
+ *               but for performer's sums over keys and their gradients.
  *               Takes 64 MiB of the GPU for copies of operands; exact softmax there 2 bytes for each number of q, k and
  *               v, and of the output's gradient, while it runs (in a layer, where one rank has all positions, of the
  *               output's gradient alone).

@@ -42,7 +42,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
                     if constexpr (M::IN_PLACE) {
                         sums<M, COLUMNS_COLUMNS> more;
                         more.clear();
-                        more.add(whole<M>(s.count), of_rows, of_matrix);
+                        if (f0 + q * SIDE + more.row(0) < x.F) more.add(whole<M>(s.count), of_rows, of_matrix);
 #pragma unroll
                         for (int a = 0; a < more.U; a++)
 #pragma unroll
@@ -90,7 +90,9 @@ static void launch_gather(ls_pass *p, const linear *x, const features &of, ls_vi
 
 static void gather_either(ls_pass *p, const linear *x, const features &of, ls_view matrix, const ls_real *weight)
 {
-    const auto launch = on_tensor_cores(p) ? launch_gather<tensor> : launch_gather<plain>;
+    /* Exponentials let few keys outweigh the others, the same ones in many features: what a query gets from S is then a
+     * small difference of numbers that must be exact. */
+    const auto launch = on_tensor_cores(p) && x->exponentials == 0 ? launch_gather<tensor> : launch_gather<plain>;
     launch(p, x, of, matrix, weight);
 }
 
