@@ -238,6 +238,88 @@ LS_BOTH_SIDES int64_t pitch_of(int64_t F)
     return ls_fours(F) + 4;
 }
 
+/* What a row's gradients are taken by: 1 / D and δ. */
+namespace
+{
+typedef struct taken {
+    ls_real by, delta;
+    int flows;
+} taken;
+} // namespace
+
+/* The denominator of a query, and δ, from dA, which is its row of do Sᵀ, z and, where NEAR, the row of w and that of
+ * the gains do·v: w becomes w / D, dw the gradient of a·b. By the threads that share the row. */
+template <class M, int NEAR>
+__device__ static inline taken weigh_row(const linear &x, const features &q, const strip &s, const facts &of_q,
+                                         const ls_real *z, const ls_real *dA, typename M::number *w,
+                                         typename M::number *dw, const ls_real *gains)
+{
+    typedef typename M::exact exact;
+    const int row = threadIdx.x / SHARE, share = threadIdx.x % SHARE, here = row < s.count && of_q.by[row] != 0;
+    exact D = 0, dot = 0;
+    for (int64_t f0 = 0; f0 < x.r; f0 += SIDE) {
+        ls_four a[PIECES];
+        read_share(x, q, s, of_q, f0, a);
+        EACH_OF_SHARE(i, k, f, x.r)
+        for (int half = 0; here && half <= x.turns; half++) {
+            ls_real A = f < x.exponentials ? of_q.past[row] * a[i].v[k] : a[i].v[k];
+            if (x.turns) A *= half ? of_q.cosine[row] : of_q.sine[row];
+            D += (exact)A * (exact)z[f + half * x.r];
+            dot += (exact)A * (exact)dA[f + half * x.r];
+        }
+    }
+    for (int j = share; NEAR && j < SIDE; j += SHARE) {
+        const exact weight = (exact)read_number(w[j]);
+        D += weight;
+        dot += weight * (exact)gains[j];
+    }
+    D = sum_of_share(D), dot = sum_of_share(dot);
+    taken y;
+    y.by = ls_linear_inverse((double)D, x.floor, &y.flows);
+    y.delta = y.flows ? (ls_real)(dot / D) : 0;
+    if (share == 0 && row < s.count) x.inverse[s.R + row] = y.by, x.delta[s.R + row] = y.delta;
+    for (int j = share; NEAR && j < SIDE; j += SHARE) {
+        const ls_real gain = gains[j]; /* which dw may take the place of */
+        write_number(y.by * read_number(w[j]), w + j);
+        write_number(y.by * (gain - y.delta) * apart(x, row, j, s.count), dw + j);
+    }
+    return y;
+}
+
+/* da of a query, straightened (see straighten() of linear_rows.h), and on its way: from dA, where NEAR and x.da. It
+ * takes the place of the first r of dA. */
+template <int NEAR>
+__device__ static inline void finish_row(const linear &x, const features &q, const strip &s, const facts &of_q,
+                                         const facts &near_q, const ls_real *z, const taken &y, ls_real *dA)
+{
+    const int row = threadIdx.x / SHARE, here = row < s.count && of_q.by[row] != 0;
+    double square = 0, along = 0;
+    for (int64_t f0 = 0; f0 < x.r; f0 += SIDE) {
+        ls_four a[PIECES];
+        read_share(x, q, s, of_q, f0, a);
+        EACH_OF_SHARE(i, k, f, x.r)
+        {
+            if (!here) continue;
+            const int e = f < x.exponentials;
+            ls_real g = y.by * (dA[f] - y.delta * z[f]);
+            if (x.turns) g = of_q.sine[row] * g + of_q.cosine[row] * y.by * (dA[x.r + f] - y.delta * z[x.r + f]);
+            if (e) g *= of_q.past[row];
+            if (NEAR) g += (e ? near_q.past[row] : 1) * x.da[(s.R + row) * x.r + f];
+            dA[f] = g;
+            square += (double)a[i].v[k] * (double)a[i].v[k];
+            along += (double)a[i].v[k] * (double)g;
+        }
+    }
+    square = sum_of_share(square), along = sum_of_share(along);
+    const double back = y.flows && square > 0 ? along / square : 0;
+    for (int64_t f0 = 0; f0 < x.r; f0 += SIDE) {
+        ls_four a[PIECES];
+        read_share(x, q, s, of_q, f0, a);
+        EACH_OF_SHARE(i, k, f, x.r) a[i].v[k] = here ? (ls_real)((double)dA[f] - back * (double)a[i].v[k]) : 0;
+        for (int i = 0; i < PIECES; i++) put_gradients(x, q, s, of_q, row, f0 + of_share(i), 0, a[i]);
+    }
+}
+
 /* What queries get from the state and, where NEAR, from keys of their chunk, and these from them: dq or da, and, NEAR,
  * dk or db of x, and dv. Rows keep inverse and delta. In shared memory: tiles, where NEAR the gains dout·v as (SIDE,
  * SIDE + 4) floats, and where it fits dA; otherwise that is in x.dA. */
@@ -247,11 +329,10 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
                     int64_t strips, ls_view v, ls_view dout, int fours, ls_view dv, int dv_fours, int fits)
 {
     enum { GAINS = SIDE + 4 };
-    typedef typename M::exact exact;
     LS_SHARED(ls_real, memory);
     __shared__ facts of_q, near_q, near_k;
     const int64_t pitch = pitch_of(x.F);
-    const int row = threadIdx.x / SHARE, share = threadIdx.x % SHARE;
+    const int row = threadIdx.x / SHARE;
     typename M::number *a = tile_number<M>(memory, 0), *b = tile_number<M>(memory, 1);
     typename M::number *w = tile_number<M>(memory, 2), *dw = tile_number<M>(memory, 3);
     ls_real *gains = (ls_real *)tile_number<M>(memory, NEAR ? 4 - M::IN_PLACE : 2); /* dw, where that is as exact */
@@ -302,35 +383,10 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
                 }
         }
         __syncthreads(); /* dA of a row is there */
-        const int here = row < s.count && of_q.by[row] != 0;
+        ls_real *mine = dA + row * pitch;
         const ls_real *of_z = z + state * x.F;
-        exact D = 0, dot = 0;
-        for (int64_t f0 = 0; f0 < x.r; f0 += SIDE) {
-            ls_four y[PIECES];
-            read_share(x, q, s, of_q, f0, y);
-            EACH_OF_SHARE(i, k, f, x.r)
-            for (int half = 0; here && half <= x.turns; half++) {
-                const int64_t F = f + half * x.r;
-                ls_real A = f < x.exponentials ? of_q.past[row] * y[i].v[k] : y[i].v[k];
-                if (x.turns) A *= half ? of_q.cosine[row] : of_q.sine[row];
-                D += (exact)A * (exact)of_z[F];
-                dot += (exact)A * (exact)dA[row * pitch + F];
-            }
-        }
-        for (int j = share; NEAR && j < SIDE; j += SHARE) {
-            const exact y = (exact)read_number(w[row * M::PITCH + j]);
-            D += y;
-            dot += y * (exact)gains[row * GAINS + j];
-        }
-        D = sum_of_share(D), dot = sum_of_share(dot);
-        int flows;
-        const ls_real by = ls_linear_inverse((double)D, x.floor, &flows), delta = flows ? (ls_real)(dot / D) : 0;
-        if (share == 0 && row < s.count) x.inverse[s.R + row] = by, x.delta[s.R + row] = delta;
-        for (int j = share; NEAR && j < SIDE; j += SHARE) {
-            typename M::number *weight = w + row * M::PITCH + j;
-            write_number(by * read_number(*weight), weight);
-            write_number(by * (gains[row * GAINS + j] - delta) * apart(x, row, j, s.count), dw + row * M::PITCH + j);
-        }
+        const taken by =
+            weigh_row<M, NEAR>(x, q, s, of_q, of_z, mine, w + row * M::PITCH, dw + row * M::PITCH, gains + row * GAINS);
         if (NEAR) {
             pairs_to_queries<M>(x, p, s, dw, b);
             pairs_to_keys<M>(x, p, s, dw, b);
@@ -356,34 +412,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
             }
             __syncthreads(); /* x.da of a row is there */
         }
-        /* da, straightened: see straighten() of linear_rows.h. It takes the place of the first r of dA. */
-        double square = 0, along = 0;
-        for (int64_t f0 = 0; f0 < x.r; f0 += SIDE) {
-            ls_four y[PIECES];
-            read_share(x, q, s, of_q, f0, y);
-            EACH_OF_SHARE(i, k, f, x.r)
-            {
-                if (!here) continue;
-                ls_real *at = dA + row * pitch + f;
-                const int e = f < x.exponentials;
-                ls_real g = by * (at[0] - delta * of_z[f]);
-                if (x.turns) g = of_q.sine[row] * g + of_q.cosine[row] * by * (at[x.r] - delta * of_z[x.r + f]);
-                if (e) g *= of_q.past[row];
-                if (NEAR) g += (e ? near_q.past[row] : 1) * x.da[(s.R + row) * x.r + f];
-                at[0] = g;
-                square += (double)y[i].v[k] * (double)y[i].v[k];
-                along += (double)y[i].v[k] * (double)g;
-            }
-        }
-        square = sum_of_share(square), along = sum_of_share(along);
-        const double back = flows && square > 0 ? along / square : 0;
-        for (int64_t f0 = 0; f0 < x.r; f0 += SIDE) {
-            ls_four y[PIECES];
-            read_share(x, q, s, of_q, f0, y);
-            EACH_OF_SHARE(i, k, f, x.r)
-            y[i].v[k] = here ? (ls_real)((double)dA[row * pitch + f] - back * (double)y[i].v[k]) : 0;
-            for (int i = 0; i < PIECES; i++) put_gradients(x, q, s, of_q, row, f0 + of_share(i), 0, y[i]);
-        }
+        finish_row<NEAR>(x, q, s, of_q, near_q, of_z, by, mine);
     }
 }
 
