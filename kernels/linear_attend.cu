@@ -39,6 +39,27 @@ __device__ static inline ls_real apart(const linear &x, int i, int j, int count)
     return j > i || i >= count ? 0 : x.turns ? (ls_real)x.step[2 * (i - j) + 1] : 1;
 }
 
+/* Sums of a strip's rows, as `made` (row, sum) has them, to numbers [e0, e0 + SIDE) of rows that exist; add: +=. */
+template <class M, int FORM, typename F>
+__device__ static inline void put_rows(const linear &x, const strip &s, sums<M, FORM> &sum, ls_view v, int64_t e0,
+                                       int fours, int add, F made)
+{
+#pragma unroll
+    for (int u = 0; u < sum.U; u++) {
+        const int i = sum.row(u);
+        if (i >= s.count || s.at.t + i >= x.s.rows) continue;
+        ls_real *to = row_in(s, v, i) + e0;
+#pragma unroll
+        for (int c = 0; c < sum.V; c += M::TOGETHER) {
+            const int64_t left = x.d - e0 - sum.column(c);
+            ls_few<M::TOGETHER> y = {};
+            if (add) y = read_some<M::TOGETHER>(to + sum.column(c), left, fours);
+            for (int k = 0; k < M::TOGETHER; k++) y.v[k] += made(i, sum.at(u, c + k));
+            write_some<M::TOGETHER>(y, to + sum.column(c), left, fours);
+        }
+    }
+}
+
 /* ------------------------------------------------------------------------------------------------ within a chunk */
 
 /* Queries and keys of a chunk, with what their rows make of features: near. */
@@ -213,19 +234,8 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
                 if (threadIdx.x % SHARE == 0) inverse[row] = by;
                 __syncthreads();
             }
-#pragma unroll
-            for (int u = 0; u < sum.U; u++) {
-                const int i = sum.row(u);
-                if (i >= s.count || s.at.t + i >= x.s.rows) continue;
-                const int there = of_q.by[i] != 0;
-                ls_real *to = row_in(s, out, i) + e0;
-#pragma unroll
-                for (int c = 0; c < sum.V; c += M::TOGETHER) {
-                    ls_few<M::TOGETHER> y;
-                    for (int k = 0; k < M::TOGETHER; k++) y.v[k] = there ? inverse[i] * sum.at(u, c + k) : 0;
-                    write_some<M::TOGETHER>(y, to + sum.column(c), x.d - e0 - sum.column(c), out_fours);
-                }
-            }
+            put_rows<M>(x, s, sum, out, e0, out_fours, 0,
+                        [&](int i, ls_real y) { return of_q.by[i] != 0 ? inverse[i] * y : 0; });
         }
     }
 }
@@ -397,18 +407,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
                 if (x.d > SIDE) load_rows<M>(x, s, e0, dout, q.at.pad, fours, a);
                 __syncthreads();
                 sum.add(SIDE, w, a);
-#pragma unroll
-                for (int u = 0; u < sum.U; u++) {
-                    const int j = sum.row(u);
-                    if (j >= s.count || s.at.t + j >= x.s.rows) continue;
-                    ls_real *to = row_in(s, dv, j) + e0;
-#pragma unroll
-                    for (int c = 0; c < sum.V; c += M::TOGETHER) {
-                        ls_few<M::TOGETHER> y;
-                        for (int k = 0; k < M::TOGETHER; k++) y.v[k] = sum.at(u, c + k);
-                        write_some<M::TOGETHER>(y, to + sum.column(c), x.d - e0 - sum.column(c), dv_fours);
-                    }
-                }
+                put_rows<M>(x, s, sum, dv, e0, dv_fours, 0, [](int, ls_real y) { return y; });
             }
             __syncthreads(); /* x.da of a row is there */
         }
@@ -456,20 +455,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
                         if (gain.row(u) < s.count && F < x.F) *to = (e0 == 0 ? 0 : *to) + gain.at(u, c);
                     }
             }
-#pragma unroll
-            for (int u = 0; u < sum.U; u++) {
-                const int j = sum.row(u);
-                if (j >= s.count || s.at.t + j >= x.s.rows) continue;
-                ls_real *to = row_in(s, dv, j) + e0;
-#pragma unroll
-                for (int c = 0; c < sum.V; c += M::TOGETHER) {
-                    const int64_t left = x.d - e0 - sum.column(c);
-                    ls_few<M::TOGETHER> y = {};
-                    if (add) y = read_some<M::TOGETHER>(to + sum.column(c), left, dv_fours);
-                    for (int i = 0; i < M::TOGETHER; i++) y.v[i] += sum.at(u, c + i);
-                    write_some<M::TOGETHER>(y, to + sum.column(c), left, dv_fours);
-                }
-            }
+            put_rows<M>(x, s, sum, dv, e0, dv_fours, add, [](int, ls_real y) { return y; });
         }
         __syncthreads(); /* dB of a row is there */
         const int here = row < s.count && of_k.by[row] != 0;
