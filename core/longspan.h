@@ -107,7 +107,7 @@ typedef enum ls_transport {
  *
  *   LS_FLOAT32  nothing is rounded.
  *   LS_TF32     to 10 bits behind the point (a relative error of 2^-11), inside the tensor cores. Not in kernels that
- *               multiply by themselves: exact softmax, performer and cosformer.
+ *               multiply by themselves: exact softmax, performer and cosformer (these but for 64 keys and fewer).
  *   LS_BF16     to bfloat16: 7 bits (2^-8), and float32's range, so that the loss needs no scaling. Dense layers,
  *               projections and the mechanisms' products; in exact softmax q, k, v, probabilities and gradients of
  *               logits, which run on tensor cores where the head dimension is 32, 64, 96 or 128 and there is no mask,
@@ -115,8 +115,7 @@ typedef enum ls_transport {
  *               A100 or H100); in performer and cosformer features, values, weights and states, on tensor cores, too,
  *               but for performer's sums over keys and their gradients.
  *               Takes 64 MiB of the GPU for copies of operands; exact softmax there 2 bytes for each number of q, k and
- *               v, and of the output's gradient, while it runs (in a layer, where one rank has all positions, of the
- *               output's gradient alone).
+ *               v, and of the output's gradient, while it runs (none in a layer where one rank has all positions).
  *
  * In LS_BF16 a layer also rounds the rows that it keeps for backward, and keeps them so: projected queries, keys and
  * values, which its core then sees, and the core's output.

@@ -168,7 +168,7 @@ __device__ static void pairs_to_keys(const linear &x, const pairs &p, const stri
 
 /* ------------------------------------------------------------------------------------------------ forward */
 
-/* What numbers of a strip's row are multiplied by, and whether it is there, from sums of a denominator. */
+/* D += Σ_e row_e z_e over n numbers, z NULL: 1. Each thread that shares the row adds its part. */
 template <class M>
 __device__ static inline void add_row_times(const typename M::number *row, const ls_real *z, int64_t n,
                                             typename M::exact &D)
