@@ -47,22 +47,17 @@ __device__ static inline void write_number(ls_real y, __nv_bfloat16 *to)
 {
     *to = __float2bfloat16((float)y);
 }
-template <int N> __device__ static inline void write_numbers(const ls_few<N> &y, ls_real *to)
+__device__ static inline void write_numbers(const ls_four &y, ls_real *to)
 {
-    *(ls_few<N> *)to = y;
+    *(ls_four *)to = y;
 }
-template <int N> __device__ static inline void write_numbers(const ls_few<N> &y, __nv_bfloat16 *to)
+__device__ static inline void write_numbers(const ls_four &y, __nv_bfloat16 *to)
 {
-    __nv_bfloat162 two[N / 2];
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) two[i] = __floats2bfloat162_rn((float)y.v[2 * i], (float)y.v[2 * i + 1]);
-    if (N == 4) {
-        uint2 bits;
-        memcpy(&bits, two, sizeof bits);
-        *(uint2 *)to = bits;
-    } else {
-        *(__nv_bfloat162 *)to = two[0];
-    }
+    const __nv_bfloat162 two[2] = {__floats2bfloat162_rn((float)y.v[0], (float)y.v[1]),
+                                   __floats2bfloat162_rn((float)y.v[2], (float)y.v[3])};
+    uint2 bits;
+    memcpy(&bits, two, sizeof bits);
+    *(uint2 *)to = bits;
 }
 
 /* Number i of tiles that lie one after the other. */

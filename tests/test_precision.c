@@ -55,20 +55,27 @@ static void differing(void)
     ls_context_free(ctx);
 }
 
+/* What memory is measured on. */
+static setting small_layer(const case_row *row, padding pad)
+{
+    return (setting){.row = row,
+                     .level = LS_LEVEL_LAYER,
+                     .layout = LS_BTHD,
+                     .B = 1,
+                     .H = 2,
+                     .d = 32,
+                     .T = 300,
+                     .S = 300,
+                     .pad = pad,
+                     .alias = ALIAS_ALL,
+                     .seed = 5};
+}
+
 /* Bytes that a layer of exact softmax keeps: q, k, v and the output, and a number a row for the statistics. */
 static size_t kept_bytes(ls_context *ctx)
 {
     const case_row row = {"softmax", LS_CS, "", 0};
-    const setting s = {.row = &row,
-                       .level = LS_LEVEL_LAYER,
-                       .layout = LS_BTHD,
-                       .B = 1,
-                       .H = 2,
-                       .d = 32,
-                       .T = 300,
-                       .S = 300,
-                       .alias = ALIAS_ALL,
-                       .seed = 5};
+    const setting s = small_layer(&row, PAD_NONE);
     problem p;
     pieces x = {0};
     ls_attention *attention = NULL;
@@ -257,17 +264,7 @@ static void layers(ls_context *narrow, shape of, alias of_inputs)
 static void scratch(void)
 {
     const case_row row = {"softmax", LS_CS, "", 0};
-    const setting s = {.row = &row,
-                       .level = LS_LEVEL_LAYER,
-                       .layout = LS_BTHD,
-                       .B = 1,
-                       .H = 2,
-                       .d = 32,
-                       .T = 300,
-                       .S = 300,
-                       .pad = PAD_TAIL,
-                       .alias = ALIAS_ALL,
-                       .seed = 6};
+    const setting s = small_layer(&row, PAD_TAIL);
     size_t bytes[2] = {0, 0};
     for (int masked = 0; masked < 2; masked++) {
         const ls_context_options options = {
