@@ -180,7 +180,7 @@ __device__ static inline void add_row_times(const typename M::number *row, const
 /* out = (w v + A S) / D: w, where NEAR, within the chunk, S before it, or of all keys. k_near: keys as they are seen
  * within the chunk; q_near: queries as they see them. */
 template <class M, int NEAR>
-__global__ static void __launch_bounds__(LS_THREADS, 2)
+__global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
     attend(linear x, features q, features q_near, features k_near, const ls_real *S, const ls_real *z, int64_t strips,
            ls_view v, int fours, ls_view out, int out_fours)
 {
@@ -334,7 +334,7 @@ __device__ static inline void finish_row(const linear &x, const features &q, con
  * dk or db of x, and dv. Rows keep inverse and delta. In shared memory: tiles, where NEAR the gains dout·v as (SIDE,
  * SIDE + 4) floats, and where it fits dA; otherwise that is in x.dA. */
 template <class M, int NEAR>
-__global__ static void __launch_bounds__(LS_THREADS, 2)
+__global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
     attend_backward(linear x, features q, features q_near, features k_near, const ls_real *S, const ls_real *z,
                     int64_t strips, ls_view v, ls_view dout, int fours, ls_view dv, int dv_fours, int fits)
 {

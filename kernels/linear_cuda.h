@@ -29,12 +29,19 @@ LS_BOTH_SIDES int64_t rows_of(const slab &s)
     return s.H * rows_per_head(s);
 }
 
+/* n / by of numbers of a slab, whose rows are fewer than 2^32, as memory has it: a GPU takes 64 bits apart to divide.
+ */
+LS_BOTH_SIDES int64_t quotient(int64_t n, int64_t by)
+{
+    return (int64_t)((uint32_t)n / (uint32_t)by);
+}
+
 __device__ static inline place place_of(const slab &s, int64_t R)
 {
     place at;
-    at.g = R / (s.K * s.C);
+    at.g = quotient(R, s.K * s.C);
     at.u = R - at.g * (s.K * s.C);
-    at.h = at.g / s.B;
+    at.h = quotient(at.g, s.B);
     at.b = at.g - at.h * s.B;
     at.t = s.first + at.u;
     return at;
@@ -50,30 +57,6 @@ __device__ static inline int is_there(const slab &s, const uint8_t *pad, place a
 static inline int reads_fours(ls_view v, int64_t d)
 {
     return (d | v.sb | v.sh | v.st) % 4 == 0 && ls_is_four(v.p);
-}
-
-/* Pieces of rows in shared memory: numbers of a row that are there at a time, and from one row to the next, so that
- * rows side by side begin in other banks. */
-enum { DEEP = 64, PITCH = DEEP + 4 };
-
-/* `to` (N,PITCH) = numbers [e0, e0 + DEEP) of rows [R, R + count) of a slab, 0 where there are none. By a block. */
-template <int N>
-__device__ static void load_rows(const slab &s, int64_t R, int64_t count, int64_t d, int64_t e0, ls_view rows,
-                                 const uint8_t *pad, int fours, ls_real *to)
-{
-    for (int i = threadIdx.x; i < N * DEEP / 4; i += LS_THREADS) {
-        const int r = i / (DEEP / 4), e = i % (DEEP / 4) * 4;
-        ls_four x = {};
-        if (r < count && e0 + e < d) {
-            const place at = place_of(s, R + r);
-            const ls_real *from = ls_row(rows, at.b, at.h, at.t) + e0 + e;
-            const int there = is_there(s, pad, at);
-            if (there && fours) x = ls_four_at(from);
-            for (int k = 0; k < 4 && there && !fours; k++)
-                if (e0 + e + k < d) x.v[k] = from[k];
-        }
-        *(ls_four *)(to + r * PITCH + e) = x;
-    }
 }
 } // namespace ls_linear
 

@@ -2,8 +2,8 @@
  */
 #include "linear_slabs.h"
 
-#ifndef LS_LINEAR_SLAB /* a test may make it so small that there are several slabs */
-#define LS_LINEAR_SLAB 65536
+#ifndef LS_LINEAR_SLAB /* most rows of a slab; a test may make it so small that there are several slabs */
+#define LS_LINEAR_SLAB 262144
 #endif
 
 /* ------------------------------------------------------------------------------------------------ slabs */
@@ -24,12 +24,31 @@ static int64_t turned(const ls_pass *p)
     return (((const ls_feature_map *)p->kit)->turn != NULL ? 2 : 1) * features_of(p);
 }
 
+static int has_pairs(const ls_pass *p)
+{
+    return p->all_keys <= SHORT && !p->step;
+}
+
+/* Are features made, to lie in memory? */
+static int are_made(const ls_pass *p)
+{
+    return map_of(p)->act == NULL || has_pairs(p);
+}
+
+/* Rows of a slab of chunks of C rows: of numbers that are kept for each, features and what a state is to each row of
+ * its chunk, 16 LS_LINEAR_SLAB stay in the second cache until they are read again. */
+static int64_t slab_rows(const ls_pass *p, int64_t C)
+{
+    const int64_t each = are_made(p) * features_of(p) + turned(p) * (p->d + 1) / C;
+    return ls_max(LS_LINEAR_SLAB / 4, ls_min(LS_LINEAR_SLAB, 16 * LS_LINEAR_SLAB / ls_max(each, 1)));
+}
+
 cut ls_linear_cut_rows(const ls_pass *p, int64_t rows, int64_t most)
 {
     cut c;
     c.C = ls_max(1, ls_min(rows, most));
     c.N = (rows + c.C - 1) / c.C;
-    c.K = ls_max(1, ls_min(c.N, LS_LINEAR_SLAB / (p->B * p->H * c.C)));
+    c.K = ls_max(1, ls_min(c.N, slab_rows(p, c.C) / (p->B * p->H * c.C)));
     return c;
 }
 
@@ -47,17 +66,6 @@ int64_t ls_linear_most_chunks(const ls_pass *p, int64_t rows)
 int64_t ls_linear_cuda_rows(const ls_pass *p)
 {
     return ls_max(most_rows(p, p->T), most_rows(p, p->S));
-}
-
-static int has_pairs(const ls_pass *p)
-{
-    return p->all_keys <= SHORT && !p->step;
-}
-
-/* Are features made, to lie in memory? */
-static int are_made(const ls_pass *p)
-{
-    return map_of(p)->act == NULL || has_pairs(p);
 }
 
 /* ------------------------------------------------------------------------------------------------ memory */

@@ -4,11 +4,11 @@
  * has them; linear_slabs.cu the memory.
  *
  * How the work is divided. Rows are cut into chunks of C (256; where queries see keys one by one 64), and some chunks
- * of all heads and batch rows, about 65536 rows together, make a slab: memory does not grow with the sequence, a slab
- * is work enough for all of the GPU, and what it reads twice is still in the second cache. Slabs go one after the other
- * and hand on the state in double. In a slab features lie as (H,B,K,C,r): the chunks of one (b,h) side by side, all
- * rows of a head side by side; features that are made number by number lie nowhere: who needs them makes them. q, k, v
- * and their gradients are read and written where they lie. Features are turned on their way to a tile.
+ * of all heads and batch rows, 65536 to 262144 rows together, make a slab: memory does not grow with the sequence, a
+ * slab is work enough for all of the GPU, and what it reads twice is still in the second cache. Slabs go one after the
+ * other and hand on the state in double. In a slab features lie as (H,B,K,C,r): the chunks of one (b,h) side by side,
+ * all rows of a head side by side; features that are made number by number lie nowhere: who needs them makes them. q,
+ * k, v and their gradients are read and written where they lie. Features are turned on their way to a tile.
  *
  *   states of chunks: sums S = Bᵀ v, z = Σ B, a block for each, then a scan over the K chunks, in double, a thread for
  *   each number: a chunk finds the sum of the chunks before it (in backward: after it) where its own sum was

@@ -220,11 +220,11 @@ template <class M> __device__ static inline int whole(int64_t n)
 
 /* ------------------------------------------------------------------------------------------------ rows */
 
-/* Rows [R, R + count) of the slab, at most SIDE of one chunk P. */
+/* Rows [R, R + count) of the slab, at most SIDE of one chunk P, of which the first `exist` are the shard's. */
 typedef struct strip {
     int64_t P, R;
     place at; /* of the first */
-    int count;
+    int count, exist;
 } strip;
 
 static inline int64_t strips_of(const linear *x)
@@ -239,14 +239,15 @@ __device__ static inline strip strip_of(const linear &x, int64_t P, int64_t u)
     y.R = P * x.s.C + u;
     y.at = place_of(x.s, y.R);
     y.count = (int)ls_min(SIDE, x.s.C - u);
+    y.exist = (int)ls_max(0, ls_min(y.count, x.s.rows - y.at.t));
     return y;
 }
 
 /* Strip number i of all. */
 __device__ static inline strip strip_number(const linear &x, int64_t i)
 {
-    const int64_t each = (x.s.C + SIDE - 1) / SIDE;
-    return strip_of(x, i / each, i % each * SIDE);
+    const int64_t each = (x.s.C + SIDE - 1) / SIDE, P = quotient(i, each);
+    return strip_of(x, P, (i - P * each) * SIDE);
 }
 
 __device__ static inline place place_in(const strip &y, int r)
@@ -297,51 +298,62 @@ __device__ static inline void read_fours(int fours, P from, L left, ls_four (&z)
         for (int k = 0; k < 4; k++) z[n].v[k] = k < left(n) ? from(n)[k] : 0;
 }
 
-/* Of a tile that is being filled, each thread has four columns, in EACH rows. */
-enum { FILLERS = SIDE / 4, EACH = SIDE * FILLERS / LS_THREADS };
-__device__ static inline int fill_row(int n)
+/* Row r of the strip, or its last one that exists, or, where none does, the shard's last: its memory may be read. */
+__device__ static inline const ls_real *row_to_read(const linear &x, const strip &y, ls_view v, int r)
 {
-    return threadIdx.x / FILLERS + n * (LS_THREADS / FILLERS);
+    return ls_row(v, y.at.b, y.at.h, ls_min(y.at.t, x.s.rows - 1)) + ls_max(0, ls_min(r, y.exist - 1)) * v.st;
 }
-__device__ static inline int fill_column()
-{
-    return threadIdx.x % FILLERS * 4;
-}
-template <class M> __device__ static inline void fill_tile(const ls_four (&z)[EACH], int width, typename M::number *to)
-{
-    if (fill_column() >= width) return;
+
+/* Of a tile W columns wide that is being filled, each thread has four columns, in EACH rows. */
+template <int W> struct filling {
+    enum { FILLERS = W / 4, EACH = SIDE * FILLERS / LS_THREADS };
+    __device__ static inline int row(int n)
+    {
+        return threadIdx.x / FILLERS + n * (LS_THREADS / FILLERS);
+    }
+    __device__ static inline int column()
+    {
+        return threadIdx.x % FILLERS * 4;
+    }
+    template <class M> __device__ static inline void tile(const ls_four (&z)[EACH], int width, typename M::number *to)
+    {
+        if (column() >= width) return;
 #pragma unroll
-    for (int n = 0; n < EACH; n++) write_numbers(z[n], to + fill_row(n) * M::PITCH + fill_column());
-}
+        for (int n = 0; n < EACH; n++) write_numbers(z[n], to + row(n) * M::PITCH + column());
+    }
+};
 
 /* A tile = numbers [e0, e0 + SIDE) of the strip's rows; 0 where there are none. */
 template <class M>
 __device__ static void load_rows(const linear &x, const strip &y, int64_t e0, ls_view rows, const uint8_t *pad,
                                  int fours, typename M::number *to)
 {
-    const int64_t e = e0 + fill_column(), left = x.d - e;
-    const ls_real *first = ls_row(rows, y.at.b, y.at.h, 0) + (left > 0 ? e : 0);
-    ls_four z[EACH];
-    int there[EACH];
+    typedef filling<SIDE> fill;
+    const int64_t left = x.d - e0 - fill::column(), e = left > 0 ? e0 + fill::column() : 0;
+    const uint8_t *pads = pad == NULL ? NULL : pad + y.at.b * x.s.rows + y.at.t;
+    ls_four z[fill::EACH];
+    int there[fill::EACH];
 #pragma unroll
-    for (int n = 0; n < EACH; n++) there[n] = fill_row(n) < y.count && is_there(x.s, pad, place_in(y, fill_row(n)));
-    read_fours<EACH>(
-        fours, [&](int n) { return first + ls_min(y.at.t + fill_row(n), x.s.rows - 1) * rows.st; },
+    for (int n = 0; n < fill::EACH; n++) there[n] = fill::row(n) < y.exist && (pads == NULL || pads[fill::row(n)] == 0);
+    read_fours<fill::EACH>(
+        fours, [&](int n) { return row_to_read(x, y, rows, fill::row(n)) + e; },
         [&](int n) { return there[n] ? left : 0; }, z);
-    fill_tile<M>(z, whole<M>(x.d - e0), to);
+    fill::template tile<M>(z, whole<M>(x.d - e0), to);
 }
 
 /* A tile = features [f0, f0 + SIDE), numbers [e0, e0 + SIDE) of a state S (F,d); 0 where there are none. */
 template <class M>
 __device__ static void load_state(const linear &x, const ls_real *S, int64_t f0, int64_t e0, typename M::number *to)
 {
-    const int64_t e = e0 + fill_column(), left = x.d - e;
-    const ls_real *first = S + (left > 0 ? e : 0);
-    ls_four z[EACH];
-    read_fours<EACH>(
-        x.d % 4 == 0, [&](int n) { return first + ls_min(f0 + fill_row(n), x.F - 1) * x.d; },
-        [&](int n) { return f0 + fill_row(n) < x.F ? left : 0; }, z);
-    fill_tile<M>(z, whole<M>(x.d - e0), to);
+    typedef filling<SIDE> fill;
+    const int64_t left = x.d - e0 - fill::column();
+    const ls_real *first = S + f0 * x.d + (left > 0 ? e0 + fill::column() : 0);
+    const int all = (int)ls_min(SIDE, x.F - f0);
+    ls_four z[fill::EACH];
+    read_fours<fill::EACH>(
+        x.d % 4 == 0, [&](int n) { return first + ls_min(fill::row(n), all - 1) * x.d; },
+        [&](int n) { return fill::row(n) < all ? left : 0; }, z);
+    fill::template tile<M>(z, whole<M>(x.d - e0), to);
 }
 
 /* ------------------------------------------------------------------------------------------------ features */
@@ -442,11 +454,12 @@ __device__ static inline void read_features(const linear &x, const features &y, 
                                             F f, ls_four (&z)[N])
 {
     const int made = y.act == LS_LINEAR_MADE;
-    const ls_real *first = made ? y.made + s.R * x.r : ls_row(y.rows, s.at.b, s.at.h, 0);
-    const int64_t step = made ? x.r : y.rows.st, from = made ? 0 : s.at.t, last = made ? s.count - 1 : x.s.rows - 1;
+    const ls_real *first = made ? y.made + s.R * x.r : row_to_read(x, s, y.rows, 0);
+    const int64_t step = made ? x.r : y.rows.st;
+    const int last = s.exist > 0 ? s.exist - 1 : 0;
     read_fours<N>(
-        y.fours, [&](int n) { return first + ls_min(from + row(n), last) * step + (f(n) < x.r ? f(n) : 0); },
-        [&](int n) { return row(n) < s.count && of.by[row(n)] != 0 ? x.r - f(n) : 0; }, z);
+        y.fours, [&](int n) { return first + ls_min(row(n), last) * step + (f(n) < x.r ? f(n) : 0); },
+        [&](int n) { return of.by[row(n)] != 0 ? x.r - f(n) : 0; }, z);
     const auto activate = [&](int act) {
 #pragma unroll
         for (int n = 0; n < N; n++)
@@ -458,42 +471,59 @@ __device__ static inline void read_features(const linear &x, const features &y, 
     if (y.act == LS_LINEAR_ONE_PLUS_ELU) activate(LS_LINEAR_ONE_PLUS_ELU);
 }
 
+/* The features of load_features, which has a choice of widths: of what is narrow threads would find nothing. */
+template <class M, int W>
+__device__ static inline void load_some_features(const linear &x, const features &y, const strip &s, const facts &of,
+                                                 int64_t f0, int turned, typename M::number *to)
+{
+    typedef filling<W> fill;
+    const int turns = turned && x.turns, column = fill::column();
+    const int64_t all = turned ? x.F : x.r, f = f0 + column, mine = turns && f >= x.r ? f - x.r : f;
+    ls_four z[fill::EACH];
+    if (!turns || x.r % 4 == 0) { /* no four has sines and cosines */
+        read_features<fill::EACH>(
+            x, y, s, of, fill::row, [&](int) { return f < all ? mine : x.r; }, z);
+    } else {
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            ls_four one[fill::EACH];
+            const int64_t g = f + k >= all ? x.r : f + k < x.r ? f + k : f + k - x.r;
+            read_features<fill::EACH>(
+                x, y, s, of, fill::row, [&](int) { return g; }, one);
+#pragma unroll
+            for (int n = 0; n < fill::EACH; n++) z[n].v[k] = one[n].v[0];
+        }
+    }
+    const int exponentials = (int)ls_min(ls_max(x.exponentials - f, 0), 4); /* of the four; what turns has none */
+#pragma unroll
+    for (int n = 0; n < fill::EACH; n++) {
+        const int r = fill::row(n);
+        const ls_real by = of.by[r], past = of.past[r];
+#pragma unroll
+        for (int k = 0; k < 4 && x.exponentials > 0; k++) {
+            ls_real e = past * z[n].v[k];
+            if (y.keys)
+                e = ls_exp(z[n].v[k] > past ? 0 : z[n].v[k] - past); /* above c are only keys that nobody sees */
+            if (k < exponentials) z[n].v[k] = e;
+        }
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            z[n].v[k] *= by;
+            if (turns) z[n].v[k] *= f + k < x.r ? of.sine[r] : of.cosine[r];
+        }
+    }
+    fill::template tile<M>(z, whole<M>(all - f0), to);
+}
+
 /* A tile = features [f0, f0 + SIDE) of the strip's rows; turned: of F, otherwise of r. */
 template <class M>
 __device__ static void load_features(const linear &x, const features &y, const strip &s, const facts &of, int64_t f0,
                                      int turned, typename M::number *to)
 {
-    const int turns = turned && x.turns;
-    const int64_t all = turned ? x.F : x.r, f = f0 + fill_column(), mine = turns && f >= x.r ? f - x.r : f;
-    ls_four z[EACH];
-    if (!turns || x.r % 4 == 0) { /* no four has sines and cosines */
-        read_features<EACH>(
-            x, y, s, of, fill_row, [&](int) { return f < all ? mine : x.r; }, z);
-    } else {
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            ls_four one[EACH];
-            const int64_t g = f + k >= all ? x.r : f + k < x.r ? f + k : f + k - x.r;
-            read_features<EACH>(
-                x, y, s, of, fill_row, [&](int) { return g; }, one);
-#pragma unroll
-            for (int n = 0; n < EACH; n++) z[n].v[k] = one[n].v[0];
-        }
-    }
-#pragma unroll
-    for (int n = 0; n < EACH; n++) {
-        const int r = fill_row(n);
-        const ls_real by = of.by[r];
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            if (x.exponentials == 0)
-                z[n].v[k] *= by;
-            else if (by != 0 && f + k < all)
-                z[n].v[k] = feature_of(x, y, of, r, turns && f + k >= x.r ? f + k - x.r : f + k, z[n].v[k]);
-            if (turns) z[n].v[k] *= f + k < x.r ? of.sine[r] : of.cosine[r];
-        }
-    }
-    fill_tile<M>(z, whole<M>(all - f0), to);
+    if ((turned ? x.F : x.r) - f0 > SIDE / 2)
+        load_some_features<M, SIDE>(x, y, s, of, f0, turned, to);
+    else
+        load_some_features<M, SIDE / 2>(x, y, s, of, f0, turned, to);
 }
 
 /* Gradients of features [f, f + N) of row i, as they were made, 0 where the row is not there: to `gradient`; those that

@@ -1,11 +1,11 @@
 /* Performer on a GPU: the feature map of performer.c; the phases are those of linear.cu.
  *
  * How the work is divided. A block takes a tile of rows and makes their features, or from the gradient of these that of
- * the rows, in one pass over memory: W x goes by pieces of shared memory, what follows row by row, a warp for each. So
- * rows are read where they lie, and nothing wider than features is written in between. W is drawn number by number, in
- * double; each block of d rows that is to be orthogonal belongs to one block of threads, in which a warp has a row: row
- * k is taken out of all rows after it at once, so that a step for each row is all that has to wait. Meanwhile the rows
- * lie in shared memory, if they fit there. */
+ * the rows, in one pass over memory: W x goes by pieces of shared memory, what follows by the threads that share a row.
+ * So rows are read where they lie, and nothing wider than features is written in between. W is drawn number by number,
+ * in double; each block of d rows that is to be orthogonal belongs to one block of threads, in which a warp has a row:
+ * row k is taken out of all rows after it at once, so that a step for each row is all that has to wait. Meanwhile the
+ * rows lie in shared memory, if they fit there. */
 #include "linear_cuda.h"
 
 extern "C" {
@@ -114,9 +114,12 @@ static void project(ls_pass *p)
 
 /* ------------------------------------------------------------------------------------------------ rows */
 
-/* A block has TILE rows of one head at a time: thread (group, column) the rows group, group + GROUPS, ... */
+/* A block has TILE rows of one (b,h) at a time: thread (group, column) the rows group, group + GROUPS, ... The threads
+ * of a row are side by side in a warp. */
 enum { TILE = 128, COLUMNS = 8, GROUPS = LS_THREADS / COLUMNS, EACH = TILE / GROUPS };
-enum { WIDE = 16, SHORT = WIDE + 4 }; /* features that meet at a time; see PITCH */
+/* Numbers of a row, and features, that are in shared memory at a time, and from one row to the next, so that rows side
+ * by side begin in other banks. */
+enum { DEEP = 64, PITCH = DEEP + 4, WIDE = 16, NARROW = WIDE + 4 };
 
 namespace
 {
@@ -126,9 +129,20 @@ typedef struct shape {
     int any; /* any_will_do() */
 } shape;
 
+/* Rows [R, R + count) of the slab, those that the shard has, of which the first is at `at`. */
 typedef struct tile {
-    int64_t h, first, count; /* rows [first, first + count) of all that head h has in the slab */
+    place at;
+    int64_t R;
+    int count;
 } tile;
+
+/* Those of a tile, and in memory. */
+typedef struct rows_of_tile {
+    const ls_real *first;
+    int64_t step;
+    const uint8_t *pad; /* NULL: none is padded */
+    int count, fours;
+} rows_of_tile;
 } // namespace
 
 static shape shape_of(const ls_pass *p)
@@ -137,90 +151,144 @@ static shape shape_of(const ls_pass *p)
     return s;
 }
 
-LS_BOTH_SIDES int64_t tiles_of(const slab &s)
+LS_BOTH_SIDES int64_t tiles_of_each(const slab &s)
 {
-    return s.H * ((rows_per_head(s) + TILE - 1) / TILE);
+    return (s.K * s.C + TILE - 1) / TILE;
 }
 
 __device__ static inline tile tile_of(const slab &s, int64_t i)
 {
-    const int64_t n = rows_per_head(s), each = (n + TILE - 1) / TILE;
+    const int64_t each = quotient(s.K * s.C + TILE - 1, TILE), g = quotient(i, each), u = (i - g * each) * TILE;
     tile t;
-    t.h = i / each;
-    t.first = i % each * TILE;
-    t.count = ls_min(TILE, n - t.first);
+    t.R = g * s.K * s.C + u;
+    t.at = place_of(s, t.R);
+    t.count = (int)ls_max(0, ls_min(ls_min(TILE, s.K * s.C - u), s.rows - t.at.t));
     return t;
 }
 
-/* W (m,d) of a head: features [f0, f0 + WIDE), numbers [e0, e0 + DEEP), 0 where there are none. */
+__device__ static inline rows_of_tile rows_there(const slab &s, const tile &t, ls_view v, const uint8_t *pad, int fours)
+{
+    rows_of_tile y;
+    y.first = ls_row(v, t.at.b, t.at.h, t.at.t);
+    y.step = v.st;
+    y.pad = pad == NULL ? NULL : pad + t.at.b * s.rows + t.at.t;
+    y.count = t.count;
+    y.fours = fours;
+    return y;
+}
+
+__device__ static inline int is_there(const rows_of_tile &x, int r)
+{
+    return r < x.count && (x.pad == NULL || x.pad[r] == 0);
+}
+
+/* `to` (TILE,PITCH) = numbers [e0, e0 + DEEP) of the rows, 0 where there are none. */
+__device__ static void load_rows(const rows_of_tile &x, int64_t d, int64_t e0, ls_real *to)
+{
+    enum { FILLERS = DEEP / 4, TIMES = TILE * FILLERS / LS_THREADS };
+    const int e = threadIdx.x % FILLERS * 4;
+    const int64_t left = d - e0 - e;
+    const ls_real *from = x.first + e0 + e;
+    ls_four z[TIMES];
+#pragma unroll
+    for (int n = 0; n < TIMES; n++) {
+        const int r = threadIdx.x / FILLERS + n * (LS_THREADS / FILLERS);
+        z[n] = {};
+        if (left <= 0 || !is_there(x, r)) continue;
+        if (x.fours) {
+            z[n] = ls_four_at(from + r * x.step);
+            continue;
+        }
+        for (int k = 0; k < 4 && k < left; k++) z[n].v[k] = from[r * x.step + k];
+    }
+#pragma unroll
+    for (int n = 0; n < TIMES; n++)
+        *(ls_four *)(to + (threadIdx.x / FILLERS + n * (LS_THREADS / FILLERS)) * PITCH + e) = z[n];
+}
+
+/* W (m,d) of a head: features [f0, f0 + WIDE), numbers [e0, e0 + DEEP), 0 where there are none; to each thread four. */
 __device__ static void load_projection(shape x, const ls_real *W, int64_t f0, int64_t e0, ls_real *to)
 {
-    for (int i = threadIdx.x; i < WIDE * DEEP; i += LS_THREADS) {
-        const int f = i / DEEP, e = i % DEEP;
-        to[f * PITCH + e] = f0 + f < x.m && e0 + e < x.d ? W[(f0 + f) * x.d + e0 + e] : 0;
+    static_assert(WIDE * DEEP == 4 * LS_THREADS, "a thread has four");
+    const int f = threadIdx.x / (DEEP / 4), e = threadIdx.x % (DEEP / 4) * 4;
+    const ls_real *from = W + (f0 + f) * x.d + e0 + e;
+    ls_four z = {};
+    for (int k = 0; k < 4; k++)
+        if (f0 + f < x.m && e0 + e + k < x.d) z.v[k] = from[k];
+    *(ls_four *)(to + f * PITCH + e) = z;
+}
+
+/* Over the threads of a row. */
+__device__ static inline ls_real row_sum(ls_real x)
+{
+    for (int step = COLUMNS / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+}
+__device__ static inline ls_real row_max(ls_real x)
+{
+    for (int step = COLUMNS / 2; step > 0; step /= 2) {
+        const ls_real other = __shfl_xor_sync(0xffffffffu, x, step);
+        x = other > x ? other : x;
     }
+    return x;
 }
 
 /* ------------------------------------------------------------------------------------------------ features */
 
-/* |row|²/2 of the scaled row, for all lanes. */
-__device__ static inline ls_real half_of(shape s, const ls_real *row)
-{
-    ls_real sum = 0;
-    LS_EACH_LANE(e, s.d) sum += row[e] * row[e];
-    return s.scale / 2 * ls_warp_sum(sum);
-}
-
-__device__ static inline ls_real highest(int64_t n, const ls_real *x)
+/* The threads of a row have each the logits f = column, column + COLUMNS, ... in memory, and make features of them.
+ * half: |row|²/2 of the scaled row. there: 0: the row is left alone. */
+__device__ static inline ls_real highest_logit(shape x, const ls_real *row, int there)
 {
     ls_real top = -INFINITY;
-    LS_EACH_LANE(i, n) top = x[i] > top ? x[i] : top;
-    return ls_warp_max(top);
+    for (int64_t f = threadIdx.x % COLUMNS; f < x.m && there; f += COLUMNS) top = row[f] > top ? row[f] : top;
+    return row_max(top);
 }
 
-/* A row a (m+1) of logits becomes features; e (m) their exponentials, NULL: not wanted. */
-__device__ static void finish_query(shape x, const ls_real *row, ls_real *a, ls_real *e)
+/* a (m+1); e (m): exponentials, NULL: not wanted. */
+__device__ static inline void finish_query(shape x, ls_real half, int there, ls_real *a, ls_real *e)
 {
+    const ls_real top = highest_logit(x, a, there) + (x.any ? 0 : half);
     ls_real sum = 0;
-    const ls_real half = x.any ? 0 : half_of(x, row), top = highest(x.m, a) + half;
-    LS_EACH_LANE(r, x.m)
-    {
-        const ls_real y = ls_exp(a[r] - top);
-        if (e != NULL) e[r] = y;
-        a[r] = y + x.eps;
+    for (int64_t f = threadIdx.x % COLUMNS; f < x.m && there; f += COLUMNS) {
+        const ls_real y = ls_exp(a[f] - top);
+        if (e != NULL) e[f] = y;
+        a[f] = y + x.eps;
         sum += y;
     }
-    sum = ls_warp_sum(sum);
-    if (threadIdx.x % LS_WARP == 0) a[x.m] = x.eps * (sum + (ls_real)x.m * x.eps);
+    sum = row_sum(sum);
+    if (there && threadIdx.x % COLUMNS == 0) a[x.m] = x.eps * (sum + (ls_real)x.m * x.eps);
 }
 
-/* A row b (m+1) of logits becomes exponents, and a 1. */
-__device__ static void finish_key(shape x, const ls_real *row, ls_real *b, ls_real *top)
+/* b (m+1): exponents, and a 1. */
+__device__ static inline void finish_key(shape x, ls_real half, int there, ls_real *b, ls_real *top)
 {
-    const ls_real half = half_of(x, row), most = highest(x.m, b);
-    LS_EACH_LANE(r, x.m) b[r] -= half;
-    if (threadIdx.x % LS_WARP != 0) return;
+    const ls_real most = highest_logit(x, b, there);
+    for (int64_t f = threadIdx.x % COLUMNS; f < x.m && there; f += COLUMNS) b[f] -= half;
+    if (!there || threadIdx.x % COLUMNS != 0) return;
     b[x.m] = 1;
     *top = most - (x.any ? half : 0);
 }
 
 /* y (R,m+1) = the features of rows. Products are those of floats, whatever the precision: they become exponents. Keys
  * have top, queries not. */
-__global__ static void make_features(slab s, shape x, ls_view rows, const uint8_t *pad, int fours, const ls_real *W,
-                                     ls_real *y, ls_real *e, ls_real *top)
+__global__ static void __launch_bounds__(LS_THREADS, 3)
+    make_features(slab s, shape x, ls_view rows, const uint8_t *pad, int fours, const ls_real *W, int64_t tiles,
+                  ls_real *y, ls_real *e, ls_real *top)
 {
     __shared__ __align__(32) ls_real of_rows[TILE * PITCH];
     __shared__ __align__(32) ls_real of_w[WIDE * PITCH];
     const int group = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
-    for (int64_t i = blockIdx.x; i < tiles_of(s); i += gridDim.x) {
+    for (int64_t i = blockIdx.x; i < tiles; i += gridDim.x) {
         const tile t = tile_of(s, i);
-        const int64_t R = t.h * rows_per_head(s) + t.first;
+        const rows_of_tile from = rows_there(s, t, rows, pad, fours);
+        ls_real *to = y + t.R * (x.m + 1);
+        ls_real half[EACH] = {0};
         for (int64_t f0 = 0; f0 < x.m; f0 += WIDE) {
             ls_real sum[EACH][2] = {{0}};
             for (int64_t e0 = 0; e0 < x.d; e0 += DEEP) {
                 __syncthreads();
-                if (f0 == 0 || x.d > DEEP) load_rows<TILE>(s, R, t.count, x.d, e0, rows, pad, fours, of_rows);
-                load_projection(x, W + t.h * x.m * x.d, f0, e0, of_w);
+                if (f0 == 0 || x.d > DEEP) load_rows(from, x.d, e0, of_rows);
+                load_projection(x, W + t.at.h * x.m * x.d, f0, e0, of_w);
                 __syncthreads();
                 for (int k = 0; k < DEEP; k += 4) {
                     const ls_four w[2] = {ls_four_at(of_w + column * PITCH + k),
@@ -232,31 +300,39 @@ __global__ static void make_features(slab s, shape x, ls_view rows, const uint8_
                         for (int j = 0; j < 4; j++) sum[u][0] += z.v[j] * w[0].v[j], sum[u][1] += z.v[j] * w[1].v[j];
                     }
                 }
+                for (int u = 0; u < EACH && f0 == 0; u++) /* each thread of a row has two fours of it */
+                    for (int k = column * 4; k < DEEP; k += COLUMNS * 4) {
+                        const ls_four z = ls_four_at(of_rows + (group + u * GROUPS) * PITCH + k);
+                        for (int j = 0; j < 4; j++) half[u] += z.v[j] * z.v[j];
+                    }
             }
+#pragma unroll
             for (int u = 0; u < EACH; u++)
+#pragma unroll
                 for (int v = 0; v < 2; v++) {
                     const int64_t r = group + u * GROUPS, f = f0 + column + v * COLUMNS;
-                    if (r < t.count && f < x.m) y[(R + r) * (x.m + 1) + f] = sum[u][v];
+                    if (r < t.count && f < x.m) to[r * (x.m + 1) + f] = sum[u][v];
                 }
         }
-        __syncthreads(); /* the logits of a row are there */
-        for (int64_t r = R + threadIdx.x / LS_WARP; r < R + t.count; r += LS_THREADS / LS_WARP) {
-            const place at = place_of(s, r);
-            if (!is_there(s, pad, at)) continue;
-            const ls_real *row = ls_row(rows, at.b, at.h, at.t);
-            ls_real *to = y + r * (x.m + 1);
+#pragma unroll
+        for (int u = 0; u < EACH; u++) {
+            const int64_t r = group + u * GROUPS;
+            const int there = is_there(from, (int)r);
+            ls_real *row = to + r * (x.m + 1);
+            half[u] = x.scale / 2 * row_sum(half[u]);
             if (top == NULL)
-                finish_query(x, row, to, e == NULL ? NULL : e + r * x.m);
+                finish_query(x, half[u], there, row, e == NULL ? NULL : e + (t.R + r) * x.m);
             else
-                finish_key(x, row, to, top + r);
+                finish_key(x, half[u], there, row, top + t.R + r);
         }
     }
 }
 
 static void features(ls_pass *p, slab s, ls_view rows, const uint8_t *pad, ls_real *y, ls_real *e, ls_real *top)
 {
-    LS_LAUNCH(p->queue, make_features, ls_blocks(tiles_of(s), 1), LS_THREADS, 0, s, shape_of(p), rows, pad,
-              reads_fours(rows, p->d), p->saved[PROJECTION], y, e, top);
+    const int64_t tiles = s.H * s.B * tiles_of_each(s);
+    LS_LAUNCH(p->queue, make_features, ls_blocks(tiles, 1), LS_THREADS, 0, s, shape_of(p), rows, pad,
+              reads_fours(rows, p->d), p->saved[PROJECTION], tiles, y, e, top);
 }
 
 static void queries(ls_pass *p, slab s, ls_real *a)
@@ -272,76 +348,92 @@ static void keys(ls_pass *p, slab s, ls_real *b, ls_real *top)
 /* ------------------------------------------------------------------------------------------------ gradients */
 
 /* The gradient of logits [f0, f0 + WIDE) of the tile's rows, from dy (R,m+1), that of features: queries have e. */
-__device__ static void load_gradients(shape x, int64_t R, int64_t count, int64_t f0, const ls_real *e,
+__device__ static void load_gradients(shape x, const tile &t, const rows_of_tile &rows, int64_t f0, const ls_real *e,
                                       const ls_real *dy, ls_real *to)
 {
-    for (int i = threadIdx.x; i < TILE * WIDE; i += LS_THREADS) {
-        const int64_t r = i / WIDE, f = f0 + i % WIDE;
-        const ls_real *from = dy + (R + r) * (x.m + 1);
+    enum { TIMES = TILE * WIDE / LS_THREADS };
+    const int f = threadIdx.x % WIDE;
+    dy += t.R * (x.m + 1);
+#pragma unroll
+    for (int n = 0; n < TIMES; n++) {
+        const int r = threadIdx.x / WIDE + n * (LS_THREADS / WIDE);
         ls_real g = 0;
-        if (r < count && f < x.m) g = e == NULL ? from[f] : e[(R + r) * x.m + f] * (from[f] + x.eps * from[x.m]);
-        to[r * SHORT + i % WIDE] = g;
+        if (f0 + f < x.m && is_there(rows, r)) { /* others have no exponentials */
+            g = dy[r * (x.m + 1) + f0 + f];
+            if (e != NULL) g = e[(t.R + r) * x.m + f0 + f] * (g + x.eps * dy[r * (x.m + 1) + x.m]);
+        }
+        to[r * NARROW + f] = g;
     }
 }
 
 /* drows = scale^½ Wᵀ dx - scale row Σ_m dx, dx the gradient of logits; W is scaled already. */
-__global__ static void features_backward(slab s, shape x, ls_view rows, const uint8_t *pad, int fours, const ls_real *W,
-                                         const ls_real *e, const ls_real *dy, ls_view drows, int add)
+__global__ static void __launch_bounds__(LS_THREADS, 3)
+    features_backward(slab s, shape x, ls_view rows, const uint8_t *pad, int fours, const ls_real *W, const ls_real *e,
+                      const ls_real *dy, int64_t tiles, int pieces, ls_view drows, int add)
 {
-    __shared__ __align__(32) ls_real of_x[TILE * SHORT];
+    __shared__ __align__(32) ls_real of_x[TILE * NARROW];
     __shared__ __align__(32) ls_real of_w[WIDE * PITCH];
     const int group = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
-    const int64_t pieces = (x.d + DEEP - 1) / DEEP;
-    for (int64_t i = blockIdx.x; i < tiles_of(s) * pieces; i += gridDim.x) {
-        const tile t = tile_of(s, i / pieces);
-        const int64_t R = t.h * rows_per_head(s) + t.first, e0 = i % pieces * DEEP;
+    for (int64_t i = blockIdx.x; i < tiles * pieces; i += gridDim.x) {
+        const int64_t n = quotient(i, pieces), e0 = (i - n * pieces) * DEEP;
+        const tile t = tile_of(s, n);
+        const rows_of_tile from = rows_there(s, t, rows, pad, fours);
+        ls_real *to = ls_row(drows, t.at.b, t.at.h, t.at.t);
         ls_real sum[EACH][2][4] = {{{0}}}, all[EACH] = {0};
         for (int64_t f0 = 0; f0 < x.m; f0 += WIDE) {
             __syncthreads();
-            load_gradients(x, R, t.count, f0, e, dy, of_x);
-            load_projection(x, W + t.h * x.m * x.d, f0, e0, of_w);
+            load_gradients(x, t, from, f0, e, dy, of_x);
+            load_projection(x, W + t.at.h * x.m * x.d, f0, e0, of_w);
             __syncthreads();
+#pragma unroll 4
             for (int k = 0; k < WIDE; k++) {
                 const ls_four w[2] = {ls_four_at(of_w + k * PITCH + column * 4),
                                       ls_four_at(of_w + k * PITCH + DEEP / 2 + column * 4)};
 #pragma unroll
                 for (int u = 0; u < EACH; u++) {
-                    const ls_real z = of_x[(group + u * GROUPS) * SHORT + k];
+                    const ls_real z = of_x[(group + u * GROUPS) * NARROW + k];
                     all[u] += z;
 #pragma unroll
                     for (int j = 0; j < 4; j++) sum[u][0][j] += z * w[0].v[j], sum[u][1][j] += z * w[1].v[j];
                 }
             }
         }
-        for (int u = 0; u < EACH; u++)
+#pragma unroll
+        for (int u = 0; u < EACH; u++) {
+            const int r = group + u * GROUPS, there = is_there(from, r);
+            if (r >= t.count) continue;
+            const ls_real by = x.scale * all[u];
+            const ls_real *row = from.first + r * from.step;
+            ls_real *drow = to + r * drows.st;
+#pragma unroll
             for (int v = 0; v < 2; v++) {
-                const int64_t r = group + u * GROUPS, from = e0 + v * (DEEP / 2) + column * 4;
-                if (r >= t.count) continue;
-                const place at = place_of(s, R + r);
-                if (at.t >= s.rows) continue;
-                const int there = is_there(s, pad, at);
-                const ls_real *row = ls_row(rows, at.b, at.h, at.t);
-                ls_real *to = ls_row(drows, at.b, at.h, at.t);
-                if (from < x.d && fours) {
-                    const ls_four z = there ? ls_four_at(row + from) : ls_four{};
-                    ls_four y = add ? ls_four_at(to + from) : ls_four{};
-                    for (int j = 0; j < 4 && there; j++) y.v[j] += sum[u][v][j] - x.scale * all[u] * z.v[j];
-                    *(ls_four *)(to + from) = y;
+                const int64_t at = e0 + v * (DEEP / 2) + column * 4;
+                if (at < x.d && fours) {
+                    const ls_four z = ls_four_at(row + at);
+                    ls_four g = {};
+                    if (add) g = ls_four_at(drow + at);
+#pragma unroll
+                    for (int j = 0; j < 4; j++) g.v[j] += there ? sum[u][v][j] - by * z.v[j] : 0;
+                    *(ls_four *)(drow + at) = g;
                 }
-                for (int j = 0; j < 4 && from + j < x.d && !fours; j++) {
-                    const ls_real y = there ? sum[u][v][j] - x.scale * all[u] * row[from + j] : 0;
-                    to[from + j] = add ? to[from + j] + y : y;
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    if (at + j >= x.d || fours) continue;
+                    const ls_real g = there ? sum[u][v][j] - by * row[at + j] : 0;
+                    drow[at + j] = add ? drow[at + j] + g : g;
                 }
             }
+        }
     }
 }
 
 static void backward(ls_pass *p, slab s, ls_view rows, const uint8_t *pad, const ls_real *e, const ls_real *dy,
                      ls_view drows, int add)
 {
-    const int64_t pieces = (p->d + DEEP - 1) / DEEP;
-    LS_LAUNCH(p->queue, features_backward, ls_blocks(tiles_of(s) * pieces, 1), LS_THREADS, 0, s, shape_of(p), rows, pad,
-              reads_fours(rows, p->d) && reads_fours(drows, p->d), p->saved[PROJECTION], e, dy, drows, add);
+    const int64_t pieces = (p->d + DEEP - 1) / DEEP, tiles = s.H * s.B * tiles_of_each(s);
+    LS_LAUNCH(p->queue, features_backward, ls_blocks(tiles * pieces, 1), LS_THREADS, 0, s, shape_of(p), rows, pad,
+              reads_fours(rows, p->d) && reads_fours(drows, p->d), p->saved[PROJECTION], e, dy, tiles, (int)pieces,
+              drows, add);
 }
 
 static void queries_backward(ls_pass *p, slab s, const ls_real *da)

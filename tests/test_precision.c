@@ -337,9 +337,10 @@ static void repeated(ls_context *ctx, int rounds, const char *mechanism, int64_t
                 {"dq", ok ? repeated_error(many.n_query, many.dquery, few.n_query, few.dquery, 1) : 0},
                 {"dk", ok ? repeated_error(many.n_key, many.dkey, few.n_key, few.dkey, share) : 0},
                 {"dv", ok ? repeated_error(many.n_key, many.dvalue, few.n_key, few.dvalue, share) : 0}};
+    const double room = getenv("LONGSPAN_TEST_GPU") != NULL ? 2 : 1; /* as for golden files: tensor cores truncate */
     for (int i = 0; i < (rounds && of_keys ? 1 : 4); i++)
-        verdict(part[i].error <= LAW_TOLERANCE, "repeated %s: %s: %s: error %.1e", of_keys ? "keys" : "queries", p.text,
-                part[i].name, part[i].error);
+        verdict(part[i].error <= room * LAW_TOLERANCE, "repeated %s%s: %s: %s: error %.1e",
+                of_keys ? "keys" : "queries", rounds ? ", operands rounded" : "", p.text, part[i].name, part[i].error);
     answer_free(&few), answer_free(&many);
     problem_free(&p), problem_free(&l);
 }
