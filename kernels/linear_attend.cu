@@ -24,10 +24,10 @@ __device__ static inline int of_share(int i)
 }
 #define EACH_OF_SHARE(i, k, f, n)                                                                                      \
     _Pragma("unroll") for (int i = 0; i < PIECES; i++)                                                                 \
-        _Pragma("unroll") for (int k = 0; k < 4; k++) if (const int64_t f = f0 + of_share(i) + k; f < (n))
+        _Pragma("unroll") for (int k = 0; k < 4; k++) if (const int f = f0 + of_share(i) + k; f < (n))
 /* Features of the row, from f0 on, as they were made. */
-__device__ static inline void read_share(const linear &x, const features &y, const strip &s, const facts &of,
-                                         int64_t f0, ls_four (&z)[PIECES])
+__device__ static inline void read_share(const linear &x, const features &y, const strip &s, const facts &of, int f0,
+                                         ls_four (&z)[PIECES])
 {
     read_features<PIECES>(
         x, y, s, of, [](int) { return (int)threadIdx.x / SHARE; }, [&](int i) { return f0 + of_share(i); }, z);
@@ -41,7 +41,7 @@ __device__ static inline ls_real apart(const linear &x, int i, int j, int count)
 
 /* Sums of a strip's rows, as `made` (row, sum) has them, to numbers [e0, e0 + SIDE) of rows that exist; add: +=. */
 template <class M, int FORM, typename F>
-__device__ static inline void put_rows(const linear &x, const strip &s, sums<M, FORM> &sum, ls_view v, int64_t e0,
+__device__ static inline void put_rows(const linear &x, const strip &s, sums<M, FORM> &sum, ls_view v, int e0,
                                        int fours, int add, F made)
 {
 #pragma unroll
@@ -51,7 +51,7 @@ __device__ static inline void put_rows(const linear &x, const strip &s, sums<M, 
         ls_real *to = row_in(s, v, i) + e0;
 #pragma unroll
         for (int c = 0; c < sum.V; c += M::TOGETHER) {
-            const int64_t left = x.d - e0 - sum.column(c);
+            const int left = x.d - e0 - sum.column(c);
             ls_few<M::TOGETHER> y = {};
             if (add) y = read_some<M::TOGETHER>(to + sum.column(c), left, fours);
             for (int k = 0; k < M::TOGETHER; k++) y.v[k] += made(i, sum.at(u, c + k));
@@ -73,33 +73,47 @@ typedef struct pairs {
 } // namespace
 
 /* Feature f of query i and of key j, as they see each other in a steep chunk. */
-__device__ static inline ls_real steep_query(const linear &x, const pairs &p, const strip &s, int i, int64_t f)
+__device__ static inline ls_real steep_query(const linear &x, const pairs &p, const strip &s, int i, int f)
 {
     return p.of_q->by[i] == 0 ? 0 : p.q.made[(s.R + i) * x.r + f];
 }
-__device__ static inline ls_real steep_key(const linear &x, const pairs &p, const strip &s, int i, int j, int64_t f)
+__device__ static inline ls_real steep_key(const linear &x, const pairs &p, const strip &s, int i, int j, int f)
 {
     return p.of_k->by[j] == 0 ? 0 : seen_from(x, s.R + j, f, x.c[s.R + i]);
 }
 
-/* w = a·b of the pairs of a chunk. a, b: tiles. */
+/* w (SIDE,PITCH) = (a·b) cos ω(i - j) of the pairs of a chunk. a, b: tiles. Steep chunks are rare: what is done for
+ * them is short, not fast. */
 template <class M>
 __device__ static void multiply_pairs(const linear &x, const pairs &p, const strip &s, typename M::number *a,
-                                      typename M::number *b, sums<M, ROWS_ROWS> &w)
+                                      typename M::number *b, typename M::number *w)
 {
-    w.clear();
-    for (int64_t f = 0; f < x.r && !p.steep; f += SIDE) {
+    __syncthreads();
+    if (p.steep) {
+        const int i = threadIdx.x / SHARE;
+        for (int j = threadIdx.x % SHARE; j < SIDE; j += SHARE) {
+            typename M::sum y = 0;
+            for (int f = 0; f < x.r && j <= i && i < s.count; f++)
+                y += (typename M::sum)(steep_query(x, p, s, i, f) * steep_key(x, p, s, i, j, f));
+            write_number(y * apart(x, i, j, s.count), w + i * M::PITCH + j);
+        }
+        return;
+    }
+    sums<M, ROWS_ROWS> sum;
+    sum.clear();
+    for (int f = 0; f < x.r; f += SIDE) {
         __syncthreads();
         load_features<M>(x, p.q, s, *p.of_q, f, 0, a);
         load_features<M>(x, p.k, s, *p.of_k, f, 0, b);
         __syncthreads();
-        w.add(whole<M>(x.r - f), a, b);
+        sum.add(whole<M>(x.r - f), a, b);
     }
-    for (int u = 0; u < w.U && p.steep; u++)
-        for (int v = 0; v < w.V; v++) {
-            const int i = w.row(u), j = w.column(v);
-            for (int64_t f = 0; f < x.r && j <= i && i < s.count; f++)
-                w.at(u, v) += (typename M::sum)(steep_query(x, p, s, i, f) * steep_key(x, p, s, i, j, f));
+#pragma unroll
+    for (int u = 0; u < sum.U; u++)
+#pragma unroll
+        for (int v = 0; v < sum.V; v++) {
+            const int i = sum.row(u), j = sum.column(v);
+            write_number(sum.at(u, v) * apart(x, i, j, s.count), w + i * M::PITCH + j);
         }
 }
 
@@ -108,27 +122,32 @@ template <class M>
 __device__ static void pairs_to_queries(const linear &x, const pairs &p, const strip &s, const typename M::number *dw,
                                         typename M::number *tile)
 {
-    for (int64_t f0 = 0; f0 < x.r; f0 += SIDE) {
+    if (p.steep) {
+        const int i = threadIdx.x / SHARE;
+        __syncthreads();
+        for (int f = threadIdx.x % SHARE; f < x.r && i < s.count; f += SHARE) {
+            ls_real g = 0;
+            for (int j = 0; j <= i; j++) g += read_number(dw[i * M::PITCH + j]) * steep_key(x, p, s, i, j, f);
+            x.da[(s.R + i) * x.r + f] = g;
+        }
+        return;
+    }
+    for (int f0 = 0; f0 < x.r; f0 += SIDE) {
         sums<M, ROWS_COLUMNS> sum;
         sum.clear();
         __syncthreads();
-        if (!p.steep) load_features<M>(x, p.k, s, *p.of_k, f0, 0, tile);
+        load_features<M>(x, p.k, s, *p.of_k, f0, 0, tile);
         __syncthreads();
-        if (!p.steep) sum.add(SIDE, dw, tile);
+        sum.add(SIDE, dw, tile);
 #pragma unroll
         for (int u = 0; u < sum.U; u++)
 #pragma unroll
             for (int v = 0; v < sum.V; v += M::TOGETHER) {
-                const int i = sum.row(u);
-                const int64_t f = f0 + sum.column(v);
+                const int i = sum.row(u), f = f0 + sum.column(v);
+                if (i >= s.count || f >= x.r) continue;
                 ls_few<M::TOGETHER> g;
-                for (int k = 0; k < M::TOGETHER; k++) {
-                    g.v[k] = sum.at(u, v + k);
-                    for (int j = 0; p.steep && j <= i && i < s.count && f + k < x.r; j++)
-                        g.v[k] += read_number(dw[i * M::PITCH + j]) * steep_key(x, p, s, i, j, f + k);
-                }
-                if (i < s.count && f < x.r)
-                    write_some<M::TOGETHER>(g, x.da + (s.R + i) * x.r + f, x.r - f, x.r % 4 == 0);
+                for (int k = 0; k < M::TOGETHER; k++) g.v[k] = sum.at(u, v + k);
+                write_some<M::TOGETHER>(g, x.da + (s.R + i) * x.r + f, x.r - f, x.r % 4 == 0);
             }
     }
 }
@@ -138,27 +157,35 @@ template <class M>
 __device__ static void pairs_to_keys(const linear &x, const pairs &p, const strip &s, const typename M::number *dw,
                                      typename M::number *tile)
 {
-    for (int64_t f0 = 0; f0 < x.r; f0 += SIDE) {
+    if (p.steep) {
+        const int j = threadIdx.x / SHARE;
+        __syncthreads();
+        for (int f = threadIdx.x % SHARE; f < x.r && j < s.count; f += SHARE) {
+            ls_few<1> g = {};
+            for (int i = j; i < s.count && p.of_k->by[j] != 0; i++)
+                g.v[0] += read_number(dw[i * M::PITCH + j]) * steep_query(x, p, s, i, f) *
+                          (f < x.exponentials ? steep_key(x, p, s, i, j, f) : 1);
+            put_gradients(x, p.k, s, *p.of_k, j, f, 0, g);
+        }
+        return;
+    }
+    for (int f0 = 0; f0 < x.r; f0 += SIDE) {
         sums<M, COLUMNS_COLUMNS> sum;
         sum.clear();
         __syncthreads();
-        if (!p.steep) load_features<M>(x, p.q, s, *p.of_q, f0, 0, tile);
+        load_features<M>(x, p.q, s, *p.of_q, f0, 0, tile);
         __syncthreads();
-        if (!p.steep) sum.add(SIDE, dw, tile);
+        sum.add(SIDE, dw, tile);
 #pragma unroll
         for (int u = 0; u < sum.U; u++)
 #pragma unroll
             for (int v = 0; v < sum.V; v += M::TOGETHER) {
-                const int j = sum.row(u);
-                const int64_t f = f0 + sum.column(v);
+                const int j = sum.row(u), f = f0 + sum.column(v);
+                if (j >= s.count || f >= x.r) continue;
                 ls_few<M::TOGETHER> g;
                 for (int k = 0; k < M::TOGETHER; k++) {
-                    const int e = f + k < x.exponentials, exists = j < s.count && f + k < x.r && p.of_k->by[j] != 0;
                     g.v[k] = sum.at(u, v + k);
-                    for (int i = j; p.steep && exists && i < s.count; i++)
-                        g.v[k] += read_number(dw[i * M::PITCH + j]) * steep_query(x, p, s, i, f + k) *
-                                  (e ? steep_key(x, p, s, i, j, f + k) : 1);
-                    if (!p.steep && exists && e)
+                    if (f + k < x.exponentials && p.of_k->by[j] != 0)
                         g.v[k] *= feature_of(x, p.k, *p.of_k, j, f + k, p.k.made[(s.R + j) * x.r + f + k]);
                 }
                 put_gradients(x, p.k, s, *p.of_k, j, f, 0, g);
@@ -170,7 +197,7 @@ __device__ static void pairs_to_keys(const linear &x, const pairs &p, const stri
 
 /* D += Σ_e row_e z_e over n numbers, z NULL: 1. Each thread that shares the row adds its part. */
 template <class M>
-__device__ static inline void add_row_times(const typename M::number *row, const ls_real *z, int64_t n,
+__device__ static inline void add_row_times(const typename M::number *row, const ls_real *z, int n,
                                             typename M::exact &D)
 {
     for (int e = threadIdx.x % SHARE; e < n; e += SHARE)
@@ -198,20 +225,13 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
         find_facts(x, q, s, PAST, &of_q);
         if (NEAR) {
             const pairs p = {q_near, k_near, &near_q, &near_k, is_steep(x, s.P, end_of(x, s.P, k_near.from))};
-            sums<M, ROWS_ROWS> weight;
             find_facts(x, q_near, s, p.steep ? ALONE : NEAR_BY, &near_q);
             find_facts(x, k_near, s, PAST, &near_k);
-            __syncthreads();
-            multiply_pairs<M>(x, p, s, a, b, weight);
-            for (int u = 0; u < weight.U; u++)
-                for (int c = 0; c < weight.V; c++) {
-                    const int i = weight.row(u), j = weight.column(c);
-                    write_number(weight.at(u, c) * apart(x, i, j, s.count), w + i * M::PITCH + j);
-                }
+            multiply_pairs<M>(x, p, s, a, b, w);
             __syncthreads();
             add_row_times<M>(w + row * M::PITCH, NULL, SIDE, D);
         }
-        for (int64_t e0 = 0; e0 < x.d; e0 += SIDE) {
+        for (int e0 = 0; e0 < x.d; e0 += SIDE) {
             sums<M, ROWS_COLUMNS> sum;
             sum.clear();
             if (NEAR) {
@@ -220,13 +240,13 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
                 __syncthreads();
                 sum.add(SIDE, w, b);
             }
-            for (int64_t f = 0; f < x.F; f += SIDE) {
+            for (int f = 0; f < x.F; f += SIDE) {
                 __syncthreads();
                 load_features<M>(x, q, s, of_q, f, 1, a);
                 load_state<M>(x, mine, f, e0, b);
                 __syncthreads();
                 sum.add(whole<M>(x.F - f), a, b);
-                if (e0 == 0) add_row_times<M>(a + row * M::PITCH, z + state * x.F + f, ls_min(SIDE, x.F - f), D);
+                if (e0 == 0) add_row_times<M>(a + row * M::PITCH, z + state * x.F + f, least(SIDE, x.F - f), D);
             }
             if (e0 == 0) {
                 int flows;
@@ -243,9 +263,9 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
 /* ------------------------------------------------------------------------------------------------ backward */
 
 /* Numbers from one row of dA to the next. */
-LS_BOTH_SIDES int64_t pitch_of(int64_t F)
+LS_BOTH_SIDES int pitch_of(int F)
 {
-    return ls_fours(F) + 4;
+    return (int)ls_fours(F) + 4;
 }
 
 /* What a row's gradients are taken by: 1 / D and δ. */
@@ -267,15 +287,21 @@ __device__ static inline taken weigh_row(const linear &x, const features &q, con
     typedef typename M::exact exact;
     const int row = threadIdx.x / SHARE, share = threadIdx.x % SHARE, here = row < s.count && of_q.by[row] != 0;
     exact D = 0, dot = 0;
-    for (int64_t f0 = 0; f0 < x.r; f0 += SIDE) {
+    for (int f0 = 0; f0 < x.r; f0 += SIDE) {
         ls_four a[PIECES];
         read_share(x, q, s, of_q, f0, a);
         EACH_OF_SHARE(i, k, f, x.r)
-        for (int half = 0; here && half <= x.turns; half++) {
+        {
+            if (!here) continue;
             ls_real A = f < x.exponentials ? of_q.past[row] * a[i].v[k] : a[i].v[k];
-            if (x.turns) A *= half ? of_q.cosine[row] : of_q.sine[row];
-            D += (exact)A * (exact)z[f + half * x.r];
-            dot += (exact)A * (exact)dA[f + half * x.r];
+            if (x.turns) {
+                const ls_real other = of_q.cosine[row] * A;
+                D += (exact)other * (exact)z[f + x.r];
+                dot += (exact)other * (exact)dA[f + x.r];
+                A *= of_q.sine[row];
+            }
+            D += (exact)A * (exact)z[f];
+            dot += (exact)A * (exact)dA[f];
         }
     }
     for (int j = share; NEAR && j < SIDE; j += SHARE) {
@@ -304,7 +330,7 @@ __device__ static inline void finish_row(const linear &x, const features &q, con
 {
     const int row = threadIdx.x / SHARE, here = row < s.count && of_q.by[row] != 0;
     double square = 0, along = 0;
-    for (int64_t f0 = 0; f0 < x.r; f0 += SIDE) {
+    for (int f0 = 0; f0 < x.r; f0 += SIDE) {
         ls_four a[PIECES];
         read_share(x, q, s, of_q, f0, a);
         EACH_OF_SHARE(i, k, f, x.r)
@@ -322,7 +348,7 @@ __device__ static inline void finish_row(const linear &x, const features &q, con
     }
     square = sum_of_share(square), along = sum_of_share(along);
     const double back = y.flows && square > 0 ? along / square : 0;
-    for (int64_t f0 = 0; f0 < x.r; f0 += SIDE) {
+    for (int f0 = 0; f0 < x.r; f0 += SIDE) {
         ls_four a[PIECES];
         read_share(x, q, s, of_q, f0, a);
         EACH_OF_SHARE(i, k, f, x.r) a[i].v[k] = here ? (ls_real)((double)dA[f] - back * (double)a[i].v[k]) : 0;
@@ -341,7 +367,7 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
     enum { GAINS = SIDE + 4 };
     LS_SHARED(ls_real, memory);
     __shared__ facts of_q, near_q, near_k;
-    const int64_t pitch = pitch_of(x.F);
+    const int pitch = pitch_of(x.F);
     const int row = threadIdx.x / SHARE;
     typename M::number *a = tile_number<M>(memory, 0), *b = tile_number<M>(memory, 1);
     typename M::number *w = tile_number<M>(memory, 2), *dw = tile_number<M>(memory, 3);
@@ -355,31 +381,28 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
         __syncthreads();
         find_facts(x, q, s, PAST, &of_q);
         if (NEAR) {
-            sums<M, ROWS_ROWS> weight, gain;
             find_facts(x, q_near, s, p.steep ? ALONE : NEAR_BY, &near_q);
             find_facts(x, k_near, s, PAST, &near_k);
-            __syncthreads();
-            multiply_pairs<M>(x, p, s, a, b, weight);
+            multiply_pairs<M>(x, p, s, a, b, w);
+            sums<M, ROWS_ROWS> gain;
             gain.clear();
-            for (int64_t e0 = 0; e0 < x.d; e0 += SIDE) {
+            for (int e0 = 0; e0 < x.d; e0 += SIDE) {
                 __syncthreads();
                 load_rows<M>(x, s, e0, dout, q.at.pad, fours, a);
                 load_rows<M>(x, s, e0, v, k_near.at.pad, fours, b);
                 __syncthreads();
                 gain.add(whole<M>(x.d - e0), a, b);
             }
-            for (int u = 0; u < weight.U; u++)
-                for (int c = 0; c < weight.V; c++) {
-                    const int i = weight.row(u), j = weight.column(c);
-                    write_number(weight.at(u, c) * apart(x, i, j, s.count), w + i * M::PITCH + j);
-                    gains[i * GAINS + j] = gain.at(u, c);
-                }
+#pragma unroll
+            for (int u = 0; u < gain.U; u++)
+#pragma unroll
+                for (int c = 0; c < gain.V; c++) gains[gain.row(u) * GAINS + gain.column(c)] = gain.at(u, c);
         }
         /* dA = do Sᵀ */
-        for (int64_t f = 0; f < x.F; f += SIDE) {
+        for (int f = 0; f < x.F; f += SIDE) {
             sums<M, ROWS_ROWS> sum;
             sum.clear();
-            for (int64_t e0 = 0; e0 < x.d; e0 += SIDE) {
+            for (int e0 = 0; e0 < x.d; e0 += SIDE) {
                 __syncthreads();
                 if (f == 0 || x.d > SIDE) load_rows<M>(x, s, e0, dout, q.at.pad, fours, a);
                 load_state<M>(x, S + state * x.F * x.d, f, e0, b);
@@ -400,7 +423,7 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
         if (NEAR) {
             pairs_to_queries<M>(x, p, s, dw, b);
             pairs_to_keys<M>(x, p, s, dw, b);
-            for (int64_t e0 = 0; e0 < x.d; e0 += SIDE) {
+            for (int e0 = 0; e0 < x.d; e0 += SIDE) {
                 sums<M, COLUMNS_COLUMNS> sum;
                 sum.clear();
                 __syncthreads();
@@ -424,7 +447,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
 {
     LS_SHARED(ls_real, memory);
     __shared__ facts of_k;
-    const int64_t pitch = pitch_of(x.F);
+    const int pitch = pitch_of(x.F);
     const int row = threadIdx.x / SHARE;
     typename M::number *rows = tile_number<M>(memory, 0), *B = tile_number<M>(memory, 1),
                        *tile = tile_number<M>(memory, 2);
@@ -435,10 +458,10 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
         ls_real *dB = fits ? beside : x.dA + s.R * pitch;
         __syncthreads();
         find_facts(x, k, s, PAST, &of_k);
-        for (int64_t e0 = 0; e0 < x.d; e0 += SIDE) {
+        for (int e0 = 0; e0 < x.d; e0 += SIDE) {
             sums<M, ROWS_COLUMNS> sum;
             sum.clear();
-            for (int64_t f = 0; f < x.F; f += SIDE) {
+            for (int f = 0; f < x.F; f += SIDE) {
                 sums<M, ROWS_ROWS> gain;
                 gain.clear();
                 __syncthreads();
@@ -450,7 +473,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
                 gain.add(whole<M>(x.d - e0), rows, tile);
                 for (int u = 0; u < gain.U; u++)
                     for (int c = 0; c < gain.V; c++) {
-                        const int64_t F = f + gain.column(c);
+                        const int F = f + gain.column(c);
                         ls_real *to = dB + gain.row(u) * pitch + F;
                         if (gain.row(u) < s.count && F < x.F) *to = (e0 == 0 ? 0 : *to) + gain.at(u, c);
                     }
@@ -460,7 +483,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
         __syncthreads(); /* dB of a row is there */
         const int here = row < s.count && of_k.by[row] != 0;
         const ls_real *of_z = z + state * x.F;
-        for (int64_t f0 = 0; f0 < x.r; f0 += SIDE) {
+        for (int f0 = 0; f0 < x.r; f0 += SIDE) {
             ls_four g[PIECES] = {}, raw[PIECES] = {};
             if (x.exponentials > 0) read_share(x, k, s, of_k, f0, raw);
             EACH_OF_SHARE(i, e, f, x.r)
@@ -489,11 +512,11 @@ template <class M> static size_t shared_bytes(const linear *x, int tiles, int ga
 int64_t ls_linear_beside(const ls_pass *p, int64_t F)
 {
     linear x = {};
-    x.F = F;
+    x.F = (int)F;
     const int near = p->pattern == LS_CS;
     const size_t bytes =
         on_tensor_cores(p) ? shared_bytes<tensor>(&x, near ? 4 : 3, near, 1) : shared_bytes<plain>(&x, 3, near, 1);
-    return ls_has_shared(p->queue, bytes) ? 0 : pitch_of(F);
+    return ls_has_shared(p->queue, bytes) ? 0 : pitch_of((int)F);
 }
 
 template <class M, int NEAR> static void launch_attend(ls_pass *p, const linear *x)

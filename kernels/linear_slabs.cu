@@ -146,8 +146,9 @@ linear ls_linear_begin(ls_pass *p)
     const ls_feature_map *map = (const ls_feature_map *)p->kit;
     const sizes s = sizes_of(p);
     linear x = {};
-    const int64_t F = x.F = turned(p), r = x.r = features_of(p), d = x.d = p->d, R = s.R;
-    x.exponentials = exponentials_of(p);
+    const int64_t F = turned(p), r = features_of(p), d = p->d, R = s.R;
+    x.r = (int)r, x.F = (int)F, x.d = (int)d;
+    x.exponentials = (int)exponentials_of(p);
     x.turns = map->turn != NULL;
     x.floor = map->floor(p);
     purse w = {p->work[QUERIES]};

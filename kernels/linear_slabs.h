@@ -56,9 +56,9 @@ typedef struct level {
 /* All that kernels need, by value. P chunks in the slab, R = P C rows. */
 typedef struct linear {
     slab s;
-    int64_t r, F, d, exponentials;
-    double floor;
+    int r, F, d, exponentials; /* numbers within a tile are ints: of 64 bits each step is two */
     int turns;
+    double floor;
     /* M queries of a problem; few keys: the first has its n keys at `relative`, relative - 1, ... from itself */
     int64_t M, n, relative;
     int causal;

@@ -14,17 +14,19 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
     LS_SHARED(ls_real, memory);
     __shared__ facts rows;
     __shared__ double scratch[LS_THREADS];
-    const int64_t columns = (x.d + SIDE - 1) / SIDE, chunks = rows_of(x.s) / x.s.C;
+    const int columns = (x.d + SIDE - 1) / SIDE, rows_each = (int)x.s.C;
+    const int64_t chunks = quotient(rows_of(x.s), x.s.C);
     const int mine = threadIdx.x % SIDE, set = threadIdx.x / SIDE;
     typename M::number *of_matrix = tile_number<M>(memory, 0);
     for (int64_t i = blockIdx.x; i < chunks * columns; i += gridDim.x) {
-        const int64_t P = i / columns, e0 = i % columns * SIDE;
-        for (int64_t f0 = 0; f0 < x.F; f0 += PIECES * SIDE) {
+        const int64_t P = quotient(i, columns);
+        const int e0 = (int)(i - P * columns) * SIDE;
+        for (int f0 = 0; f0 < x.F; f0 += PIECES * SIDE) {
             sums<M, COLUMNS_COLUMNS> sum[PIECES]; /* where sums are to be exact, by strips */
             double z[PIECES] = {0};
 #pragma unroll
             for (int q = 0; q < PIECES; q++) sum[q].clear();
-            for (int64_t u = 0; u < x.s.C; u += SIDE) {
+            for (int u = 0; u < rows_each; u += SIDE) {
                 const strip s = strip_of(x, P, u);
                 __syncthreads();
                 find_facts(x, of, s, PAST, &rows);
@@ -59,7 +61,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
             for (int q = 0; q < PIECES; q++) {
                 for (int a = 0; a < sum[q].U; a++)
                     for (int c = 0; c < sum[q].V; c += M::TOGETHER) {
-                        const int64_t f = f0 + q * SIDE + sum[q].row(a), e = e0 + sum[q].column(c);
+                        const int f = f0 + q * SIDE + sum[q].row(a), e = e0 + sum[q].column(c);
                         ls_few<M::TOGETHER> y;
                         for (int k = 0; k < M::TOGETHER; k++) y.v[k] = sum[q].at(a, c + k);
                         if (f < x.F && e < x.d)
@@ -142,7 +144,7 @@ void ls_linear_scan(ls_pass *p, const linear *x, numbers a, numbers b, level sta
 
 void ls_linear_scan_states(ls_pass *p, const linear *x, level start, int how)
 {
-    const numbers S = {x->S, x->F * x->d, x->exponentials * x->d}, z = {x->z, x->F, x->exponentials};
+    const numbers S = {x->S, (int64_t)x->F * x->d, (int64_t)x->exponentials * x->d}, z = {x->z, x->F, x->exponentials};
     ls_linear_scan(p, x, S, z, x->exponentials > 0 ? start : nowhere, how);
 }
 

@@ -70,6 +70,15 @@ template <class M> static inline size_t tiles_bytes(int count)
     return (size_t)(count * SIDE * M::PITCH) * sizeof(typename M::number);
 }
 
+__device__ static inline int least(int a, int b)
+{
+    return a < b ? a : b;
+}
+__device__ static inline int most(int a, int b)
+{
+    return a > b ? a : b;
+}
+
 static inline int on_tensor_cores(const ls_pass *p)
 {
     return sizeof(ls_real) == sizeof(float) && p->queue->precision == LS_BF16;
@@ -213,9 +222,9 @@ template <int FORM> struct sums<tensor, FORM> {
 };
 
 /* As many numbers as sums are taken over. */
-template <class M> __device__ static inline int whole(int64_t n)
+template <class M> __device__ static inline int whole(int n)
 {
-    return (int)((ls_min(n, SIDE) + M::STEP - 1) / M::STEP * M::STEP);
+    return (least(n, SIDE) + M::STEP - 1) / M::STEP * M::STEP;
 }
 
 /* ------------------------------------------------------------------------------------------------ rows */
@@ -232,13 +241,13 @@ static inline int64_t strips_of(const linear *x)
     return chunks_of(x) * ((x->s.C + SIDE - 1) / SIDE);
 }
 
-__device__ static inline strip strip_of(const linear &x, int64_t P, int64_t u)
+__device__ static inline strip strip_of(const linear &x, int64_t P, int u)
 {
     strip y;
     y.P = P;
     y.R = P * x.s.C + u;
     y.at = place_of(x.s, y.R);
-    y.count = (int)ls_min(SIDE, x.s.C - u);
+    y.count = least(SIDE, (int)x.s.C - u);
     y.exist = (int)ls_max(0, ls_min(y.count, x.s.rows - y.at.t));
     return y;
 }
@@ -247,7 +256,7 @@ __device__ static inline strip strip_of(const linear &x, int64_t P, int64_t u)
 __device__ static inline strip strip_number(const linear &x, int64_t i)
 {
     const int64_t each = (x.s.C + SIDE - 1) / SIDE, P = quotient(i, each);
-    return strip_of(x, P, (i - P * each) * SIDE);
+    return strip_of(x, P, (int)(i - P * each) * SIDE);
 }
 
 __device__ static inline place place_in(const strip &y, int r)
@@ -263,14 +272,14 @@ __device__ static inline ls_real *row_in(const strip &y, ls_view v, int r)
 }
 
 /* N numbers from `from` on, those before the end of a row of n; aligned: they can be read at once. */
-template <int N> __device__ static inline ls_few<N> read_some(const ls_real *from, int64_t n, int aligned)
+template <int N> __device__ static inline ls_few<N> read_some(const ls_real *from, int n, int aligned)
 {
     ls_few<N> y = {};
     if (n >= N && aligned) return ls_few_at<N>(from);
     for (int k = 0; k < N && k < n; k++) y.v[k] = from[k];
     return y;
 }
-template <int N> __device__ static inline void write_some(const ls_few<N> &y, ls_real *to, int64_t n, int aligned)
+template <int N> __device__ static inline void write_some(const ls_few<N> &y, ls_real *to, int n, int aligned)
 {
     if (n >= N && aligned) {
         *(ls_few<N> *)to = y;
@@ -301,7 +310,7 @@ __device__ static inline void read_fours(int fours, P from, L left, ls_four (&z)
 /* Row r of the strip, or its last one that exists, or, where none does, the shard's last: its memory may be read. */
 __device__ static inline const ls_real *row_to_read(const linear &x, const strip &y, ls_view v, int r)
 {
-    return ls_row(v, y.at.b, y.at.h, ls_min(y.at.t, x.s.rows - 1)) + ls_max(0, ls_min(r, y.exist - 1)) * v.st;
+    return ls_row(v, y.at.b, y.at.h, ls_min(y.at.t, x.s.rows - 1)) + most(0, least(r, y.exist - 1)) * v.st;
 }
 
 /* Of a tile W columns wide that is being filled, each thread has four columns, in EACH rows. */
@@ -325,11 +334,11 @@ template <int W> struct filling {
 
 /* A tile = numbers [e0, e0 + SIDE) of the strip's rows; 0 where there are none. */
 template <class M>
-__device__ static void load_rows(const linear &x, const strip &y, int64_t e0, ls_view rows, const uint8_t *pad,
-                                 int fours, typename M::number *to)
+__device__ static void load_rows(const linear &x, const strip &y, int e0, ls_view rows, const uint8_t *pad, int fours,
+                                 typename M::number *to)
 {
     typedef filling<SIDE> fill;
-    const int64_t left = x.d - e0 - fill::column(), e = left > 0 ? e0 + fill::column() : 0;
+    const int left = x.d - e0 - fill::column(), e = left > 0 ? e0 + fill::column() : 0;
     const uint8_t *pads = pad == NULL ? NULL : pad + y.at.b * x.s.rows + y.at.t;
     ls_four z[fill::EACH];
     int there[fill::EACH];
@@ -343,15 +352,14 @@ __device__ static void load_rows(const linear &x, const strip &y, int64_t e0, ls
 
 /* A tile = features [f0, f0 + SIDE), numbers [e0, e0 + SIDE) of a state S (F,d); 0 where there are none. */
 template <class M>
-__device__ static void load_state(const linear &x, const ls_real *S, int64_t f0, int64_t e0, typename M::number *to)
+__device__ static void load_state(const linear &x, const ls_real *S, int f0, int e0, typename M::number *to)
 {
     typedef filling<SIDE> fill;
-    const int64_t left = x.d - e0 - fill::column();
-    const ls_real *first = S + f0 * x.d + (left > 0 ? e0 + fill::column() : 0);
-    const int all = (int)ls_min(SIDE, x.F - f0);
+    const int left = x.d - e0 - fill::column(), all = least(SIDE, x.F - f0);
+    const ls_real *first = S + (int64_t)f0 * x.d + (left > 0 ? e0 + fill::column() : 0);
     ls_four z[fill::EACH];
     read_fours<fill::EACH>(
-        x.d % 4 == 0, [&](int n) { return first + ls_min(fill::row(n), all - 1) * x.d; },
+        x.d % 4 == 0, [&](int n) { return first + least(fill::row(n), all - 1) * x.d; },
         [&](int n) { return fill::row(n) < all ? left : 0; }, z);
     fill::template tile<M>(z, whole<M>(x.d - e0), to);
 }
@@ -439,7 +447,7 @@ __device__ static void find_facts(const linear &x, const features &f, const stri
 }
 
 /* Feature f of row i, as it was made, and before it is turned. */
-__device__ static inline ls_real feature_of(const linear &x, const features &y, const facts &of, int i, int64_t f,
+__device__ static inline ls_real feature_of(const linear &x, const features &y, const facts &of, int i, int f,
                                             ls_real raw)
 {
     if (f >= x.exponentials) return of.by[i] * raw;
@@ -456,9 +464,9 @@ __device__ static inline void read_features(const linear &x, const features &y, 
     const int made = y.act == LS_LINEAR_MADE;
     const ls_real *first = made ? y.made + s.R * x.r : row_to_read(x, s, y.rows, 0);
     const int64_t step = made ? x.r : y.rows.st;
-    const int last = s.exist > 0 ? s.exist - 1 : 0;
+    const int last = most(0, s.exist - 1);
     read_fours<N>(
-        y.fours, [&](int n) { return first + ls_min(row(n), last) * step + (f(n) < x.r ? f(n) : 0); },
+        y.fours, [&](int n) { return first + least(row(n), last) * step + (f(n) < x.r ? f(n) : 0); },
         [&](int n) { return of.by[row(n)] != 0 ? x.r - f(n) : 0; }, z);
     const auto activate = [&](int act) {
 #pragma unroll
@@ -474,11 +482,11 @@ __device__ static inline void read_features(const linear &x, const features &y, 
 /* The features of load_features, which has a choice of widths: of what is narrow threads would find nothing. */
 template <class M, int W>
 __device__ static inline void load_some_features(const linear &x, const features &y, const strip &s, const facts &of,
-                                                 int64_t f0, int turned, typename M::number *to)
+                                                 int f0, int turned, typename M::number *to)
 {
     typedef filling<W> fill;
-    const int turns = turned && x.turns, column = fill::column();
-    const int64_t all = turned ? x.F : x.r, f = f0 + column, mine = turns && f >= x.r ? f - x.r : f;
+    const int turns = turned && x.turns, all = turned ? x.F : x.r;
+    const int f = f0 + fill::column(), mine = turns && f >= x.r ? f - x.r : f;
     ls_four z[fill::EACH];
     if (!turns || x.r % 4 == 0) { /* no four has sines and cosines */
         read_features<fill::EACH>(
@@ -487,14 +495,14 @@ __device__ static inline void load_some_features(const linear &x, const features
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             ls_four one[fill::EACH];
-            const int64_t g = f + k >= all ? x.r : f + k < x.r ? f + k : f + k - x.r;
+            const int g = f + k >= all ? x.r : f + k < x.r ? f + k : f + k - x.r;
             read_features<fill::EACH>(
                 x, y, s, of, fill::row, [&](int) { return g; }, one);
 #pragma unroll
             for (int n = 0; n < fill::EACH; n++) z[n].v[k] = one[n].v[0];
         }
     }
-    const int exponentials = (int)ls_min(ls_max(x.exponentials - f, 0), 4); /* of the four; what turns has none */
+    const int exponentials = x.exponentials - f; /* of the four; what turns has none */
 #pragma unroll
     for (int n = 0; n < fill::EACH; n++) {
         const int r = fill::row(n);
@@ -517,7 +525,7 @@ __device__ static inline void load_some_features(const linear &x, const features
 
 /* A tile = features [f0, f0 + SIDE) of the strip's rows; turned: of F, otherwise of r. */
 template <class M>
-__device__ static void load_features(const linear &x, const features &y, const strip &s, const facts &of, int64_t f0,
+__device__ static void load_features(const linear &x, const features &y, const strip &s, const facts &of, int f0,
                                      int turned, typename M::number *to)
 {
     if ((turned ? x.F : x.r) - f0 > SIDE / 2)
@@ -530,7 +538,7 @@ __device__ static void load_features(const linear &x, const features &y, const s
  * nobody has made go on to the row, and are added to it where `add` is not 0. */
 template <int N>
 __device__ static inline void put_gradients(const linear &x, const features &y, const strip &s, const facts &of, int i,
-                                            int64_t f, int add, ls_few<N> g)
+                                            int f, int add, ls_few<N> g)
 {
     if (f >= x.r || i >= s.count) return;
     const int there = of.by[i] != 0;
