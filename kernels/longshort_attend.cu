@@ -399,7 +399,8 @@ static __device__ ls_real probability(const scene *x, int64_t row, ls_real score
 }
 
 /* A block has every slices-th tile of a (b,h). partial (B,H,slices,2,d), CS: Σ of dq by way of q + r_w, of q + r_r. */
-static __global__ void query_gradients(scene x, int64_t slices, ls_view dq, double *partial)
+static __global__ void __launch_bounds__(LS_PAIR_THREADS, 3)
+    query_gradients(scene x, int64_t slices, ls_view dq, double *partial)
 {
     LS_SHARED(ls_real, memory);
     __shared__ guests g;
@@ -716,11 +717,12 @@ static int64_t query_slices(const ls_pass *p)
     return ls_min(QUERY_SLICES, p->T);
 }
 
-/* Slices of the queries, where `rows` rows of every (b,h) are to be summed over them: enough to fill a GPU. */
+/* Slices of the queries, where `rows` rows of every (b,h) are to be summed over them: enough to fill a GPU several
+ * times over, since in CS the first rows meet many queries and the last hardly any. */
 static int64_t slices_for(const ls_pass *p, int64_t rows)
 {
     const int64_t tiles = tiles_in(rows, two_sums(p)) * p->B * p->H;
-    return ls_max(1, ls_min(ls_min(1024 / ls_max(tiles, 1), (p->T + 255) / 256), 256));
+    return ls_max(1, ls_min(ls_min(4096 / ls_max(tiles, 1), (p->T + 255) / 256), 256));
 }
 
 size_t ls_longshort_cuda_slices(const ls_pass *p)

@@ -69,15 +69,26 @@ static __device__ inline void ls_group_guests(ls_group *g, ls_real scale)
     ls_group_is(g, LS_PAIR_GUESTS, 0, 0, 1, scale);
 }
 
-/* Features [e0, e0 + 32) of a group, 0 from d on. */
+/* Features [e0, e0 + 32) of a group, 0 from d on; each thread has four side by side. */
 static __device__ inline void ls_load_piece(const ls_group *g, int64_t e0, int64_t d, ls_real *piece)
 {
-    const int64_t e = e0 + threadIdx.x % LS_WARP;
-    for (int i = threadIdx.x / LS_WARP; i < g->n; i += LS_PAIR_WARPS) {
+    enum { ACROSS = LS_PAIR_PIECE / 4 };
+    const int e = threadIdx.x % ACROSS * 4, left = (int)ls_min(4, d - e0 - e);
+    for (int i = threadIdx.x / ACROSS; i < g->n; i += LS_PAIR_THREADS / ACROSS) {
         const ls_real *row = g->row[i], *more = g->more[i];
-        ls_real x = 0;
-        if (row != NULL && e < d) x = g->scale * row[e] + (more != NULL ? more[e] : 0);
-        piece[i * LS_PAIR_PITCH + threadIdx.x % LS_WARP] = x;
+        ls_four x = {};
+        if (row != NULL && left > 0) {
+            row += e0 + e;
+            if (left == 4 && ls_is_four(row)) x = ls_four_at(row);
+            const int one_by_one = left < 4 || !ls_is_four(row);
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                if (one_by_one && k < left) x.v[k] = row[k];
+                x.v[k] *= g->scale;
+                if (more != NULL && k < left) x.v[k] += more[e0 + e + k];
+            }
+        }
+        *(ls_four *)(piece + i * LS_PAIR_PITCH + e) = x;
     }
 }
 
