@@ -91,27 +91,41 @@ __device__ static int count_before(int mine, int *scratch, int *all)
 
 /* ------------------------------------------------------------------------------------------------ counts */
 
-/* to (B,TILES): unpadded rows, and the largest |x| in them. The warps of blocks (b,i) share the rows of b. */
+/* to (B,TILES): unpadded rows, and the largest |x| in them. The warps of blocks (b,i) share the rows of b, of which a
+ * warp has DEEP on their way at a time. */
 __global__ static void tally_rows(ls_view x, const uint8_t *pad, int64_t H, int64_t n, int64_t d, tally *to)
 {
     __shared__ ls_real largest[LS_WARP];
     __shared__ int64_t counted[LS_WARP];
-    const int64_t b = blockIdx.x, warps = blockDim.x / LS_WARP, first = blockIdx.y * warps + threadIdx.x / LS_WARP;
-    int64_t count = 0;
+    constexpr int DEEP = 8;
+    const int64_t b = blockIdx.x, warps = blockDim.x / LS_WARP, step = gridDim.y * warps;
+    int64_t i = blockIdx.y * warps + threadIdx.x / LS_WARP, t = i / H, h = i % H, count = 0;
+    const int64_t step_t = step / H, step_h = step % H;
     ls_real most = 0;
-    for (int64_t i = first; i < n * H; i += gridDim.y * warps) {
-        const int64_t t = i / H, h = i % H;
-        if (ls_is_padded(pad, b * n + t)) continue;
-        const ls_real *row = ls_row(x, b, h, t);
+    while (i < n * H) {
+        const ls_real *row[DEEP];
+#pragma unroll
+        for (int u = 0; u < DEEP; u++) {
+            const bool there = i < n * H && !ls_is_padded(pad, b * n + t);
+            row[u] = there ? ls_row(x, b, h, t) : NULL;
+            count += there && h == 0;
+            i += step, t += step_t, h += step_h;
+            if (h >= H) h -= H, t++;
+        }
         LS_EACH_LANE(e, d)
         {
-            const ls_real size = row[e] < 0 ? -row[e] : row[e];
-            most = size > most ? size : most;
+            ls_real size[DEEP];
+#pragma unroll
+            for (int u = 0; u < DEEP; u++) size[u] = row[u] == NULL ? 0 : row[u][e];
+#pragma unroll
+            for (int u = 0; u < DEEP; u++) {
+                const ls_real positive = size[u] < 0 ? -size[u] : size[u];
+                most = positive > most ? positive : most;
+            }
         }
-        count += h == 0 && threadIdx.x % LS_WARP == 0;
     }
     most = ls_block_max(most, largest);
-    count = ls_block_sum(count, counted);
+    count = ls_block_sum(threadIdx.x % LS_WARP == 0 ? count : 0, counted);
     if (threadIdx.x == 0) to[b * TILES + blockIdx.y] = {count, most};
 }
 
