@@ -1,5 +1,6 @@
 /* Products of small matrices of bfloat16 on tensor cores: ldmatrix and mma.m16n8k16 of PTX, for compute capability 8.0
- * and later. The tests put a header of this name before this one: it does the same on the CPU.
+ * and later, and the power that goes with them. The tests put a header of this name before this one: it does the same
+ * on the CPU.
  *
  * The lanes of a warp call together. With g = lane / 4 and t = 2 (lane % 4), a lane has
  *
@@ -42,6 +43,14 @@ __device__ static inline void ls_mma(float c[4], const uint32_t a[4], uint32_t b
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* 2^x to 22 bits, 0 below 2^-126: one instruction, where e^x, which bothers about what is below, takes five. */
+__device__ static inline float ls_exp2(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 #endif

@@ -24,7 +24,8 @@ typedef __nv_bfloat16 bf16;
 
 /* SIDE: rows that stay; PART: rows of one matrix instruction. */
 enum { PART = 16, SIDE = 128, EIGHTS = TILE / 8, HALF = TILE / 2, HALF_EIGHTS = HALF / 8 };
-enum { PIECE = 8 }; /* numbers that are copied at a time, 16 bytes */
+enum { PIECE = 8 };                   /* numbers that are copied at a time, 16 bytes */
+constexpr float LOG2_E = 1.44269504f; /* e^x = 2^(x log2 e), of which logits are taken as they leave the product */
 
 /* Threads of a block whose warps have PARTS times 16 rows, and how many such blocks there shall be at a time. */
 template <int PARTS> struct of_parts {
@@ -111,13 +112,24 @@ template <int D> __global__ static void narrow_kernel(copy_list list, int64_t B,
 template <int D, int PARTS, int ROWS>
 __device__ static inline void ask_rows(bf16 *to, const narrow_view &from, const place &x, const tile &t)
 {
-    const int pieces = D / PIECE;
+    constexpr int pieces = D / PIECE, workers = of_parts<PARTS>::WORKERS, together = workers / pieces;
     const bf16 *head = from.p + x.b * from.sb + x.h * from.sh, *first = head + t.row * from.st;
+    if constexpr (workers % pieces == 0) { /* a thread's rows are equally far apart, its pieces the same of each */
+        const int f = (int)threadIdx.x % pieces * PIECE;
+        int r = (int)threadIdx.x / pieces;
+        const bf16 *row = first + (int64_t)r * from.st + f;
 #pragma unroll
-    for (int n = 0; n < ROWS * pieces / of_parts<PARTS>::WORKERS; n++) {
-        const int i = (int)threadIdx.x + n * of_parts<PARTS>::WORKERS, r = i / pieces, f = i % pieces * PIECE;
-        const bool exists = r >= t.first && r < t.last;
-        ls_copy<16>(to + r * of_width<D>::ROW + f, exists ? first + (int64_t)r * from.st + f : head, exists);
+        for (int n = 0; n < ROWS / together; n++, r += together, row += (int64_t)together * from.st) {
+            const bool exists = r >= t.first && r < t.last;
+            ls_copy<16>(to + r * of_width<D>::ROW + f, exists ? row : head, exists);
+        }
+    } else {
+#pragma unroll
+        for (int n = 0; n < ROWS * pieces / workers; n++) {
+            const int i = (int)threadIdx.x + n * workers, r = i / pieces, f = i % pieces * PIECE;
+            const bool exists = r >= t.first && r < t.last;
+            ls_copy<16>(to + r * of_width<D>::ROW + f, exists ? first + (int64_t)r * from.st + f : head, exists);
+        }
     }
 }
 
@@ -361,6 +373,7 @@ template <int D, int PARTS>
 __device__ static inline void meet_keys(const softmax_call &p, const bf16 *q, const bf16 *k, const bf16 *v,
                                         const uint32_t seen[2], int ahead, const spot &at, outlook<D, PARTS> &y)
 {
+    const float scale = LOG2_E * p.scale;
     float s[PARTS][EIGHTS][4];
     multiply_features<D>(q + at.first * of_width<D>::ROW, k, s);
 #pragma unroll
@@ -374,11 +387,12 @@ __device__ static inline void meet_keys(const softmax_call &p, const bf16 *q, co
             here = fmaxf(here, __shfl_xor_sync(0xffffffffu, here, 1));
             here = fmaxf(here, __shfl_xor_sync(0xffffffffu, here, 2));
             const float top = fmaxf(p.scale * here, m), shrink = ls_statistics_weight(m, top);
+            const float base = LOG2_E * ls_statistics_top(top);
 #pragma unroll
             for (int n = 0; n < EIGHTS; n++)
 #pragma unroll
                 for (int e = 2 * half; e < 2 * half + 2; e++) {
-                    s[i][n][e] = __expf(p.scale * s[i][n][e] - ls_statistics_top(top));
+                    s[i][n][e] = ls_exp2(scale * s[i][n][e] - base);
                     more += s[i][n][e];
                 }
             y.l[i][half] = y.l[i][half] * shrink + more;
@@ -418,13 +432,14 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) forward_kern
 
 /* ------------------------------------------------------------------------------------------------ backward */
 
-/* dq += ds k of 64 keys, but for 1 / l and the scale. */
+/* dq += ds k of 64 keys, but for 1 / l and the scale. base: m log2 e. */
 template <int D, int PARTS>
 __device__ static inline void meet_keys_backward(const softmax_call &p, const bf16 *q, const bf16 *dout, const bf16 *k,
                                                  const bf16 *v, const uint32_t seen[2], int ahead, const spot &at,
-                                                 const float (&top)[PARTS][2], const float (&delta)[PARTS][2],
+                                                 const float (&base)[PARTS][2], const float (&delta)[PARTS][2],
                                                  float (&dq)[PARTS][D / 8][4])
 {
+    const float scale = LOG2_E * p.scale;
 #pragma unroll 1
     for (int j = 0; j < TILE; j += HALF) {
         float s[PARTS][HALF_EIGHTS][4], dp[PARTS][HALF_EIGHTS][4];
@@ -437,7 +452,7 @@ __device__ static inline void meet_keys_backward(const softmax_call &p, const bf
             for (int n = 0; n < HALF_EIGHTS; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    s[i][n][e] = __expf(p.scale * s[i][n][e] - top[i][e / 2]) * (dp[i][n][e] - delta[i][e / 2]);
+                    s[i][n][e] = ls_exp2(scale * s[i][n][e] - base[i][e / 2]) * (dp[i][n][e] - delta[i][e / 2]);
         }
         multiply_rows<D>(s, k + j * of_width<D>::ROW, dq);
     }
@@ -458,14 +473,14 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) queries_back
     if (!next_keys(p, x.t, &w, &t)) return;
     ask_rows<D, PARTS, SIDE>(q, p.q16, x, x.t);
     ask_rows<D, PARTS, SIDE>(dout, p.dout16, x, x.t);
-    float top[PARTS][2], delta[PARTS][2], dq[PARTS][D / 8][4] = {};
+    float base[PARTS][2], delta[PARTS][2], dq[PARTS][D / 8][4] = {};
 #pragma unroll
     for (int i = 0; i < PARTS; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int r = row_of(at, i, half), exists = r >= x.t.first && r < x.t.last;
             const int64_t row = x.head * p.T + x.t.row + r;
-            top[i][half] = exists ? p.top[row] : INFINITY;
+            base[i][half] = exists ? LOG2_E * p.top[row] : INFINITY;
             delta[i][half] = exists ? p.delta[row] : 0;
         }
     pass_by(
@@ -474,7 +489,7 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) queries_back
         [&](const tile &keys, int stage) {
             const int ahead = ahead_of(p, x.t, keys), from = stage * of_width<D>::PASSES;
             if (busy && at.first + PARTS * PART - 1 + ahead >= 0)
-                meet_keys_backward<D>(p, q, dout, k + from, v + from, seen[stage], ahead, at, top, delta, dq);
+                meet_keys_backward<D>(p, q, dout, k + from, v + from, seen[stage], ahead, at, base, delta, dq);
         },
         [&](bool first) {
             add_rows<D>(
@@ -504,6 +519,9 @@ __device__ static inline void meet_queries(const softmax_call &p, const bf16 *k,
                                            const bf16 *dout, const statistics &of, const uint32_t seen[], int ahead,
                                            const spot &at, float (&dk)[PARTS][D / 8][4], float (&dv)[PARTS][D / 8][4])
 {
+    const float scale = LOG2_E * p.scale;
+    const uint32_t others = PARTS * PART < LS_WARP ? ~(((1u << PART) - 1) << at.first % LS_WARP) : 0;
+    const bool all = (seen[at.first / LS_WARP] | others) == 0xffffffffu;
 #pragma unroll 1
     for (int c0 = 0; c0 < TILE; c0 += HALF) {
         float s[PARTS][HALF_EIGHTS][4], dp[PARTS][HALF_EIGHTS][4];
@@ -513,17 +531,31 @@ __device__ static inline void meet_queries(const softmax_call &p, const bf16 *k,
         for (int n = 0; n < HALF_EIGHTS; n++) {
             const int c = c0 + 8 * n + at.column;
             const float2 top = *(const float2 *)(of.top + c), inverse = *(const float2 *)(of.inverse + c);
-            const float2 delta = *(const float2 *)(of.delta + c);
 #pragma unroll
             for (int i = 0; i < PARTS; i++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int r = row_of(at, i, e / 2);
-                    const int there = seen[r / LS_WARP] >> r % LS_WARP & 1, past = r <= c + e % 2 + ahead;
-                    const float weight = __expf(p.scale * s[i][n][e] - (e % 2 == 0 ? top.x : top.y));
-                    s[i][n][e] = there && past ? (e % 2 == 0 ? inverse.x : inverse.y) * weight : 0;
-                    dp[i][n][e] = s[i][n][e] * (dp[i][n][e] - (e % 2 == 0 ? delta.x : delta.y));
-                }
+                for (int e = 0; e < 4; e++)
+                    s[i][n][e] = (e % 2 == 0 ? inverse.x : inverse.y) *
+                                 ls_exp2(scale * s[i][n][e] - LOG2_E * (e % 2 == 0 ? top.x : top.y));
+        }
+        if (!all || at.first + PARTS * PART - 1 > c0 + ahead) /* not all queries see all of the warp's keys */
+#pragma unroll
+            for (int i = 0; i < PARTS; i++)
+#pragma unroll
+                for (int n = 0; n < HALF_EIGHTS; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int r = row_of(at, i, e / 2), c = c0 + 8 * n + at.column + e % 2;
+                        const int there = seen[r / LS_WARP] >> r % LS_WARP & 1, past = r <= c + ahead;
+                        s[i][n][e] = there && past ? s[i][n][e] : 0;
+                    }
+#pragma unroll
+        for (int n = 0; n < HALF_EIGHTS; n++) {
+            const float2 delta = *(const float2 *)(of.delta + c0 + 8 * n + at.column);
+#pragma unroll
+            for (int i = 0; i < PARTS; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) dp[i][n][e] = s[i][n][e] * (dp[i][n][e] - (e % 2 == 0 ? delta.x : delta.y));
         }
         multiply_rows<D>(s, dout + c0 * of_width<D>::ROW, dv);
         multiply_rows<D>(dp, q + c0 * of_width<D>::ROW, dk);

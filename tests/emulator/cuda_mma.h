@@ -98,4 +98,10 @@ static inline void ls_mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t
     __syncwarp();
 }
 
+static inline float ls_exp2(float x)
+{
+    const float y = std::exp2(x);
+    return y < 1.1754944e-38f ? 0 : y;
+}
+
 #endif
