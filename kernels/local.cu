@@ -16,6 +16,8 @@
  * whatever blocks do. */
 #include "local_cuda.h"
 
+#include <cuda_copy.h>
+
 extern "C" const ls_cuda_mechanism ls_local_cuda;
 
 namespace ls_local
@@ -148,39 +150,43 @@ template <int K> static size_t tile_bytes()
     return (size_t)((OWN + guests<K>)*PITCH) * sizeof(ls_real);
 }
 
-/* to (N,64) = scale · features [e0, e0 + 64) of rows row[i] from `base`; 0 where that is negative, and from d on. */
-template <int N>
-static __device__ void load_rows(const int *row, const ls_real *base, int64_t st, int64_t e0, int64_t d, ls_real scale,
-                                 ls_real *to)
+/* Rows at[i] from `base`; where that is negative there is none. */
+typedef struct rows {
+    const int *at;
+    const ls_real *base;
+    int64_t st;
+} rows;
+
+/* to (N,64) = features [e0, e0 + 64) of the rows; 0 where there is none, and from d on. To be waited for. */
+template <int N> static __device__ void load_rows(rows x, int e0, int d, ls_real *to)
 {
-    enum { FOURS = PIECE / 4, STEP = THREADS / FOURS }; /* two batches of loads under way */
-    const int e = threadIdx.x % FOURS * 4, fours = d % 4 == 0 && st % 4 == 0 && ls_is_four(base);
-    const int64_t left = d - e0 - e;
-    row += threadIdx.x / FOURS, to += threadIdx.x / FOURS * PITCH + e, base += e0 + e;
-    if (!fours) {
-#pragma unroll 1
+    enum { FOURS = PIECE / 4, STEP = THREADS / FOURS };
+    const int e = threadIdx.x % FOURS * 4, left = d - e0 - e, fours = d % 4 == 0 && x.st % 4 == 0 && ls_is_four(x.base);
+    x.at += threadIdx.x / FOURS, x.base += e0 + e, to += threadIdx.x / FOURS * PITCH + e;
+    if (fours) {
+#pragma unroll
         for (int i = 0; i < N; i += STEP) {
-            ls_four x = {};
-            for (int c = 0; c < 4; c++)
-                if (left > c && row[i] >= 0) x.v[c] = scale * base[row[i] * st + c];
-            *(ls_four *)(to + i * PITCH) = x;
+            const int r = x.at[i];
+            if (left > 0 && r >= 0) {
+                const char *from = (const char *)(x.base + (unsigned)r * x.st);
+                for (int byte = 0; byte < (int)sizeof(ls_four); byte += 16)
+                    ls_copy<16>((char *)(to + i * PITCH) + byte, from + byte, true);
+            } else {
+                *(ls_four *)(to + i * PITCH) = ls_four{};
+            }
         }
-        return;
+    } else {
+#pragma unroll 1
+        for (int i = 0; i < N; i += STEP)
+            for (int c = 0; c < 4; c++) to[i * PITCH + c] = left > c && x.at[i] >= 0 ? x.base[x.at[i] * x.st + c] : 0;
     }
-#pragma unroll
-    for (int first = 0; first < N; first += N / 2) {
-        ls_four x[N / 2 / STEP] = {};
-#pragma unroll
-        for (int i = 0; i < N / 2; i += STEP) {
-            const int r = row[first + i];
-            if (left > 0 && r >= 0) x[i / STEP] = ls_four_at(base + (unsigned)r * st);
-        }
-#pragma unroll
-        for (int i = 0; i < N / 2; i += STEP) {
-            for (int c = 0; c < 4; c++) x[i / STEP].v[c] *= scale;
-            *(ls_four *)(to + (first + i) * PITCH) = x[i / STEP];
-        }
-    }
+}
+
+static __device__ void wait_for_rows()
+{
+    ls_copy_close();
+    ls_copy_wait<0>();
+    __syncthreads();
 }
 
 /* A thread's place: its first row of the tile, and its first visitor of the band. */
@@ -255,30 +261,27 @@ static __device__ void weigh_band(ls_real *own, const ls_real *visitor, int star
     }
 }
 
-/* to = factor (shrink to + x) for these features of a row; `more`: something is there. */
-static __device__ void put_sums(ls_real *to, int64_t e0, int64_t d, int more, ls_real shrink, ls_real factor,
+/* to = keep to + give x for these features of a row; where there is `more`, something is there. */
+static __device__ void put_sums(ls_real *to, int e0, int d, int more, ls_real keep, ls_real give,
                                 const ls_real (&x)[SUMS])
 {
-    const int e = my_guest() * 4, fours = d % 4 == 0 && ls_is_four(to);
-    to += e0 + e;
+    const int e = e0 + my_guest() * 4, fours = d % 4 == 0 && ls_is_four(to);
+    to += e;
 #pragma unroll
-    for (int part = 0; part < 2; part++) {
-        const int64_t left = d - e0 - e - part * (PIECE / 2);
-        ls_real *at = to + part * (PIECE / 2);
-        ls_four y = {};
+    for (int part = 0; part < SUMS; part += 4, to += PIECE / 2) {
+        const int left = d - e - part * SIDE;
         if (left <= 0) break;
-        if (more) {
-            if (fours) y = ls_four_at(at);
+        if (fours) {
+            ls_four y = {};
+            if (more) y = ls_four_at(to);
+#pragma unroll
+            for (int c = 0; c < 4; c++) y.v[c] = keep * y.v[c] + give * x[part + c];
+            *(ls_four *)to = y;
+        } else {
 #pragma unroll
             for (int c = 0; c < 4; c++)
-                if (!fours && c < left) y.v[c] = at[c];
+                if (c < left) to[c] = (more ? keep * to[c] : 0) + give * x[part + c];
         }
-#pragma unroll
-        for (int c = 0; c < 4; c++) y.v[c] = factor * (shrink * y.v[c] + x[part * 4 + c]);
-        if (fours) *(ls_four *)at = y;
-#pragma unroll
-        for (int c = 0; c < 4; c++)
-            if (!fours && c < left) at[c] = y.v[c];
     }
 }
 
@@ -399,29 +402,28 @@ static __device__ ls_real row_max(ls_real x)
 
 /* ------------------------------------------------------------------------------------------------ forward */
 
-/* s = the tile's queries · the visit's keys. */
+/* s = rows of the tile · rows of the visit. */
 template <int K>
-static __device__ void multiply(const int *own_row, const ls_real *own_base, int64_t own_st, ls_real own_scale,
-                                const int *row, const ls_real *base, int64_t st, ls_real scale, int64_t d, int met,
-                                int start, ls_real *own, ls_real *visitor, ls_real (&s)[MINE][K])
+static __device__ void multiply(rows x, rows y, int d, int met, int start, ls_real *own, ls_real *visitor,
+                                ls_real (&s)[MINE][K])
 {
 #pragma unroll
     for (int i = 0; i < MINE; i++)
 #pragma unroll
         for (int k = 0; k < K; k++) s[i][k] = 0;
-    for (int64_t e0 = 0; e0 < d; e0 += PIECE) {
+    for (int e0 = 0; e0 < d; e0 += PIECE) {
         __syncthreads(); /* what was there has been read */
-        load_rows<OWN>(own_row, own_base, own_st, e0, d, own_scale, own);
-        load_rows<guests<K>>(row, base, st, e0, d, scale, visitor);
-        __syncthreads();
-        if (met) add_dots(own, visitor, start, d - e0 < PIECE ? (int)(d - e0 + 7) / 8 * 8 : PIECE, s);
+        load_rows<OWN>(x, e0, d, own);
+        load_rows<guests<K>>(y, e0, d, visitor);
+        wait_for_rows();
+        if (met) add_dots(own, visitor, start, d - e0 < PIECE ? (d - e0 + 7) / 8 * 8 : PIECE, s);
     }
 }
 
 /* out = Σ a g v. With sent (B,H,T; m, l, Σ e^(s-m) g v), what these keys are to a softmax over more of them. */
 template <int K>
 static __global__ void __launch_bounds__(THREADS, 5)
-    attend(windows x, keys s, ls_view q, int64_t d, ls_real scale, ls_real narrow, ls_view out, ls_real *tops,
+    attend(windows x, keys s, ls_view q, int d, ls_real scale, ls_real narrow, ls_view out, ls_real *tops,
            ls_real *inverses, ls_real *sent)
 {
     LS_SHARED(ls_real, memory);
@@ -436,8 +438,9 @@ static __global__ void __launch_bounds__(THREADS, 5)
         ls_real w[MINE][K];
         int key[K];
         invite_keys<K>(&s, &p, &v, from, &t);
-        multiply(t.query, ls_row(q, p.at.b, p.at.h, 0), q.st, scale, t.key, key_row(&s, s.k, p.at, p.first + from),
-                 s.k.st, 1, d, met, v.start, own, visitor, w);
+        const rows keys_here = {t.key, key_row(&s, s.k, p.at, p.first + from), s.k.st};
+        const rows values = {t.key, key_row(&s, s.v, p.at, p.first + from), s.v.st};
+        multiply(rows{t.query, ls_row(q, p.at.b, p.at.h, 0), q.st}, keys_here, d, met, v.start, own, visitor, w);
 #pragma unroll
         for (int k = 0; k < K; k++) key[k] = t.key[v.start + my_guest() + k * SIDE];
 #pragma unroll
@@ -446,7 +449,7 @@ static __global__ void __launch_bounds__(THREADS, 5)
             ls_real most = -INFINITY;
 #pragma unroll
             for (int k = 0; k < K; k++) {
-                w[i][k] = sees(seen, key[k]) ? w[i][k] : -INFINITY;
+                w[i][k] = sees(seen, key[k]) ? ls_multiply(scale, w[i][k]) : -INFINITY;
                 most = w[i][k] > most ? w[i][k] : most;
             }
             most = row_max(most);
@@ -474,11 +477,11 @@ static __global__ void __launch_bounds__(THREADS, 5)
             if (last) total[i] = row_sum(total[i]);
             factor[i] = !last || sent != NULL ? 1 : total[i] > 0 ? 1 / total[i] : 0;
         }
-        for (int64_t e0 = 0; e0 < d; e0 += PIECE) {
+        for (int e0 = 0; e0 < d; e0 += PIECE) {
             ls_real sum[MINE][SUMS];
             __syncthreads(); /* what was there has been read */
-            load_rows<guests<K>>(t.key, key_row(&s, s.v, p.at, p.first + from), s.v.st, e0, d, 1, visitor);
-            __syncthreads();
+            load_rows<guests<K>>(values, e0, d, visitor);
+            wait_for_rows();
             if (from > 0 && !met && !last) continue;
             weigh_band<K>(own, visitor, v.start, sum);
 #pragma unroll
@@ -488,7 +491,7 @@ static __global__ void __launch_bounds__(THREADS, 5)
                 const int query = query_of(&t, r);
                 ls_real *to =
                     sent != NULL ? sent + (p.at.g * x.T + query) * (2 + d) + 2 : ls_row(out, p.at.b, p.at.h, query);
-                put_sums(to, e0, d, from > 0, shrink[i], factor[i], sum[i]);
+                put_sums(to, e0, d, from > 0, factor[i] * shrink[i], factor[i], sum[i]);
             }
         }
     }
@@ -519,8 +522,8 @@ static int query_tiles(const ls_pass *p)
 template <int K> static void attend_to(ls_pass *p, const ls_block *to, ls_real *sent)
 {
     if (all_rows(p) > 0)
-        LS_LAUNCH(p->queue, attend<K>, query_tiles(p), THREADS, tile_bytes<K>(), windows_of(p), keys_of(to), p->q, p->d,
-                  (ls_real)p->scale, narrowness(p), p->out, p->saved[TOP], p->saved[INVERSE], sent);
+        LS_LAUNCH(p->queue, attend<K>, query_tiles(p), THREADS, tile_bytes<K>(), windows_of(p), keys_of(to), p->q,
+                  (int)p->d, (ls_real)p->scale, narrowness(p), p->out, p->saved[TOP], p->saved[INVERSE], sent);
 }
 
 static ls_status forward(ls_pass *p, int phase)
@@ -543,7 +546,7 @@ typedef struct softmax_rows {
 
 template <int K>
 static __global__ void __launch_bounds__(THREADS, 4)
-    query_gradients(windows x, keys s, ls_view q, ls_view dout, ls_view dq, int64_t d, ls_real scale, ls_real narrow,
+    query_gradients(windows x, keys s, ls_view q, ls_view dout, ls_view dq, int d, ls_real scale, ls_real narrow,
                     softmax_rows soft)
 {
     LS_SHARED(ls_real, memory);
@@ -556,17 +559,19 @@ static __global__ void __launch_bounds__(THREADS, 4)
         const int64_t row = p.at.g * x.T + query_of(&t, my_row() + i * MINE);
         top[i] = soft.top[row], inverse[i] = soft.inverse[row];
     }
+    const rows queries = {t.query, ls_row(q, p.at.b, p.at.h, 0), q.st};
+    const rows down = {t.query, ls_row(dout, p.at.b, p.at.h, 0), dout.st};
     ls_real given[MINE][K], share[MINE][K]; /* Σ terms of δ, and a; of a single visit, found once */
     for (int pass = 0; pass < 2; pass++) {  /* 0: δ and dp; 1: dq */
         for (int from = 0; from == 0 || from < v.all; from += v.step) {
             const int met = is_met(&v, t.begin, t.end, from);
+            const rows keys_here = {t.key, key_row(&s, s.k, p.at, p.first + from), s.k.st};
+            const rows values = {t.key, key_row(&s, s.v, p.at, p.first + from), s.v.st};
             if (pass == 0 || v.all > v.step) {
                 int key[K];
                 invite_keys<K>(&s, &p, &v, from, &t);
-                multiply(t.query, ls_row(dout, p.at.b, p.at.h, 0), dout.st, 1, t.key,
-                         key_row(&s, s.v, p.at, p.first + from), s.v.st, 1, d, met, v.start, own, visitor, given);
-                multiply(t.query, ls_row(q, p.at.b, p.at.h, 0), q.st, scale, t.key,
-                         key_row(&s, s.k, p.at, p.first + from), s.k.st, 1, d, met, v.start, own, visitor, share);
+                multiply(down, values, d, met, v.start, own, visitor, given);
+                multiply(queries, keys_here, d, met, v.start, own, visitor, share);
 #pragma unroll
                 for (int k = 0; k < K; k++) key[k] = t.key[v.start + my_guest() + k * SIDE];
 #pragma unroll
@@ -574,11 +579,16 @@ static __global__ void __launch_bounds__(THREADS, 4)
                     const sight seen = sight_of(&t, my_row() + i * MINE, from);
 #pragma unroll
                     for (int k = 0; k < K; k++) {
-                        share[i][k] = sees(seen, key[k]) ? ls_exp(share[i][k] - top[i]) * inverse[i] : 0;
-                        if (x.order == NULL) given[i][k] *= share[i][k];
+                        const ls_real a = ls_exp(ls_multiply(scale, share[i][k]) - top[i]) * inverse[i];
+                        share[i][k] = sees(seen, key[k]) ? a : 0;
                     }
                 }
-                if (x.order != NULL) {
+                if (x.order == NULL) {
+#pragma unroll
+                    for (int i = 0; i < MINE; i++)
+#pragma unroll
+                        for (int k = 0; k < K; k++) given[i][k] *= share[i][k];
+                } else {
 #pragma unroll
                     for (int i = 0; i < MINE; i++)
 #pragma unroll
@@ -601,12 +611,12 @@ static __global__ void __launch_bounds__(THREADS, 4)
 #pragma unroll
                 for (int k = 0; k < K; k++) given[i][k] -= share[i][k] * delta[i];
             put_weights(given, own);
-            for (int64_t e0 = 0; e0 < d; e0 += PIECE) {
+            for (int e0 = 0; e0 < d; e0 += PIECE) {
                 ls_real sum[MINE][SUMS];
                 if (d > PIECE) { /* otherwise they are still there */
                     __syncthreads();
-                    load_rows<guests<K>>(t.key, key_row(&s, s.k, p.at, p.first + from), s.k.st, e0, d, 1, visitor);
-                    __syncthreads();
+                    load_rows<guests<K>>(keys_here, e0, d, visitor);
+                    wait_for_rows();
                 }
                 if (from > 0 && !met) continue;
                 weigh_band<K>(own, visitor, v.start, sum);
@@ -614,9 +624,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
                 for (int i = 0; i < MINE; i++) {
                     const int r = my_row() + i * MINE;
                     if (r >= p.n) break;
-#pragma unroll
-                    for (int c = 0; c < SUMS; c++) sum[i][c] *= scale;
-                    put_sums(ls_row(dq, p.at.b, p.at.h, query_of(&t, r)), e0, d, from > 0, 1, 1, sum[i]);
+                    put_sums(ls_row(dq, p.at.b, p.at.h, query_of(&t, r)), e0, d, from > 0, 1, scale, sum[i]);
                 }
             }
         }
@@ -675,23 +683,23 @@ static __device__ void invite_queries(const windows *x, const keys *s, group at,
 /* Keys [r, r + n) of (b,h). */
 template <int K>
 static __device__ void gradients_of_keys(const windows *x, const keys *s, group at, int64_t r, int n, ls_view q,
-                                         ls_view dout, ls_view dk, ls_view dv, int64_t d, ls_real scale, ls_real narrow,
+                                         ls_view dout, ls_view dk, ls_view dv, int d, ls_real scale, ls_real narrow,
                                          const softmax_rows *soft, key_tile *t, ls_real *own)
 {
     ls_real *visitor = own + OWN * PITCH;
     find_visitors(x, s, at, r, n, t);
     const int first = t->begin[0];
+    const rows mine = {t->key, key_row(s, s->k, at, r), s->k.st}, values = {t->key, key_row(s, s->v, at, r), s->v.st};
+    const rows queries = {t->query, ls_row(q, at.b, at.h, 0), q.st};
+    const rows down = {t->query, ls_row(dout, at.b, at.h, 0), dout.st};
     const visits v = plan_visits<K>(t->begin, t->end, first, t->end[WARPS - 1]);
     for (int from = 0; from == 0 || from < v.all; from += v.step) {
         const int met = is_met(&v, t->begin, t->end, first + from), to = v.all - from < v.step ? v.all - from : v.step;
         ls_real weight[MINE][K], dscore[MINE][K];
         int key[MINE];
         invite_queries<K>(x, s, at, r, first + from, to, soft, t);
-        multiply(t->key, key_row(s, s->v, at, r), s->v.st, 1, t->query, ls_row(dout, at.b, at.h, 0), dout.st, 1, d, met,
-                 v.start, own, visitor, dscore);
-        /* (scale q)·k, rounded as in the forward pass */
-        multiply(t->key, key_row(s, s->k, at, r), s->k.st, 1, t->query, ls_row(q, at.b, at.h, 0), q.st, scale, d, met,
-                 v.start, own, visitor, weight);
+        multiply(values, down, d, met, v.start, own, visitor, dscore);
+        multiply(mine, queries, d, met, v.start, own, visitor, weight);
 #pragma unroll
         for (int i = 0; i < MINE; i++) key[i] = t->key[my_row() + i * MINE];
 #pragma unroll
@@ -701,7 +709,7 @@ static __device__ void gradients_of_keys(const windows *x, const keys *s, group 
             const ls_real top = t->top[j], inverse = t->inverse[j], delta = t->delta[j];
 #pragma unroll
             for (int i = 0; i < MINE; i++) {
-                const ls_real a = sees(seen, key[i]) ? ls_exp(weight[i][k] - top) * inverse : 0;
+                const ls_real a = sees(seen, key[i]) ? ls_exp(ls_multiply(scale, weight[i][k]) - top) * inverse : 0;
                 weight[i][k] = x->order == NULL ? a : narrowed(a, narrow, distance(t->offset[j], key[i]));
                 dscore[i][k] = weight[i][k] * dscore[i][k] - a * delta;
             }
@@ -711,15 +719,12 @@ static __device__ void gradients_of_keys(const windows *x, const keys *s, group 
                 put_weights(dscore, own);
             else
                 put_weights(weight, own);
-            for (int64_t e0 = 0; e0 < d; e0 += PIECE) {
+            for (int e0 = 0; e0 < d; e0 += PIECE) {
                 ls_real sum[MINE][SUMS];
                 if (side > 0 || d > PIECE) { /* otherwise they are still there */
                     __syncthreads();
-                    if (side > 0)
-                        load_rows<guests<K>>(t->query, ls_row(dout, at.b, at.h, 0), dout.st, e0, d, 1, visitor);
-                    else
-                        load_rows<guests<K>>(t->query, ls_row(q, at.b, at.h, 0), q.st, e0, d, scale, visitor);
-                    __syncthreads();
+                    load_rows<guests<K>>(side > 0 ? down : queries, e0, d, visitor);
+                    wait_for_rows();
                 }
                 if (from > 0 && !met) continue;
                 weigh_band<K>(own, visitor, v.start, sum);
@@ -727,7 +732,8 @@ static __device__ void gradients_of_keys(const windows *x, const keys *s, group 
                 for (int i = 0; i < MINE; i++) {
                     const int row = my_row() + i * MINE;
                     if (row >= n) break;
-                    put_sums(key_row(s, side > 0 ? dv : dk, at, r + row), e0, d, from > 0, 1, 1, sum[i]);
+                    put_sums(key_row(s, side > 0 ? dv : dk, at, r + row), e0, d, from > 0, 1, side > 0 ? 1 : scale,
+                             sum[i]);
                 }
             }
         }
@@ -738,8 +744,8 @@ static __device__ void gradients_of_keys(const windows *x, const keys *s, group 
 /* A tile of rows, counted over all (b,h): where lists meet it is done in parts. */
 template <int K>
 static __global__ void __launch_bounds__(THREADS, 4)
-    key_gradients(windows x, keys s, int groups, ls_view q, ls_view dout, ls_view dk, ls_view dv, int64_t d,
-                  ls_real scale, ls_real narrow, softmax_rows soft)
+    key_gradients(windows x, keys s, int groups, ls_view q, ls_view dout, ls_view dk, ls_view dv, int d, ls_real scale,
+                  ls_real narrow, softmax_rows soft)
 {
     LS_SHARED(ls_real, memory);
     __shared__ key_tile t;
@@ -769,11 +775,11 @@ template <int K> static void find_gradients(ls_pass *p)
     const int64_t all_keys = p->halo.first != NULL ? p->halo.n : p->B * p->H * p->halo.n;
     if (all_rows(p) > 0)
         LS_LAUNCH(p->queue, query_gradients<K>, query_tiles(p), THREADS, tile_bytes<K>(), windows_of(p),
-                  keys_of(&p->halo), p->q, p->dout, p->dq, p->d, scale, narrowness(p), soft);
+                  keys_of(&p->halo), p->q, p->dout, p->dq, (int)p->d, scale, narrowness(p), soft);
     if (all_keys > 0)
         LS_LAUNCH(p->queue, key_gradients<K>, (int)((all_keys + OWN - 1) / OWN), THREADS, tile_bytes<K>(),
-                  windows_of(p), keys_of(&p->halo), (int)(p->B * p->H), p->q, p->dout, p->halo.dk, p->halo.dv, p->d,
-                  scale, narrowness(p), soft);
+                  windows_of(p), keys_of(&p->halo), (int)(p->B * p->H), p->q, p->dout, p->halo.dk, p->halo.dv,
+                  (int)p->d, scale, narrowness(p), soft);
 }
 
 static ls_status backward(ls_pass *p, int phase)
