@@ -110,13 +110,20 @@ static __device__ int is_blind(const windows *x, group at, int64_t query)
     return ls_is_padded(x->pad, at.b * x->T + query);
 }
 
-/* The queries that see any of the rows [r, end), of slots [lo, lo + n): half a warp seeks where windows first end after
- * r, the other where they begin at `end` or after, each among 16 parts at a time. */
+/* The slots [lo, lo + n) whose windows have any of the rows [r, end). In self attention a window's ends are as far from
+ * every query; else half a warp seeks where windows first end after r, the other where they begin at `end` or after,
+ * each among 16 parts at a time. */
 static __device__ ls_span find_slots(const windows *x, const keys *s, int64_t g, int64_t r, int64_t end)
 {
     enum { PARTS = LS_WARP / 2 };
     const int part = threadIdx.x % PARTS, begins = threadIdx.x % LS_WARP / PARTS;
     int64_t low = 0, high = x->T;
+    if (x->pattern == LS_NS || x->pattern == LS_CS) {
+        const int64_t shift = s->lo - x->first, ahead = x->pattern == LS_NS ? x->w : 0;
+        low = ls_max(0, ls_min(r + shift - ahead, x->T));
+        high = ls_max(low, ls_min(end + shift + (x->pattern == LS_NS ? x->w : x->w - 1), x->T));
+        return ls_span{0, low, high - low};
+    }
     while (__any_sync(0xffffffffu, low < high)) {
         const int64_t apart = (high - low + PARTS - 1) / PARTS;
         const window w = window_of(x, s, g, ls_max(0, ls_min(low + (part + 1) * apart, high) - 1));
