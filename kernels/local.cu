@@ -157,25 +157,29 @@ template <int K> static size_t tile_bytes()
     return (size_t)((OWN + guests<K>)*PITCH) * sizeof(ls_real);
 }
 
-/* Rows at[i] from `base`; where that is negative there is none. */
+/* Rows at[i] < all from `base`; where that is negative there is none. */
 typedef struct rows {
     const int *at;
     const ls_real *base;
-    int64_t st;
+    int64_t st, all;
 } rows;
 
 /* to (N,64) = features [e0, e0 + 64) of the rows; 0 where there is none, and from d on. To be waited for. */
 template <int N> static __device__ void load_rows(rows x, int e0, int d, ls_real *to)
 {
     enum { FOURS = PIECE / 4, STEP = THREADS / FOURS };
-    const int e = threadIdx.x % FOURS * 4, left = d - e0 - e, fours = d % 4 == 0 && x.st % 4 == 0 && ls_is_four(x.base);
+    const int e = threadIdx.x % FOURS * 4, left = d - e0 - e;
+    /* read by fours, which 32 bits count */
+    const int fours = d % 4 == 0 && x.st % 4 == 0 && ls_is_four(x.base) && x.all * x.st < (int64_t)1 << 33;
     x.at += threadIdx.x / FOURS, x.base += e0 + e, to += threadIdx.x / FOURS * PITCH + e;
     if (fours) {
+        const unsigned apart = (unsigned)(x.st / 4);
+        const ls_four *base = (const ls_four *)x.base;
 #pragma unroll
         for (int i = 0; i < N; i += STEP) {
             const int r = x.at[i];
             if (left > 0 && r >= 0) {
-                const char *from = (const char *)(x.base + (unsigned)r * x.st);
+                const char *from = (const char *)(base + (unsigned)r * apart);
                 for (int byte = 0; byte < (int)sizeof(ls_four); byte += 16)
                     ls_copy<16>((char *)(to + i * PITCH) + byte, from + byte, true);
             } else {
@@ -445,9 +449,9 @@ static __global__ void __launch_bounds__(THREADS, 5)
         ls_real w[MINE][K];
         int key[K];
         invite_keys<K>(&s, &p, &v, from, &t);
-        const rows keys_here = {t.key, key_row(&s, s.k, p.at, p.first + from), s.k.st};
-        const rows values = {t.key, key_row(&s, s.v, p.at, p.first + from), s.v.st};
-        multiply(rows{t.query, ls_row(q, p.at.b, p.at.h, 0), q.st}, keys_here, d, met, v.start, own, visitor, w);
+        const rows keys_here = {t.key, key_row(&s, s.k, p.at, p.first + from), s.k.st, guests<K>};
+        const rows values = {t.key, key_row(&s, s.v, p.at, p.first + from), s.v.st, guests<K>};
+        multiply(rows{t.query, ls_row(q, p.at.b, p.at.h, 0), q.st, x.T}, keys_here, d, met, v.start, own, visitor, w);
 #pragma unroll
         for (int k = 0; k < K; k++) key[k] = t.key[v.start + my_guest() + k * SIDE];
 #pragma unroll
@@ -566,14 +570,14 @@ static __global__ void __launch_bounds__(THREADS, 4)
         const int64_t row = p.at.g * x.T + query_of(&t, my_row() + i * MINE);
         top[i] = soft.top[row], inverse[i] = soft.inverse[row];
     }
-    const rows queries = {t.query, ls_row(q, p.at.b, p.at.h, 0), q.st};
-    const rows down = {t.query, ls_row(dout, p.at.b, p.at.h, 0), dout.st};
+    const rows queries = {t.query, ls_row(q, p.at.b, p.at.h, 0), q.st, x.T};
+    const rows down = {t.query, ls_row(dout, p.at.b, p.at.h, 0), dout.st, x.T};
     ls_real given[MINE][K], share[MINE][K]; /* Σ terms of δ, and a; of a single visit, found once */
     for (int pass = 0; pass < 2; pass++) {  /* 0: δ and dp; 1: dq */
         for (int from = 0; from == 0 || from < v.all; from += v.step) {
             const int met = is_met(&v, t.begin, t.end, from);
-            const rows keys_here = {t.key, key_row(&s, s.k, p.at, p.first + from), s.k.st};
-            const rows values = {t.key, key_row(&s, s.v, p.at, p.first + from), s.v.st};
+            const rows keys_here = {t.key, key_row(&s, s.k, p.at, p.first + from), s.k.st, guests<K>};
+            const rows values = {t.key, key_row(&s, s.v, p.at, p.first + from), s.v.st, guests<K>};
             if (pass == 0 || v.all > v.step) {
                 int key[K];
                 invite_keys<K>(&s, &p, &v, from, &t);
@@ -696,9 +700,10 @@ static __device__ void gradients_of_keys(const windows *x, const keys *s, group 
     ls_real *visitor = own + OWN * PITCH;
     find_visitors(x, s, at, r, n, t);
     const int first = t->begin[0];
-    const rows mine = {t->key, key_row(s, s->k, at, r), s->k.st}, values = {t->key, key_row(s, s->v, at, r), s->v.st};
-    const rows queries = {t->query, ls_row(q, at.b, at.h, 0), q.st};
-    const rows down = {t->query, ls_row(dout, at.b, at.h, 0), dout.st};
+    const rows mine = {t->key, key_row(s, s->k, at, r), s->k.st, OWN},
+               values = {t->key, key_row(s, s->v, at, r), s->v.st, OWN};
+    const rows queries = {t->query, ls_row(q, at.b, at.h, 0), q.st, x->T};
+    const rows down = {t->query, ls_row(dout, at.b, at.h, 0), dout.st, x->T};
     const visits v = plan_visits<K>(t->begin, t->end, first, t->end[WARPS - 1]);
     for (int from = 0; from == 0 || from < v.all; from += v.step) {
         const int met = is_met(&v, t->begin, t->end, first + from), to = v.all - from < v.step ? v.all - from : v.step;
