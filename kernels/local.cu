@@ -12,8 +12,8 @@
  *   key_gradients    a tile of keys, visited by the queries that see them: dk, dv
  *
  * Everything is said of queries in the order of their windows, their slots: so the queries that see a key are a run of
- * slots, whose ends a search finds. In local-p that order is made, see local_centres.cu. Every sum has one order,
- * whatever blocks do. */
+ * slots, whose ends a search finds where they are not known. In local-p that order is made, see local_centres.cu. Every
+ * sum has one order, whatever blocks do. */
 #include "local_cuda.h"
 
 #include <cuda_copy.h>
@@ -142,10 +142,10 @@ static __device__ ls_span find_slots(const windows *x, const keys *s, int64_t g,
 /* Rows of a tile, of a warp, of a thread; visitors side by side before a warp; reals of a thread's sums of a row. */
 enum { OWN = 64, OF_WARP = OWN / WARPS, MINE = 4, SIDE = LS_WARP / MINE, SUMS = PIECE / SIDE };
 
-/* What comes in one visit. */
+/* What comes in one visit: the warps' bands, 16 apart, where windows are those of neighbours. */
 template <int K> constexpr int guests = OWN - OF_WARP + SIDE *K;
 
-/* K = 4 where 16 queries side by side see no more than 32 keys. */
+/* K = 4 where 16 queries side by side see no more than 32 keys; otherwise 6, which the default windows need. */
 static int few_keys(const ls_pass *p)
 {
     const int64_t w = (int64_t)p->option[WINDOW];
@@ -169,7 +169,7 @@ template <int N> static __device__ void load_rows(rows x, int e0, int d, ls_real
 {
     enum { FOURS = PIECE / 4, STEP = THREADS / FOURS };
     const int e = threadIdx.x % FOURS * 4, left = d - e0 - e;
-    /* read by fours, which 32 bits count */
+    /* they can be copied by fours, which 32 bits count */
     const int fours = d % 4 == 0 && x.st % 4 == 0 && ls_is_four(x.base) && x.all * x.st < (int64_t)1 << 33;
     x.at += threadIdx.x / FOURS, x.base += e0 + e, to += threadIdx.x / FOURS * PITCH + e;
     if (fours) {
@@ -210,7 +210,7 @@ static __device__ int my_guest()
     return threadIdx.x % SIDE;
 }
 
-/* s_ik += own_(row + 4i) · visitor_(start + guest + 8k), n features, beyond d 0. */
+/* s_ik += own_(row + 4i) · visitor_(start + guest + 8k), n features, an even number of fours. */
 template <int K>
 static __device__ void add_dots(const ls_real *own, const ls_real *visitor, int start, int n, ls_real (&s)[MINE][K])
 {
@@ -228,6 +228,24 @@ static __device__ void add_dots(const ls_real *own, const ls_real *visitor, int 
 #pragma unroll
                 for (int c = 0; c < 4; c++) s[i][k] += a[i].v[c] * b.v[c];
         }
+    }
+}
+
+/* s = rows of the tile · rows of the visit; 0 where the warp's rows have not `met` them. */
+template <int K>
+static __device__ void multiply(rows x, rows y, int d, int met, int start, ls_real *own, ls_real *visitor,
+                                ls_real (&s)[MINE][K])
+{
+#pragma unroll
+    for (int i = 0; i < MINE; i++)
+#pragma unroll
+        for (int k = 0; k < K; k++) s[i][k] = 0;
+    for (int e0 = 0; e0 < d; e0 += PIECE) {
+        __syncthreads(); /* what was there has been read */
+        load_rows<OWN>(x, e0, d, own);
+        load_rows<guests<K>>(y, e0, d, visitor);
+        wait_for_rows();
+        if (met) add_dots(own, visitor, start, d - e0 < PIECE ? (d - e0 + 7) / 8 * 8 : PIECE, s);
     }
 }
 
@@ -261,7 +279,7 @@ static __device__ void weigh_band(ls_real *own, const ls_real *visitor, int star
     for (int i = 0; i < MINE; i++)
 #pragma unroll
         for (int c = 0; c < SUMS; c++) x[i][c] = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int j = 0; j < K * SIDE; j++) {
         const ls_four w = ls_four_at(weight + j * OF_WARP),
                       y[2] = {ls_four_at(visitor + j * PITCH), ls_four_at(visitor + j * PITCH + PIECE / 2)};
@@ -323,10 +341,10 @@ static __device__ ls_real distance(double offset, int key)
     return (ls_real)(offset + (double)key);
 }
 
-/* w g */
-static __device__ ls_real narrowed(ls_real w, ls_real narrow, ls_real distance)
+/* w g, so far away from p; 0 stays 0, where nothing is seen. */
+static __device__ ls_real narrowed(ls_real w, ls_real narrow, ls_real away)
 {
-    return w != 0 ? w * ls_exp(narrow * distance * distance) : 0;
+    return w != 0 ? w * ls_exp(narrow * away * away) : 0;
 }
 
 /* A tile of queries of one (b,h), by slot: the query, or -1 - query where it sees nothing; its window of rows from
@@ -412,24 +430,6 @@ static __device__ ls_real row_max(ls_real x)
 }
 
 /* ------------------------------------------------------------------------------------------------ forward */
-
-/* s = rows of the tile · rows of the visit. */
-template <int K>
-static __device__ void multiply(rows x, rows y, int d, int met, int start, ls_real *own, ls_real *visitor,
-                                ls_real (&s)[MINE][K])
-{
-#pragma unroll
-    for (int i = 0; i < MINE; i++)
-#pragma unroll
-        for (int k = 0; k < K; k++) s[i][k] = 0;
-    for (int e0 = 0; e0 < d; e0 += PIECE) {
-        __syncthreads(); /* what was there has been read */
-        load_rows<OWN>(x, e0, d, own);
-        load_rows<guests<K>>(y, e0, d, visitor);
-        wait_for_rows();
-        if (met) add_dots(own, visitor, start, d - e0 < PIECE ? (d - e0 + 7) / 8 * 8 : PIECE, s);
-    }
-}
 
 /* out = Σ a g v. With sent (B,H,T; m, l, Σ e^(s-m) g v), what these keys are to a softmax over more of them. */
 template <int K>
@@ -660,6 +660,7 @@ typedef struct key_tile {
     int query[guests<6>], key[OWN], begin[WARPS], end[WARPS];
 } key_tile;
 
+/* Where the visitors of keys [r, r + n) begin and end, by warp, and which keys are seen. */
 static __device__ void find_visitors(const windows *x, const keys *s, group at, int64_t r, int n, key_tile *t)
 {
     const int i = threadIdx.x, warp = i / LS_WARP, low = (int)ls_min(warp * OF_WARP, n - 1);
