@@ -1,17 +1,22 @@
 /* Local attention on a GPU; formulas in local.c.
  *
- * A block has a tile of up to 16 rows, and sees visitors 32 at a time: its threads are four warps, a warp has four of
- * the rows, a lane one visitor. Dot products run over features in pieces of 64, for which the visitors' rows lie in
- * shared memory; what visitors give is summed there too, for all features of the tile's rows.
+ * A block has a tile of 64 rows, and visitors come into its shared memory: in one visit all whom the tile meets, if
+ * they are so few that each warp's are a band of 8 K of them, otherwise 8 K in each. A warp has 16 of the rows, a
+ * thread every fourth of these and every eighth visitor of the band: 4 x K pairs, of which it keeps the products in
+ * registers while features pass by in pieces of 64. Weights go to the warp's part of shared memory, and what visitors
+ * give is made of them, 4 rows x 8 features by a thread; where there are more visits, the sums wait in the output
+ * itself.
  *
  *   attend           a tile of queries, visited by keys: online softmax; its maximum and sum are saved
  *   query_gradients  a tile of queries, visited by keys twice: first for δ and dp, then for dq
  *   key_gradients    a tile of keys, visited by the queries that see them: dk, dv
  *
  * Everything is said of queries in the order of their windows, their slots: so the queries that see a key are a run of
- * slots, whose ends a search finds. In local-p that order is made, see local_centres.cu. Every sum has one order,
- * whatever blocks do. */
+ * slots, whose ends a search finds where they are not known. In local-p that order is made, see local_centres.cu. Every
+ * sum has one order, whatever blocks do. */
 #include "local_cuda.h"
+
+#include <cuda_copy.h>
 
 extern "C" const ls_cuda_mechanism ls_local_cuda;
 
@@ -60,18 +65,29 @@ static __device__ int64_t rows_held(const keys *s, int64_t g)
     return s->first == NULL ? s->held : s->first[g + 1] - s->first[g];
 }
 
-static __device__ ls_real *key_row(const keys *s, ls_view v, int64_t g, int64_t H, int64_t r)
+/* Which (b,h), g = b H + h. */
+typedef struct group {
+    int64_t g, b, h;
+} group;
+
+static __device__ group group_of(int g, int64_t H)
 {
-    return s->first == NULL ? ls_row(v, g / H, g % H, r) : ls_row(v, 0, 0, s->first[g] + r);
+    const int b = g / (int)H;
+    return group{g, b, g - b * (int)H};
 }
 
-static __device__ int is_hidden(const keys *s, int64_t g, int64_t H, int64_t r)
+/* Row r of its keys in v; the others follow by v.st. */
+static __device__ ls_real *key_row(const keys *s, ls_view v, group at, int64_t r)
 {
-    return ls_is_padded(s->pad, s->first == NULL ? g / H * s->n + r : s->first[g] + r);
+    return s->first == NULL ? ls_row(v, at.b, at.h, r) : ls_row(v, 0, 0, s->first[at.g] + r);
 }
 
-/* A slot of (b,h) g = b H + h: the query, and its window as rows [from, to) of the keys; row r is at offset + r from p.
- */
+static __device__ int is_hidden(const keys *s, group at, int64_t r)
+{
+    return ls_is_padded(s->pad, s->first == NULL ? at.b * s->n + r : s->first[at.g] + r);
+}
+
+/* A slot: the query, and its window as rows [from, to) of the keys; row r is at offset + r from p. */
 typedef struct window {
     int64_t query, from, to;
     double offset;
@@ -89,155 +105,417 @@ static __device__ window window_of(const windows *x, const keys *s, int64_t g, i
     return w;
 }
 
-static __device__ int is_blind(const windows *x, int64_t g, int64_t query)
+static __device__ int is_blind(const windows *x, group at, int64_t query)
 {
-    return ls_is_padded(x->pad, g / x->H * x->T + query);
+    return ls_is_padded(x->pad, at.b * x->T + query);
 }
 
-/* The first slot whose window ends after row r, or begins after it. */
-static __device__ int64_t find_slot(const windows *x, const keys *s, int64_t g, int64_t r, int begins)
+/* The slots [lo, lo + n) whose windows have any of the rows [r, end). In self attention a window's ends are as far from
+ * every query; else half a warp seeks where windows first end after r, the other where they begin at `end` or after,
+ * each among 16 parts at a time. */
+static __device__ ls_span find_slots(const windows *x, const keys *s, int64_t g, int64_t r, int64_t end)
 {
+    enum { PARTS = LS_WARP / 2 };
+    const int part = threadIdx.x % PARTS, begins = threadIdx.x % LS_WARP / PARTS;
     int64_t low = 0, high = x->T;
-    while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        const window w = window_of(x, s, g, middle);
-        if ((begins ? w.from : w.to) > r)
-            high = middle;
-        else
-            low = middle + 1;
+    if (x->pattern == LS_NS || x->pattern == LS_CS) {
+        const int64_t shift = s->lo - x->first, ahead = x->pattern == LS_NS ? x->w : 0;
+        low = ls_max(0, ls_min(r + shift - ahead, x->T));
+        high = ls_max(low, ls_min(end + shift + (x->pattern == LS_NS ? x->w : x->w - 1), x->T));
+        return ls_span{0, low, high - low};
     }
-    return low;
+    while (__any_sync(0xffffffffu, low < high)) {
+        const int64_t apart = (high - low + PARTS - 1) / PARTS;
+        const window w = window_of(x, s, g, ls_max(0, ls_min(low + (part + 1) * apart, high) - 1));
+        const unsigned vote = __ballot_sync(0xffffffffu, begins ? w.from < end : w.to <= r);
+        const int before = __popc(vote >> (begins * PARTS) & 0xffff);
+        if (low == high) continue;
+        if (before < PARTS) high = ls_min(low + (before + 1) * apart, high) - 1;
+        low = before < PARTS ? low + before * apart : high;
+    }
+    const int64_t first = __shfl_sync(0xffffffffu, low, 0), last = __shfl_sync(0xffffffffu, low, PARTS);
+    return ls_span{0, first, last - first};
 }
 
 /* ------------------------------------------------------------------------------------------------ tiles */
 
-/* sum_r = shrink_r sum_r + Σ_visitors weight (rows,32) · visitor; the weights of a row were written by its warp. A lane
- * has K features of a piece. */
-template <int K>
-static __device__ void add_piece(const ls_real *const (&w)[EACH], int rows, int64_t e0, int64_t d, const ls_real *piece,
-                                 const ls_real (&shrink)[EACH], ls_real *sum)
+/* Rows of a tile, of a warp, of a thread; visitors side by side before a warp; reals of a thread's sums of a row. */
+enum { OWN = 64, OF_WARP = OWN / WARPS, MINE = 4, SIDE = LS_WARP / MINE, SUMS = PIECE / SIDE };
+
+/* What comes in one visit: the warps' bands, 16 apart, where windows are those of neighbours. */
+template <int K> constexpr int guests = OWN - OF_WARP + SIDE *K;
+
+/* K = 4 where 16 queries side by side see no more than 32 keys; otherwise 6, which the default windows need. */
+static int few_keys(const ls_pass *p)
 {
-    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
-    ls_real x[EACH][K] = {{0}};
-    ls_weighted(w, piece + lane, PITCH, x);
-    for (int u = 0; u < EACH; u++)
-        for (int k = 0; k < K; k++) {
-            const int64_t r = warp + u * WARPS, e = e0 + k * LS_WARP + lane;
-            if (r >= rows || e >= d) continue;
-            ls_real *to = sum + r * ls_fours(d) + e;
-            *to = shrink[u] * *to + x[u][k];
-        }
+    const int64_t w = (int64_t)p->option[WINDOW];
+    return (p->pattern == LS_CS ? w : 2 * w + 1) + OF_WARP - 1 <= 4 * SIDE;
 }
 
-static __device__ void add_weighted(const ls_real *weight, int rows, const ls_real *const *visitor, int64_t d,
-                                    ls_real *piece, const ls_real (&shrink)[EACH], ls_real *sum)
+template <int K> static size_t tile_bytes()
 {
-    const int warp = threadIdx.x / LS_WARP;
-    const ls_real *w[EACH];
-    for (int u = 0; u < EACH; u++) w[u] = weight + ls_min(warp + u * WARPS, rows - 1) * WIDE;
-    for (int64_t e0 = 0; e0 < d; e0 += PIECE) {
-        load_piece(visitor, e0, d, piece);
-        if (d - e0 > LS_WARP)
-            add_piece<2>(w, rows, e0, d, piece, shrink, sum);
-        else
-            add_piece<1>(w, rows, e0, d, piece, shrink, sum);
+    return (size_t)((OWN + guests<K>)*PITCH) * sizeof(ls_real);
+}
+
+/* Rows at[i] < all from `base`; where that is negative there is none. */
+typedef struct rows {
+    const int *at;
+    const ls_real *base;
+    int64_t st, all;
+} rows;
+
+/* to (N,64) = features [e0, e0 + 64) of the rows; 0 where there is none, and from d on. To be waited for. */
+template <int N> static __device__ void load_rows(rows x, int e0, int d, ls_real *to)
+{
+    enum { FOURS = PIECE / 4, STEP = THREADS / FOURS };
+    const int e = threadIdx.x % FOURS * 4, left = d - e0 - e;
+    /* they can be copied by fours, which 32 bits count */
+    const int fours = d % 4 == 0 && x.st % 4 == 0 && ls_is_four(x.base) && x.all * x.st < (int64_t)1 << 33;
+    x.at += threadIdx.x / FOURS, x.base += e0 + e, to += threadIdx.x / FOURS * PITCH + e;
+    if (fours) {
+        const unsigned apart = (unsigned)(x.st / 4);
+        const ls_four *base = (const ls_four *)x.base;
+#pragma unroll
+        for (int i = 0; i < N; i += STEP) {
+            const int r = x.at[i];
+            if (left > 0 && r >= 0) {
+                const char *from = (const char *)(base + (unsigned)r * apart);
+                for (int byte = 0; byte < (int)sizeof(ls_four); byte += 16)
+                    ls_copy<16>((char *)(to + i * PITCH) + byte, from + byte, true);
+            } else {
+                *(ls_four *)(to + i * PITCH) = ls_four{};
+            }
+        }
+    } else {
+#pragma unroll 1
+        for (int i = 0; i < N; i += STEP)
+            for (int c = 0; c < 4; c++) to[i * PITCH + c] = left > c && x.at[i] >= 0 ? x.base[x.at[i] * x.st + c] : 0;
     }
 }
 
-/* The 32 keys that visit from row r on, of those before `end`. */
-static __device__ void invite_keys(const keys *s, int64_t g, int64_t H, int64_t r, int64_t end, visitors *to)
+static __device__ void wait_for_rows()
 {
-    const int lane = threadIdx.x;
-    if (lane >= LS_WARP) return;
-    const int here = r + lane < end;
-    to->hidden[lane] = !here || is_hidden(s, g, H, r + lane);
-    to->k[lane] = here ? key_row(s, s->k, g, H, r + lane) : NULL;
-    to->v[lane] = here ? key_row(s, s->v, g, H, r + lane) : NULL;
+    ls_copy_close();
+    ls_copy_wait<0>();
+    __syncthreads();
 }
 
-static __device__ ls_real gaussian(const windows *x, ls_real narrow, ls_real distance)
+/* A thread's place: its first row of the tile, and its first visitor of the band. */
+static __device__ int my_row()
 {
-    return x->order == NULL ? 1 : ls_exp(narrow * distance * distance);
+    return threadIdx.x / LS_WARP * OF_WARP + threadIdx.x % LS_WARP / SIDE;
+}
+static __device__ int my_guest()
+{
+    return threadIdx.x % SIDE;
 }
 
-/* A tile of queries of one (b,h): slots [slot, slot + n). A warp has its rows' windows in registers. */
+/* s_ik += own_(row + 4i) · visitor_(start + guest + 8k), n features, an even number of fours. */
+template <int K>
+static __device__ void add_dots(const ls_real *own, const ls_real *visitor, int start, int n, ls_real (&s)[MINE][K])
+{
+    own += my_row() * PITCH, visitor += (start + my_guest()) * PITCH;
+#pragma unroll 2
+    for (int e = 0; e < n; e += 4) {
+        ls_four a[MINE];
+#pragma unroll
+        for (int i = 0; i < MINE; i++) a[i] = ls_four_at(own + i * MINE * PITCH + e);
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            const ls_four b = ls_four_at(visitor + k * SIDE * PITCH + e);
+#pragma unroll
+            for (int i = 0; i < MINE; i++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) s[i][k] += a[i].v[c] * b.v[c];
+        }
+    }
+}
+
+/* s = rows of the tile · rows of the visit; 0 where the warp's rows have not `met` them. */
+template <int K>
+static __device__ void multiply(rows x, rows y, int d, int met, int start, ls_real *own, ls_real *visitor,
+                                ls_real (&s)[MINE][K])
+{
+#pragma unroll
+    for (int i = 0; i < MINE; i++)
+#pragma unroll
+        for (int k = 0; k < K; k++) s[i][k] = 0;
+    for (int e0 = 0; e0 < d; e0 += PIECE) {
+        __syncthreads(); /* what was there has been read */
+        load_rows<OWN>(x, e0, d, own);
+        load_rows<guests<K>>(y, e0, d, visitor);
+        wait_for_rows();
+        if (met) add_dots(own, visitor, start, d - e0 < PIECE ? (d - e0 + 7) / 8 * 8 : PIECE, s);
+    }
+}
+
+/* Weights of a warp's rows, by visitor, in that part of `own` that only this warp reads: its dots have been made. */
+static __device__ ls_real *my_weights(ls_real *own)
+{
+    return own + threadIdx.x / LS_WARP * OF_WARP * PITCH + threadIdx.x % LS_WARP / SIDE * MINE;
+}
+
+template <int K> static __device__ void put_weights(const ls_real (&w)[MINE][K], ls_real *own)
+{
+    ls_real *to = my_weights(own) + my_guest() * OF_WARP;
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        ls_four x;
+#pragma unroll
+        for (int i = 0; i < MINE; i++) x.v[i] = w[i][k];
+        *(ls_four *)(to + k * SIDE * OF_WARP) = x;
+    }
+    __syncwarp();
+}
+
+/* x_i = Σ_band weight · visitor, features 4 guest + [0, 4) and as many 32 further on. */
+template <int K>
+static __device__ void weigh_band(ls_real *own, const ls_real *visitor, int start, ls_real (&x)[MINE][SUMS])
+{
+    const ls_real *weight = my_weights(own);
+    visitor += start * PITCH + my_guest() * 4;
+#pragma unroll
+    for (int i = 0; i < MINE; i++)
+#pragma unroll
+        for (int c = 0; c < SUMS; c++) x[i][c] = 0;
+#pragma unroll 8
+    for (int j = 0; j < K * SIDE; j++) {
+        const ls_four w = ls_four_at(weight + j * OF_WARP),
+                      y[2] = {ls_four_at(visitor + j * PITCH), ls_four_at(visitor + j * PITCH + PIECE / 2)};
+#pragma unroll
+        for (int i = 0; i < MINE; i++)
+#pragma unroll
+            for (int c = 0; c < SUMS; c++) x[i][c] += w.v[i] * y[c / 4].v[c % 4];
+    }
+}
+
+/* to = keep to + give x for these features of a row; where there is `more`, something is there. */
+static __device__ void put_sums(ls_real *to, int e0, int d, int more, ls_real keep, ls_real give,
+                                const ls_real (&x)[SUMS])
+{
+    const int e = e0 + my_guest() * 4, fours = d % 4 == 0 && ls_is_four(to);
+    to += e;
+#pragma unroll
+    for (int part = 0; part < SUMS; part += 4, to += PIECE / 2) {
+        const int left = d - e - part * SIDE;
+        if (left <= 0) break;
+        if (fours) {
+            ls_four y = {};
+            if (more) y = ls_four_at(to);
+#pragma unroll
+            for (int c = 0; c < 4; c++) y.v[c] = keep * y.v[c] + give * x[part + c];
+            *(ls_four *)to = y;
+        } else {
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                if (c < left) to[c] = (more ? keep * to[c] : 0) + give * x[part + c];
+        }
+    }
+}
+
+/* Visits: `all` visitors come `step` at a time, a warp's band begins at `start`. */
+typedef struct visits {
+    int all, step, start;
+} visits;
+
+/* Visitors [first, last), of which warp w's are [begin[w], end[w]). */
+template <int K> static __device__ visits plan_visits(const int *begin, const int *end, int first, int last)
+{
+    const int mine = begin[threadIdx.x / LS_WARP] - first, latest = guests<K> - K * SIDE;
+    int few = last - first <= guests<K>;
+    for (int w = 0; w < WARPS; w++) few = few && end[w] - begin[w] <= K * SIDE;
+    return visits{last - first, few ? guests<K> : K * SIDE, few ? (mine < latest ? mine : latest) : 0};
+}
+
+/* Whether this warp's rows meet anybody in the visit from `from` on. */
+static __device__ int is_met(const visits *v, const int *begin, const int *end, int from)
+{
+    const int w = threadIdx.x / LS_WARP;
+    return end[w] > from && begin[w] < from + v->step;
+}
+
+/* j - p of row `key`. */
+static __device__ ls_real distance(double offset, int key)
+{
+    return (ls_real)(offset + (double)key);
+}
+
+/* w g, so far away from p; 0 stays 0, where nothing is seen. */
+static __device__ ls_real narrowed(ls_real w, ls_real narrow, ls_real away)
+{
+    return w != 0 ? w * ls_exp(narrow * away * away) : 0;
+}
+
+/* A tile of queries of one (b,h), by slot: the query, or -1 - query where it sees nothing; its window of rows from
+ * `first`; p is `offset` before that. And of each warp, where its windows begin and end; the keys of a visit, -1 where
+ * they are hidden. */
 typedef struct query_tile {
-    int64_t g, slot, from, to; /* the keys that any of them sees */
-    int n;
-    window w[EACH];
-    int blind[EACH];
+    double offset[OWN];
+    int query[OWN], from[OWN], to[OWN], begin[WARPS], end[WARPS], key[guests<6>];
 } query_tile;
 
-static __device__ query_tile find_queries(const windows *x, const keys *s, int rows)
+/* Where it is: (b,h), its first slot, slots, its first key. */
+typedef struct tile_place {
+    group at;
+    int64_t slot, first;
+    int n;
+} tile_place;
+
+static __device__ tile_place find_queries(const windows *x, const keys *s, query_tile *t)
 {
-    const int64_t tiles = (x->T + rows - 1) / rows, slot = blockIdx.x % tiles * rows;
-    query_tile t;
-    t.g = blockIdx.x / tiles;
-    t.slot = slot;
-    t.n = (int)ls_min(rows, x->T - slot);
-    t.from = window_of(x, s, t.g, slot).from;
-    t.to = window_of(x, s, t.g, slot + t.n - 1).to;
-    for (int u = 0; u < EACH; u++) {
-        t.w[u] = window_of(x, s, t.g, slot + ls_min(threadIdx.x / LS_WARP + u * WARPS, t.n - 1));
-        t.blind[u] = is_blind(x, t.g, t.w[u].query);
+    const int tiles = (int)((x->T + OWN - 1) / OWN), g = (int)blockIdx.x / tiles, i = threadIdx.x;
+    tile_place p = {group_of(g, x->H), (int64_t)((int)blockIdx.x - g * tiles) * OWN, 0, 0};
+    p.n = (int)ls_min(OWN, x->T - p.slot);
+    p.first = window_of(x, s, g, p.slot).from;
+    if (i < OWN) {
+        const window w = window_of(x, s, g, ls_min(p.slot + i, x->T - 1));
+        const int sees = i < p.n && !is_blind(x, p.at, w.query), from = (int)(w.from - p.first);
+        const int to = (int)(w.to - p.first);
+        t->query[i] = sees ? (int)w.query : -1 - (int)w.query;
+        t->offset[i] = w.offset + (double)p.first;
+        t->from[i] = from, t->to[i] = to;
+        if (i % OF_WARP == 0) t->begin[i / OF_WARP] = from;
+        if (i % OF_WARP == OF_WARP - 1) t->end[i / OF_WARP] = to;
     }
-    return t;
+    __syncthreads();
+    return p;
+}
+
+static __device__ int query_of(const query_tile *t, int row)
+{
+    return t->query[row] < 0 ? -1 - t->query[row] : t->query[row];
+}
+
+/* Those of the keys that come in the visit from `from` on. */
+template <int K>
+static __device__ void invite_keys(const keys *s, const tile_place *p, const visits *v, int from, query_tile *t)
+{
+    const int i = threadIdx.x, n = v->all - from < v->step ? v->all - from : v->step;
+    __syncthreads(); /* those before have gone */
+    if (i < guests<K>) t->key[i] = i < n && !is_hidden(s, p->at, p->first + from + i) ? i : -1;
+    __syncthreads();
+}
+
+/* Which keys [lo, lo + width) of the visit a row of the tile sees. */
+typedef struct sight {
+    int lo;
+    unsigned width;
+} sight;
+
+static __device__ sight sight_of(const query_tile *t, int row, int from)
+{
+    const int lo = t->from[row] > from ? t->from[row] - from : 0, hi = t->query[row] < 0 ? 0 : t->to[row] - from;
+    return sight{lo, hi > lo ? (unsigned)(hi - lo) : 0};
+}
+
+static __device__ int sees(sight x, int i)
+{
+    return (unsigned)(i - x.lo) < x.width;
+}
+
+/* Over the threads that share a row. */
+static __device__ ls_real row_sum(ls_real x)
+{
+    for (int step = SIDE / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+}
+static __device__ ls_real row_max(ls_real x)
+{
+    for (int step = SIDE / 2; step > 0; step /= 2) {
+        const ls_real y = __shfl_xor_sync(0xffffffffu, x, step);
+        x = y > x ? y : x;
+    }
+    return x;
 }
 
 /* ------------------------------------------------------------------------------------------------ forward */
 
 /* out = Σ a g v. With sent (B,H,T; m, l, Σ e^(s-m) g v), what these keys are to a softmax over more of them. */
-static __global__ void attend(windows x, keys s, ls_view q, int64_t d, int rows, ls_real scale, ls_real narrow,
-                              ls_view out, ls_real *tops, ls_real *inverses, ls_real *sent)
+template <int K>
+static __global__ void __launch_bounds__(THREADS, 5)
+    attend(windows x, keys s, ls_view q, int d, ls_real scale, ls_real narrow, ls_view out, ls_real *tops,
+           ls_real *inverses, ls_real *sent)
 {
     LS_SHARED(ls_real, memory);
-    __shared__ visitors visit;
-    const int64_t room = ls_fours(d), all = rows * room;
-    ls_real *own = memory, *sum = own + all, *piece = sum + all, *weight = piece + PIECE_REALS;
-    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
-    const query_tile t = find_queries(&x, &s, rows);
-    const int64_t b = t.g / x.H, h = t.g % x.H;
-    ls_real top[EACH], total[EACH], shrink[EACH];
-    for (int u = 0; u < EACH; u++) {
-        const int r = warp + u * WARPS;
-        top[u] = -INFINITY, total[u] = 0, shrink[u] = 1;
-        if (r >= rows) continue;
-        load_own(own, r, r < t.n && !t.blind[u] ? ls_row(q, b, h, t.w[u].query) : NULL, scale, d);
-        load_own(sum, r, NULL, 0, d);
-    }
-    for (int64_t key = t.from; key < t.to; key += LS_WARP) {
-        const int64_t mine = key + lane;
-        ls_real score[EACH];
-        invite_keys(&s, t.g, x.H, key, t.to, &visit);
-        dots(own, rows, visit.k, d, piece, score);
-        for (int u = 0; u < EACH; u++) {
-            const int r = warp + u * WARPS;
-            if (r >= rows) break;
-            const int seen = r < t.n && !t.blind[u] && mine >= t.w[u].from && mine < t.w[u].to && !visit.hidden[lane];
-            const ls_real a = seen ? score[u] : -INFINITY, most = ls_warp_max(a);
-            const ls_real next = most > top[u] ? most : top[u], base = next == -INFINITY ? 0 : next;
-            shrink[u] = ls_exp(top[u] - base);
-            const ls_real e = ls_exp(a - base), distance = (ls_real)(t.w[u].offset + (double)mine);
-            total[u] = total[u] * shrink[u] + e;
-            top[u] = next;
-            weight[r * WIDE + lane] = seen ? e * gaussian(&x, narrow, distance) : 0;
+    __shared__ query_tile t;
+    ls_real *own = memory, *visitor = own + OWN * PITCH;
+    const tile_place p = find_queries(&x, &s, &t);
+    const visits v = plan_visits<K>(t.begin, t.end, 0, t.end[WARPS - 1]);
+    ls_real top[MINE], total[MINE], shrink[MINE];
+    for (int i = 0; i < MINE; i++) top[i] = -INFINITY, total[i] = 0;
+    for (int from = 0; from == 0 || from < v.all; from += v.step) {
+        const int met = is_met(&v, t.begin, t.end, from), last = v.all - from <= v.step;
+        ls_real w[MINE][K];
+        int key[K];
+        invite_keys<K>(&s, &p, &v, from, &t);
+        const rows keys_here = {t.key, key_row(&s, s.k, p.at, p.first + from), s.k.st, guests<K>};
+        const rows values = {t.key, key_row(&s, s.v, p.at, p.first + from), s.v.st, guests<K>};
+        multiply(rows{t.query, ls_row(q, p.at.b, p.at.h, 0), q.st, x.T}, keys_here, d, met, v.start, own, visitor, w);
+#pragma unroll
+        for (int k = 0; k < K; k++) key[k] = t.key[v.start + my_guest() + k * SIDE];
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            const sight seen = sight_of(&t, my_row() + i * MINE, from);
+            ls_real most = -INFINITY;
+#pragma unroll
+            for (int k = 0; k < K; k++) {
+                w[i][k] = sees(seen, key[k]) ? ls_multiply(scale, w[i][k]) : -INFINITY;
+                most = w[i][k] > most ? w[i][k] : most;
+            }
+            most = row_max(most);
+            const ls_real next = most > top[i] ? most : top[i], base = next == -INFINITY ? 0 : next;
+            shrink[i] = ls_exp(top[i] - base);
+            total[i] *= shrink[i];
+            top[i] = next;
+#pragma unroll
+            for (int k = 0; k < K; k++) {
+                w[i][k] = ls_exp(w[i][k] - base);
+                total[i] += w[i][k];
+            }
         }
-        add_weighted(weight, rows, visit.v, d, piece, shrink, sum);
+        if (x.order != NULL) {
+#pragma unroll
+            for (int i = 0; i < MINE; i++)
+#pragma unroll
+                for (int k = 0; k < K; k++)
+                    w[i][k] = narrowed(w[i][k], narrow, distance(t.offset[my_row() + i * MINE], from + key[k]));
+        }
+        put_weights(w, own);
+        ls_real factor[MINE];
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            if (last) total[i] = row_sum(total[i]);
+            factor[i] = !last || sent != NULL ? 1 : total[i] > 0 ? 1 / total[i] : 0;
+        }
+        for (int e0 = 0; e0 < d; e0 += PIECE) {
+            ls_real sum[MINE][SUMS];
+            __syncthreads(); /* what was there has been read */
+            load_rows<guests<K>>(values, e0, d, visitor);
+            wait_for_rows();
+            if (from > 0 && !met && !last) continue;
+            weigh_band<K>(own, visitor, v.start, sum);
+#pragma unroll
+            for (int i = 0; i < MINE; i++) {
+                const int r = my_row() + i * MINE;
+                if (r >= p.n) break;
+                const int query = query_of(&t, r);
+                ls_real *to =
+                    sent != NULL ? sent + (p.at.g * x.T + query) * (2 + d) + 2 : ls_row(out, p.at.b, p.at.h, query);
+                put_sums(to, e0, d, from > 0, factor[i] * shrink[i], factor[i], sum[i]);
+            }
+        }
     }
-    for (int u = 0; u < EACH; u++) {
-        const int r = warp + u * WARPS;
-        if (r >= t.n) break;
-        const ls_real l = ls_warp_sum(total[u]), inverse = l > 0 ? 1 / l : 0;
-        const int64_t row = t.g * x.T + t.w[u].query;
-        ls_real *to = sent != NULL ? sent + row * (2 + d) + 2 : ls_row(out, b, h, t.w[u].query);
-        for (int64_t e = lane; e < d; e += LS_WARP) to[e] = (sent != NULL ? 1 : inverse) * sum[r * room + e];
-        if (lane > 0) continue;
+    for (int i = 0; i < MINE; i++) {
+        const int r = my_row() + i * MINE;
+        if (r >= p.n || my_guest() > 0) break;
+        const int64_t row = p.at.g * x.T + query_of(&t, r);
         if (sent != NULL) {
-            to[-2] = top[u];
-            to[-1] = l;
+            sent[row * (2 + d)] = top[i];
+            sent[row * (2 + d) + 1] = total[i];
         } else {
-            tops[row] = top[u] == -INFINITY ? 0 : top[u];
-            inverses[row] = inverse;
+            tops[row] = top[i] == -INFINITY ? 0 : top[i];
+            inverses[row] = total[i] > 0 ? 1 / total[i] : 0;
         }
     }
 }
@@ -247,18 +525,25 @@ static ls_real narrowness(const ls_pass *p)
     return (ls_real)(-2 / (p->option[WINDOW] * p->option[WINDOW]));
 }
 
-static void attend_to(ls_pass *p, const ls_block *to, ls_real *sent)
+static int query_tiles(const ls_pass *p)
+{
+    return (int)(p->B * p->H * ((p->T + OWN - 1) / OWN));
+}
+
+template <int K> static void attend_to(ls_pass *p, const ls_block *to, ls_real *sent)
 {
     if (all_rows(p) > 0)
-        LS_LAUNCH(p->queue, attend, (int)(p->B * p->H * tiles_of(p)), THREADS, tile_bytes(p, 2, 1), windows_of(p),
-                  keys_of(to), p->q, p->d, tile_rows(p), (ls_real)p->scale, narrowness(p), p->out, p->saved[TOP],
-                  p->saved[INVERSE], sent);
+        LS_LAUNCH(p->queue, attend<K>, query_tiles(p), THREADS, tile_bytes<K>(), windows_of(p), keys_of(to), p->q,
+                  (int)p->d, (ls_real)p->scale, narrowness(p), p->out, p->saved[TOP], p->saved[INVERSE], sent);
 }
 
 static ls_status forward(ls_pass *p, int phase)
 {
     (void)phase;
-    attend_to(p, &p->halo, NULL);
+    if (few_keys(p))
+        attend_to<4>(p, &p->halo, NULL);
+    else
+        attend_to<6>(p, &p->halo, NULL);
     return ls_launched(p->queue, "local: windows");
 }
 
@@ -270,171 +555,219 @@ typedef struct softmax_rows {
     ls_real *delta, *dcentre;
 } softmax_rows;
 
-/* a, weight = a g and distance = j - p of a visible pair of which `score` is the scaled product; 0 if it is not. */
-typedef struct pair {
-    ls_real a, weight, distance;
-} pair;
-
-static __device__ pair weigh(const windows *x, int seen, ls_real score, ls_real top, ls_real inverse, double distance,
-                             ls_real narrow)
-{
-    pair p = {0, 0, 0};
-    if (!seen) return p;
-    p.a = ls_exp(score - top) * inverse;
-    p.distance = (ls_real)distance;
-    p.weight = p.a * gaussian(x, narrow, p.distance);
-    return p;
-}
-
-static __global__ void __launch_bounds__(THREADS, 3)
-    query_gradients(windows x, keys s, ls_view q, ls_view dout, ls_view dq, int64_t d, int rows, ls_real scale,
-                    ls_real narrow, softmax_rows soft)
+template <int K>
+static __global__ void __launch_bounds__(THREADS, 4)
+    query_gradients(windows x, keys s, ls_view q, ls_view dout, ls_view dq, int d, ls_real scale, ls_real narrow,
+                    softmax_rows soft)
 {
     LS_SHARED(ls_real, memory);
-    __shared__ visitors visit;
-    const int64_t room = ls_fours(d), all = rows * room;
-    ls_real *own = memory, *down = own + all, *sum = down + all, *piece = sum + all;
-    ls_real *weight = piece + PIECE_REALS;
-    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
-    const query_tile t = find_queries(&x, &s, rows);
-    const int64_t b = t.g / x.H, h = t.g % x.H;
-    ls_real delta[EACH], slope[EACH], top[EACH], inverse[EACH];
-    const ls_real keep[EACH] = {1, 1, 1, 1};
-    for (int u = 0; u < EACH; u++) {
-        const int r = warp + u * WARPS, sees = r < t.n && !t.blind[u];
-        const int64_t row = t.g * x.T + t.w[u].query;
-        delta[u] = slope[u] = 0;
-        top[u] = soft.top[row], inverse[u] = soft.inverse[row];
-        if (r >= rows) continue;
-        load_own(own, r, sees ? ls_row(q, b, h, t.w[u].query) : NULL, scale, d);
-        load_own(down, r, sees ? ls_row(dout, b, h, t.w[u].query) : NULL, 1, d);
-        load_own(sum, r, NULL, 0, d);
+    __shared__ query_tile t;
+    ls_real *own = memory, *visitor = own + OWN * PITCH;
+    const tile_place p = find_queries(&x, &s, &t);
+    const visits v = plan_visits<K>(t.begin, t.end, 0, t.end[WARPS - 1]);
+    ls_real delta[MINE] = {0}, slope[MINE] = {0}, top[MINE], inverse[MINE];
+    for (int i = 0; i < MINE; i++) {
+        const int64_t row = p.at.g * x.T + query_of(&t, my_row() + i * MINE);
+        top[i] = soft.top[row], inverse[i] = soft.inverse[row];
     }
-    /* where the tile sees at most twice 32 keys, the first pass keeps what it finds of pairs for the second */
-    const int keeps = t.to - t.from <= 2 * GUESTS;
-    ls_real kept[2][2][EACH];              /* Σ terms of δ, and a, of the first and the last 32 */
-    for (int pass = 0; pass < 2; pass++) { /* 0: δ and dp; 1: dq */
-        for (int64_t key = t.from; key < t.to; key += GUESTS) {
-            const int64_t mine = key + lane;
-            const int last = key > t.from;
-            ls_real given[EACH], share[EACH];
-            invite_keys(&s, t.g, x.H, key, t.to, &visit);
-            if (pass == 0 || !keeps) {
-                ls_real score[EACH], gain[EACH];
-                dots(own, rows, visit.k, d, piece, score);
-                dots(down, rows, visit.v, d, piece, gain);
-                for (int u = 0; u < EACH; u++) {
-                    const int r = warp + u * WARPS;
-                    const int seen =
-                        r < t.n && !t.blind[u] && mine >= t.w[u].from && mine < t.w[u].to && !visit.hidden[lane];
-                    const pair a = weigh(&x, seen, score[u], top[u], inverse[u], t.w[u].offset + (double)mine, narrow);
-                    given[u] = a.weight * gain[u], share[u] = a.a;
-                    if (pass > 0) continue;
-                    delta[u] += given[u];
-                    slope[u] += given[u] * a.distance;
-                    if (last)
-                        kept[1][0][u] = given[u], kept[1][1][u] = share[u];
-                    else
-                        kept[0][0][u] = given[u], kept[0][1][u] = share[u];
+    const rows queries = {t.query, ls_row(q, p.at.b, p.at.h, 0), q.st, x.T};
+    const rows down = {t.query, ls_row(dout, p.at.b, p.at.h, 0), dout.st, x.T};
+    ls_real given[MINE][K], share[MINE][K]; /* Σ terms of δ, and a; of a single visit, found once */
+    for (int pass = 0; pass < 2; pass++) {  /* 0: δ and dp; 1: dq */
+        for (int from = 0; from == 0 || from < v.all; from += v.step) {
+            const int met = is_met(&v, t.begin, t.end, from);
+            const rows keys_here = {t.key, key_row(&s, s.k, p.at, p.first + from), s.k.st, guests<K>};
+            const rows values = {t.key, key_row(&s, s.v, p.at, p.first + from), s.v.st, guests<K>};
+            if (pass == 0 || v.all > v.step) {
+                int key[K];
+                invite_keys<K>(&s, &p, &v, from, &t);
+                multiply(down, values, d, met, v.start, own, visitor, given);
+                multiply(queries, keys_here, d, met, v.start, own, visitor, share);
+#pragma unroll
+                for (int k = 0; k < K; k++) key[k] = t.key[v.start + my_guest() + k * SIDE];
+#pragma unroll
+                for (int i = 0; i < MINE; i++) {
+                    const sight seen = sight_of(&t, my_row() + i * MINE, from);
+#pragma unroll
+                    for (int k = 0; k < K; k++) {
+                        const ls_real a = ls_exp(ls_multiply(scale, share[i][k]) - top[i]) * inverse[i];
+                        share[i][k] = sees(seen, key[k]) ? a : 0;
+                    }
                 }
-            } else {
-                for (int u = 0; u < EACH; u++) {
-                    given[u] = last ? kept[1][0][u] : kept[0][0][u];
-                    share[u] = last ? kept[1][1][u] : kept[0][1][u];
+                if (x.order == NULL) {
+#pragma unroll
+                    for (int i = 0; i < MINE; i++)
+#pragma unroll
+                        for (int k = 0; k < K; k++) given[i][k] *= share[i][k];
+                } else {
+#pragma unroll
+                    for (int i = 0; i < MINE; i++)
+#pragma unroll
+                        for (int k = 0; k < K; k++) {
+                            const ls_real away = distance(t.offset[my_row() + i * MINE], from + key[k]);
+                            given[i][k] *= narrowed(share[i][k], narrow, away);
+                            if (pass == 0) slope[i] += given[i][k] * away;
+                        }
                 }
             }
             if (pass == 0) {
-                __syncthreads(); /* the visitors go */
+#pragma unroll
+                for (int i = 0; i < MINE; i++)
+#pragma unroll
+                    for (int k = 0; k < K; k++) delta[i] += given[i][k];
                 continue;
             }
-            __syncthreads(); /* the weights before have been read, the last row's by all warps with too few of their own
-                              */
-            for (int u = 0; u < EACH; u++) {
-                const int r = warp + u * WARPS;
-                if (r < rows) weight[r * WIDE + lane] = given[u] - share[u] * delta[u];
+#pragma unroll
+            for (int i = 0; i < MINE; i++)
+#pragma unroll
+                for (int k = 0; k < K; k++) given[i][k] -= share[i][k] * delta[i];
+            put_weights(given, own);
+            for (int e0 = 0; e0 < d; e0 += PIECE) {
+                ls_real sum[MINE][SUMS];
+                if (d > PIECE) { /* otherwise they are still there */
+                    __syncthreads();
+                    load_rows<guests<K>>(keys_here, e0, d, visitor);
+                    wait_for_rows();
+                }
+                if (from > 0 && !met) continue;
+                weigh_band<K>(own, visitor, v.start, sum);
+#pragma unroll
+                for (int i = 0; i < MINE; i++) {
+                    const int r = my_row() + i * MINE;
+                    if (r >= p.n) break;
+                    put_sums(ls_row(dq, p.at.b, p.at.h, query_of(&t, r)), e0, d, from > 0, 1, scale, sum[i]);
+                }
             }
-            add_weighted(weight, rows, visit.k, d, piece, keep, sum);
         }
-        for (int u = 0; u < EACH && pass == 0; u++) delta[u] = ls_warp_sum(delta[u]), slope[u] = ls_warp_sum(slope[u]);
+        for (int i = 0; i < MINE && pass == 0; i++) delta[i] = row_sum(delta[i]), slope[i] = row_sum(slope[i]);
     }
-    for (int u = 0; u < EACH; u++) {
-        const int r = warp + u * WARPS;
-        if (r >= t.n) break;
-        ls_real *to = ls_row(dq, b, h, t.w[u].query);
-        for (int64_t e = lane; e < d; e += LS_WARP) to[e] = scale * sum[r * room + e];
-        if (lane > 0) continue;
-        soft.delta[t.g * x.T + t.w[u].query] = delta[u];
-        if (x.order != NULL) soft.dcentre[t.g * x.T + t.w[u].query] = -2 * narrow * slope[u]; /* 4 / w² */
+    for (int i = 0; i < MINE; i++) {
+        const int r = my_row() + i * MINE;
+        if (r >= p.n || my_guest() > 0) break;
+        const int64_t row = p.at.g * x.T + query_of(&t, r);
+        soft.delta[row] = delta[i];
+        if (x.order != NULL) soft.dcentre[row] = -2 * narrow * slope[i]; /* 4 / w² */
     }
 }
 
-/* Keys [r, r + n) of (b,h) g. */
-static __device__ void gradients_of_keys(const windows *x, const keys *s, int64_t g, int64_t r, int n, ls_view q,
-                                         ls_view dout, ls_view dk, ls_view dv, int64_t d, int rows, ls_real scale,
-                                         ls_real narrow, const softmax_rows *soft, ls_real *memory, visitors *visit)
+/* A tile of keys: 0 <= i < n for those that are seen, -1 for the others. Of the slots that visit: the query, or -1
+ * where it sees nothing; the keys of the tile that it sees; what its softmax was. And of each warp, where its visitors
+ * begin and end. */
+typedef struct key_tile {
+    double offset[guests<6>];
+    sight seen[guests<6>];
+    ls_real top[guests<6>], inverse[guests<6>], delta[guests<6>];
+    int query[guests<6>], key[OWN], begin[WARPS], end[WARPS];
+} key_tile;
+
+/* Where the visitors of keys [r, r + n) begin and end, by warp, and which keys are seen. */
+static __device__ void find_visitors(const windows *x, const keys *s, group at, int64_t r, int n, key_tile *t)
 {
-    const int64_t room = ls_fours(d), all = rows * room;
-    ls_real *own_k = memory, *own_v = own_k + all, *sum_k = own_v + all, *sum_v = sum_k + all;
-    ls_real *piece = sum_v + all, *weight = piece + PIECE_REALS, *dscore = weight + rows * WIDE;
-    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
-    const int64_t b = g / x->H, h = g % x->H;
-    const int64_t begin = find_slot(x, s, g, r, 0), end = find_slot(x, s, g, r + n - 1, 1);
-    const ls_real keep[EACH] = {1, 1, 1, 1};
-    int hidden[EACH];
-    for (int u = 0; u < EACH; u++) {
-        const int i = warp + u * WARPS;
-        hidden[u] = i >= n || is_hidden(s, g, x->H, r + i);
-        if (i >= rows) continue;
-        load_own(own_k, i, i < n ? key_row(s, s->k, g, x->H, r + i) : NULL, 1, d);
-        load_own(own_v, i, i < n ? key_row(s, s->v, g, x->H, r + i) : NULL, 1, d);
-        load_own(sum_k, i, NULL, 0, d);
-        load_own(sum_v, i, NULL, 0, d);
-    }
-    for (int64_t slot = begin; slot < end; slot += LS_WARP) {
-        const window w = window_of(x, s, g, ls_min(slot + lane, end - 1));
-        const int sees = slot + lane < end && !is_blind(x, g, w.query);
-        const int64_t row = g * x->T + w.query;
-        const ls_real top = soft->top[row], inverse = soft->inverse[row], delta = soft->delta[row];
-        ls_real score[EACH], gain[EACH];
-        if (warp == 0) {
-            visit->k[lane] = sees ? ls_row(q, b, h, w.query) : NULL;
-            visit->v[lane] = sees ? ls_row(dout, b, h, w.query) : NULL;
-        }
-        dots(own_k, rows, visit->k, d, piece, score, scale); /* (scale q)·k, rounded as in the forward pass */
-        dots(own_v, rows, visit->v, d, piece, gain);
-        for (int u = 0; u < EACH; u++) {
-            const int i = warp + u * WARPS;
-            if (i >= rows) break;
-            const int seen = sees && !hidden[u] && r + i >= w.from && r + i < w.to;
-            const pair a = weigh(x, seen, score[u], top, inverse, w.offset + (double)(r + i), narrow);
-            weight[i * WIDE + lane] = a.weight;
-            dscore[i * WIDE + lane] = a.weight * gain[u] - a.a * delta;
-        }
-        add_weighted(weight, rows, visit->v, d, piece, keep, sum_v);
-        add_weighted(dscore, rows, visit->k, d, piece, keep, sum_k);
-    }
-    for (int i = warp; i < n; i += WARPS) {
-        ls_real *to_k = key_row(s, dk, g, x->H, r + i), *to_v = key_row(s, dv, g, x->H, r + i);
-        for (int64_t e = lane; e < d; e += LS_WARP) {
-            to_k[e] = scale * sum_k[i * room + e];
-            to_v[e] = sum_v[i * room + e];
+    const int i = threadIdx.x, warp = i / LS_WARP, low = (int)ls_min(warp * OF_WARP, n - 1);
+    const ls_span mine = find_slots(x, s, at.g, r + low, r + ls_max(low + 1, ls_min((warp + 1) * OF_WARP, n)));
+    if (i < OWN) t->key[i] = i < n && !is_hidden(s, at, r + i) ? i : -1;
+    if (i % LS_WARP == 0) t->begin[warp] = (int)mine.lo, t->end[warp] = (int)(mine.lo + mine.n);
+    __syncthreads();
+}
+
+/* Those of slots [begin, begin + n) who come first. */
+template <int K>
+static __device__ void invite_queries(const windows *x, const keys *s, group at, int64_t r, int64_t begin, int n,
+                                      const softmax_rows *soft, key_tile *t)
+{
+    const int i = threadIdx.x;
+    __syncthreads(); /* those before have gone */
+    if (i < guests<K>) {
+        t->query[i] = -1, t->seen[i] = sight{0, 0};
+        t->top[i] = t->inverse[i] = t->delta[i] = 0, t->offset[i] = 0;
+        const window w = i < n ? window_of(x, s, at.g, begin + i) : window{0, 0, 0, 0};
+        if (i < n && !is_blind(x, at, w.query)) {
+            const int64_t row = at.g * x->T + w.query;
+            const int lo = (int)ls_min(ls_max(w.from - r, 0), OWN), hi = (int)ls_min(w.to - r, OWN);
+            t->query[i] = (int)w.query, t->seen[i] = sight{lo, hi > lo ? (unsigned)(hi - lo) : 0};
+            t->top[i] = soft->top[row], t->inverse[i] = soft->inverse[row], t->delta[i] = soft->delta[row];
+            t->offset[i] = w.offset + (double)r;
         }
     }
-    __syncthreads(); /* the visitors go */
+    __syncthreads();
+}
+
+/* Keys [r, r + n) of (b,h). */
+template <int K>
+static __device__ void gradients_of_keys(const windows *x, const keys *s, group at, int64_t r, int n, ls_view q,
+                                         ls_view dout, ls_view dk, ls_view dv, int d, ls_real scale, ls_real narrow,
+                                         const softmax_rows *soft, key_tile *t, ls_real *own)
+{
+    ls_real *visitor = own + OWN * PITCH;
+    find_visitors(x, s, at, r, n, t);
+    const int first = t->begin[0];
+    const rows mine = {t->key, key_row(s, s->k, at, r), s->k.st, OWN},
+               values = {t->key, key_row(s, s->v, at, r), s->v.st, OWN};
+    const rows queries = {t->query, ls_row(q, at.b, at.h, 0), q.st, x->T};
+    const rows down = {t->query, ls_row(dout, at.b, at.h, 0), dout.st, x->T};
+    const visits v = plan_visits<K>(t->begin, t->end, first, t->end[WARPS - 1]);
+    for (int from = 0; from == 0 || from < v.all; from += v.step) {
+        const int met = is_met(&v, t->begin, t->end, first + from), to = v.all - from < v.step ? v.all - from : v.step;
+        ls_real weight[MINE][K], dscore[MINE][K];
+        int key[MINE];
+        invite_queries<K>(x, s, at, r, first + from, to, soft, t);
+        multiply(values, down, d, met, v.start, own, visitor, dscore);
+        multiply(mine, queries, d, met, v.start, own, visitor, weight);
+#pragma unroll
+        for (int i = 0; i < MINE; i++) key[i] = t->key[my_row() + i * MINE];
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            const int j = v.start + my_guest() + k * SIDE;
+            const sight seen = t->seen[j];
+            const ls_real top = t->top[j], inverse = t->inverse[j], delta = t->delta[j];
+#pragma unroll
+            for (int i = 0; i < MINE; i++) {
+                const ls_real a = sees(seen, key[i]) ? ls_exp(ls_multiply(scale, weight[i][k]) - top) * inverse : 0;
+                weight[i][k] = x->order == NULL ? a : narrowed(a, narrow, distance(t->offset[j], key[i]));
+                dscore[i][k] = weight[i][k] * dscore[i][k] - a * delta;
+            }
+        }
+        for (int side = 0; side < 2; side++) { /* 0: dk, 1: dv */
+            if (side == 0)
+                put_weights(dscore, own);
+            else
+                put_weights(weight, own);
+            for (int e0 = 0; e0 < d; e0 += PIECE) {
+                ls_real sum[MINE][SUMS];
+                if (side > 0 || d > PIECE) { /* otherwise they are still there */
+                    __syncthreads();
+                    load_rows<guests<K>>(side > 0 ? down : queries, e0, d, visitor);
+                    wait_for_rows();
+                }
+                if (from > 0 && !met) continue;
+                weigh_band<K>(own, visitor, v.start, sum);
+#pragma unroll
+                for (int i = 0; i < MINE; i++) {
+                    const int row = my_row() + i * MINE;
+                    if (row >= n) break;
+                    put_sums(key_row(s, side > 0 ? dv : dk, at, r + row), e0, d, from > 0, 1, side > 0 ? 1 : scale,
+                             sum[i]);
+                }
+            }
+        }
+    }
+    __syncthreads(); /* the tile goes */
 }
 
 /* A tile of rows, counted over all (b,h): where lists meet it is done in parts. */
-static __global__ void key_gradients(windows x, keys s, int64_t groups, ls_view q, ls_view dout, ls_view dk, ls_view dv,
-                                     int64_t d, int rows, ls_real scale, ls_real narrow, softmax_rows soft)
+template <int K>
+static __global__ void __launch_bounds__(THREADS, 4)
+    key_gradients(windows x, keys s, int groups, ls_view q, ls_view dout, ls_view dk, ls_view dv, int d, ls_real scale,
+                  ls_real narrow, softmax_rows soft)
 {
     LS_SHARED(ls_real, memory);
-    __shared__ visitors visit;
-    const int64_t begin = (int64_t)blockIdx.x * rows, all = s.first != NULL ? s.first[groups] : groups * s.n;
-    const int64_t end = ls_min(begin + rows, all);
+    __shared__ key_tile t;
+    const int64_t begin = (int64_t)blockIdx.x * OWN, all = s.first != NULL ? s.first[groups] : groups * s.n;
+    const int64_t end = ls_min(begin + OWN, all);
     for (int64_t row = begin; row < end;) {
-        int64_t g = 0, high = groups; /* the last (b,h) whose rows begin at or before row */
+        int g = 0, high = groups; /* the last (b,h) whose rows begin at or before row */
         while (g + 1 < high) {
-            const int64_t middle = (g + high) / 2;
+            const int middle = (g + high) / 2;
             if ((s.first != NULL ? s.first[middle] : middle * s.n) <= row)
                 g = middle;
             else
@@ -442,25 +775,33 @@ static __global__ void key_gradients(windows x, keys s, int64_t groups, ls_view 
         }
         const int64_t first = s.first != NULL ? s.first[g] : g * s.n, last = first + rows_held(&s, g);
         const int n = (int)(ls_min(end, last) - row);
-        gradients_of_keys(&x, &s, g, row - first, n, q, dout, dk, dv, d, rows, scale, narrow, &soft, memory, &visit);
+        gradients_of_keys<K>(&x, &s, group_of(g, x.H), row - first, n, q, dout, dk, dv, d, scale, narrow, &soft, &t,
+                             memory);
         row += n;
     }
+}
+
+template <int K> static void find_gradients(ls_pass *p)
+{
+    const ls_real scale = (ls_real)p->scale;
+    const softmax_rows soft = {p->saved[TOP], p->saved[INVERSE], p->work[DELTA], p->work[DCENTRE]};
+    const int64_t all_keys = p->halo.first != NULL ? p->halo.n : p->B * p->H * p->halo.n;
+    if (all_rows(p) > 0)
+        LS_LAUNCH(p->queue, query_gradients<K>, query_tiles(p), THREADS, tile_bytes<K>(), windows_of(p),
+                  keys_of(&p->halo), p->q, p->dout, p->dq, (int)p->d, scale, narrowness(p), soft);
+    if (all_keys > 0)
+        LS_LAUNCH(p->queue, key_gradients<K>, (int)((all_keys + OWN - 1) / OWN), THREADS, tile_bytes<K>(),
+                  windows_of(p), keys_of(&p->halo), (int)(p->B * p->H), p->q, p->dout, p->halo.dk, p->halo.dv,
+                  (int)p->d, scale, narrowness(p), soft);
 }
 
 static ls_status backward(ls_pass *p, int phase)
 {
     (void)phase;
-    const int rows = tile_rows(p);
-    const ls_real scale = (ls_real)p->scale;
-    const softmax_rows soft = {p->saved[TOP], p->saved[INVERSE], p->work[DELTA], p->work[DCENTRE]};
-    const int64_t all_keys = p->halo.first != NULL ? p->halo.n : p->B * p->H * p->halo.n;
-    if (all_rows(p) > 0)
-        LS_LAUNCH(p->queue, query_gradients, (int)(p->B * p->H * tiles_of(p)), THREADS, tile_bytes(p, 3, 1),
-                  windows_of(p), keys_of(&p->halo), p->q, p->dout, p->dq, p->d, rows, scale, narrowness(p), soft);
-    if (all_keys > 0)
-        LS_LAUNCH(p->queue, key_gradients, (int)((all_keys + rows - 1) / rows), THREADS, tile_bytes(p, 4, 2),
-                  windows_of(p), keys_of(&p->halo), p->B * p->H, p->q, p->dout, p->halo.dk, p->halo.dv, p->d, rows,
-                  scale, narrowness(p), soft);
+    if (few_keys(p))
+        find_gradients<4>(p);
+    else
+        find_gradients<6>(p);
     if (predictive(p)) centres_backward(p);
     return ls_launched(p->queue, "local: gradients of windows");
 }
@@ -490,7 +831,7 @@ static ls_status count(ls_pass *p, int phase)
 /* This rank's part of the cache, as a softmax over a part of the keys. */
 static ls_status visit_cache(ls_pass *p, int phase)
 {
-    attend_to(p, &p->visit, p->summary[phase + 1].sent);
+    attend_to<6>(p, &p->visit, p->summary[phase + 1].sent);
     return ls_launched(p->queue, "local: visit");
 }
 

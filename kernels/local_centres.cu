@@ -10,6 +10,58 @@ namespace ls_local
 
 enum { RUN = 256 }; /* of the sort */
 
+/* ------------------------------------------------------------------------------------------------ tiles */
+
+/* Rows of a tile in shared memory are `room` reals, d to the next four. own_r = row, one for each; 0 for NULL and from
+ * d on. Seen by all threads after the next barrier. */
+static __device__ void load_own(ls_real *own, int r, const ls_real *row, int64_t d)
+{
+    const int64_t room = ls_fours(d);
+    for (int64_t e = threadIdx.x % LS_WARP; e < room; e += LS_WARP)
+        own[r * room + e] = row != NULL && e < d ? row[e] : 0;
+}
+
+/* piece (32,64) = features [e0, e0 + 64) of the visitors; 0 for NULL and from d on. */
+static __device__ void load_piece(const ls_real *const *visitor, int64_t e0, int64_t d, ls_real *piece)
+{
+    __syncthreads();
+    for (int i = threadIdx.x; i < GUESTS * PIECE / 4; i += THREADS) {
+        const int e = i % (PIECE / 4) * 4;
+        const ls_real *row = visitor[i / (PIECE / 4)];
+        ls_four x = {};
+        if (row != NULL && d % 4 == 0 && ls_is_four(row)) {
+            if (e0 + e < d) x = ls_four_at(row + e0 + e);
+        } else if (row != NULL) {
+            for (int k = 0; k < 4; k++)
+                if (e0 + e + k < d) x.v[k] = row[e0 + e + k];
+        }
+        *(ls_four *)(piece + i / (PIECE / 4) * PITCH + e) = x;
+    }
+    __syncthreads();
+}
+
+/* Of the tile's rows r = warp, warp + 4, ..: own_r · this lane's visitor. */
+static __device__ void dots(const ls_real *own, int rows, const ls_real *const *visitor, int64_t d, ls_real *piece,
+                            double (&s)[EACH])
+{
+    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
+    for (int u = 0; u < EACH; u++) s[u] = 0;
+    for (int64_t e0 = 0; e0 < d; e0 += PIECE) {
+        const ls_real *mine[EACH], *theirs[EACH];
+        for (int u = 0; u < EACH; u++) {
+            mine[u] = own + ls_min(warp + u * WARPS, rows - 1) * ls_fours(d) + e0;
+            theirs[u] = piece + lane * PITCH;
+        }
+        load_piece(visitor, e0, d, piece);
+        ls_dots(mine, theirs, 1, (int)ls_fours(ls_min(PIECE, d - e0)), s);
+    }
+}
+
+static size_t tile_bytes(const ls_pass *p)
+{
+    return (size_t)(ls_fours(p->d) * tile_rows(p) + PIECE_REALS) * sizeof(ls_real);
+}
+
 /* ------------------------------------------------------------------------------------------------ centres */
 
 /* Of head h: W (d,d), u (d), as they stand in the parameters. */
@@ -23,10 +75,10 @@ static predictor predictor_of(const ls_pass *p)
 }
 
 /* Rows [c, c + 32) of W visit the tile. */
-static __device__ void invite_map(const ls_real *map, int64_t c, int64_t d, visitors *to)
+static __device__ void invite_map(const ls_real *map, int64_t c, int64_t d, const ls_real **to)
 {
     const int lane = threadIdx.x;
-    if (lane < LS_WARP) to->k[lane] = c + lane < d ? map + (c + lane) * d : NULL;
+    if (lane < LS_WARP) to[lane] = c + lane < d ? map + (c + lane) * d : NULL;
 }
 
 /* p of a tile of queries, in double; by slot, before they are sorted: the queries, and their centres. */
@@ -35,7 +87,7 @@ static __global__ void make_centres(int64_t H, int64_t T, int64_t keys_in_all, l
                                     int64_t *centre)
 {
     LS_SHARED(ls_real, memory);
-    __shared__ visitors visit;
+    __shared__ const ls_real *visit[GUESTS];
     ls_real *own = memory, *piece = own + rows * ls_fours(d);
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
     const int64_t tiles = (T + rows - 1) / rows, g = blockIdx.x / tiles, t = blockIdx.x % tiles * rows;
@@ -47,13 +99,13 @@ static __global__ void make_centres(int64_t H, int64_t T, int64_t keys_in_all, l
     for (int u = 0; u < EACH; u++) {
         const int r = warp + u * WARPS;
         blind[u] = r >= rows || t + r >= T || ls_is_padded(pad, b * T + t + r);
-        if (r < rows) load_own(own, r, blind[u] ? NULL : ls_row(q, b, h, t + r), 1, d);
+        if (r < rows) load_own(own, r, blind[u] ? NULL : ls_row(q, b, h, t + r), d);
     }
     for (int64_t c = 0; c < d; c += LS_WARP) {
         double x[EACH];
         __syncthreads();
-        invite_map(map, c, d, &visit);
-        dots(own, rows, visit.k, d, piece, x);
+        invite_map(map, c, d, visit);
+        dots(own, rows, visit, d, piece, x);
         for (int u = 0; u < EACH; u++)
             if (c + lane < d) z[u] += (double)vector[c + lane] * tanh(x[u]);
     }
@@ -180,8 +232,8 @@ ls_status centres(ls_pass *p, int phase)
     int first = 0;
     if (all_rows(p) == 0) return LS_OK;
     for (int64_t length = RUN; length < p->T; length *= 2) first = !first;
-    LS_LAUNCH(p->queue, make_centres, (int)(p->B * p->H * tiles_of(p)), THREADS, tile_bytes(p, 1, 0), p->H, p->T,
-              p->all_keys, p->q, p->pad_q, p->d, tile_rows(p), predictor_of(p), p->summary[phase].got,
+    LS_LAUNCH(p->queue, make_centres, (int)(p->B * p->H * tiles_of(p)), THREADS, tile_bytes(p), p->H, p->T, p->all_keys,
+              p->q, p->pad_q, p->d, tile_rows(p), predictor_of(p), p->summary[phase].got,
               (double *)(void *)p->saved[CENTRE], order[first], centre[first]);
     if (p->step) return ls_launched(p->queue, "local: centres");
     order_queries(p, centre, order);
@@ -198,7 +250,7 @@ static __global__ void predictor_gradients(int64_t H, int64_t T, int64_t slices,
                                            const ls_real *dcentre, ls_real *dhidden, ls_real *clean, double *dvector)
 {
     LS_SHARED(double, sums); /* (4,d) */
-    __shared__ visitors visit;
+    __shared__ const ls_real *visit[GUESTS];
     const int64_t room = ls_fours(d);
     ls_real *own = (ls_real *)(sums + WARPS * d), *piece = own + rows * room;
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
@@ -214,15 +266,15 @@ static __global__ void predictor_gradients(int64_t H, int64_t T, int64_t slices,
             const int64_t row = g * T + t + r;
             dz[u] = 0;
             if (r < rows)
-                load_own(own, r, here && !ls_is_padded(pad, b * T + t + r) ? ls_row(q, b, h, t + r) : NULL, 1, d);
+                load_own(own, r, here && !ls_is_padded(pad, b * T + t + r) ? ls_row(q, b, h, t + r) : NULL, d);
             if (here && last > 0) dz[u] = (double)dcentre[row] * exact[row] * (1 - exact[row] / last);
             for (int64_t e = lane; e < d && here; e += LS_WARP) clean[row * d + e] = own[r * room + e];
         }
         for (int64_t c = 0; c < d; c += LS_WARP) {
             double x[EACH];
             __syncthreads();
-            invite_map(map, c, d, &visit);
-            dots(own, rows, visit.k, d, piece, x);
+            invite_map(map, c, d, visit);
+            dots(own, rows, visit, d, piece, x);
             for (int u = 0; u < EACH; u++) {
                 const int r = warp + u * WARPS;
                 if (r >= rows || t + r >= T || c + lane >= d) continue;
@@ -259,7 +311,7 @@ void centres_backward(ls_pass *p)
     ls_real *dhidden = p->work[DHIDDEN], *clean = p->work[CLEAN], *dW = p->dparams + p->param[MAP].offset;
     double *dvector = (double *)(void *)p->work[DVECTOR];
     if (all_rows(p) == 0) return;
-    const size_t bytes = tile_bytes(p, 1, 0) + (size_t)(WARPS * d) * sizeof(double);
+    const size_t bytes = tile_bytes(p) + (size_t)(WARPS * d) * sizeof(double);
     LS_LAUNCH(p->queue, predictor_gradients, (int)(B * H * slices), THREADS, bytes, H, T, slices, p->q, p->pad_q, d,
               tile_rows(p), f, p->summary[CENTRES].got, (const double *)(const void *)p->saved[CENTRE],
               p->work[DCENTRE], dhidden, clean, dvector);
