@@ -113,12 +113,15 @@ int main(int argc, char **argv)
     }
     const ls_context_options options = {.comm = here.comm, .device = LS_CPU, .seed = 2024};
     verdict(ls_context_create(&options, &cpu) == LS_OK, "%s", ls_last_error());
-    if (cpu != NULL) {
+    const int small =
+        getenv("LONGSPAN_EMULATOR_SHARED") != NULL; /* elsewhere heads that are too large are too large to test */
+    if (cpu != NULL && small) refuse("longshort", LS_NS, "r=2,w=3", 2600);
+    if (cpu != NULL && !small) {
         compare("local", LS_NC, "w=2,align=1", 1, 1, 1040, 4);
         compare("local", LS_NS, "w=2", 1, 1, 2600, 4);
         compare("longshort", LS_CS, "r=2,w=3,c=4", 1, 1, 1040, 12);
         compare("longshort", LS_NS, "r=2,w=3", 1, 1, 2000, 10);
-        refuse("local", LS_NS, "w=2", 40000);
+        compare("local", LS_NS, "w=2", 1, 1, 40000, 3);
         slices();
         /* features of several tiles and pieces, rows that can be read by fours and rows that cannot */
         compare("performer", LS_NS, "m=40", 2, 2, 80, 300);

@@ -154,6 +154,11 @@ foreach(run ORDER=11 SHARED=99)
     "${test_environment};${emulated_environment};LONGSPAN_EMULATOR_${run}" TIMEOUT 1500)
 endforeach()
 
+# a GPU whose blocks have little memory: what does not fit is refused
+add_test(NAME limits_emulated_shared COMMAND $<TARGET_FILE:test_limits_emulated>)
+set_tests_properties(limits_emulated_shared PROPERTIES ENVIRONMENT
+  "${test_environment};${emulated_environment};LONGSPAN_EMULATOR_SHARED=64" TIMEOUT 1500)
+
 # golden files with work memory full of NaN, and with streams that run at any time that their events allow
 foreach(run poisoned_1 poisoned_3 order_3)
   string(REGEX MATCH "[0-9]" ranks ${run})
