@@ -11,6 +11,7 @@
 #define LS_CUDA_H
 
 #include <cublas_v2.h>
+#include <cuda_bf16.h>
 #include <cuda_launch.h>
 #include <cuda_runtime.h>
 #include <math.h>
@@ -31,7 +32,8 @@ struct ls_queue {
     int device;
     ls_precision precision; /* what operands of products are rounded to */
     size_t most_shared;     /* of shared memory that a block may ask for, in bytes */
-    void *narrow;           /* LS_BF16: LS_NARROW_BYTES for their copies in bfloat16, of the product under way */
+    void *narrow;           /* LS_BF16: LS_NARROW_BYTES for their copies in bfloat16, of the product under way, and */
+                            /* between products for the parts of sums over rows */
     ls_status status;       /* what failed first, since it was last asked; its sentence is `message` */
     char message[256];
     cudaEvent_t end;          /* of what was given, for a wait that is watched */
@@ -116,6 +118,38 @@ static inline int ls_row_blocks(int64_t rows)
     return ls_blocks(rows * LS_WARP, LS_THREADS);
 }
 
+/* How rows of views are walked along: blocks of LS_THREADS (heads, tiles of rows, B), and 2^bits neighbouring threads,
+ * the lanes of a row, have a row: a warp has several short ones, and no thread divides to know where it stands. */
+enum { LS_TILE_ROWS = 128 };
+static inline dim3 ls_tile_blocks(int64_t B, int64_t H, int64_t rows)
+{
+    const int64_t tiles = (rows + LS_TILE_ROWS - 1) / LS_TILE_ROWS;
+    return dim3((unsigned)ls_max(1, H), (unsigned)ls_max(1, ls_min(tiles, 65535)),
+                (unsigned)ls_max(1, ls_min(B, 65535)));
+}
+/* For rows of so many items, of each of which a thread reads all at once: it gets two, since what it computes to find a
+ * row is more than what it does there. */
+static inline int ls_lane_bits(int64_t items)
+{
+    int bits = 0;
+    while (1 << bits < LS_WARP && 2 << bits < items) bits++;
+    return bits;
+}
+/* A thread's rows first, first + step, .. of a tile of (b,h), of which those before `end` exist; `times` is the same
+ * for all threads of a warp. */
+typedef struct ls_tile_rows {
+    int64_t b, h, first, end;
+    int step, times;
+} ls_tile_rows;
+template <typename F> __device__ static inline void ls_walk_tiles(int64_t B, int64_t rows, int bits, F f)
+{
+    const int mine = (int)threadIdx.x >> bits, step = LS_THREADS >> bits;
+    const int times = mine < LS_TILE_ROWS ? (LS_TILE_ROWS + step - 1) >> (8 - bits) : 0;
+    for (int64_t b = blockIdx.z; b < B; b += gridDim.z)
+        for (int64_t t = (int64_t)blockIdx.y * LS_TILE_ROWS; t < rows; t += (int64_t)gridDim.y * LS_TILE_ROWS)
+            f(ls_tile_rows{b, blockIdx.x, t + mine, ls_min(rows, t + LS_TILE_ROWS), step, times});
+}
+
 /* N numbers side by side, of which up to four are read at once, on a boundary of as many. */
 template <int N> struct alignas((N < 4 ? N : 4) * sizeof(ls_real)) ls_few {
     ls_real v[N];
@@ -124,6 +158,45 @@ typedef ls_few<4> ls_four;
 template <int N> __device__ static inline ls_few<N> ls_few_at(const ls_real *x)
 {
     return *reinterpret_cast<const ls_few<N> *>(x);
+}
+template <int N> __device__ static inline void ls_put_few(ls_real *x, const ls_few<N> &value)
+{
+    *reinterpret_cast<ls_few<N> *>(x) = value;
+}
+/* The same in bfloat16, N = 1, 2, 4 or 8: as one word of memory, which structs of bfloat16 are not copied by. */
+template <int N> struct ls_narrow_word {
+    typedef uint4 type;
+};
+template <> struct ls_narrow_word<4> {
+    typedef uint64_t type;
+};
+template <> struct ls_narrow_word<2> {
+    typedef uint32_t type;
+};
+template <> struct ls_narrow_word<1> {
+    typedef uint16_t type;
+};
+template <int N> __device__ static inline ls_few<N> ls_few_at(const __nv_bfloat16 *x)
+{
+    const auto word = *reinterpret_cast<const typename ls_narrow_word<N>::type *>(x);
+    __nv_bfloat16 from[N];
+    static_assert(sizeof from == sizeof word, "a word has all");
+    memcpy(from, &word, sizeof word);
+    ls_few<N> y;
+    for (int k = 0; k < N; k++) y.v[k] = __bfloat162float(from[k]);
+    return y;
+}
+template <int N> __device__ static inline void ls_put_few(__nv_bfloat16 *x, const ls_few<N> &value)
+{
+    typename ls_narrow_word<N>::type word;
+    __nv_bfloat16 to[N];
+    for (int k = 0; k + 1 < N; k += 2) { /* one instruction rounds two */
+        const __nv_bfloat162 two = __floats2bfloat162_rn((float)value.v[k], (float)value.v[k + 1]);
+        memcpy(to + k, &two, sizeof two);
+    }
+    if (N == 1) to[0] = __float2bfloat16((float)value.v[0]);
+    memcpy(&word, to, sizeof word);
+    *reinterpret_cast<typename ls_narrow_word<N>::type *>(x) = word;
 }
 __device__ static inline ls_four ls_four_at(const ls_real *x)
 {
@@ -138,6 +211,12 @@ LS_BOTH_SIDES int ls_is_four(const ls_real *x)
     return (uintptr_t)x % sizeof(ls_four) == 0;
 }
 
+/* Whether rows of a view, d numbers each, can be read by fours. */
+static inline int ls_rows_are_fours(ls_view v, int64_t d)
+{
+    return ls_is_four(v.p) && (v.sb | v.sh | v.st | d) % 4 == 0;
+}
+
 /* x y, rounded before anything is added to it: for a product that two kernels must have alike. */
 __device__ static inline float ls_multiply(float x, float y)
 {
@@ -149,9 +228,9 @@ __device__ static inline double ls_multiply(double x, double y)
 }
 
 /* The sum, the maximum over the 32 threads of a warp, all of which call; every thread gets it. */
-template <typename T> __device__ static inline T ls_warp_sum(T x)
+template <typename T> __device__ static inline T ls_warp_sum(T x, int lanes = LS_WARP) /* or of so many: a power of 2 */
 {
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;
 }
 template <typename T> __device__ static inline T ls_warp_max(T x)

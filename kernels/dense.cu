@@ -1,11 +1,12 @@
 /* The dense layers on a GPU. Three ways to divide the work:
  *
- *   elements     a thread for each, or for four that lie side by side where n and the pointers allow
+ *   elements     a thread for each, or for four or eight that lie side by side where n and the pointers allow
  *   rows         a warp for each: norms, loss, embedding; sums over a row are a warp's
- *   columns      gradients of biases, norms and embeddings are sums over rows: a block owns a few columns, its threads
- *                take the rows in turn, in double, and add up in shared memory in one order. Eight columns of floats
- * are what memory gives at once, and many such blocks are there at a time; so no partial sums go through memory, and
- * results do not depend on the order of blocks.
+ *   columns      gradients of biases, norms and embeddings are sums over rows: a block owns some columns of a part of
+ *                the rows, its threads take these in turn, in double, and add up in shared memory in one order. The
+ *                parts go through memory of the queue and are added in their order by a second kernel, so that results
+ *                do not depend on the order of blocks. A queue without such memory has one part, and blocks of eight
+ *                columns: what memory gives at once.
  *
  * The linear layers are products of cuBLAS, but linear_alike, whose rows must not know how many they are. */
 #include "cuda.h"
@@ -17,39 +18,28 @@ extern "C" {
 
 #include "rng_inline.h"
 
-#include <cuda_bf16.h>
-
-/* Item i of rows that are read W numbers at once. */
-template <int W> __device__ static inline ls_few<W> load(const ls_real *x, int64_t i)
+/* Item i of rows that are read W numbers at once; T is ls_real or bfloat16. */
+template <int W, typename T> __device__ static inline ls_few<W> load(const T *x, int64_t i)
 {
-    return reinterpret_cast<const ls_few<W> *>(x)[i];
+    return ls_few_at<W>(x + i * W);
 }
-template <int W> __device__ static inline void store(ls_real *x, int64_t i, ls_few<W> value)
+template <int W, typename T> __device__ static inline void store(T *x, int64_t i, const ls_few<W> &value)
 {
-    reinterpret_cast<ls_few<W> *>(x)[i] = value;
+    ls_put_few<W>(x + i * W, value);
 }
 
-/* The same of rows that may lie in bfloat16: all threads of a launch go the same way. */
-template <int W> struct alignas(W * sizeof(__nv_bfloat16)) narrow_few {
-    __nv_bfloat16 v[W];
-};
+/* The same of rows that may lie in bfloat16, and do where W is 8: all threads of a launch go the same way. */
 template <int W> __device__ static inline ls_few<W> load(const ls_operand &x, int64_t i)
 {
-    if (!ls_is_narrow(x)) return load<W>(static_cast<const ls_real *>(x.p), i);
-    const narrow_few<W> from = static_cast<const narrow_few<W> *>(x.p)[i];
-    ls_few<W> y;
-    for (int k = 0; k < W; k++) y.v[k] = __bfloat162float(from.v[k]);
-    return y;
+    return W == 8 || ls_is_narrow(x) ? load<W>(static_cast<const __nv_bfloat16 *>(x.p), i)
+                                     : load<W>(static_cast<const ls_real *>(x.p), i);
 }
-template <int W> __device__ static inline void store(const ls_operand &x, int64_t i, ls_few<W> value)
+template <int W> __device__ static inline void store(const ls_operand &x, int64_t i, const ls_few<W> &value)
 {
-    if (!ls_is_narrow(x)) {
+    if (W == 8 || ls_is_narrow(x))
+        store<W>(static_cast<__nv_bfloat16 *>(x.p), i, value);
+    else
         store<W>(static_cast<ls_real *>(x.p), i, value);
-        return;
-    }
-    narrow_few<W> to;
-    for (int k = 0; k < W; k++) to.v[k] = __float2bfloat16((float)value.v[k]);
-    static_cast<narrow_few<W> *>(x.p)[i] = to;
 }
 
 /* Whether rows of n numbers there can be read by fours. */
@@ -65,6 +55,48 @@ template <typename... P> static bool wide(int64_t n, const P &...p)
 {
     return n % 4 == 0 && (is_wide(p) && ...);
 }
+
+/* Whether all that may lie in bfloat16 does, and can be read by eights. */
+static bool is_eight(const ls_real *p)
+{
+    return ls_is_four(p);
+}
+static bool is_eight(const ls_operand &x)
+{
+    return ls_is_narrow(x) && uintptr_t(x.p) % sizeof(ls_narrow_word<8>::type) == 0;
+}
+template <typename... P> static int width(int64_t n, const P &...p)
+{
+    return n % 8 == 0 && (is_eight(p) && ...) ? 8 : wide(n, p...) ? 4 : 1;
+}
+
+/* How rows of items are shared: neighbouring threads (x) have neighbouring items, as many rows (y) as a block can hold
+ * are walked along at once, in `step`s of all blocks; no thread divides to know where it stands. */
+static dim3 threads_over(int64_t items)
+{
+    const int64_t across = ls_max(1, ls_min(LS_THREADS, items));
+    return dim3((unsigned)across, (unsigned)(LS_THREADS / across));
+}
+/* each: rows that a thread has; B: batches of so many rows, in z. */
+static dim3 blocks_over(int64_t rows, int64_t items, int64_t each, int64_t B)
+{
+    const dim3 threads = threads_over(items);
+    const int64_t x = (items + threads.x - 1) / threads.x, y = (rows + threads.y * each - 1) / (threads.y * each);
+    return dim3((unsigned)x, (unsigned)ls_min(y, 65535), (unsigned)ls_min(B, 65535));
+}
+__device__ static inline int64_t my_item()
+{
+    return (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+}
+__device__ static inline int64_t my_row()
+{
+    return (int64_t)blockIdx.y * blockDim.y + threadIdx.y;
+}
+__device__ static inline int64_t row_step()
+{
+    return (int64_t)gridDim.y * blockDim.y;
+}
+enum { ROWS_EACH = 4 };
 
 /* ------------------------------------------------------------------------------------------------ elements */
 
@@ -84,31 +116,21 @@ template <typename F>
 static void map_all(ls_queue *queue, int64_t n, F f, const ls_operand &a, const ls_operand &b, const ls_operand &y)
 {
     if (n <= 0) return;
-    const int w = wide(n, a, b, y) ? 4 : 1;
-    const auto kernel = w == 4 ? map<F, 4> : map<F, 1>;
+    const int w = width(n, a, b, y);
+    const auto kernel = w == 8 ? map<F, 8> : w == 4 ? map<F, 4> : map<F, 1>;
     LS_LAUNCH(queue, kernel, ls_blocks(n / w, LS_THREADS), LS_THREADS, 0, n / w, f, a, b, y);
 }
 
-/* Where all rows meet the same row, a bias: a thread has W columns of it, and takes the rows in turn. */
-static int threads_across(int64_t columns)
-{
-    return (int)ls_min(LS_THREADS, (columns + LS_WARP - 1) / LS_WARP * LS_WARP);
-}
-static dim3 blocks_across(int64_t rows, int64_t columns)
-{
-    const int64_t threads = threads_across(columns);
-    return dim3((unsigned)((columns + threads - 1) / threads), (unsigned)ls_min(rows, 65535));
-}
-
-/* y = f(a + bias, b) for rows (rows, W columns). */
+/* y = f(a + bias, b) for rows (rows, W columns) */
 template <typename F, int W>
 __global__ static void map_rows(int64_t rows, int64_t columns, F f, ls_operand a, const ls_real *bias, ls_operand b,
                                 ls_operand y)
 {
-    const int64_t j = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const int64_t j = my_item();
     if (j >= columns) return;
     const ls_few<W> added = load<W>(bias, j);
-    for (int64_t i = blockIdx.y * columns + j; i < rows * columns; i += gridDim.y * columns) {
+    for (int64_t r = my_row(); r < rows; r += row_step()) {
+        const int64_t i = r * columns + j;
         const ls_few<W> x = load<W>(a, i), z = F::inputs == 2 ? load<W>(b, i) : x;
         ls_few<W> out;
         for (int k = 0; k < W; k++) out.v[k] = f(x.v[k] + added.v[k], z.v[k]);
@@ -125,9 +147,9 @@ static void map_biased(ls_queue *queue, int64_t rows, int64_t n, F f, const ls_o
         return;
     }
     if (rows <= 0) return;
-    const int w = wide(n, a, bias, b, y) ? 4 : 1;
-    const auto kernel = w == 4 ? map_rows<F, 4> : map_rows<F, 1>;
-    LS_LAUNCH(queue, kernel, blocks_across(rows, n / w), threads_across(n / w), 0, rows, n / w, f, a, bias, b, y);
+    const int w = width(n, a, bias, b, y);
+    const auto kernel = w == 8 ? map_rows<F, 8> : w == 4 ? map_rows<F, 4> : map_rows<F, 1>;
+    LS_LAUNCH(queue, kernel, blocks_over(rows, n / w, 2, 1), threads_over(n / w), 0, rows, n / w, f, a, bias, b, y);
 }
 
 struct gelu_of {
@@ -145,7 +167,7 @@ struct gelu_gradient {
     {
         ls_real density;
         const ls_real cdf = ls_normal_cdf(x, &density);
-        return dy * (cdf + x * density);
+        return dy * fma(x, density, cdf); /* so, that all kernels round alike */
     }
 };
 struct relu_of {
@@ -245,105 +267,168 @@ static void zero(ls_queue *queue, size_t bytes, void *x)
 
 /* ------------------------------------------------------------------------------------------------ sums over rows */
 
-constexpr int COLUMNS = 8, MOST_THREADS = 512;
+/* SUM_BLOCKS of SUM_THREADS are there at a time on a large GPU, where there is memory for parts. */
+enum { SUM_BLOCKS = 512, SUM_THREADS = 256, ALONE_THREADS = 512, ALONE_COLUMNS = 8 };
 
-/* How columns are shared in a block: a thread has W of them, in every step-th row from its first one on. */
-template <int W> struct share {
-    int64_t column, first, step;
+/* How columns are shared: `across` threads side by side have W of them each, those of a block the `each` rows of its
+ * part in turn. Numbers of threads are powers of 2. */
+struct cut {
+    int across, parts;
+    int64_t each;
+    double *room; /* (parts, sums), where there are several */
 };
-template <int W> __device__ static inline share<W> my_share()
+template <int W> struct share {
+    int64_t column, first, end, step;
+};
+template <int W> __device__ static inline share<W> my_share(const cut &c, int64_t rows)
 {
-    const int across = COLUMNS / W;
     share<W> s;
-    s.column = (int64_t)blockIdx.x * COLUMNS + threadIdx.x % across * W;
-    s.first = threadIdx.x / across;
-    s.step = blockDim.x / across;
+    s.column = ((int64_t)blockIdx.x * c.across + (int)threadIdx.x % c.across) * W;
+    s.first = blockIdx.y * c.each + (int)threadIdx.x / c.across;
+    s.end = ls_min(rows, (blockIdx.y + 1) * c.each);
+    s.step = (int)blockDim.x / c.across;
     return s;
 }
 
-/* to (columns) += what the threads have; all call. part: COLUMNS / W × W × threads doubles of shared memory. The number
- * of threads is a power of 2. */
-template <int W> __device__ static void add_columns(const double *mine, int64_t columns, double *part, ls_real *to)
+/* to (columns) += what the threads have; all call. Where there are parts they go to room instead, sums [at, at +
+ * columns) of `sums`. part: W × threads doubles of shared memory. */
+template <int W>
+__device__ static void add_columns(const cut &c, const double *mine, int64_t columns, double *part, ls_real *to,
+                                   int64_t at, int64_t sums)
 {
+    const int width = c.across * W;
     for (int k = 0; k < W; k++) part[(int)threadIdx.x * W + k] = mine[k];
     __syncthreads();
-    for (int half = (int)blockDim.x * W / 2; half >= COLUMNS; half /= 2) {
+    for (int half = (int)blockDim.x * W / 2; half >= width; half /= 2) {
         for (int i = (int)threadIdx.x; i < half; i += (int)blockDim.x) part[i] += part[i + half];
         __syncthreads();
     }
-    const int64_t column = (int64_t)blockIdx.x * COLUMNS + threadIdx.x;
-    if (threadIdx.x < COLUMNS && column < columns) to[column] += (ls_real)part[threadIdx.x];
+    for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) {
+        const int64_t column = (int64_t)blockIdx.x * width + i;
+        if (column >= columns) continue;
+        if (c.parts > 1)
+            c.room[blockIdx.y * sums + at + column] = part[i];
+        else
+            to[column] += (ls_real)part[i];
+    }
     __syncthreads();
 }
 
-/* Enough threads that each has a few rows, few where there are few rows. */
-static int column_threads(int64_t rows, int w)
+/* first (n), and second (n) where there are 2 n sums, += the sums of their parts: the lanes of a warp have neighbouring
+ * columns, the warps of a block the parts in turn. */
+__global__ static void add_cuts(int parts, int64_t n, int64_t sums, const double *room, ls_real *first, ls_real *second)
 {
-    int threads = LS_WARP;
-    while (threads < MOST_THREADS && (int64_t)threads * w / COLUMNS * 4 < rows) threads *= 2;
-    return threads;
-}
-static size_t column_bytes(int threads, int w)
-{
-    return (size_t)(threads * w) * sizeof(double);
-}
-static int column_blocks(int64_t n)
-{
-    return (int)((n + COLUMNS - 1) / COLUMNS);
+    __shared__ double part[LS_THREADS];
+    const int lane = (int)threadIdx.x % LS_WARP, warp = (int)threadIdx.x / LS_WARP;
+    const int64_t column = (int64_t)blockIdx.x * LS_WARP + lane;
+    double sum = 0;
+#pragma unroll 8
+    for (int i = warp; i < parts; i += LS_THREADS / LS_WARP) sum += column < sums ? room[i * sums + column] : 0;
+    part[threadIdx.x] = sum;
+    __syncthreads();
+    if (warp > 0 || column >= sums) return;
+    for (int i = 1; i < LS_THREADS / LS_WARP; i++) sum += part[i * LS_WARP + lane];
+    ls_real *to = column < n ? first + column : second + (column - n);
+    *to += (ls_real)sum;
 }
 
-/* sum (n) += Σ_rows x (rows,n), and y = x where it is not NULL */
-template <int W> __global__ static void sum_columns(int64_t rows, int64_t n, ls_operand x, ls_real *sum, ls_operand y)
+/* The cut for `sums` sums of rows (rows,n), and its blocks: so many parts that they fill a GPU at once, but each with
+ * enough rows that sums of parts are few. Only a queue that rounds has memory for them: that of its products, which
+ * come before and after. */
+static cut cut_of(const ls_queue *queue, int64_t rows, int64_t n, int64_t sums, int w, dim3 *blocks, int *threads)
+{
+    const int64_t items = n / w, most = (int64_t)(LS_NARROW_BYTES / sizeof(double)) / sums;
+    const bool splits = queue->narrow != NULL && most > 1;
+    cut c = {splits ? LS_WARP : ALONE_COLUMNS / w, 1, rows, static_cast<double *>(queue->narrow)};
+    while (c.across / 2 >= items) c.across /= 2;
+    const int64_t x = (items + c.across - 1) / c.across;
+    *threads = splits ? SUM_THREADS : ALONE_THREADS;
+    if (splits) {
+        const int64_t least = 8 * (*threads / c.across); /* rows, 8 of each thread */
+        const int64_t parts = ls_max(1, ls_min(ls_min(rows / least, most), SUM_BLOCKS / x));
+        c.each = (rows + parts - 1) / parts;
+        c.parts = (int)((rows + c.each - 1) / c.each);
+    }
+    while (*threads > ls_max(LS_WARP, c.across) && *threads / c.across * 2 > c.each) *threads /= 2;
+    *blocks = dim3((unsigned)x, (unsigned)c.parts);
+    return c;
+}
+static void add_parts(ls_queue *queue, const cut &c, int64_t n, int64_t sums, ls_real *first, ls_real *second)
+{
+    if (c.parts > 1)
+        LS_LAUNCH(queue, add_cuts, (int)((sums + LS_WARP - 1) / LS_WARP), LS_THREADS, 0, c.parts, n, sums,
+                  (const double *)c.room, first, second);
+}
+
+/* sum (n) += Σ_rows x (rows,n), and y = x where it is not NULL. T: of x */
+template <int W, typename T>
+__global__ static void __launch_bounds__(ALONE_THREADS, 2)
+    sum_columns(int64_t rows, int64_t n, cut c, const T *x, ls_real *sum, ls_operand y)
 {
     LS_SHARED(double, part);
     constexpr int DEEP = 8; /* reads on their way at a time */
-    const share<W> s = my_share<W>();
+    const share<W> s = my_share<W>(c, rows);
+    const int64_t step = s.step * n / W;
+    int64_t at = (s.first * n + s.column) / W;
     double acc[W] = {0};
-    for (int64_t r = s.first; r < rows && s.column < n; r += DEEP * s.step) {
-        ls_few<W> at[DEEP];
+    for (int64_t r = s.first; r < s.end && s.column < n; r += DEEP * s.step, at += DEEP * step) {
+        ls_few<W> v[DEEP];
+        for (int u = 0; u < DEEP; u++) v[u] = r + u * s.step < s.end ? load<W>(x, at + u * step) : ls_few<W>();
         for (int u = 0; u < DEEP; u++)
-            at[u] = r + u * s.step < rows ? load<W>(x, ((r + u * s.step) * n + s.column) / W) : ls_few<W>();
-        for (int u = 0; u < DEEP; u++)
-            for (int k = 0; k < W; k++) acc[k] += (double)at[u].v[k];
+            for (int k = 0; k < W; k++) acc[k] += (double)v[u].v[k];
         for (int u = 0; u < DEEP && y.p != NULL; u++)
-            if (r + u * s.step < rows) store<W>(y, ((r + u * s.step) * n + s.column) / W, at[u]);
+            if (r + u * s.step < s.end) store<W>(y, at + u * step, v[u]);
     }
-    add_columns<W>(acc, n, part, sum);
+    add_columns<W>(c, acc, n, part, sum, 0, n);
 }
 
-static void launch_sums(ls_queue *queue, int64_t rows, int64_t n, ls_operand x, ls_real *sum, ls_operand y)
+template <typename T>
+static void launch_sums(ls_queue *queue, int64_t rows, int64_t n, const T *x, int w, ls_real *sum, ls_operand y)
+{
+    int threads;
+    dim3 blocks;
+    const cut c = cut_of(queue, rows, n, n, w, &blocks, &threads);
+    const auto kernel = w == 4 ? sum_columns<4, T> : sum_columns<1, T>;
+    LS_LAUNCH(queue, kernel, blocks, threads, (size_t)(threads * w) * sizeof(double), rows, n, c, x, sum, y);
+    add_parts(queue, c, n, n, sum, NULL);
+}
+static void sum_all(ls_queue *queue, int64_t rows, int64_t n, ls_operand x, ls_real *sum, ls_operand y)
 {
     if (rows <= 0 || n <= 0) return;
-    const int w = wide(n, x, y) ? 4 : 1, threads = column_threads(rows, w);
-    const auto kernel = w == 4 ? sum_columns<4> : sum_columns<1>;
-    LS_LAUNCH(queue, kernel, column_blocks(n), threads, column_bytes(threads, w), rows, n, x, sum, y);
+    const int w = wide(n, x, y) ? 4 : 1;
+    if (ls_is_narrow(x))
+        launch_sums(queue, rows, n, static_cast<const __nv_bfloat16 *>(x.p), w, sum, y);
+    else
+        launch_sums(queue, rows, n, static_cast<const ls_real *>(x.p), w, sum, y);
 }
 
 static void column_sums(ls_queue *queue, int64_t rows, int64_t n, ls_operand x, ls_real *sum)
 {
-    launch_sums(queue, rows, n, x, sum, ls_reals(NULL));
+    sum_all(queue, rows, n, x, sum, ls_reals(NULL));
 }
 
 static void sum_and_copy(ls_queue *queue, int64_t rows, int64_t n, const ls_real *x, ls_real *sum, ls_operand y)
 {
-    launch_sums(queue, rows, n, ls_reals(x), sum, y);
+    sum_all(queue, rows, n, ls_reals(x), sum, y);
 }
 
 /* ------------------------------------------------------------------------------------------------ linear */
 
-/* y (rows,n) = b (n) in every row */
-template <int W> __global__ static void fill_rows(int64_t rows, int64_t n, const ls_real *b, ls_real *y)
+/* y (rows, W columns) = b in every row */
+template <int W> __global__ static void fill_rows(int64_t rows, int64_t columns, const ls_real *b, ls_real *y)
 {
-    LS_EACH_ROW(r, rows)
-    LS_EACH_LANE(j, n / W)
-    store<W>(y + r * n, j, load<W>(b, j));
+    const int64_t j = my_item();
+    if (j >= columns) return;
+    const ls_few<W> value = load<W>(b, j);
+    for (int64_t r = my_row(); r < rows; r += row_step()) store<W>(y, r * columns + j, value);
 }
 
 static void start_with(ls_queue *queue, int64_t rows, int64_t n, const ls_real *b, ls_real *y)
 {
     if (b == NULL) return;
-    const auto kernel = wide(n, b, y) ? fill_rows<4> : fill_rows<1>;
-    LS_LAUNCH(queue, kernel, ls_row_blocks(rows), LS_THREADS, 0, rows, n, b, y);
+    const int w = wide(n, b, y) ? 4 : 1;
+    const auto kernel = w == 4 ? fill_rows<4> : fill_rows<1>;
+    LS_LAUNCH(queue, kernel, blocks_over(rows, n / w, ROWS_EACH, 1), threads_over(n / w), 0, rows, n / w, b, y);
 }
 
 static void linear(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, ls_operand w, const ls_real *b,
@@ -461,23 +546,25 @@ static void layer_norm(ls_queue *queue, int64_t rows, int64_t E, const ls_real *
 
 /* dw += Σ dy·x̂, db += Σ dy, x̂ = (x - mean)·rstd */
 template <int W>
-__global__ static void norm_columns(int64_t rows, int64_t E, const ls_real *x, const ls_real *mean, const ls_real *rstd,
-                                    const ls_real *dy, ls_real *dw, ls_real *db)
+__global__ static void __launch_bounds__(ALONE_THREADS, 2)
+    norm_columns(int64_t rows, int64_t E, cut c, const ls_real *x, const ls_real *mean, const ls_real *rstd,
+                 const ls_real *dy, ls_real *dw, ls_real *db)
 {
     LS_SHARED(double, part);
     constexpr int DEEP = 4;
-    const share<W> s = my_share<W>();
+    const share<W> s = my_share<W>(c, rows);
+    const int64_t step = s.step * E / W;
+    int64_t at = (s.first * E + s.column) / W;
     double acc_w[W] = {0}, acc_b[W] = {0};
-    for (int64_t r = s.first; r < rows && s.column < E; r += DEEP * s.step) {
+    for (int64_t r = s.first; r < s.end && s.column < E; r += DEEP * s.step, at += DEEP * step) {
         ls_few<W> xs[DEEP], ds[DEEP];
         ls_real mu[DEEP], rs[DEEP];
         for (int u = 0; u < DEEP; u++) {
-            const int64_t row = r + u * s.step;
-            const bool there = row < rows;
-            xs[u] = there ? load<W>(x, (row * E + s.column) / W) : ls_few<W>();
-            ds[u] = there ? load<W>(dy, (row * E + s.column) / W) : ls_few<W>();
-            mu[u] = there ? mean[row] : 0;
-            rs[u] = there ? rstd[row] : 0;
+            const bool there = r + u * s.step < s.end;
+            xs[u] = there ? load<W>(x, at + u * step) : ls_few<W>();
+            ds[u] = there ? load<W>(dy, at + u * step) : ls_few<W>();
+            mu[u] = there ? mean[r + u * s.step] : 0;
+            rs[u] = there ? rstd[r + u * s.step] : 0;
         }
         for (int u = 0; u < DEEP; u++)
             for (int k = 0; k < W; k++) {
@@ -485,8 +572,8 @@ __global__ static void norm_columns(int64_t rows, int64_t E, const ls_real *x, c
                 acc_b[k] += (double)ds[u].v[k];
             }
     }
-    add_columns<W>(acc_w, E, part, dw);
-    add_columns<W>(acc_b, E, part, db);
+    add_columns<W>(c, acc_w, E, part, dw, 0, 2 * E);
+    add_columns<W>(c, acc_b, E, part, db, E, 2 * E);
 }
 
 /* With g = dy·w: dx = rstd·(g - avg(g) - x̂·avg(g·x̂)). dx may be dy: a lane writes what only it has read. */
@@ -525,12 +612,16 @@ static void layer_norm_backward(ls_queue *queue, int64_t rows, int64_t E, const 
                                 int accumulate_dx, ls_real *dw, ls_real *db)
 {
     if (rows <= 0) return;
-    const int width = wide(E, x, w, dy, dx) ? 4 : 1, threads = column_threads(rows, width);
-    const auto columns = width == 4 ? norm_columns<4> : norm_columns<1>;
-    const auto along = width == 4 ? norm_rows<4> : norm_rows<1>;
+    const int few = wide(E, x, w, dy, dx) ? 4 : 1;
+    const auto columns = few == 4 ? norm_columns<4> : norm_columns<1>;
+    const auto along = few == 4 ? norm_rows<4> : norm_rows<1>;
+    int threads;
+    dim3 blocks;
+    const cut c = cut_of(queue, rows, E, 2 * E, few, &blocks, &threads);
     /* columns first: dx may be dy */
-    LS_LAUNCH(queue, columns, column_blocks(E), threads, column_bytes(threads, width), rows, E, x, mean, rstd, dy, dw,
-              db);
+    LS_LAUNCH(queue, columns, blocks, threads, (size_t)(threads * few) * sizeof(double), rows, E, c, x, mean, rstd, dy,
+              dw, db);
+    add_parts(queue, c, E, 2 * E, dw, db);
     LS_LAUNCH(queue, along, ls_row_blocks(rows), LS_THREADS, 0, rows, E, x, w, mean, rstd, dy, dx, accumulate_dx);
 }
 
@@ -643,7 +734,8 @@ static void embedding_backward(ls_queue *queue, int64_t rows, int64_t V, int64_t
 constexpr int ANCHOR = 64;
 
 /* As on the CPU: a thread walks from a global multiple of ANCHOR to the next, with one frequency, by rotations in
- * double. So a row's value is the same wherever the piece that holds it begins. */
+ * double. So a row's value is the same wherever the piece that holds it begins. Each sequence is walked along by its
+ * own threads: the rotations are few beside what they wait for memory. */
 __global__ static void positions(int64_t B, int64_t T, int64_t E, int64_t lo, int64_t anchor, int64_t walks, ls_real *x)
 {
     const int64_t half = E / 2;
@@ -653,7 +745,7 @@ __global__ static void positions(int64_t B, int64_t T, int64_t E, int64_t lo, in
         const double f = pow(10000.0, -2 * (double)i / (double)E), sin_f = sin(f), cos_f = cos(f);
         double s = sin((double)from * f), c = cos((double)from * f);
         for (int64_t p = from; p < end; p++) {
-            for (int64_t b = 0; b < B && p >= lo; b++) {
+            for (int64_t b = blockIdx.y; b < B && p >= lo; b += gridDim.y) {
                 ls_real *row = x + (b * T + p - lo) * E;
                 row[i] += (ls_real)s;
                 row[half + i] += (ls_real)c;
@@ -669,7 +761,8 @@ static void add_positions(ls_queue *queue, int64_t B, int64_t T, int64_t E, int6
 {
     const int64_t anchor = lo - lo % ANCHOR, walks = (lo + T - anchor + ANCHOR - 1) / ANCHOR;
     if (B <= 0 || T <= 0 || E < 2) return;
-    LS_LAUNCH(queue, positions, ls_blocks(walks * (E / 2), LS_THREADS), LS_THREADS, 0, B, T, E, lo, anchor, walks, x);
+    const dim3 blocks((unsigned)ls_blocks(walks * (E / 2), LS_THREADS), (unsigned)ls_min(B, 65535));
+    LS_LAUNCH(queue, positions, blocks, LS_THREADS, 0, B, T, E, lo, anchor, walks, x);
 }
 
 /* ------------------------------------------------------------------------------------------------ dropout */
@@ -680,27 +773,27 @@ template <int W>
 __global__ static void drop_some(int64_t B, int64_t T, int64_t E, uint32_t drop, ls_real kept, ls_drop d,
                                  const ls_real *x, const ls_real *b, const ls_real *onto, ls_operand y)
 {
-    const int64_t counters = (E + 7) / 8;
-    LS_EACH(i, B * T * counters)
-    {
-        const int64_t row = i / counters, counter = i % counters, s = row / T, t = row % T;
-        uint32_t word[4] = {0};
-        if (drop > 0)
-            ls_random4_inline(d.seed, d.stream, (uint32_t)(d.sample + (uint64_t)s),
-                              (uint64_t)((d.lo + t) * counters + counter), word);
-        for (int j = 0; j < 8; j += W) {
-            const int64_t e = counter * 8 + j;
-            if (e >= E) break;
-            const int64_t item = (row * E + e) / W;
-            const ls_few<W> at = load<W>(x, item), added = b ? load<W>(b, e / W) : ls_few<W>();
-            ls_few<W> out = onto ? load<W>(onto, item) : ls_few<W>();
-            for (int k = 0; k < W; k++) {
-                const uint32_t bits = word[(j + k) / 2] >> (j + k) % 2 * 16 & 0xffff;
-                out.v[k] += bits < drop ? 0 : (at.v[k] + added.v[k]) * kept;
+    const int64_t counters = (E + 7) / 8, counter = my_item();
+    if (counter >= counters) return;
+    for (int64_t s = blockIdx.z; s < B; s += gridDim.z)
+        for (int64_t t = my_row(); t < T; t += row_step()) {
+            uint32_t word[4] = {0};
+            if (drop > 0)
+                ls_random4_inline(d.seed, d.stream, (uint32_t)(d.sample + (uint64_t)s),
+                                  (uint64_t)((d.lo + t) * counters + counter), word);
+            for (int j = 0; j < 8; j += W) {
+                const int64_t e = counter * 8 + j;
+                if (e >= E) break;
+                const int64_t item = ((s * T + t) * E + e) / W;
+                const ls_few<W> at = load<W>(x, item), added = b ? load<W>(b, e / W) : ls_few<W>();
+                ls_few<W> out = onto ? load<W>(onto, item) : ls_few<W>();
+                for (int k = 0; k < W; k++) {
+                    const uint32_t bits = word[(j + k) / 2] >> (j + k) % 2 * 16 & 0xffff;
+                    out.v[k] += bits < drop ? 0 : (at.v[k] + added.v[k]) * kept;
+                }
+                store<W>(y, item, out);
             }
-            store<W>(y, item, out);
         }
-    }
 }
 
 static void drop_rows(ls_queue *queue, int64_t B, int64_t T, int64_t E, const ls_drop &d, const ls_real *x,
@@ -710,7 +803,8 @@ static void drop_rows(ls_queue *queue, int64_t B, int64_t T, int64_t E, const ls
     if (B <= 0 || T <= 0) return;
     const ls_real kept = drop < 65536 ? (ls_real)(65536.0 / (65536.0 - drop)) : 0;
     const auto kernel = wide(E, x, b, onto, y) ? drop_some<4> : drop_some<1>; /* NULL lies well, too */
-    LS_LAUNCH(queue, kernel, ls_blocks(B * T * ((E + 7) / 8), LS_THREADS), LS_THREADS, 0, B, T, E, drop, kept, d, x, b,
+    const int64_t counters = (E + 7) / 8;
+    LS_LAUNCH(queue, kernel, blocks_over(T, counters, 1, B), threads_over(counters), 0, B, T, E, drop, kept, d, x, b,
               onto, y);
 }
 
@@ -777,7 +871,7 @@ __global__ static void loss_rows(int64_t rows, int64_t V, const ls_real *logits,
     if (threadIdx.x == 0) part[2 * blockIdx.x] = total, part[2 * blockIdx.x + 1] = total_nll;
 }
 
-__global__ static void add_parts(int parts, double *sums)
+__global__ static void add_losses(int parts, double *sums)
 {
     __shared__ double scratch[LS_WARP];
     double total = 0, total_nll = 0;
@@ -795,45 +889,49 @@ static void cross_entropy(ls_queue *queue, int64_t rows, int64_t V, const ls_rea
     const int parts = (int)ls_min(ls_row_blocks(rows), MOST_PARTS);
     LS_LAUNCH(queue, loss_rows, parts, LS_THREADS, 0, rows, V, logits, target, smoothing, grad_scale, dlogits,
               sums + 2);
-    LS_LAUNCH(queue, add_parts, 1, LS_THREADS, 0, parts, sums);
+    LS_LAUNCH(queue, add_losses, 1, LS_THREADS, 0, parts, sums);
 }
 
 /* ------------------------------------------------------------------------------------------------ rows */
 
+/* What nothing is added to is copied bit for bit. */
 template <int W>
-__global__ static void zero_some(int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad, const ls_real *x,
-                                 const ls_real *bias, ls_operand y)
+__global__ static void zero_some(int64_t B, int64_t T, int64_t columns, int batch_first, const uint8_t *pad,
+                                 const ls_real *x, const ls_real *bias, ls_operand y)
 {
-    LS_EACH_ROW(r, B * T)
-    {
-        const int64_t b = batch_first ? r / T : r % B, t = batch_first ? r % T : r / B;
-        const bool padded = pad != NULL && pad[b * T + t];
-        if (!padded && x == y.p && bias == NULL) continue;
-        LS_EACH_LANE(j, E / W)
-        {
-            ls_few<W> at = padded ? ls_few<W>() : load<W>(x + r * E, j);
-            const ls_few<W> more = padded || bias == NULL ? ls_few<W>() : load<W>(bias, j);
-            for (int k = 0; k < W; k++) at.v[k] += more.v[k];
-            store<W>(y, r * (E / W) + j, at);
+    const int64_t j = my_item();
+    if (j >= columns) return;
+    const ls_few<W> more = bias == NULL ? ls_few<W>() : load<W>(bias, j);
+    for (int64_t b = blockIdx.z; b < B; b += gridDim.z)
+        for (int64_t t = my_row(); t < T; t += row_step()) {
+            const bool padded = pad != NULL && pad[b * T + t];
+            if (!padded && x == y.p && bias == NULL) continue;
+            const int64_t i = (batch_first ? b * T + t : t * B + b) * columns + j;
+            ls_few<W> at = padded ? ls_few<W>() : load<W>(x, i);
+            if (!padded && bias != NULL)
+                for (int k = 0; k < W; k++) at.v[k] += more.v[k];
+            store<W>(y, i, at);
         }
-    }
 }
 
 static void zero_rows(ls_queue *queue, int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad,
                       const ls_real *x, const ls_real *bias, ls_operand y)
 {
     if (B <= 0 || T <= 0) return;
-    const auto kernel = wide(E, x, bias, y) ? zero_some<4> : zero_some<1>;
-    LS_LAUNCH(queue, kernel, ls_row_blocks(B * T), LS_THREADS, 0, B, T, E, batch_first, pad, x, bias, y);
+    const int w = wide(E, x, bias, y) ? 4 : 1;
+    const auto kernel = w == 4 ? zero_some<4> : zero_some<1>;
+    LS_LAUNCH(queue, kernel, blocks_over(T, E / w, ROWS_EACH, B), threads_over(E / w), 0, B, T, E / w, batch_first, pad,
+              x, bias, y);
 }
 
 template <int W>
 __global__ static void round_some(int64_t rows, int64_t columns, const ls_real *b, ls_real *x, ls_operand y)
 {
-    const int64_t j = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const int64_t j = my_item();
     if (j >= columns) return;
     const ls_few<W> added = b ? load<W>(b, j) : ls_few<W>();
-    for (int64_t i = blockIdx.y * columns + j; i < rows * columns; i += gridDim.y * columns) {
+    for (int64_t r = my_row(); r < rows; r += row_step()) {
+        const int64_t i = r * columns + j;
         ls_few<W> at = load<W>(x, i);
         for (int k = 0; k < W; k++) at.v[k] = __bfloat162float(__float2bfloat16((float)(at.v[k] + added.v[k])));
         store<W>(y, i, at);
@@ -846,7 +944,7 @@ static void add_and_round(ls_queue *queue, int64_t rows, int64_t n, const ls_rea
     if (rows <= 0) return;
     const int w = wide(n, b, x, y) ? 4 : 1;
     const auto kernel = w == 4 ? round_some<4> : round_some<1>;
-    LS_LAUNCH(queue, kernel, blocks_across(rows, n / w), threads_across(n / w), 0, rows, n / w, b, x, y);
+    LS_LAUNCH(queue, kernel, blocks_over(rows, n / w, ROWS_EACH, 1), threads_over(n / w), 0, rows, n / w, b, x, y);
 }
 
 extern "C" const ls_dense_ops ls_dense_cuda = {.linear = linear,

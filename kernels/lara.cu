@@ -246,21 +246,31 @@ static ls_status write(ls_pass *p, int phase)
     return ls_launched(p->queue, "lara: write");
 }
 
-/* For keys [t, t + n), one warp to a row: dk_j = -δ k_j Σ_r dλ_jr, 0 where padded. dlogits (B*H,n,R) */
+/* For keys [t, t + n): dk_j = -δ k_j Σ_r dλ_jr, 0 where padded. dlogits (B*H,n,R). W numbers are read at once. */
+template <int W>
 static __global__ void begin_keys(ls_slot_sizes s, ls_slot_rows keys, int64_t t, int64_t n, ls_real scale,
-                                  const ls_real *dlogits, ls_view dk)
+                                  const ls_real *dlogits, ls_view dk, int bits)
 {
-    const int64_t rows = s.B * s.H * n, warps = (int64_t)gridDim.x * blockDim.x / LS_WARP;
-    const int lane = threadIdx.x % LS_WARP;
-    for (int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / LS_WARP; i < rows; i += warps) {
-        const int64_t g = i / n, b = g / s.H, h = g % s.H, row = t + i % n;
-        const int padded = ls_is_padded(keys.pad, b * keys.n + row);
-        ls_real all = 0;
-        for (int64_t r = lane; r < s.R; r += LS_WARP) all += dlogits[i * s.R + r];
-        all = -scale * ls_warp_sum(all);
-        for (int64_t e = lane; e < s.d; e += LS_WARP)
-            ls_row(dk, b, h, row)[e] = padded ? 0 : all * ls_row(keys.x, b, h, row)[e];
-    }
+    const int lanes = 1 << bits, lane = (int)threadIdx.x & (lanes - 1), d = (int)s.d, R = (int)s.R;
+    ls_walk_tiles(s.B, n, bits, [&](const ls_tile_rows &mine) {
+        const ls_real *k = ls_row(keys.x, mine.b, mine.h, t + mine.first);
+        const ls_real *from = dlogits + ((mine.b * s.H + mine.h) * n + mine.first) * R;
+        ls_real *to = ls_row(dk, mine.b, mine.h, t + mine.first);
+        for (int i = 0; i < mine.times; i++) {
+            const int64_t row = mine.first + i * mine.step;
+            const bool exists = row < mine.end;
+            const int padded = exists && ls_is_padded(keys.pad, mine.b * keys.n + t + row);
+            ls_real all = 0;
+            for (int r = lane; exists && r < R; r += lanes) all += from[r];
+            all = -scale * ls_warp_sum(all, lanes);
+            for (int e = W * lane; exists && e < d; e += W * lanes) {
+                ls_few<W> y = ls_few_at<W>(k + e);
+                for (int c = 0; c < W; c++) y.v[c] = padded ? 0 : all * y.v[c];
+                ls_put_few(to + e, y);
+            }
+            k += mine.step * keys.x.st, to += mine.step * dk.st, from += mine.step * R;
+        }
+    });
 }
 
 /* DMU += δ dω of the rows of ω that came from it. */
@@ -287,6 +297,8 @@ static ls_status write_backward(ls_pass *p, int phase)
     const ls_view dx = {out->dsent + 2, p->H * R * stride, R * stride, stride};
     ls_real *e = p->work[PROBABILITIES], *dl = p->work[DLOGITS];
     double *domega = ls_doubles(p->work[DKEYS]), *room = ls_doubles(p->work[ROOM]);
+    const int wide = ls_rows_are_fours(p->own.k, d) && ls_rows_are_fours(p->own.dk, d);
+    const auto begin = wide ? begin_keys<4> : begin_keys<1>;
     load_omega(p);
     load_sums(p, phase);
     ls_slots_constants_cuda(q, s, out->got, out->dsent, room, ls_doubles(p->work[MEAN]), p->work[CENTRE],
@@ -298,8 +310,8 @@ static ls_status write_backward(ls_pass *p, int phase)
         ls_gemm_heads(q, 0, 0, n, d, R, 1, ls_matrices(s, e, n, R), dx, 0, ls_rows_from(p->own.dv, t), p->B, p->H);
         ls_slots_sum_cuda(q, s, dl, keys_of(p), t, n, room, domega, NULL, t > 0);
         if (n == 0) break;
-        LS_LAUNCH(q, begin_keys, ls_blocks(G * n * LS_WARP, LS_THREADS), LS_THREADS, 0, s, keys_of(p), t, n,
-                  (ls_real)p->scale, (const ls_real *)dl, p->own.dk);
+        LS_LAUNCH(q, begin, ls_tile_blocks(p->B, p->H, n), LS_THREADS, 0, s, keys_of(p), t, n, (ls_real)p->scale,
+                  (const ls_real *)dl, p->own.dk, ls_lane_bits(wide ? d / 4 : d));
         ls_gemm_heads_exact(q, 0, 0, n, d, R, 1, ls_matrices(s, dl, n, R), ls_matrices(s, p->work[KEYS], R, d), 1,
                             ls_rows_from(p->own.dk, t), p->B, p->H);
     }

@@ -1,9 +1,11 @@
-/* Sums of segments. A segment may be most of a rank's rows, or a few of them: the rows of each are cut into parts, one
- * block each, which sums in double along the rows, neighbouring threads on neighbouring features; a second kernel adds
- * the parts in their order. The adjoint is one warp per row. */
+/* Sums of segments. A segment may be most of a rank's rows, or a few of them: the rows of each are cut into parts, and
+ * a part has as many threads as it has work for, from a few lanes to a block. They sum in double along the rows,
+ * neighbouring threads on neighbouring features; where there are several parts a second kernel adds them in their
+ * order. The adjoint walks along the rows. */
 #include "segments_cuda.h"
 
-enum { BLOCKS = 1024, ROWS = 32 }; /* blocks wanted for a sequence, rows that make a part worthwhile */
+/* Parts of blocks wanted for a sequence, rows that make a part worthwhile, and rows for each of its groups of lanes. */
+enum { BLOCKS = 512, ROWS = 32, ROWS_EACH = 8 };
 
 /* ------------------------------------------------------------------------------------------------ what is summed */
 
@@ -15,6 +17,9 @@ typedef struct sources {
     int64_t G, count, d;
     ls_segmented of[3];
     int64_t parts[3]; /* of a segment's rows */
+    int bits;         /* 2^bits lanes have a row */
+    int groups[3];    /* such groups of lanes have a part, a power of 2 */
+    int wide;         /* rows are read by fours */
 } sources;
 } // namespace
 
@@ -26,19 +31,36 @@ static int64_t parts_of(int64_t G, int64_t n, ls_segments s)
 
 static sources sources_of(const ls_pass *p, ls_landmarks l, int gradients)
 {
-    sources s = {3 - l.first, p->B * p->H, l.count, p->d, {}, {}};
+    sources s = {};
+    s.n = 3 - l.first, s.G = p->B * p->H, s.count = l.count, s.d = p->d, s.wide = 1;
     for (int i = 0; i < s.n; i++) {
         const int which = i + l.first;
         s.of[i] = ls_segmented_rows(p, which < 2 ? l.count : 1, which, gradients);
         s.parts[i] = parts_of(s.G, s.of[i].n, s.of[i].segments);
+        s.wide = s.wide && ((gradients && which == 2) || ls_rows_are_fours(s.of[i].x, p->d));
+    }
+    s.bits = ls_lane_bits(s.wide ? s.d / 4 : s.d);
+    for (int i = 0; i < s.n; i++) {
+        const ls_segmented &x = s.of[i];
+        const int64_t longest = ls_min(x.n, (x.segments.length + x.segments.count - 1) / x.segments.count);
+        s.groups[i] = 1;
+        while (s.groups[i] << s.bits < LS_THREADS && s.groups[i] * s.parts[i] * ROWS_EACH < longest) s.groups[i] *= 2;
     }
     return s;
 }
 
-/* Segments of source i that are summed, each a block to a part. */
-LS_BOTH_SIDES int64_t blocks_of(const sources &s, int i)
+/* Parts of all segments of source i, and how many of them a block sums. */
+LS_BOTH_SIDES int64_t items_of(const sources &s, int i)
 {
     return s.G * s.of[i].segments.count * s.parts[i];
+}
+LS_BOTH_SIDES int items_together(const sources &s, int i)
+{
+    return (LS_THREADS >> s.bits) / s.groups[i];
+}
+LS_BOTH_SIDES int64_t blocks_of(const sources &s, int i)
+{
+    return (items_of(s, i) + items_together(s, i) - 1) / items_together(s, i);
 }
 
 int64_t ls_landmark_room(const ls_pass *p, ls_landmarks l)
@@ -51,29 +73,46 @@ int64_t ls_landmark_room(const ls_pass *p, ls_landmarks l)
 
 /* ------------------------------------------------------------------------------------------------ sums */
 
-/* to (parts, G, count, d): this block sums one part of the rows of segment c of (b,h) g. */
-__device__ static inline void sum_part(const ls_segmented &s, int64_t parts, int64_t block, double *to)
+/* This block sums some parts of source i: to (parts, G, count, d), or to sums where a segment is one part. */
+template <int W>
+__device__ static inline void sum_items(const sources &s, int i, int64_t block, double *to, ls_real *sums,
+                                        int64_t stride)
 {
-    __shared__ double sums[LS_THREADS];
-    const int64_t G = s.B * s.H, count = s.segments.count;
-    const int64_t part = block % parts, c = block / parts % count, g = block / parts / count;
-    const int64_t b = g / s.H, h = g % s.H;
-    const ls_span span = ls_segment_rows(&s, c);
-    const int64_t from = span.row + span.n * part / parts, end = span.row + span.n * (part + 1) / parts;
-    const int width = (int)ls_min((s.d + LS_WARP - 1) / LS_WARP * LS_WARP, LS_THREADS), groups = LS_THREADS / width;
-    const int lane = (int)threadIdx.x % width, group = (int)threadIdx.x / width;
-    for (int64_t e = lane; e - lane < s.d; e += width) { /* all threads stay together */
-        double sum = 0;
-        if (e < s.d && group < groups)
-            for (int64_t i = from + group; i < end; i += groups)
-                sum += ls_is_padded(s.pad, b * s.n + i) ? 0 : (double)ls_row(s.x, b, h, i)[e];
-        sums[threadIdx.x] = sum;
-        __syncthreads();
-        if (group == 0 && e < s.d) {
-            for (int i = 1; i < groups; i++) sum += sums[i * width + lane];
-            to[((part * G + g) * count + c) * s.d + e] = sum;
+    __shared__ double part[LS_THREADS * W];
+    const ls_segmented &x = s.of[i];
+    const int lanes = 1 << s.bits, lane = (int)threadIdx.x & (lanes - 1), groups = s.groups[i];
+    const int group = ((int)threadIdx.x >> s.bits) & (groups - 1), d = (int)s.d;
+    const uint32_t count = (uint32_t)x.segments.count, parts = (uint32_t)s.parts[i];
+    const uint32_t item =
+        (uint32_t)(block * items_together(s, i)) + ((uint32_t)threadIdx.x >> s.bits) / (uint32_t)groups;
+    const bool exists = item < items_of(s, i);
+    const uint32_t which = item % parts, c = item / parts % count, g = exists ? item / parts / count : 0;
+    const int64_t b = g / (uint32_t)x.H, h = g % (uint32_t)x.H;
+    const ls_span span = ls_segment_rows(&x, c);
+    const int64_t from = span.row + (parts == 1 ? 0 : span.n * which / parts);
+    const int64_t end = !exists ? 0 : span.row + (parts == 1 ? span.n : span.n * (which + 1) / parts);
+    for (int e = W * lane; e - W * lane < d; e += W * lanes) { /* all threads stay together */
+        double sum[W] = {0};
+        const ls_real *row = ls_row(x.x, b, h, from + group) + e;
+#pragma unroll 4
+        for (int64_t r = from + group; r < end; r += groups, row += groups * x.x.st) {
+            const ls_few<W> y = e < d ? ls_few_at<W>(row) : ls_few<W>();
+            const int padded = ls_is_padded(x.pad, b * x.n + r);
+            for (int k = 0; k < W; k++) sum[k] += padded ? 0 : (double)y.v[k];
         }
-        __syncthreads();
+        if (groups > 1) {
+            for (int k = 0; k < W; k++) part[(int)threadIdx.x * W + k] = sum[k];
+            __syncthreads();
+            for (int j = 1; group == 0 && j < groups; j++)
+                for (int k = 0; k < W; k++) sum[k] += part[((int)threadIdx.x + (j << s.bits)) * W + k];
+            __syncthreads();
+        }
+        for (int k = 0; k < W && exists && group == 0 && e + k < d; k++) {
+            if (parts == 1)
+                sums[g * stride + (i * s.count + c) * d + e + k] = (ls_real)sum[k];
+            else
+                to[((which * s.G + g) * count + c) * d + e + k] = sum[k];
+        }
     }
 }
 
@@ -88,31 +127,32 @@ __device__ static inline void count_keys(const ls_segmented &values, int64_t b, 
 }
 
 /* to: the parts of each source; behind their blocks one for each b counts its keys. */
-static __global__ void sum_parts(sources s, double *to, ls_real *keys, int64_t stride)
+template <int W> static __global__ void sum_parts(sources s, double *to, ls_real *sums, int64_t stride)
 {
     int64_t block = blockIdx.x;
     for (int i = 0; i < s.n; i++) {
         const int64_t blocks = blocks_of(s, i);
-        if (block >= 0 && block < blocks) sum_part(s.of[i], s.parts[i], block, to);
+        if (block >= 0 && block < blocks) sum_items<W>(s, i, block, to, sums, stride);
         block -= blocks;
-        to += blocks * s.d;
+        to += items_of(s, i) * s.d;
     }
-    if (block >= 0) count_keys(s.of[s.n - 1], block, keys, stride);
+    if (block >= 0) count_keys(s.of[s.n - 1], block, sums + stride - 1, stride);
 }
 
+/* Of the segments that have several parts; blocks (sums of a (b,h), B*H). */
 static __global__ void add_parts(sources s, const double *from, ls_real *sums, int64_t stride)
 {
-    const int64_t each = s.count * s.d;
-    LS_EACH(i, s.G * (stride - 1))
-    {
-        const int64_t g = i / (stride - 1), at = i % (stride - 1);
-        const int which = (int)(at / each < s.n - 1 ? at / each : s.n - 1);
-        const int64_t width = which < s.n - 1 ? each : s.d;
-        const double *parts = from + g * width + at - which * each;
-        for (int j = 0; j < which; j++) parts += blocks_of(s, j) * s.d;
-        double sum = 0;
-        for (int64_t part = 0; part < s.parts[which]; part++) sum += parts[part * s.G * width];
-        sums[g * stride + at] = (ls_real)sum;
+    const int64_t at = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, each = s.count * s.d;
+    int64_t first = 0, width = each;
+    for (int i = 0; i < s.n; i++, first += each) {
+        width = i < s.n - 1 ? each : s.d;
+        for (int64_t g = blockIdx.y; s.parts[i] > 1 && at >= first && at < first + width && g < s.G; g += gridDim.y) {
+            const double *parts = from + g * width + at - first;
+            double sum = 0;
+            for (int64_t part = 0; part < s.parts[i]; part++) sum += parts[part * s.G * width];
+            sums[g * stride + at] = (ls_real)sum;
+        }
+        from += items_of(s, i) * s.d;
     }
 }
 
@@ -123,33 +163,50 @@ void ls_landmark_sums_cuda(const ls_pass *p, ls_landmarks l, double *room, ls_re
     int64_t blocks = p->B;
     if (s.G == 0) return;
     for (int i = 0; i < s.n; i++) blocks += blocks_of(s, i);
-    LS_LAUNCH(p->queue, sum_parts, (int)blocks, LS_THREADS, 0, s, room, sums + stride - 1, stride);
-    LS_LAUNCH(p->queue, add_parts, ls_blocks(s.G * (stride - 1), LS_THREADS), LS_THREADS, 0, s, (const double *)room,
-              sums, stride);
+    const auto kernel = s.wide ? sum_parts<4> : sum_parts<1>;
+    LS_LAUNCH(p->queue, kernel, (int)blocks, LS_THREADS, 0, s, room, sums, stride);
+    int64_t most = 1;
+    for (int i = 0; i < s.n; i++) most = ls_max(most, s.parts[i]);
+    const dim3 adders((unsigned)((stride - 1 + LS_THREADS - 1) / LS_THREADS), (unsigned)ls_min(s.G, 65535));
+    if (most > 1) LS_LAUNCH(p->queue, add_parts, adders, LS_THREADS, 0, s, (const double *)room, sums, stride);
 }
 
 /* ------------------------------------------------------------------------------------------------ adjoint */
 
-static __global__ void spread(sources s, const ls_real *dsums, int64_t stride)
+/* A thread's rows come in order, and so do their segments, so that it looks for one by division only in a tile's
+ * beginning. */
+template <int W> static __global__ void spread(sources s, const ls_real *dsums, int64_t stride)
 {
-    const int64_t firsts = s.G * s.of[0].n, all = s.n > 2 ? firsts + s.G * s.of[1].n : firsts;
-    LS_EACH_ROW(R, all)
-    {
-        const int which = R >= firsts;
-        const ls_segmented &x = s.of[which];
-        const int64_t row = R - which * firsts, g = row / x.n, i = row % x.n, b = g / x.H, h = g % x.H;
-        if (ls_is_padded(x.pad, b * x.n + i)) continue;
-        const ls_real *from = dsums + g * stride + (which * s.count + ls_segment_of(x.segments, x.lo + i)) * s.d;
-        ls_real *to = ls_row(x.x, b, h, i);
-        LS_EACH_LANE(e, s.d) to[e] += from[e];
+    const int lanes = 1 << s.bits, lane = (int)threadIdx.x & (lanes - 1), d = (int)s.d;
+    for (int i = 0; i < s.n - 1; i++) {
+        const ls_segmented &x = s.of[i];
+        const int64_t least = x.segments.length / x.segments.count;
+        const int64_t few = (least + 1) * x.segments.count - x.segments.length; /* segments of so many rows */
+        ls_walk_tiles(x.B, x.n, s.bits, [&](const ls_tile_rows &mine) {
+            if (mine.first >= mine.end) return;
+            int64_t c = ls_segment_of(x.segments, x.lo + mine.first), next = (c + 1) * least + ls_max(0, c + 1 - few);
+            const ls_real *from = dsums + (mine.b * x.H + mine.h) * stride + i * s.count * d;
+            ls_real *to = ls_row(x.x, mine.b, mine.h, mine.first);
+            for (int64_t t = mine.first; t < mine.end; t += mine.step, to += mine.step * x.x.st) {
+                for (; x.lo + t >= next; c++) next += least + (c + 1 >= few);
+                if (ls_is_padded(x.pad, mine.b * x.n + t)) continue;
+                for (int e = W * lane; e < d; e += W * lanes) {
+                    ls_few<W> y = ls_few_at<W>(to + e);
+                    for (int k = 0; k < W; k++) y.v[k] += from[c * d + e + k]; /* which lie anyhow */
+                    ls_put_few(to + e, y);
+                }
+            }
+        });
     }
 }
 
 void ls_landmark_spread_cuda(const ls_pass *p, ls_landmarks l, const ls_real *dsums)
 {
     const sources s = sources_of(p, l, 1);
-    const int64_t rows = s.G * (s.of[0].n + (l.first == 0 ? s.of[1].n : 0));
-    if (rows > 0) LS_LAUNCH(p->queue, spread, ls_row_blocks(rows), LS_THREADS, 0, s, dsums, ls_landmark_reals(p, l));
+    const int64_t most = ls_max(s.of[0].n, l.first == 0 ? s.of[1].n : 0);
+    const auto kernel = s.wide ? spread<4> : spread<1>;
+    if (s.G > 0 && most > 0)
+        LS_LAUNCH(p->queue, kernel, ls_tile_blocks(p->B, p->H, most), LS_THREADS, 0, s, dsums, ls_landmark_reals(p, l));
 }
 
 /* ------------------------------------------------------------------------------------------------ means */

@@ -341,18 +341,32 @@ static __global__ void write_slots(ls_slot_sizes s, ls_slot_rows keys, const ls_
         }
 }
 
-/* One block for each slot of each (b,h): its parts, brought to their common maximum. */
+/* One block for each slot of each (b,h): its parts, brought to their common maximum. A part's weight is made once, and
+ * its numbers are added by groups of WIDTH threads, each of which has some of the parts. */
 static __global__ void combine(ls_slot_sizes s, int64_t splits, const double *parts, ls_real *sent)
 {
+    __shared__ double weight[MOST_SPLITS], share[LS_THREADS], scratch[LS_WARP];
+    const int me = (int)threadIdx.x, group = me / WIDTH, lane = me % WIDTH, n = (int)splits;
     const int64_t g = blockIdx.x / s.R, r = blockIdx.x % s.R, stride = s.d + 2, next = s.R * stride;
     const double *from = parts + (g * splits * s.R + r) * stride;
-    double m = -INFINITY;
-    for (int64_t i = 0; i < splits; i++) m = from[i * next] > m ? from[i * next] : m;
-    for (int64_t e = threadIdx.x; e < stride; e += blockDim.x) {
+    double m = -INFINITY, total = 0;
+    for (int i = me; i < n; i += LS_THREADS) m = from[i * next] > m ? from[i * next] : m;
+    m = ls_block_max(m, scratch);
+    for (int i = me; i < n; i += LS_THREADS) {
+        weight[i] = from[i * next] == -INFINITY ? 0 : exp(from[i * next] - m);
+        total += weight[i] * from[i * next + 1];
+    }
+    total = ls_block_sum(total, scratch); /* all weights are there, too */
+    if (me == 0) sent[blockIdx.x * stride] = (ls_real)m, sent[blockIdx.x * stride + 1] = (ls_real)total;
+    for (int64_t e = lane; e - lane < s.d; e += WIDTH) {
         double sum = 0;
-        for (int64_t i = 0; e > 0 && i < splits; i++)
-            sum += from[i * next] == -INFINITY ? 0 : exp(from[i * next] - m) * from[i * next + e];
-        sent[blockIdx.x * stride + e] = (ls_real)(e == 0 ? m : sum);
+#pragma unroll 4
+        for (int i = group; i < n; i += LS_THREADS / WIDTH) sum += e < s.d ? weight[i] * from[i * next + 2 + e] : 0;
+        share[me] = sum;
+        __syncthreads();
+        for (int i = 1; group == 0 && i < LS_THREADS / WIDTH; i++) sum += share[me + i * WIDTH];
+        if (group == 0 && e < s.d) sent[blockIdx.x * stride + 2 + e] = (ls_real)sum;
+        __syncthreads();
     }
 }
 
@@ -364,7 +378,7 @@ void ls_slots_write_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows keys, const 
     if (G == 0) return;
     LAUNCH_SLOTS(q, write_slots, s.R, G * splits * slot_tiles * feature_tiles, s, keys, slots, (ls_real)half, values,
                  splits, slot_tiles, feature_tiles, room);
-    LS_LAUNCH(q, combine, (int)(G * s.R), THREADS, 0, s, splits, (const double *)room, sent);
+    LS_LAUNCH(q, combine, (int)(G * s.R), LS_THREADS, 0, s, splits, (const double *)room, sent);
 }
 
 /* For keys [t, t + n), a tile of rows and a tile of slots to a block:
@@ -720,13 +734,23 @@ static __global__ void sum_rows(ls_slot_sizes s, const ls_real *matrix, ls_slot_
         }
 }
 
+/* A warp's lanes have neighbouring numbers, the warps of a block the parts in turn. */
 static __global__ void add_parts(int64_t n, int64_t splits, const double *parts, double *total, int add)
 {
-    LS_EACH(i, n)
-    {
-        double sum = add ? total[i] : 0;
-        for (int64_t part = 0; part < splits; part++) sum += parts[part * n + i];
-        total[i] = sum;
+    __shared__ double share[LS_THREADS];
+    const int lane = (int)threadIdx.x % LS_WARP, warp = (int)threadIdx.x / LS_WARP;
+    for (int64_t first = (int64_t)blockIdx.x * LS_WARP; first < n; first += (int64_t)gridDim.x * LS_WARP) {
+        const int64_t i = first + lane;
+        double sum = 0;
+#pragma unroll 4
+        for (int64_t part = warp; part < splits; part += WARPS) sum += i < n ? parts[part * n + i] : 0;
+        share[threadIdx.x] = sum;
+        __syncthreads();
+        if (warp == 0 && i < n) {
+            for (int j = 1; j < WARPS; j++) sum += share[j * LS_WARP + lane];
+            total[i] = add ? total[i] + sum : sum;
+        }
+        __syncthreads();
     }
 }
 
@@ -739,9 +763,9 @@ void ls_slots_sum_cuda(ls_queue *q, ls_slot_sizes s, const ls_real *a, ls_slot_r
     if (G == 0) return;
     LAUNCH_SLOTS(q, sum_rows, s.R, G * splits * slot_tiles * feature_tiles, s, a, x, t, n, splits, slot_tiles,
                  feature_tiles, room, columns == NULL ? NULL : sums);
-    LS_LAUNCH(q, add_parts, ls_blocks(slots * s.d, LS_THREADS), LS_THREADS, 0, slots * s.d, splits,
-              (const double *)room, total, add);
+    LS_LAUNCH(q, add_parts, ls_blocks(slots * s.d, LS_WARP), LS_THREADS, 0, slots * s.d, splits, (const double *)room,
+              total, add);
     if (columns == NULL) return;
-    LS_LAUNCH(q, add_parts, ls_blocks(slots, LS_THREADS), LS_THREADS, 0, slots, splits, (const double *)sums, columns,
+    LS_LAUNCH(q, add_parts, ls_blocks(slots, LS_WARP), LS_THREADS, 0, slots, splits, (const double *)sums, columns,
               add);
 }

@@ -26,16 +26,9 @@
 #include "softmax_cuda.h"
 #include "softmax_tiles.h"
 
-#include <cuda_bf16.h>
-
 enum { STEP_CHUNKS = 64, STEP_KEYS = 256 };                               /* of a step: at most, and keys at a time */
 enum { TOP };                                                             /* saved[] */
 enum { MAXIMUM, SUM, DELTA = LS_SOFTMAX_DELTA, CHUNKS, COPIES = CHUNKS }; /* work[]; only a step has chunks */
-
-static int is_wide(ls_view v)
-{
-    return ls_is_four(v.p) && v.sb % 4 == 0 && v.sh % 4 == 0 && v.st % 4 == 0;
-}
 
 /* Features of the results that a block makes, how many such slices there are. */
 static int64_t slice_width(const ls_pass *p)
@@ -81,7 +74,8 @@ static softmax_call call_of(const ls_pass *p)
         x.narrow_q = p->narrow_q, x.narrow_k = p->visit.narrow_k, x.narrow_v = p->visit.narrow_v;
         x.narrow_dout = p->narrow_dout, x.narrow_out = p->narrow_out;
     }
-    x.wide = p->d % 4 == 0 && is_wide(x.q) && is_wide(x.k) && is_wide(x.v) && is_wide(x.out);
+    const auto is_wide = [&](ls_view v) { return ls_rows_are_fours(v, p->d); };
+    x.wide = is_wide(x.q) && is_wide(x.k) && is_wide(x.v) && is_wide(x.out);
     x.narrow = p->queue->precision == LS_BF16;
     x.fresh = p->narrow;
     if (p->backward) x.wide = x.wide && is_wide(x.dout) && is_wide(x.dq) && is_wide(x.dk) && is_wide(x.dv);
@@ -303,20 +297,46 @@ __device__ static inline const ls_real *mask_row(const softmax_call &p, const pl
 
 /* ------------------------------------------------------------------------------------------------ forward */
 
-__global__ static void begin_kernel(softmax_call p, int64_t slices)
+/* Where a row begins. */
+__device__ static inline int64_t row_at(ls_view v, int64_t b, int64_t h, int64_t t)
 {
+    return b * v.sb + h * v.sh + t * v.st;
+}
+
+/* W numbers are read at once where rows are walked along. */
+template <int W> __global__ static void begin_kernel(softmax_call p, int64_t slices, int bits)
+{
+    const int lanes = 1 << bits, lane = (int)threadIdx.x & (lanes - 1), d = p.fresh ? 0 : (int)p.d; /* of out */
     const int64_t rows = p.B * p.H * p.T;
-    LS_EACH(r, slices * rows) p.m[r] = -INFINITY, p.l[r] = 0;
-    if (!p.fresh)
-        LS_EACH(e, rows * p.d) ls_row(p.out, e / p.d / p.T / p.H, e / p.d / p.T % p.H, e / p.d % p.T)[e % p.d] = 0;
-    if (p.weights != NULL) LS_EACH(i, rows * p.all_keys) p.weights[i] = -INFINITY;
+    ls_walk_tiles(p.B, p.T, bits, [&](const ls_tile_rows &mine) {
+        int64_t row = (mine.b * p.H + mine.h) * p.T + mine.first;
+        ls_real *out = p.out.p + row_at(p.out, mine.b, mine.h, mine.first);
+        for (int64_t t = mine.first; t < mine.end; t += mine.step, row += mine.step, out += mine.step * p.out.st) {
+            for (int64_t i = lane; i < slices; i += lanes) p.m[i * rows + row] = -INFINITY, p.l[i * rows + row] = 0;
+            for (int e = W * lane; e < d; e += W * lanes) ls_put_few(out + e, ls_few<W>());
+            for (int64_t j = lane; p.weights != NULL && j < p.all_keys; j += lanes)
+                p.weights[row * p.all_keys + j] = -INFINITY;
+        }
+    });
+}
+
+static int reads_fours(const softmax_call &x)
+{
+    const uintptr_t narrow = (uintptr_t)x.narrow_out | (uintptr_t)x.narrow_dout;
+    return x.wide && narrow % sizeof(ls_narrow_word<4>::type) == 0;
+}
+
+static int bits_of(const softmax_call &x)
+{
+    return ls_lane_bits(reads_fours(x) ? (x.d + 3) / 4 : x.d);
 }
 
 ls_status ls_softmax_begin_cuda(ls_pass *p, int phase)
 {
     (void)phase;
-    const int64_t rows = p->B * p->H * p->T;
-    LS_LAUNCH(p->queue, begin_kernel, ls_blocks(rows * p->d, LS_THREADS), LS_THREADS, 0, call_of(p), slices_of(p));
+    const softmax_call x = call_of(p);
+    const auto kernel = reads_fours(x) ? begin_kernel<4> : begin_kernel<1>;
+    LS_LAUNCH(p->queue, kernel, ls_tile_blocks(x.B, x.H, x.T), LS_THREADS, 0, x, slices_of(p), bits_of(x));
     return ls_launched(p->queue, "softmax: begin");
 }
 
@@ -469,41 +489,41 @@ static int blocks_of(const ls_pass *p, const ls_span *span, int spans)
     return (int)(tiles_of(span, spans) * p->B * p->H * slices_of(p));
 }
 
-/* Where a row begins, and number i of floats, or of what is there in their place. */
-__device__ static inline int64_t row_at(ls_view v, int64_t b, int64_t h, int64_t t)
+/* Numbers from i on of floats, or of what is there in their place. */
+template <int W> __device__ static inline ls_few<W> numbers_at(const ls_real *x, const void *narrow, int64_t i)
 {
-    return b * v.sb + h * v.sh + t * v.st;
-}
-__device__ static inline ls_real number_of(const ls_real *x, const void *narrow, int64_t i)
-{
-    return narrow == NULL ? x[i] : (ls_real)__bfloat162float(static_cast<const __nv_bfloat16 *>(narrow)[i]);
+    return narrow == NULL ? ls_few_at<W>(x + i) : ls_few_at<W>(static_cast<const __nv_bfloat16 *>(narrow) + i);
 }
 
 /* out /= l; m and 1 / l are kept. A row that saw no key, or is padded, gives 0; its m is +inf, so that p = 0 in
- * backward. A warp has a row. */
-__global__ static void finish_kernel(softmax_call p)
+ * backward. */
+template <int W> __global__ static void finish_kernel(softmax_call p, int bits)
 {
-    const int lane = threadIdx.x % LS_WARP;
-    const int64_t warps = (int64_t)gridDim.x * (blockDim.x / LS_WARP);
-    int64_t row = (int64_t)blockIdx.x * (blockDim.x / LS_WARP) + threadIdx.x / LS_WARP;
-    for (; row < p.B * p.H * p.T; row += warps) {
-        const int64_t b = row / p.T / p.H, t = row % p.T;
-        const ls_real l = p.l[row];
-        const int dead = l == 0 || ls_is_padded(p.pad_q, b * p.T + t);
-        const ls_real top = dead ? INFINITY : p.m[row], inverse = dead ? 0 : 1 / l;
-        if (lane == 0) p.top[row] = top, p.inverse[row] = inverse;
-        const int64_t at = row_at(p.out, b, row / p.T % p.H, t);
-        for (int64_t e = at + lane; e < at + p.d; e += LS_WARP) {
-            const ls_real o = dead ? 0 : p.out.p[e] / l;
-            if (p.narrow_out != NULL)
-                static_cast<__nv_bfloat16 *>(p.narrow_out)[e] = __float2bfloat16((float)o);
-            else
-                p.out.p[e] = o;
+    const int lanes = 1 << bits, lane = (int)threadIdx.x & (lanes - 1), d = (int)p.d;
+    __nv_bfloat16 *narrow = static_cast<__nv_bfloat16 *>(p.narrow_out);
+    ls_walk_tiles(p.B, p.T, bits, [&](const ls_tile_rows &mine) {
+        int64_t row = (mine.b * p.H + mine.h) * p.T + mine.first;
+        int64_t at = row_at(p.out, mine.b, mine.h, mine.first);
+        for (int64_t t = mine.first; t < mine.end; t += mine.step, row += mine.step, at += mine.step * p.out.st) {
+            const ls_real l = p.l[row], m = p.m[row];
+            const int dead = l == 0 || ls_is_padded(p.pad_q, mine.b * p.T + t);
+            const ls_real top = dead ? INFINITY : m, inverse = dead ? 0 : 1 / l;
+            if (lane == 0) p.top[row] = top, p.inverse[row] = inverse;
+            for (int e = W * lane; e < d; e += W * lanes) {
+                const int64_t i = at + e;
+                ls_few<W> o = ls_few_at<W>(p.out.p + i);
+                for (int c = 0; c < W; c++) o.v[c] = dead ? 0 : inverse * o.v[c];
+                if (narrow != NULL)
+                    ls_put_few(narrow + i, o);
+                else
+                    ls_put_few(p.out.p + i, o);
+            }
+            for (int64_t j = lane; p.weights != NULL && j < p.all_keys; j += lanes) {
+                ls_real *w = p.weights + row * p.all_keys + j;
+                *w = dead ? 0 : inverse * ls_exp(*w - top);
+            }
         }
-        if (p.weights == NULL) continue;
-        ls_real *w = p.weights + row * p.all_keys;
-        for (int64_t j = lane; j < p.all_keys; j += LS_WARP) w[j] = dead ? 0 : inverse * ls_exp(w[j] - top);
-    }
+    });
 }
 
 /* Kernels of a warp for each row. */
@@ -515,35 +535,46 @@ static int row_blocks(const ls_pass *p)
 ls_status ls_softmax_finish_cuda(ls_pass *p, int phase)
 {
     (void)phase;
-    LS_LAUNCH(p->queue, finish_kernel, row_blocks(p), LS_THREADS, 0, call_of(p));
+    const softmax_call x = call_of(p);
+    const auto kernel = reads_fours(x) ? finish_kernel<4> : finish_kernel<1>;
+    LS_LAUNCH(p->queue, kernel, ls_tile_blocks(x.B, x.H, x.T), LS_THREADS, 0, x, bits_of(x));
     return ls_launched(p->queue, "softmax: finish");
 }
 
 /* ------------------------------------------------------------------------------------------------ backward */
 
 /* δ_i = do_i·o_i; dq = 0. */
-__global__ static void finish_backward_kernel(softmax_call p)
+template <int W> __global__ static void finish_backward_kernel(softmax_call p, int bits)
 {
-    const int lane = threadIdx.x % LS_WARP;
-    const int64_t warps = (int64_t)gridDim.x * (blockDim.x / LS_WARP);
-    int64_t row = (int64_t)blockIdx.x * (blockDim.x / LS_WARP) + threadIdx.x / LS_WARP;
-    for (; row < p.B * p.H * p.T; row += warps) {
-        const int64_t b = row / p.T / p.H, h = row / p.T % p.H, t = row % p.T;
-        const int64_t from = row_at(p.dout, b, h, t), at = row_at(p.out, b, h, t);
-        ls_real *dq = ls_row(p.dq, b, h, t), delta = 0;
-        if (!ls_is_padded(p.pad_q, b * p.T + t))
-            for (int64_t e = lane; e < p.d; e += LS_WARP)
-                delta += number_of(p.dout.p, p.narrow_dout, from + e) * number_of(p.out.p, p.narrow_out, at + e);
-        delta = ls_warp_sum(delta);
-        if (lane == 0) p.delta[row] = delta;
-        for (int64_t e = lane; e < p.d && !p.fresh; e += LS_WARP) dq[e] = 0;
-    }
+    const int lanes = 1 << bits, lane = (int)threadIdx.x & (lanes - 1), d = (int)p.d;
+    ls_walk_tiles(p.B, p.T, bits, [&](const ls_tile_rows &mine) {
+        const int64_t t = mine.first, row = (mine.b * p.H + mine.h) * p.T;
+        int64_t from = row_at(p.dout, mine.b, mine.h, t), at = row_at(p.out, mine.b, mine.h, t);
+        ls_real *dq = ls_row(p.dq, mine.b, mine.h, t);
+        for (int i = 0; i < mine.times; i++) {
+            const int64_t here = t + i * mine.step;
+            const bool exists = here < mine.end;
+            ls_real delta = 0;
+            for (int e = W * lane; exists && e < d; e += W * lanes) {
+                const ls_few<W> dout = numbers_at<W>(p.dout.p, p.narrow_dout, from + e);
+                const ls_few<W> out = numbers_at<W>(p.out.p, p.narrow_out, at + e);
+                for (int c = 0; c < W; c++) delta += dout.v[c] * out.v[c];
+                if (!p.fresh) ls_put_few(dq + e, ls_few<W>());
+            }
+            delta = ls_warp_sum(delta, lanes);
+            if (lane == 0 && exists) /* what padded rows hold may be NaN */
+                p.delta[row + here] = ls_is_padded(p.pad_q, mine.b * p.T + here) ? 0 : delta;
+            from += mine.step * p.dout.st, at += mine.step * p.out.st, dq += mine.step * p.dq.st;
+        }
+    });
 }
 
 ls_status ls_softmax_finish_backward_cuda(ls_pass *p, int phase)
 {
     (void)phase;
-    LS_LAUNCH(p->queue, finish_backward_kernel, row_blocks(p), LS_THREADS, 0, call_of(p));
+    const softmax_call x = call_of(p);
+    const auto kernel = reads_fours(x) ? finish_backward_kernel<4> : finish_backward_kernel<1>;
+    LS_LAUNCH(p->queue, kernel, ls_tile_blocks(x.B, x.H, x.T), LS_THREADS, 0, x, bits_of(x));
     return ls_launched(p->queue, "softmax: finish backward");
 }
 
