@@ -8,7 +8,7 @@
 namespace ls_abc
 {
 
-enum { DEEPER = 32, MOST_PIECES = 512 }; /* depth of products between two barriers; see pieces */
+enum { MOST_PIECES = 512 }; /* see pieces */
 
 /* ------------------------------------------------------------------------------------------------ sizes */
 
@@ -50,10 +50,9 @@ static ls_real *phi(const ls_pass *p, int which, const ls_real *base)
     return (ls_real *)(uintptr_t)base + p->param[which].offset;
 }
 
-/* What a block of 256 threads has in shared memory. */
-template <int Across> struct bench {
-    enum { deep = DEEPER, ld = DEEPER + 1, across = Across };
-    double a[TILE * ld], b[TILE * ld];
+/* What sum_rows has in shared memory. */
+struct bench {
+    double a[DEPTH * (FEW + 4)], b[DEPTH * (TILE + 4)];
 };
 
 /* ------------------------------------------------------------------------------------------------ sums of chunks */
@@ -83,34 +82,45 @@ void make_logits(ls_pass *p)
                   p->work[A_K], p->work[A_V]);
 }
 
-/* blockIdx.y: keys or values. (m; s, x) of a chunk alone; tops: m once more, for the scan goes over m. */
-__global__ static void sum_chunk(chunking c, int R, int d, rows k, rows v, const ls_real *a_k, const ls_real *a_v,
-                                 double *states, double *tops)
+/* blockIdx.y: keys or values. (m; s, x) of a chunk alone; tops: m once more, for the scan goes over m. For m and s a
+ * thread takes every 16th row of a slot. */
+__global__ static void __launch_bounds__(LS_THREADS, 4)
+    sum_chunk(chunking c, int R, int d, rows k, rows v, const ls_real *a_k, const ls_real *a_v, double *states,
+              double *tops)
 {
-    __shared__ bench<1> x;
-    const int which = blockIdx.y, lane = threadIdx.x % LS_WARP, stride = d + 2;
+    __shared__ bench x;
+    const int which = blockIdx.y, stride = d + 2, group = threadIdx.x / FEW, column = threadIdx.x % FEW;
     const place at = place_of(c);
-    const rows from = which ? v : k;
+    const strip from = strip_of(which ? v : k, at, d);
     const ls_real *a = (which ? a_v : a_k) + (at.bh * c.rows + at.t) * R;
     const int64_t element = (at.bh * 2 + which) * c.count + at.chunk;
     double *state = states + element * R * stride, *top = tops + element * R;
-    for (int r = threadIdx.x / LS_WARP; r < R; r += blockDim.x / LS_WARP) {
+    for (int r = column; r - column < R; r += FEW) {
+        const int there = r < R;
         ls_real m = -INFINITY;
-        for (int j = lane; j < at.n; j += LS_WARP) m = a[(int64_t)j * R + r] > m ? a[(int64_t)j * R + r] : m;
-        m = ls_warp_max(m);
+#pragma unroll 4
+        for (int j = group; there && j < at.n; j += LS_THREADS / FEW) m = a[j * R + r] > m ? a[j * R + r] : m;
+        x.a[threadIdx.x] = (double)m;
+        __syncthreads();
+        for (int i = 0; i < LS_THREADS / FEW; i++)
+            m = (ls_real)x.a[i * FEW + column] > m ? (ls_real)x.a[i * FEW + column] : m;
+        const ls_real shift = m == -INFINITY ? 0 : m;
         double s = 0;
-        for (int j = lane; j < at.n; j += LS_WARP) s += m == -INFINITY ? 0 : (double)ls_exp(a[(int64_t)j * R + r] - m);
-        s = ls_warp_sum(s);
-        if (lane > 0) continue;
-        top[r] = state[(int64_t)r * stride] = (double)m;
-        state[(int64_t)r * stride + 1] = s;
+#pragma unroll 4
+        for (int j = group; there && j < at.n; j += LS_THREADS / FEW) s += (double)ls_exp(a[j * R + r] - shift);
+        x.b[threadIdx.x] = s;
+        __syncthreads();
+        if (group > 0 || !there) continue;
+        for (int i = 1; i < LS_THREADS / FEW; i++) s += x.b[i * FEW + column];
+        top[r] = state[r * stride] = (double)m;
+        state[r * stride + 1] = s;
     }
     __syncthreads();
-    product(
-        &x, R, d, at.n,
-        [&](int r, int j) { return top[r] == -INFINITY ? 0 : (double)ls_exp(a[(int64_t)j * R + r] - (ls_real)top[r]); },
-        [&](int j, int e) { return entry(from, at, j, e); },
-        [&](int r, int e, double sum) { state[(int64_t)r * stride + 2 + e] = sum; });
+    sum_rows(
+        x.a, x.b, from, R,
+        [&](int j, int r) { return top[r] == -INFINITY ? 0 : (double)ls_exp(a[j * R + r] - (ls_real)top[r]); },
+        [&](int is_shown, int j, int e) { return number(from, is_shown, j, e); },
+        [&](int r, int e, double sum) { state[r * stride + 2 + e] = sum; });
 }
 
 void sum_chunks(ls_pass *p, chunking c)
@@ -191,17 +201,53 @@ static ls_view table_of(const ls_pass *p, int which, int64_t n)
 
 /* ------------------------------------------------------------------------------------------------ apply, all keys */
 
-/* A warp for each row of the table: p = softmax_r. */
-__global__ static void softmax_rows(int64_t rows, int R, ls_real *x)
+/* Rows of a table of `rows` x R, each by a few neighbours among the lanes of a warp: by all where they are long. */
+template <int LANES> struct neighbours {
+    int64_t row, step;
+    int lane;
+    __device__ neighbours()
+        : row(((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES), step((int64_t)gridDim.x * blockDim.x / LANES),
+          lane(threadIdx.x % LANES)
+    {
+    }
+    template <typename T> __device__ static T sum(T x)
+    {
+#pragma unroll
+        for (int by = LANES / 2; by > 0; by /= 2) x += __shfl_xor_sync(0xffffffffu, x, by);
+        return x;
+    }
+    template <typename T> __device__ static T max(T x)
+    {
+#pragma unroll
+        for (int by = LANES / 2; by > 0; by /= 2) {
+            const T y = __shfl_xor_sync(0xffffffffu, x, by);
+            x = y > x ? y : x;
+        }
+        return x;
+    }
+};
+
+/* Starts kernel<lanes of a row> on a table of `rows` x R. */
+#define LAUNCH_ROWS(queue, kernel, rows, R, ...)                                                                       \
+    do {                                                                                                               \
+        if ((R) <= 64)                                                                                                 \
+            LS_LAUNCH(queue, kernel<4>, ls_blocks((rows)*4, LS_THREADS), LS_THREADS, 0, rows, (int)(R), __VA_ARGS__);  \
+        else                                                                                                           \
+            LS_LAUNCH(queue, kernel<LS_WARP>, ls_row_blocks(rows), LS_THREADS, 0, rows, (int)(R), __VA_ARGS__);        \
+    } while (0)
+
+/* p = softmax_r. All lanes of a warp stay to the end. */
+template <int LANES> __global__ static void softmax_rows(int64_t rows, int R, ls_real *x)
 {
-    const int lane = threadIdx.x % LS_WARP, warps = blockDim.x / LS_WARP;
-    for (int64_t i = (int64_t)blockIdx.x * warps + threadIdx.x / LS_WARP; i < rows; i += (int64_t)gridDim.x * warps) {
+    const neighbours<LANES> at;
+    for (int64_t i = at.row; i - at.row < rows; i += at.step) {
         ls_real *y = x + i * R, top = -INFINITY, sum = 0;
-        for (int r = lane; r < R; r += LS_WARP) top = y[r] > top ? y[r] : top;
-        top = ls_warp_max(top);
-        for (int r = lane; r < R; r += LS_WARP) sum += y[r] = ls_exp(y[r] - top);
-        sum = ls_warp_sum(sum);
-        for (int r = lane; r < R; r += LS_WARP) y[r] /= sum;
+        const int n = i < rows ? R : 0;
+        for (int r = at.lane; r < n; r += LANES) top = y[r] > top ? y[r] : top;
+        top = at.max(top);
+        for (int r = at.lane; r < n; r += LANES) sum += y[r] = ls_exp(y[r] - top);
+        sum = at.sum(sum);
+        for (int r = at.lane; r < n; r += LANES) y[r] /= sum;
     }
 }
 
@@ -211,21 +257,22 @@ static void make_probabilities(ls_pass *p)
     const int64_t R = slots(p), rows = p->B * p->H * p->T;
     ls_gemm_heads_exact(p->queue, 0, 1, p->T, R, p->d, p->scale, p->q, slots_of(p, 0), 0, table_of(p, A_K, p->T), p->B,
                         p->H);
-    LS_LAUNCH(p->queue, softmax_rows, ls_blocks(rows * LS_WARP, LS_THREADS), LS_THREADS, 0, rows, (int)R, p->work[A_K]);
+    LAUNCH_ROWS(p->queue, softmax_rows, rows, R, p->work[A_K]);
 }
 
-/* out = centre, on which the product is laid. A warp for each row, here and in blank. */
-__global__ static void put_centres(int64_t rows, int64_t H, int64_t T, int64_t d, const ls_real *centres, ls_view out)
+/* out = centre, on which the product is laid. A block for each chunk. */
+__global__ static void put_centres(chunking c, int d, const ls_real *centres, ls_view out)
 {
-    LS_EACH_ROW(i, rows)
-    {
-        const int64_t bh = i / T;
-        const ls_real *from = centres + (bh * 2 + 1) * d;
-        ls_real *to = ls_row(out, bh / H, bh % H, i % T);
-        LS_EACH_LANE(e, d) to[e] = from[e];
+    const place at = place_of(c);
+    const ls_real *from = centres + (at.bh * 2 + 1) * d;
+    ls_real *to = ls_row(out, at.b, at.h, at.t);
+    for (int e = threadIdx.x % LS_WARP; e < d; e += LS_WARP) {
+        const ls_real x = from[e];
+        for (int i = threadIdx.x / LS_WARP; i < at.n; i += LS_THREADS / LS_WARP) to[i * out.st + e] = x;
     }
 }
 
+/* A warp for each row. */
 __global__ static void blank(int64_t rows, int64_t H, int64_t T, int64_t d, const uint8_t *pad, ls_view out)
 {
     LS_EACH_ROW(i, rows)
@@ -244,45 +291,49 @@ static ls_status apply(ls_pass *p, int phase)
     if (rows == 0) return LS_OK;
     make_slots(p, p->summary[phase].got);
     make_probabilities(p);
-    LS_LAUNCH(p->queue, put_centres, blocks, LS_THREADS, 0, rows, p->H, p->T, p->d, p->work[CENTRES], p->out);
+    const chunking c = short_chunks(p, p->T);
+    LS_LAUNCH(p->queue, put_centres, (int)(p->B * p->H * c.count), LS_THREADS, 0, c, (int)p->d, p->work[CENTRES],
+              p->out);
     ls_gemm_heads(p->queue, 0, 0, p->T, p->d, slots(p), 1, table_of(p, A_K, p->T), slots_of(p, 1), 1, p->out, p->B,
                   p->H);
     if (p->pad_q != NULL) LS_LAUNCH(p->queue, blank, blocks, LS_THREADS, 0, rows, p->H, p->T, p->d, p->pad_q, p->out);
     return ls_launched(p->queue, "abc: apply");
 }
 
-/* dl, which comes as do·(Ṽ_r - c), := p (dl - Σ p dl); padded rows of both become 0. A warp for each row. */
-__global__ static void softmax_rows_backward(int64_t rows, int64_t H, int64_t T, int R, const uint8_t *pad, ls_real *p,
+/* dl, which comes as do·(Ṽ_r - c), := p (dl - Σ p dl); padded rows of both become 0. */
+template <int LANES>
+__global__ static void softmax_rows_backward(int64_t rows, int R, int64_t H, int64_t T, const uint8_t *pad, ls_real *p,
                                              ls_real *dl)
 {
-    const int lane = threadIdx.x % LS_WARP, warps = blockDim.x / LS_WARP;
-    for (int64_t i = (int64_t)blockIdx.x * warps + threadIdx.x / LS_WARP; i < rows; i += (int64_t)gridDim.x * warps) {
-        const int padded = ls_is_padded(pad, i / T / H * T + i % T);
+    const neighbours<LANES> at;
+    for (int64_t i = at.row; i - at.row < rows; i += at.step) {
+        ls_real *y = p + i * R, *dy = dl + i * R;
+        const int n = i < rows ? R : 0, padded = pad != NULL && n > 0 && pad[i / T / H * T + i % T];
         double mean = 0;
-        for (int r = lane; r < R; r += LS_WARP) mean += (double)p[i * R + r] * (double)dl[i * R + r];
-        mean = ls_warp_sum(mean);
-        for (int r = lane; r < R; r += LS_WARP) {
-            const ls_real d = (ls_real)((double)p[i * R + r] * ((double)dl[i * R + r] - mean));
-            dl[i * R + r] = padded ? 0 : d;
-            if (padded) p[i * R + r] = 0;
+        for (int r = at.lane; r < n; r += LANES) mean += (double)y[r] * (double)dy[r];
+        mean = at.sum(mean);
+        for (int r = at.lane; r < n; r += LANES) {
+            const ls_real d = (ls_real)((double)y[r] * ((double)dy[r] - mean));
+            dy[r] = padded ? 0 : d;
+            if (padded) y[r] = 0;
         }
     }
 }
 
 /* A block for each piece of rows, blockIdx.y 0 for keys: Σ_t dl_tr q_t, 1 for values: Σ_t p_tr do_t, (R,d). */
-__global__ static void sum_slot_gradients(chunking c, int R, int d, rows q, rows dout, const ls_real *dl,
-                                          const ls_real *p, double *piece)
+__global__ static void __launch_bounds__(LS_THREADS, 4)
+    sum_slot_gradients(chunking c, int R, int d, rows q, rows dout, const ls_real *dl, const ls_real *p, double *piece)
 {
-    __shared__ bench<1> x;
+    __shared__ bench x;
     const int which = blockIdx.y;
     const place at = place_of(c);
-    const rows from = which ? dout : q;
+    const strip from = strip_of(which ? dout : q, at, d);
     const ls_real *share = (which ? p : dl) + (at.bh * c.rows + at.t) * R;
     double *to = piece + ((at.bh * 2 + which) * c.count + at.chunk) * R * d;
-    product(
-        &x, R, d, at.n, [&](int r, int t) { return (double)share[(int64_t)t * R + r]; },
-        [&](int t, int e) { return entry(from, at, t, e); },
-        [&](int r, int e, double sum) { to[(int64_t)r * d + e] = sum; });
+    sum_rows(
+        x.a, x.b, from, R, [&](int t, int r) { return (double)share[t * R + r]; },
+        [&](int is_shown, int t, int e) { return number(from, is_shown, t, e); },
+        [&](int r, int e, double sum) { to[r * d + e] = sum; });
 }
 
 /* dx of the elements, what s is owed is paid where the keys take theirs. */
@@ -309,8 +360,7 @@ static ls_status apply_backward(ls_pass *p, int phase)
         make_slots(p, s->got);
         make_probabilities(p);
         ls_gemm_heads(p->queue, 0, 1, p->T, R, d, 1, p->dout, slots_of(p, 1), 0, table_of(p, A_V, p->T), p->B, p->H);
-        LS_LAUNCH(p->queue, softmax_rows_backward, ls_blocks(rows_all * LS_WARP, LS_THREADS), LS_THREADS, 0, rows_all,
-                  p->H, p->T, (int)R, p->pad_q, p->work[A_K], p->work[A_V]);
+        LAUNCH_ROWS(p->queue, softmax_rows_backward, rows_all, R, p->H, p->T, p->pad_q, p->work[A_K], p->work[A_V]);
         ls_gemm_heads(p->queue, 0, 0, p->T, d, R, p->scale, table_of(p, A_V, p->T), slots_of(p, 0), 0, p->dq, p->B,
                       p->H);
         LS_LAUNCH(p->queue, sum_slot_gradients, dim3((unsigned)(BH * c.count), 2), LS_THREADS, 0, c, (int)R, (int)d, q,
@@ -323,37 +373,50 @@ static ls_status apply_backward(ls_pass *p, int phase)
 
 /* ------------------------------------------------------------------------------------------------ φ */
 
-/* Σ_t (x_t - c) da_tᵀ (d,R) over a piece of rows; centres NULL: c = 0. */
-__global__ static void sum_map_gradients(chunking c, int R, int d, rows k, rows v, const ls_real *da, const ls_real *db,
-                                         const ls_real *centres, double *piece)
+__device__ static inline double centred(const strip &x, const ls_real *centre, int is_shown, int i, int e)
 {
-    __shared__ bench<1> x;
+    return is_shown && e < x.d ? (double)x.x[(int64_t)i * x.step + e] - (centre == NULL ? 0 : (double)centre[e]) : 0;
+}
+
+/* Σ_t (x_t - c) da_tᵀ (d,R) over a piece of rows; centres NULL: c = 0. */
+__global__ static void __launch_bounds__(LS_THREADS, 4)
+    sum_map_gradients(chunking c, int R, int d, rows k, rows v, const ls_real *da, const ls_real *db,
+                      const ls_real *centres, double *piece)
+{
+    __shared__ bench x;
     const int which = blockIdx.y;
     const place at = place_of(c);
-    const rows from = which ? v : k;
+    const strip from = strip_of(which ? v : k, at, d);
     const ls_real *dl = (which ? db : da) + (at.bh * c.rows + at.t) * R;
     const ls_real *centre = centres == NULL ? NULL : centres + (at.bh * 2 + which) * d;
     double *to = piece + ((int64_t)which * gridDim.x + blockIdx.x) * R * d;
-    product(
-        &x, d, R, at.n, [&](int e, int t) { return entry(from, at, t, e) - (centre == NULL ? 0 : (double)centre[e]); },
-        [&](int t, int r) { return (double)dl[(int64_t)t * R + r]; },
-        [&](int e, int r, double sum) { to[(int64_t)e * R + r] = sum; });
+    sum_rows(
+        x.a, x.b, from, R, [&](int t, int r) { return (double)dl[t * R + r]; },
+        [&](int is_shown, int t, int e) { return centred(from, centre, is_shown, t, e); },
+        [&](int r, int e, double sum) { to[e * R + r] = sum; });
 }
 
-__global__ static void add_pieces(int64_t n, int64_t count, const double *piece, ls_real *to)
+/* to += the sum of count pieces of n numbers each; blockIdx.y: keys or values. A block has 32 numbers, of which each
+ * warp takes every 8th piece. */
+__global__ static void add_pieces(int64_t n, int64_t count, const double *piece, ls_real *to_k, ls_real *to_v)
 {
-    LS_EACH(i, n)
-    {
-        double sum = 0;
-        for (int64_t c0 = 0; c0 < count; c0 += AHEAD) {
-            double x[AHEAD];
+    __shared__ double part[LS_THREADS];
+    constexpr int WARPS = LS_THREADS / LS_WARP;
+    const int64_t i = (int64_t)blockIdx.x * LS_WARP + threadIdx.x % LS_WARP;
+    double sum = 0;
+    piece += blockIdx.y * count * n + i;
+    for (int64_t c0 = threadIdx.x / LS_WARP; i < n && c0 < count; c0 += WARPS * AHEAD) {
+        double x[AHEAD];
 #pragma unroll
-            for (int c = 0; c < AHEAD; c++) x[c] = c0 + c < count ? piece[(c0 + c) * n + i] : 0;
+        for (int c = 0; c < AHEAD; c++) x[c] = c0 + WARPS * c < count ? piece[(c0 + WARPS * c) * n] : 0;
 #pragma unroll
-            for (int c = 0; c < AHEAD; c++) sum += x[c];
-        }
-        to[i] += (ls_real)sum;
+        for (int c = 0; c < AHEAD; c++) sum += x[c];
     }
+    part[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x >= LS_WARP || i >= n) return;
+    for (int w = 1; w < WARPS; w++) sum += part[w * LS_WARP + threadIdx.x];
+    (blockIdx.y ? to_v : to_k)[i] += (ls_real)sum;
 }
 
 /* A_K, A_V hold da, db: dk += da φ_kᵀ, dφ_k += (k - c)ᵀ da, and the same for the values. */
@@ -366,11 +429,10 @@ void map_backward(ls_pass *p, const ls_real *centres)
     const rows k = {p->own.k, p->own.pad, p->S}, v = {p->own.v, p->own.pad, p->S};
     LS_LAUNCH(p->queue, sum_map_gradients, dim3((unsigned)blocks, 2), LS_THREADS, 0, c, (int)R, (int)d, k, v,
               p->work[A_K], p->work[A_V], centres, doubles(p, PIECES));
+    LS_LAUNCH(p->queue, add_pieces, dim3((unsigned)ceil_of(n, LS_WARP), 2), LS_THREADS, 0, n, blocks,
+              doubles(p, PIECES), phi(p, PHI_K, p->dparams), phi(p, PHI_V, p->dparams));
     for (int which = 0; which < 2; which++) {
-        const int name = which ? PHI_V : PHI_K;
-        LS_LAUNCH(p->queue, add_pieces, ls_blocks(n, LS_THREADS), LS_THREADS, 0, n, blocks,
-                  doubles(p, PIECES) + which * blocks * n, phi(p, name, p->dparams));
-        const ls_view map = {phi(p, name, p->params), 0, 0, R};
+        const ls_view map = {phi(p, which ? PHI_V : PHI_K, p->params), 0, 0, R};
         ls_gemm_heads(p->queue, 0, 1, p->S, d, R, 1, table_of(p, which ? A_V : A_K, p->S), map, 1,
                       which ? p->own.dv : p->own.dk, p->B, p->H);
     }
@@ -393,28 +455,40 @@ __global__ static void make_constants(int64_t groups, int d, const ls_real *cent
 }
 
 /* A block for each chunk: logits become da = e (constant + (k - c)·dx), e goes to another table. */
-__global__ static void take_shares(chunking c, int R, int d, rows k, rows v, const ls_real *sent, const ls_real *dsent,
-                                   const ls_real *constants, const ls_real *centres, ls_real *a_k, ls_real *a_v,
-                                   ls_real *e_k, ls_real *e_v)
+__global__ static void __launch_bounds__(LS_THREADS, 4)
+    take_shares(chunking c, int R, int d, rows k, rows v, const ls_real *sent, const ls_real *dsent,
+                const ls_real *constants, const ls_real *centres, ls_real *a_k, ls_real *a_v, ls_real *e_k,
+                ls_real *e_v)
 {
-    __shared__ bench<0> x;
-    const int which = blockIdx.y;
+    __shared__ double x[TILE * (DEPTH + 4)], y[FEW * (DEPTH + 4)];
+    const int which = blockIdx.y, stride = d + 2;
     const place at = place_of(c);
-    const rows from = which ? v : k;
+    const strip from = strip_of(which ? v : k, at, d);
+    const uint64_t here = shown_tile(from);
     const int64_t first = (at.bh * c.rows + at.t) * R, element = (at.bh * 2 + which) * R;
     ls_real *a = (which ? a_v : a_k) + first, *share = (which ? e_v : e_k) + first;
-    const ls_real *m = sent + element * (d + 2), *dx = dsent + element * (d + 2) + 2, *constant = constants + element;
+    const ls_real *m = sent + element * stride, *dx = dsent + element * stride + 2, *constant = constants + element;
     const ls_real *centre = centres == NULL ? NULL : centres + (at.bh * 2 + which) * d;
-    product(
-        &x, at.n, R, d, [&](int j, int e) { return entry(from, at, j, e) - (centre == NULL ? 0 : (double)centre[e]); },
-        [&](int e, int r) { return (double)dx[(int64_t)r * (d + 2) + e]; },
-        [&](int j, int r, double sum) {
-            const int64_t i = (int64_t)j * R + r;
-            const ls_real top = m[(int64_t)r * (d + 2)];
+    for (int r0 = 0; r0 < R; r0 += FEW) {
+        division<TILE, FEW> de;
+        for (int e0 = 0; e0 < d; e0 += DEPTH) {
+            __syncthreads();
+            stage<TILE, DEPTH>(x, [&](int j, int e) { return centred(from, centre, here >> j & 1, j, e0 + e); });
+            stage<FEW, DEPTH>(
+                y, [&](int r, int e) { return r0 + r < R && e0 + e < d ? (double)dx[(r0 + r) * stride + e0 + e] : 0; });
+            __syncthreads();
+            de.add(
+                0, depth_of(d - e0), R - r0, [&](int j, int e) { return cell<DEPTH>(x, j, e); },
+                [&](int e, int r) { return cell<DEPTH>(y, r, e); });
+        }
+        de.each(at.n, R - r0, [&](int j, int r, double sum) {
+            const int i = j * R + r0 + r;
+            const ls_real top = m[(r0 + r) * stride];
             const ls_real weight = top == -INFINITY ? 0 : ls_exp(a[i] - top);
-            a[i] = (ls_real)((double)weight * ((double)constant[r] + sum));
+            a[i] = (ls_real)((double)weight * ((double)constant[r0 + r] + sum));
             share[i] = weight;
         });
+    }
 }
 
 static ls_status sums_backward(ls_pass *p, int phase)

@@ -18,6 +18,7 @@ enum { PHI_K, PHI_V }; /* param[] */
  * slots (B,H,2,R,d), centres (B,H,2,d), constants (B,H,2,R) */
 enum { A_K, A_V, M_K, M_V, W, LOGIT, DP, U, STATES, DSTATES, TOPS, PIECES, CENTRED, CENTRES, CONSTANTS };
 enum { TILE = 64, CHUNK = TILE }; /* rows and columns of products in a block */
+enum { DEPTH = 32, FEW = 16 };    /* of a product what is in shared memory at a time; slots in a tile */
 enum { AHEAD = 8 };               /* chunks whose sums are read before their turn */
 
 static inline int64_t slots(const ls_pass *p)
@@ -72,18 +73,43 @@ struct place {
 
 __device__ static inline place place_of(chunking c)
 {
-    const int64_t bh = blockIdx.x / c.count, chunk = blockIdx.x % c.count, t = chunk * c.length;
-    return {bh / c.H, bh % c.H, bh, chunk, t, (int)ls_min(c.length, c.rows - t)};
+    const unsigned count = (unsigned)c.count, heads = (unsigned)c.H, bh = blockIdx.x / count;
+    const int64_t chunk = blockIdx.x % count, t = chunk * c.length;
+    return {bh / heads, bh % heads, bh, chunk, t, (int)ls_min(c.length, c.rows - t)};
 }
 
-__device__ static inline int is_padded(const rows &x, const place &at, int i)
+__device__ static inline int padded_row(const rows &x, const place &at, int i)
 {
     return ls_is_padded(x.pad, at.b * x.n + at.t + i);
 }
 
-__device__ static inline double entry(const rows &x, const place &at, int i, int e)
+/* The same rows for the threads of the block: row i, of n, begins at x + i step. */
+struct strip {
+    ls_real *x;
+    const uint8_t *pad; /* of row 0, or NULL */
+    int step, n, d;
+};
+
+__device__ static inline strip strip_of(const rows &x, const place &at, int d)
 {
-    return is_padded(x, at, i) ? 0 : (double)ls_row(x.v, at.b, at.h, at.t + i)[e];
+    return {ls_row(x.v, at.b, at.h, at.t), x.pad == NULL ? NULL : x.pad + at.b * x.n + at.t, (int)x.v.st, at.n, d};
+}
+
+/* Bit i: row t + i is there, and not padded. For all lanes of the warp, which call together. */
+__device__ static inline unsigned shown(const strip &x, int t)
+{
+    const int i = t + (int)threadIdx.x % LS_WARP;
+    return __ballot_sync(0xffffffffu, i < x.n && (x.pad == NULL || !x.pad[i]));
+}
+
+__device__ static inline uint64_t shown_tile(const strip &x)
+{
+    return shown(x, 0) | (uint64_t)shown(x, LS_WARP) << 32;
+}
+
+__device__ static inline double number(const strip &x, int is_shown, int i, int e)
+{
+    return is_shown && e < x.d ? (double)x.x[(int64_t)i * x.step + e] : 0;
 }
 
 /* e^(from - to), 0 where there was nothing. */
@@ -92,40 +118,140 @@ __device__ static inline double weight(double from, double to)
     return from == -INFINITY ? 0 : (double)ls_exp((ls_real)(from - to));
 }
 
-/* done(i, j, Σ_k a(i,k) b(k,j)), i < m, j < n, k < depth > 0, by 256 threads, each with 4x4 of every 64x64. Thread x, y
- * has rows y + 16 u and columns x + 16 v. x: shared memory for `deep` k at a time; across: of an operand's numbers,
- * those of one k lie side by side in memory. */
-template <class Desk, class A, class B, class Done>
-__device__ static void product(Desk *x, int m, int n, int depth, A a, B b, Done done)
+/* Matrices in shared memory have rows of COLUMNS + 4 doubles: where the 32 lanes read 8 rows x 4 columns, or 4 x 8,
+ * they meet different banks. */
+template <int COLUMNS> __device__ static inline double &cell(double *x, int row, int column)
 {
-    constexpr int deep = Desk::deep, ld = Desk::ld;
-    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-    for (int i0 = 0; i0 < m; i0 += TILE)
-        for (int j0 = 0; j0 < n; j0 += TILE) {
-            const int tall = (m - i0 + 15) / 16, wide = (n - j0 + 15) / 16;
-            double sum[4][4] = {};
-            for (int k0 = 0; k0 < depth; k0 += deep) {
-                __syncthreads();
-                for (int at = threadIdx.x; at < TILE * deep; at += blockDim.x) {
-                    const int i = Desk::across ? at % TILE : at / deep, k = Desk::across ? at / TILE : at % deep;
-                    x->a[i * ld + k] = i0 + i < m && k0 + k < depth ? a(i0 + i, k0 + k) : 0;
-                    x->b[i * ld + k] = j0 + i < n && k0 + k < depth ? b(k0 + k, j0 + i) : 0;
+    return x[row * (COLUMNS + 4) + column];
+}
+
+/* to (ROWS,COLUMNS) = x(row, column), by all threads: each has one column, of which it asks for all rows at once. */
+template <int ROWS, int COLUMNS, class X> __device__ static inline void stage(double *to, X x)
+{
+    constexpr int STEP = LS_THREADS / COLUMNS;
+    const int row = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
+    double y[ROWS / STEP];
+#pragma unroll
+    for (int i = 0; i < ROWS / STEP; i++) y[i] = x(row + STEP * i, column);
+#pragma unroll
+    for (int i = 0; i < ROWS / STEP; i++) cell<COLUMNS>(to, row + STEP * i, column) = y[i];
+}
+
+/* How 8 warps divide a product (M,N): `across` of them stand side by side, each has I x J blocks of 16 x 8. */
+template <int M, int N> struct division {
+    enum { ACROSS = M == N ? 4 : N / 8, I = M * ACROSS / (8 * 16), J = N / (8 * ACROSS) };
+    double c[I][J][4]; /* of a lane: rows g and g + 8, columns 2 t and 2 t + 1, g = lane / 4, t = lane % 4 */
+
+    __device__ division() : c() {}
+    __device__ static int row() /* the warp's first */
+    {
+        return (int)threadIdx.x / LS_WARP / ACROSS * 16 * I;
+    }
+    __device__ static int column()
+    {
+        return (int)threadIdx.x / LS_WARP % ACROSS * 8 * J;
+    }
+
+    /* c_ij += Σ_k a(i,k) b(k,j), first <= k < last; one step takes 8 k, which must be there. On tensor cores, in
+     * double; columns from `wide` on are not wanted. */
+    template <class A, class B> __device__ void add(int first, int last, int wide, A a, B b)
+    {
+        const int g = threadIdx.x % LS_WARP / 4, t = threadIdx.x % 4;
+        if (column() >= wide) return;
+#pragma unroll 2
+        for (int k = first; k < last; k += 8) {
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 800
+            double x[I][4], y[J][2];
+#pragma unroll
+            for (int i = 0; i < I; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) x[i][e] = a(row() + 16 * i + g + e % 2 * 8, k + t + e / 2 * 4);
+#pragma unroll
+            for (int j = 0; j < J; j++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) y[j][e] = b(k + t + e * 4, column() + 8 * j + g);
+#pragma unroll
+            for (int i = 0; i < I; i++)
+#pragma unroll
+                for (int j = 0; j < J; j++) multiply(c[i][j], x[i], y[j]);
+#else
+            for (int i = 0; i < I; i++)
+                for (int j = 0; j < J; j++)
+                    for (int e = 0; e < 4; e++)
+                        for (int u = 0; u < 8; u++)
+                            c[i][j][e] +=
+                                a(row() + 16 * i + g + e / 2 * 8, k + u) * b(k + u, column() + 8 * j + 2 * t + e % 2);
+#endif
+        }
+    }
+
+    /* done(i, j, c_ij) for i < m, j < n */
+    template <class Done> __device__ void each(int m, int n, Done done)
+    {
+        both(*this, m, n, [&](int i, int j, double &y, double) { done(i, j, y); });
+    }
+    /* done(i, j, c_ij, other's c_ij) */
+    template <class Done> __device__ void both(const division &other, int m, int n, Done done)
+    {
+        const int g = threadIdx.x % LS_WARP / 4, t = threadIdx.x % 4;
+#pragma unroll
+        for (int i = 0; i < I; i++)
+#pragma unroll
+            for (int j = 0; j < J; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int y = row() + 16 * i + g + e / 2 * 8, x = column() + 8 * j + 2 * t + e % 2;
+                    if (y < m && x < n) done(y, x, c[i][j][e], other.c[i][j][e]);
                 }
+    }
+
+  private:
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+    /* x: rows g and g + 8 of column t, then of t + 4; y: rows t and t + 4 of column g */
+    __device__ static void multiply(double (&z)[4], const double (&x)[4], const double (&y)[2])
+    {
+        asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+d"(z[0]), "+d"(z[1]), "+d"(z[2]), "+d"(z[3])
+            : "d"(x[0]), "d"(x[1]), "d"(x[2]), "d"(x[3]), "d"(y[0]), "d"(y[1]));
+    }
+#elif defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 800
+    __device__ static void multiply(double (&z)[4], const double (&x)[4], const double (&y)[2])
+    {
+        for (int e = 0; e < 4; e++)
+            asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                : "+d"(z[e % 2 * 2]), "+d"(z[e % 2 * 2 + 1])
+                : "d"(x[e]), "d"(y[e / 2]));
+    }
+#endif
+};
+
+/* What there is to do of a depth that goes on for `rest`, in steps of 8. */
+__device__ static inline int depth_of(int rest)
+{
+    return rest < DEPTH ? (rest + 7) / 8 * 8 : DEPTH;
+}
+
+/* done(r, e, Σ_i share(i,r) row_i[e]), r < R, over the rows of x, of which share(i, r, is_shown) tells whether they are
+ * padded. a: DEPTH x FEW, b: DEPTH x TILE, in shared memory. */
+template <class Share, class Row, class Done>
+__device__ static inline void sum_rows(double *a, double *b, const strip &x, int R, Share share, Row row, Done done)
+{
+    for (int r0 = 0; r0 < R; r0 += FEW)
+        for (int e0 = 0; e0 < x.d; e0 += TILE) {
+            division<FEW, TILE> sum;
+            for (int i0 = 0; i0 < x.n; i0 += DEPTH) {
+                const unsigned here = shown(x, i0);
                 __syncthreads();
-                for (int k = 0; k < deep; k++)
-#pragma unroll
-                    for (int u = 0; u < 4; u++)
-#pragma unroll
-                        for (int v = 0; v < 4; v++)
-                            if (u < tall && v < wide)
-                                sum[u][v] += x->a[(ty + 16 * u) * ld + k] * x->b[(tx + 16 * v) * ld + k];
+                stage<DEPTH, FEW>(
+                    a, [&](int i, int r) { return here >> i & 1 && r0 + r < R ? share(i0 + i, r0 + r) : 0; });
+                stage<DEPTH, TILE>(b, [&](int i, int e) { return row(here >> i & 1, i0 + i, e0 + e); });
+                __syncthreads();
+                sum.add(
+                    0, depth_of(x.n - i0), x.d - e0, [&](int r, int i) { return cell<FEW>(a, i, r); },
+                    [&](int i, int e) { return cell<TILE>(b, i, e); });
             }
-#pragma unroll
-            for (int u = 0; u < 4; u++)
-#pragma unroll
-                for (int v = 0; v < 4; v++)
-                    if (i0 + ty + 16 * u < m && j0 + tx + 16 * v < n)
-                        done(i0 + ty + 16 * u, j0 + tx + 16 * v, sum[u][v]);
+            sum.each(R - r0, x.d - e0, [&](int r, int e, double y) { done(r0 + r, e0 + e, y); });
         }
 }
 
