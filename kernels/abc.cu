@@ -91,7 +91,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 4)
     __shared__ bench x;
     const int which = blockIdx.y, stride = d + 2, group = threadIdx.x / FEW, column = threadIdx.x % FEW;
     const place at = place_of(c);
-    const strip from = strip_of(which ? v : k, at, d);
+    const strip from = which ? strip_of(v, at, d) : strip_of(k, at, d);
     const ls_real *a = (which ? a_v : a_k) + (at.bh * c.rows + at.t) * R;
     const int64_t element = (at.bh * 2 + which) * c.count + at.chunk;
     double *state = states + element * R * stride, *top = tops + element * R;
@@ -119,8 +119,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 4)
     sum_rows(
         x.a, x.b, from, R,
         [&](int j, int r) { return top[r] == -INFINITY ? 0 : (double)ls_exp(a[j * R + r] - (ls_real)top[r]); },
-        [&](int is_shown, int j, int e) { return number(from, is_shown, j, e); },
-        [&](int r, int e, double sum) { state[r * stride + 2 + e] = sum; });
+        [](int, double y) { return y; }, [&](int r, int e, double sum) { state[r * stride + 2 + e] = sum; });
 }
 
 void sum_chunks(ls_pass *p, chunking c)
@@ -327,12 +326,11 @@ __global__ static void __launch_bounds__(LS_THREADS, 4)
     __shared__ bench x;
     const int which = blockIdx.y;
     const place at = place_of(c);
-    const strip from = strip_of(which ? dout : q, at, d);
+    const strip from = which ? strip_of(dout, at, d) : strip_of(q, at, d);
     const ls_real *share = (which ? p : dl) + (at.bh * c.rows + at.t) * R;
     double *to = piece + ((at.bh * 2 + which) * c.count + at.chunk) * R * d;
     sum_rows(
-        x.a, x.b, from, R, [&](int t, int r) { return (double)share[t * R + r]; },
-        [&](int is_shown, int t, int e) { return number(from, is_shown, t, e); },
+        x.a, x.b, from, R, [&](int t, int r) { return (double)share[t * R + r]; }, [](int, double y) { return y; },
         [&](int r, int e, double sum) { to[r * d + e] = sum; });
 }
 
@@ -373,11 +371,6 @@ static ls_status apply_backward(ls_pass *p, int phase)
 
 /* ------------------------------------------------------------------------------------------------ φ */
 
-__device__ static inline double centred(const strip &x, const ls_real *centre, int is_shown, int i, int e)
-{
-    return is_shown && e < x.d ? (double)x.x[(int64_t)i * x.step + e] - (centre == NULL ? 0 : (double)centre[e]) : 0;
-}
-
 /* Σ_t (x_t - c) da_tᵀ (d,R) over a piece of rows; centres NULL: c = 0. */
 __global__ static void __launch_bounds__(LS_THREADS, 4)
     sum_map_gradients(chunking c, int R, int d, rows k, rows v, const ls_real *da, const ls_real *db,
@@ -386,13 +379,13 @@ __global__ static void __launch_bounds__(LS_THREADS, 4)
     __shared__ bench x;
     const int which = blockIdx.y;
     const place at = place_of(c);
-    const strip from = strip_of(which ? v : k, at, d);
+    const strip from = which ? strip_of(v, at, d) : strip_of(k, at, d);
     const ls_real *dl = (which ? db : da) + (at.bh * c.rows + at.t) * R;
     const ls_real *centre = centres == NULL ? NULL : centres + (at.bh * 2 + which) * d;
     double *to = piece + ((int64_t)which * gridDim.x + blockIdx.x) * R * d;
     sum_rows(
         x.a, x.b, from, R, [&](int t, int r) { return (double)dl[t * R + r]; },
-        [&](int is_shown, int t, int e) { return centred(from, centre, is_shown, t, e); },
+        [&](int e, double y) { return y - (centre == NULL ? 0 : (double)centre[e]); },
         [&](int r, int e, double sum) { to[e * R + r] = sum; });
 }
 
@@ -463,7 +456,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 4)
     __shared__ double x[TILE * (DEPTH + 4)], y[FEW * (DEPTH + 4)];
     const int which = blockIdx.y, stride = d + 2;
     const place at = place_of(c);
-    const strip from = strip_of(which ? v : k, at, d);
+    const strip from = which ? strip_of(v, at, d) : strip_of(k, at, d);
     const uint64_t here = shown_tile(from);
     const int64_t first = (at.bh * c.rows + at.t) * R, element = (at.bh * 2 + which) * R;
     ls_real *a = (which ? a_v : a_k) + first, *share = (which ? e_v : e_k) + first;
@@ -472,8 +465,10 @@ __global__ static void __launch_bounds__(LS_THREADS, 4)
     for (int r0 = 0; r0 < R; r0 += FEW) {
         division<TILE, FEW> de;
         for (int e0 = 0; e0 < d; e0 += DEPTH) {
+            const int mine = e0 + (int)threadIdx.x % DEPTH;
+            const double c_e = centre == NULL || mine >= d ? 0 : (double)centre[mine];
             __syncthreads();
-            stage<TILE, DEPTH>(x, [&](int j, int e) { return centred(from, centre, here >> j & 1, j, e0 + e); });
+            stage_rows<TILE, DEPTH>(x, from, here, 0, e0, [&](double z) { return z - c_e; });
             stage<FEW, DEPTH>(
                 y, [&](int r, int e) { return r0 + r < R && e0 + e < d ? (double)dx[(r0 + r) * stride + e0 + e] : 0; });
             __syncthreads();

@@ -30,10 +30,10 @@ namespace ls_abc
 
 constexpr ls_real STEEP = 40;
 
-/* What a block of 256 threads has in shared memory: a product over pairs of rows, two operands. */
+/* What a block of 256 threads has in shared memory: a product over pairs of rows, operands. */
 struct desk {
     double g[TILE * (TILE + 4)];
-    double a[TILE * (DEPTH + 4)], b[TILE * (DEPTH + 4)];
+    double a[TILE * (DEPTH + 4)], b[TILE * (DEPTH + 4)], x[FEW * (DEPTH + 4)];
     int steep;
 };
 
@@ -129,7 +129,8 @@ __device__ static side side_of(const causal &s, const place &at, int which, int 
     side y;
     const int64_t first = (at.bh * s.c.rows + at.t) * s.R, element = (at.bh * 2 + which) * s.c.count + at.chunk;
     y.n = at.n, y.R = s.R, y.d = s.d, y.stride = s.d + 2, y.steep = steep;
-    y.looks = strip_of(which ? s.dout : s.q, at, s.d), y.row = strip_of(which ? s.v : s.k, at, s.d);
+    y.looks = which ? strip_of(s.dout, at, s.d) : strip_of(s.q, at, s.d);
+    y.row = which ? strip_of(s.v, at, s.d) : strip_of(s.k, at, s.d);
     y.looks_shown = shown_tile(y.looks), y.row_shown = shown_tile(y.row);
     y.scale = which ? 1 : s.scale;
     const int low = (int)(unsigned)y.row_shown, high = (int)(y.row_shown >> LS_WARP);
@@ -153,8 +154,10 @@ __device__ static ls_real level(const side &y, int r)
 __device__ static void make_maxima(const side &y)
 {
     const int lane = threadIdx.x % LS_WARP;
+#pragma unroll 1
     for (int r = threadIdx.x / LS_WARP; r < y.R; r += LS_THREADS / LS_WARP) {
         ls_real top = (ls_real)y.state[r * y.stride];
+#pragma unroll 1
         for (int i0 = 0; i0 < y.n; i0 += LS_WARP) {
             const int i = (i0 + lane) * y.R + r;
             ls_real x = i0 + lane < y.n ? y.a[i] : -INFINITY;
@@ -175,8 +178,10 @@ __device__ static int is_steep(desk *x, const side &y)
 {
     const int column = threadIdx.x % FEW;
     int steep = 0;
+#pragma unroll 1
     for (int r = column; r < y.R; r += FEW) {
         const ls_real n = level(y, r);
+#pragma unroll 4
         for (int j = threadIdx.x / FEW; j < y.n; j += LS_THREADS / FEW) steep |= y.a[j * y.R + r] - n > STEEP;
     }
     __syncthreads();
@@ -214,6 +219,22 @@ __device__ static double leaving(const side &y, int j, int r)
     return last == -INFINITY ? 0 : (double)ls_exp(y.a[j * y.R + r] - (ls_real)last);
 }
 
+/* f of rows that are taken as they are */
+struct same {
+    __device__ double operator()(double x) const
+    {
+        return x;
+    }
+};
+
+/* done(i, r) for the rows of the chunk and slots [r0, r0 + FEW), each by one thread */
+template <class Done> __device__ static void for_table(const side &y, int r0, Done done)
+{
+    const int r = r0 + (int)threadIdx.x % FEW;
+#pragma unroll 1
+    for (int i = threadIdx.x / FEW; r < y.R && i < y.n; i += LS_THREADS / FEW) done(i, r);
+}
+
 /* b (TILE,FEW) = F of slots [r0, r0 + FEW) */
 __device__ static void stage_weights(double *b, const side &y, int r0)
 {
@@ -237,72 +258,72 @@ __device__ static void stage_states(double *to, const side &y, const double *sta
         to, [&](int r, int e) { return r0 + r < y.R && e0 + e < y.d ? state[(r0 + r) * y.stride + 2 + e0 + e] : 0; });
 }
 
-/* g_ij = look_i·row_j for j <= i, else 0. */
-__device__ static void meet(desk *x, const side &y)
+/* g_ij = look_i·row_j for j <= i, else 0, once for all slots, with the first of them; dot_ir = i·x_r for slots from r0
+ * on, x the states or their gradients, i the rows that look, or those that are looked at. */
+__device__ static void meet(desk *x, const side &y, const double *state, int looks, int r0, division<TILE, FEW> &dot)
 {
     division<TILE, TILE> g;
+    const double *of = looks ? x->a : x->b;
+#pragma unroll 1
     for (int e0 = 0; e0 < y.d; e0 += DEPTH) {
         __syncthreads();
-        stage<TILE, DEPTH>(x->a, [&](int i, int e) { return number(y.looks, y.looks_shown >> i & 1, i, e0 + e); });
-        stage<TILE, DEPTH>(x->b, [&](int j, int e) { return number(y.row, y.row_shown >> j & 1, j, e0 + e); });
+        if (r0 == 0 || looks) stage_rows<TILE, DEPTH>(x->a, y.looks, y.looks_shown, 0, e0, same());
+        if (r0 == 0 || !looks) stage_rows<TILE, DEPTH>(x->b, y.row, y.row_shown, 0, e0, same());
+        stage_states<DEPTH>(x->x, y, state, r0, e0);
         __syncthreads();
-        g.add(
-            0, depth_of(y.d - e0), (int)ls_min(y.n, g.row() + 16 * g.I),
-            [&](int i, int e) { return cell<DEPTH>(x->a, i, e); },
-            [&](int e, int j) { return cell<DEPTH>(x->b, j, e); });
+        if (r0 == 0)
+            g.add(
+                0, depth_of(y.d - e0), (int)ls_min(y.n, g.row() + 16 * g.I),
+                [&](int i, int e) { return cell<DEPTH>(x->a, i, e); },
+                [&](int e, int j) { return cell<DEPTH>(x->b, j, e); });
+        dot.add(
+            0, depth_of(y.d - e0), y.R - r0, [&](int i, int e) { return of[i * (DEPTH + 4) + e]; },
+            [&](int e, int r) { return cell<DEPTH>(x->x, r, e); });
     }
-    g.each(TILE, TILE, [&](int i, int j, double sum) { cell<TILE>(x->g, i, j) = j <= i ? sum : 0; });
+    if (r0 == 0) g.each(TILE, TILE, [&](int i, int j, double sum) { cell<TILE>(x->g, i, j) = j <= i ? sum : 0; });
     __syncthreads();
 }
 
-/* done(i, r, s_ir, Σ_{j<=i} E_ijr g_ij + c_ir before_ir) for slots from r0 on */
+/* done(i, r, s_ir, Σ_{j<=i} E_ijr g_ij + c_ir before_ir) for slots from r0 on; all wait before. */
 template <class Done> __device__ static void see(desk *x, const side &y, int r0, division<TILE, FEW> &before, Done done)
 {
-    division<TILE, FEW> sum;
-    if (y.steep)
-        before.each(y.n, y.R - r0, [&](int i, int at, double dot) {
-            const int r = r0 + at;
+    if (y.steep) {
+        before.each(y.n, FEW, [&](int i, int r, double dot) { cell<FEW>(x->a, i, r) = dot; });
+        __syncthreads();
+        for_table(y, r0, [&](int i, int r) {
             const double c = entering(y, i, r);
-            double all = c * y.state[r * y.stride + 1];
-            dot *= c;
+            double sum = c * y.state[r * y.stride + 1], dot = c * cell<FEW>(x->a, i, r - r0);
+#pragma unroll 1
             for (int j = 0; j <= i; j++) {
                 const double e = steep_weight(y, i, j, r);
-                all += e;
+                sum += e;
                 dot += e * cell<TILE>(x->g, i, j);
             }
-            done(i, r, all, dot);
+            done(i, r, sum, dot);
         });
-    else {
-        const int last = (int)ls_min((y.n + 7) / 8 * 8, sum.row() + 16);
-        const auto weights = [&](int j, int r) { return cell<FEW>(x->b, j, r); };
-        __syncthreads();
-        stage_weights(x->b, y, r0);
-        __syncthreads();
-        before.add(
-            0, last, y.R - r0, [&](int i, int j) { return cell<TILE>(x->g, i, j); }, weights);
-        sum.add(
-            0, last, y.R - r0, [&](int i, int j) { return j <= i ? 1.0 : 0.0; }, weights);
-        sum.both(before, y.n, y.R - r0, [&](int i, int r, double all, double dot) {
-            done(i, r0 + r, all + y.state[(r0 + r) * y.stride + 1], dot);
-        });
+        return;
     }
+    division<TILE, FEW> sum;
+    const int last = (int)ls_min((y.n + 7) / 8 * 8, sum.row() + 16);
+    const auto weights = [&](int j, int r) { return cell<FEW>(x->b, j, r); };
+    stage_weights(x->b, y, r0);
+    __syncthreads();
+    before.add(
+        0, last, y.R - r0, [&](int i, int j) { return cell<TILE>(x->g, i, j); }, weights);
+    sum.add(
+        0, last, y.R - r0, [&](int i, int j) { return j <= i ? 1.0 : 0.0; }, weights);
+    sum.both(before, y.n, y.R - r0, [&](int i, int r, double all, double dot) {
+        done(i, r0 + r, all + y.state[(r0 + r) * y.stride + 1], dot);
+    });
 }
 
 /* done(i, r, s_ir, look_i·x_ir) */
 template <class Done> __device__ static void look(desk *x, const side &y, Done done)
 {
-    meet(x, y);
+#pragma unroll 1
     for (int r0 = 0; r0 < y.R; r0 += FEW) {
         division<TILE, FEW> dot;
-        for (int e0 = 0; e0 < y.d; e0 += DEPTH) {
-            __syncthreads();
-            stage<TILE, DEPTH>(x->a, [&](int i, int e) { return number(y.looks, y.looks_shown >> i & 1, i, e0 + e); });
-            stage_states<DEPTH>(x->b, y, y.state, r0, e0);
-            __syncthreads();
-            dot.add(
-                0, depth_of(y.d - e0), y.R - r0, [&](int i, int e) { return cell<DEPTH>(x->a, i, e); },
-                [&](int e, int r) { return cell<DEPTH>(x->b, r, e); });
-        }
+        meet(x, y, y.state, 1, r0, dot);
         see(x, y, r0, dot, done);
     }
     __syncthreads();
@@ -313,9 +334,11 @@ template <class Share> __device__ static void mix(desk *x, const side &y, Share 
 {
     if (y.steep) {
         __syncthreads();
+#pragma unroll 1
         for (int at = threadIdx.x; at < TILE * TILE; at += LS_THREADS) {
             const int i = at / TILE, j = at % TILE;
             double sum = 0;
+#pragma unroll 1
             for (int r = 0; j <= i && i < y.n && r < y.R; r++) sum += (double)u(i, r) * steep_weight(y, i, j, r);
             cell<TILE>(x->g, i, j) = sum;
         }
@@ -323,6 +346,7 @@ template <class Share> __device__ static void mix(desk *x, const side &y, Share 
         return;
     }
     division<TILE, TILE> g;
+#pragma unroll 1
     for (int r0 = 0; r0 < y.R; r0 += FEW) {
         __syncthreads();
         stage_table(x->a, y, r0, u);
@@ -362,8 +386,7 @@ template <class Share, class Done> __device__ static void gather(desk *x, const 
             x, y, y.state, e0, [&](int i, int r) { return (double)u(i, r) * entering(y, i, r); }, sum);
         for (int j0 = 0; j0 < y.n; j0 += DEPTH) {
             __syncthreads();
-            stage<DEPTH, TILE>(
-                x->b, [&](int j, int e) { return number(y.row, y.row_shown >> (j0 + j) & 1, j0 + j, e0 + e); });
+            stage_rows<DEPTH, TILE>(x->b, y.row, y.row_shown, j0, e0, same());
             __syncthreads();
             if (j0 < sum.row() + 16 * sum.I)
                 sum.add(
@@ -414,7 +437,7 @@ __device__ static double probability(partition z, double logit)
 
 /* ------------------------------------------------------------------------------------------------ apply */
 
-__global__ static void __launch_bounds__(LS_THREADS, 3) apply_chunk(causal s, ls_view out)
+__global__ static void __launch_bounds__(LS_THREADS, 2) apply_chunk(causal s, ls_view out)
 {
     LS_SHARED(desk, x);
     const place at = place_of(s.c);
@@ -490,8 +513,7 @@ template <class Share> __device__ static void enter_backward(desk *x, const side
     const auto share = [&](int i, int r) { return (double)u(i, r) * entering(y, i, r); };
     const auto live = [&](int r) { return y.state[r * y.stride] > -INFINITY; };
     sum_rows(
-        x->a, x->b, y.looks, y.R, share,
-        [&](int is_shown, int i, int e) { return y.scale * number(y.looks, is_shown, i, e); },
+        x->a, x->b, y.looks, y.R, share, [&](int, double z) { return y.scale * z; },
         [&](int r, int e, double sum) { y.dstate[r * y.stride + 2 + e] = live(r) ? sum : 0; });
     for (int r = threadIdx.x / LS_WARP; r < y.R; r += LS_THREADS / LS_WARP) {
         double sum = 0;
@@ -502,7 +524,7 @@ template <class Share> __device__ static void enter_backward(desk *x, const side
 }
 
 /* Pass 1: logit, u, dp, w; dq; what the states that enter get of these queries. */
-__global__ static void __launch_bounds__(LS_THREADS, 3) queries_backward(causal s, ls_view dq)
+__global__ static void __launch_bounds__(LS_THREADS, 2) queries_backward(causal s, ls_view dq)
 {
     LS_SHARED(desk, x);
     const place at = place_of(s.c);
@@ -510,23 +532,19 @@ __global__ static void __launch_bounds__(LS_THREADS, 3) queries_backward(causal 
     const int64_t first = (at.bh * s.c.rows + at.t) * R;
     double *logit = s.logit + first, *dp = s.dp + first, *u = s.u + first;
     ls_real *w = s.w + first;
-    int steep_k, steep_v;
-    {
-        const side k = open_side(x, s, at, 0);
-        steep_k = k.steep;
-        look(x, k, [&](int i, int r, double sum, double dot) {
+    int steep = 0; /* bit 0: of the keys, bit 1: of the values */
+#pragma unroll 1
+    for (int which = 0; which < 2; which++) {
+        const side y = open_side(x, s, at, which);
+        double *seen = which ? dp : logit;
+        steep |= y.steep << which;
+        look(x, y, [&](int i, int r, double sum, double dot) {
             const double inverse = sum > 0 ? 1 / sum : 0;
-            logit[i * R + r] = s.scale * dot * inverse;
-            u[i * R + r] = inverse;
-        });
-    }
-    {
-        const side v = open_side(x, s, at, 1);
-        steep_v = v.steep;
-        look(x, v, [&](int i, int r, double sum, double dot) {
-            const double inverse = sum > 0 ? 1 / sum : 0;
-            dp[i * R + r] = dot * inverse;
-            w[i * R + r] = (ls_real)inverse;
+            seen[i * R + r] = y.scale * dot * inverse;
+            if (which)
+                w[i * R + r] = (ls_real)inverse;
+            else
+                u[i * R + r] = inverse;
         });
     }
     {
@@ -543,35 +561,43 @@ __global__ static void __launch_bounds__(LS_THREADS, 3) queries_backward(causal 
         }
         __syncthreads();
     }
-    {
-        const auto share = [&](int i, int r) { return u[i * R + r]; };
-        const side k = side_of(s, at, 0, steep_k);
-        const strip to = strip_of({dq, NULL, 0}, at, s.d);
-        gather(x, k, share, [&](int i, int e, double sum) {
+    const side k = side_of(s, at, 0, steep & 1);
+    const strip to = strip_of({dq, NULL, 0}, at, s.d);
+    gather(
+        x, k, [&](int i, int r) { return u[i * R + r]; },
+        [&](int i, int e, double sum) {
             to.x[(int64_t)i * to.step + e] = k.looks_shown >> i & 1 ? (ls_real)(s.scale * sum) : 0;
         });
-        enter_backward(x, k, share, logit);
-    }
-    enter_backward(
-        x, side_of(s, at, 1, steep_v), [&](int i, int r) { return w[i * R + r]; }, dp);
+#pragma unroll 1
+    for (int which = 0; which < 2; which++)
+        enter_backward(
+            x, side_of(s, at, which, steep >> which & 1),
+            [&](int i, int r) { return which ? (double)w[i * R + r] : u[i * R + r]; }, which ? dp : logit);
 }
 
 /* Pass 2, when the gradients of the states that leave are known: dk or dv but for φ's part, and logits become da, db.
- * u: the table of which. */
-template <class U> __device__ static void rows_backward(desk *x, side y, const U *table, const double *seen, strip to)
+ * blockIdx.y: keys or values. */
+__global__ static void __launch_bounds__(LS_THREADS, 2) keys_backward(causal s, ls_view dk, ls_view dv)
 {
-    const int R = y.R, n = y.n, deep = (n + 7) / 8 * 8;
-    const double *after = y.dstate;
-    const auto u = [&](int i, int r) { return table[i * R + r]; };
-    y.steep = is_steep(x, y);
+    LS_SHARED(desk, x);
+    const place at = place_of(s.c);
+    const int which = blockIdx.y, R = s.R;
+    side y = side_of(s, at, which, 0);
+    y.steep = is_steep(x, y); /* the maxima are there */
+    const strip to = which ? strip_of({dv, NULL, 0}, at, s.d) : strip_of({dk, NULL, 0}, at, s.d);
+    const int n = y.n, deep = (n + 7) / 8 * 8;
+    const int64_t first = (at.bh * s.c.rows + at.t) * R;
+    const double *after = y.dstate, *seen = (which ? s.dp : s.logit) + first, *u_k = s.u + first;
+    const ls_real *u_v = s.w + first;
+    const auto u = [&](int i, int r) { return which ? (double)u_v[i * R + r] : u_k[i * R + r]; };
     mix(x, y, u);
+#pragma unroll 1
     for (int e0 = 0; e0 < y.d; e0 += TILE) {
         division<TILE, TILE> sum;
+#pragma unroll 1
         for (int i0 = 0; i0 < n; i0 += DEPTH) {
             __syncthreads();
-            stage<DEPTH, TILE>(x->b, [&](int i, int e) {
-                return y.scale * number(y.looks, y.looks_shown >> (i0 + i) & 1, i0 + i, e0 + e);
-            });
+            stage_rows<DEPTH, TILE>(x->b, y.looks, y.looks_shown, i0, e0, [&](double z) { return y.scale * z; });
             __syncthreads();
             if (i0 >= sum.row()) /* those before see none of the warp's rows */
                 sum.add(
@@ -582,59 +608,42 @@ template <class U> __device__ static void rows_backward(desk *x, side y, const U
             x, y, after, e0, [&](int j, int r) { return leaving(y, j, r); }, sum);
         sum.each(n, y.d - e0, [&](int j, int e, double z) { to.x[(int64_t)j * to.step + e0 + e] = (ls_real)z; });
     }
-    meet(x, y);
+#pragma unroll 1
     for (int r0 = 0; r0 < R; r0 += FEW) {
         division<TILE, FEW> leave, inside, known, weights;
-        for (int e0 = 0; e0 < y.d; e0 += DEPTH) {
+        meet(x, y, after, 0, r0, leave);
+        if (y.steep) {
+            leave.each(n, FEW, [&](int j, int r, double from_state) { cell<FEW>(x->a, j, r) = from_state; });
             __syncthreads();
-            stage<TILE, DEPTH>(x->a, [&](int j, int e) { return number(y.row, y.row_shown >> j & 1, j, e0 + e); });
-            stage_states<DEPTH>(x->b, y, after, r0, e0);
-            __syncthreads();
-            leave.add(
-                0, depth_of(y.d - e0), R - r0, [&](int j, int e) { return cell<DEPTH>(x->a, j, e); },
-                [&](int e, int r) { return cell<DEPTH>(x->b, r, e); });
+            for_table(y, r0, [&](int j, int r) {
+                double da = leaving(y, j, r) * (after[r * y.stride + 1] + cell<FEW>(x->a, j, r - r0));
+#pragma unroll 1
+                for (int i = j; i < n; i++)
+                    da += steep_weight(y, i, j, r) * u(i, r) * (y.scale * cell<TILE>(x->g, i, j) - seen[i * R + r]);
+                y.a[j * R + r] = (ls_real)da;
+            });
+            continue;
         }
-        if (!y.steep) {
-            __syncthreads();
-            stage_table(x->a, y, r0, u);
-            stage_table(x->b, y, r0, [&](int i, int r) { return u(i, r) * seen[i * R + r]; });
-            weights.each(n, R - r0,
-                         [&](int j, int r, double &e) { /* before any logit is overwritten */
-                                                        e = (double)ls_exp(y.a[j * R + r0 + r] - level(y, r0 + r));
-                         });
-            __syncthreads();
-            inside.add(
-                inside.row(), deep, R - r0, [&](int j, int i) { return cell<TILE>(x->g, i, j); },
-                [&](int i, int r) { return cell<FEW>(x->a, i, r); });
-            known.add(
-                known.row(), deep, R - r0, [&](int j, int i) { return i >= j ? 1.0 : 0.0; },
-                [&](int i, int r) { return cell<FEW>(x->b, i, r); });
-            known.both(inside, TILE, FEW, [&](int, int, double &sum, double z) { sum = y.scale * z - sum; });
-            weights.both(known, TILE, FEW, [&](int, int, double &e, double difference) { e *= difference; });
-        }
-        leave.both(weights, n, R - r0, [&](int j, int at, double from_state, double da) {
-            const int r = r0 + at;
-            for (int i = j; y.steep && i < n; i++)
-                da += steep_weight(y, i, j, r) * (double)u(i, r) * (y.scale * cell<TILE>(x->g, i, j) - seen[i * R + r]);
-            da += leaving(y, j, r) * (after[r * y.stride + 1] + from_state);
-            y.a[j * R + r] = (ls_real)da;
+        stage_table(x->a, y, r0, u);
+        stage_table(x->b, y, r0, [&](int i, int r) { return u(i, r) * seen[i * R + r]; });
+        weights.each(n, R - r0,
+                     [&](int j, int r, double &e) { /* before a logit is overwritten */
+                                                    e = (double)ls_exp(y.a[j * R + r0 + r] - level(y, r0 + r));
+                     });
+        __syncthreads();
+        inside.add(
+            inside.row(), deep, R - r0, [&](int j, int i) { return cell<TILE>(x->g, i, j); },
+            [&](int i, int r) { return cell<FEW>(x->a, i, r); });
+        known.add(
+            known.row(), deep, R - r0, [&](int j, int i) { return i >= j ? 1.0 : 0.0; },
+            [&](int i, int r) { return cell<FEW>(x->b, i, r); });
+        known.both(inside, TILE, FEW, [&](int, int, double &sum, double z) { sum = y.scale * z - sum; });
+        weights.both(known, TILE, FEW, [&](int, int, double &e, double difference) { e *= difference; });
+        leave.both(weights, n, R - r0, [&](int j, int r, double from_state, double da) {
+            da += leaving(y, j, r0 + r) * (after[(r0 + r) * y.stride + 1] + from_state);
+            y.a[j * R + r0 + r] = (ls_real)da;
         });
     }
-}
-
-/* blockIdx.y: keys or values. */
-__global__ static void __launch_bounds__(LS_THREADS, 3) keys_backward(causal s, ls_view dk, ls_view dv)
-{
-    LS_SHARED(desk, x);
-    const place at = place_of(s.c);
-    const int which = blockIdx.y;
-    const int64_t first = (at.bh * s.c.rows + at.t) * s.R;
-    const side y = side_of(s, at, which, 0);
-    const strip to = strip_of({which ? dv : dk, NULL, 0}, at, s.d);
-    if (which)
-        rows_backward(x, y, s.w + first, s.dp + first, to);
-    else
-        rows_backward(x, y, s.u + first, s.logit + first, to);
 }
 
 ls_status apply_causal_backward(ls_pass *p, int phase)

@@ -107,11 +107,6 @@ __device__ static inline uint64_t shown_tile(const strip &x)
     return shown(x, 0) | (uint64_t)shown(x, LS_WARP) << 32;
 }
 
-__device__ static inline double number(const strip &x, int is_shown, int i, int e)
-{
-    return is_shown && e < x.d ? (double)x.x[(int64_t)i * x.step + e] : 0;
-}
-
 /* e^(from - to), 0 where there was nothing. */
 __device__ static inline double weight(double from, double to)
 {
@@ -135,6 +130,23 @@ template <int ROWS, int COLUMNS, class X> __device__ static inline void stage(do
     for (int i = 0; i < ROWS / STEP; i++) y[i] = x(row + STEP * i, column);
 #pragma unroll
     for (int i = 0; i < ROWS / STEP; i++) cell<COLUMNS>(to, row + STEP * i, column) = y[i];
+}
+
+/* The same of rows i0 + row, features e0 + column of x: f(number), or 0 where bit i0 + row of `shown` is not set. */
+template <int ROWS, int COLUMNS, class F>
+__device__ static inline void stage_rows(double *to, const strip &x, uint64_t shown, int i0, int e0, F f)
+{
+    constexpr int STEP = LS_THREADS / COLUMNS;
+    const int row = threadIdx.x / COLUMNS, e = e0 + (int)threadIdx.x % COLUMNS;
+    const uint64_t mine = e < x.d ? shown >> (i0 + row) : 0;
+    const ls_real *from = x.x + (int64_t)(i0 + row) * x.step + e;
+    const int64_t next = (int64_t)STEP * x.step;
+    ls_real y[ROWS / STEP];
+#pragma unroll
+    for (int i = 0; i < ROWS / STEP; i++, from += next) y[i] = mine >> STEP * i & 1 ? *from : 0;
+#pragma unroll
+    for (int i = 0; i < ROWS / STEP; i++)
+        cell<COLUMNS>(to, row + STEP * i, e - e0) = mine >> STEP * i & 1 ? f((double)y[i]) : 0;
 }
 
 /* How 8 warps divide a product (M,N): `across` of them stand side by side, each has I x J blocks of 16 x 8. */
@@ -232,20 +244,23 @@ __device__ static inline int depth_of(int rest)
     return rest < DEPTH ? (rest + 7) / 8 * 8 : DEPTH;
 }
 
-/* done(r, e, Σ_i share(i,r) row_i[e]), r < R, over the rows of x, of which share(i, r, is_shown) tells whether they are
- * padded. a: DEPTH x FEW, b: DEPTH x TILE, in shared memory. */
-template <class Share, class Row, class Done>
-__device__ static inline void sum_rows(double *a, double *b, const strip &x, int R, Share share, Row row, Done done)
+/* done(r, e, Σ_i share(i,r) f(e, row_i[e])), r < R, over the rows of x, but those that are padded. a: DEPTH x FEW, b:
+ * DEPTH x TILE, in shared memory. */
+template <class Share, class F, class Done>
+__device__ static inline void sum_rows(double *a, double *b, strip x, int R, Share share, F f, Done done)
 {
+    ls_real *const rows = x.x;
     for (int r0 = 0; r0 < R; r0 += FEW)
         for (int e0 = 0; e0 < x.d; e0 += TILE) {
+            const int column = e0 + (int)threadIdx.x % TILE;
             division<FEW, TILE> sum;
-            for (int i0 = 0; i0 < x.n; i0 += DEPTH) {
+            x.x = rows;
+            for (int i0 = 0; i0 < x.n; i0 += DEPTH, x.x += (int64_t)DEPTH * x.step) {
                 const unsigned here = shown(x, i0);
                 __syncthreads();
                 stage<DEPTH, FEW>(
                     a, [&](int i, int r) { return here >> i & 1 && r0 + r < R ? share(i0 + i, r0 + r) : 0; });
-                stage<DEPTH, TILE>(b, [&](int i, int e) { return row(here >> i & 1, i0 + i, e0 + e); });
+                stage_rows<DEPTH, TILE>(b, x, here, 0, e0, [&](double y) { return f(column, y); });
                 __syncthreads();
                 sum.add(
                     0, depth_of(x.n - i0), x.d - e0, [&](int r, int i) { return cell<FEW>(a, i, r); },
