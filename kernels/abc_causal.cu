@@ -30,13 +30,6 @@ namespace ls_abc
 
 constexpr ls_real STEEP = 40;
 
-/* What a block of 256 threads has in shared memory: a product over pairs of rows, operands. */
-struct desk {
-    double g[TILE * (TILE + 4)];
-    double a[TILE * (DEPTH + 4)], b[TILE * (DEPTH + 4)], x[FEW * (DEPTH + 4)];
-    int steep;
-};
-
 /* ------------------------------------------------------------------------------------------------ scans */
 
 /* A thread for each s and each entry of x passes the chunks: their sums become the states that enter. m is made of
@@ -124,11 +117,18 @@ struct side {
     const double *next; /* the state of the next chunk, or NULL */
 };
 
-__device__ static side side_of(const causal &s, const place &at, int which, int steep)
+/* What a block of 256 threads has in shared memory: a product over pairs of rows, operands. */
+struct desk {
+    double g[TILE * (TILE + 4)];
+    double a[TILE * (DEPTH + 4)], b[TILE * (DEPTH + 4)], x[FEW * (DEPTH + 4)];
+    side mine; /* in registers it would leave no room for what is computed */
+};
+
+__device__ static const side &side_of(desk *x, const causal &s, const place &at, int which, int steep)
 {
     side y;
     const int64_t first = (at.bh * s.c.rows + at.t) * s.R, element = (at.bh * 2 + which) * s.c.count + at.chunk;
-    y.n = at.n, y.R = s.R, y.d = s.d, y.stride = s.d + 2, y.steep = steep;
+    y.n = at.n, y.R = s.R, y.d = s.d, y.stride = s.d + 2;
     y.looks = which ? strip_of(s.dout, at, s.d) : strip_of(s.q, at, s.d);
     y.row = which ? strip_of(s.v, at, s.d) : strip_of(s.k, at, s.d);
     y.looks_shown = shown_tile(y.looks), y.row_shown = shown_tile(y.row);
@@ -138,7 +138,10 @@ __device__ static side side_of(const causal &s, const place &at, int which, int 
     y.a = s.a[which] + first, y.m = s.m[which] + first;
     y.state = s.states + element * s.R * y.stride, y.dstate = s.dstates + element * s.R * y.stride;
     y.next = at.chunk + 1 < s.c.count ? y.state + s.R * y.stride : NULL;
-    return y;
+    __syncthreads();
+    if (threadIdx.x == 0) x->mine = y, x->mine.steep = steep;
+    __syncthreads();
+    return x->mine;
 }
 
 /* n_r; of a chunk before whose end there is no key 0. */
@@ -173,30 +176,26 @@ __device__ static void make_maxima(const side &y)
     __syncthreads();
 }
 
-/* Whether the chunk is steep. */
-__device__ static int is_steep(desk *x, const side &y)
+/* Finds out whether the chunk is steep, which it is not said to be as yet. */
+__device__ static void find_steep(desk *x)
 {
-    const int column = threadIdx.x % FEW;
+    const side &y = x->mine;
     int steep = 0;
 #pragma unroll 1
-    for (int r = column; r < y.R; r += FEW) {
+    for (int r = threadIdx.x % FEW; r < y.R; r += FEW) {
         const ls_real n = level(y, r);
 #pragma unroll 4
         for (int j = threadIdx.x / FEW; j < y.n; j += LS_THREADS / FEW) steep |= y.a[j * y.R + r] - n > STEEP;
     }
+    if (steep) x->mine.steep = 1;
     __syncthreads();
-    if (threadIdx.x == 0) x->steep = 0;
-    __syncthreads();
-    if (steep) x->steep = 1;
-    __syncthreads();
-    return x->steep;
 }
 
 /* With what it takes to know of E. */
-__device__ static side open_side(desk *x, const causal &s, const place &at, int which)
+__device__ static const side &open_side(desk *x, const causal &s, const place &at, int which)
 {
-    side y = side_of(s, at, which, 0);
-    y.steep = is_steep(x, y);
+    const side &y = side_of(x, s, at, which, 0);
+    find_steep(x);
     if (y.steep) make_maxima(y);
     return y;
 }
@@ -437,7 +436,7 @@ __device__ static double probability(partition z, double logit)
 
 /* ------------------------------------------------------------------------------------------------ apply */
 
-__global__ static void __launch_bounds__(LS_THREADS, 2) apply_chunk(causal s, ls_view out)
+__global__ static void __launch_bounds__(LS_THREADS, 3) apply_chunk(causal s, ls_view out)
 {
     LS_SHARED(desk, x);
     const place at = place_of(s.c);
@@ -446,10 +445,10 @@ __global__ static void __launch_bounds__(LS_THREADS, 2) apply_chunk(causal s, ls
     double *logit = s.logit + first;
     ls_real *w = s.w + first;
     {
-        const side k = open_side(x, s, at, 0);
+        const side &k = open_side(x, s, at, 0);
         look(x, k, [&](int i, int r, double sum, double dot) { logit[i * R + r] = sum > 0 ? s.scale * dot / sum : 0; });
     }
-    const side v = open_side(x, s, at, 1);
+    const side &v = open_side(x, s, at, 1);
     for (int r0 = 0; r0 < R; r0 += FEW) { /* what stands in g is of no use to it */
         division<TILE, FEW> nothing;
         see(x, v, r0, nothing,
@@ -524,7 +523,7 @@ template <class Share> __device__ static void enter_backward(desk *x, const side
 }
 
 /* Pass 1: logit, u, dp, w; dq; what the states that enter get of these queries. */
-__global__ static void __launch_bounds__(LS_THREADS, 2) queries_backward(causal s, ls_view dq)
+__global__ static void __launch_bounds__(LS_THREADS, 3) queries_backward(causal s, ls_view dq)
 {
     LS_SHARED(desk, x);
     const place at = place_of(s.c);
@@ -535,7 +534,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2) queries_backward(causal 
     int steep = 0; /* bit 0: of the keys, bit 1: of the values */
 #pragma unroll 1
     for (int which = 0; which < 2; which++) {
-        const side y = open_side(x, s, at, which);
+        const side &y = open_side(x, s, at, which);
         double *seen = which ? dp : logit;
         steep |= y.steep << which;
         look(x, y, [&](int i, int r, double sum, double dot) {
@@ -561,7 +560,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2) queries_backward(causal 
         }
         __syncthreads();
     }
-    const side k = side_of(s, at, 0, steep & 1);
+    const side &k = side_of(x, s, at, 0, steep & 1);
     const strip to = strip_of({dq, NULL, 0}, at, s.d);
     gather(
         x, k, [&](int i, int r) { return u[i * R + r]; },
@@ -571,19 +570,19 @@ __global__ static void __launch_bounds__(LS_THREADS, 2) queries_backward(causal 
 #pragma unroll 1
     for (int which = 0; which < 2; which++)
         enter_backward(
-            x, side_of(s, at, which, steep >> which & 1),
+            x, side_of(x, s, at, which, steep >> which & 1),
             [&](int i, int r) { return which ? (double)w[i * R + r] : u[i * R + r]; }, which ? dp : logit);
 }
 
 /* Pass 2, when the gradients of the states that leave are known: dk or dv but for φ's part, and logits become da, db.
  * blockIdx.y: keys or values. */
-__global__ static void __launch_bounds__(LS_THREADS, 2) keys_backward(causal s, ls_view dk, ls_view dv)
+__global__ static void __launch_bounds__(LS_THREADS, 3) keys_backward(causal s, ls_view dk, ls_view dv)
 {
     LS_SHARED(desk, x);
     const place at = place_of(s.c);
     const int which = blockIdx.y, R = s.R;
-    side y = side_of(s, at, which, 0);
-    y.steep = is_steep(x, y); /* the maxima are there */
+    const side &y = side_of(x, s, at, which, 0);
+    find_steep(x); /* the maxima are there */
     const strip to = which ? strip_of({dv, NULL, 0}, at, s.d) : strip_of({dk, NULL, 0}, at, s.d);
     const int n = y.n, deep = (n + 7) / 8 * 8;
     const int64_t first = (at.bh * s.c.rows + at.t) * R;

@@ -170,7 +170,7 @@ template <int M, int N> struct division {
     {
         const int g = threadIdx.x % LS_WARP / 4, t = threadIdx.x % 4;
         if (column() >= wide) return;
-#pragma unroll 2
+#pragma unroll(I *J > 1 ? 1 : 2)
         for (int k = first; k < last; k += 8) {
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 800
             double x[I][4], y[J][2];
