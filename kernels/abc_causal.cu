@@ -102,6 +102,7 @@ struct causal {
     double scale;
     rows q, k, v, dout;
     ls_real *a[2], *m[2]; /* of keys, of values */
+    const ls_real *phi[2];
     ls_real *w;
     double *logit, *dp, *u, *states, *dstates;
 };
@@ -249,11 +250,10 @@ template <class Table> __device__ static void stage_table(double *to, const side
     stage<TILE, FEW>(to, [&](int i, int r) { return i < y.n && r0 + r < y.R ? (double)table(i, r0 + r) : 0; });
 }
 
-/* to (FEW,COLUMNS) = x of states, or dx, of the same slots, from feature e0 on */
-template <int COLUMNS>
+/* to (FEW,DEPTH) = x of states, or dx, of the same slots, from feature e0 on */
 __device__ static void stage_states(double *to, const side &y, const double *state, int r0, int e0)
 {
-    stage<FEW, COLUMNS>(
+    stage<FEW, DEPTH>(
         to, [&](int r, int e) { return r0 + r < y.R && e0 + e < y.d ? state[(r0 + r) * y.stride + 2 + e0 + e] : 0; });
 }
 
@@ -268,7 +268,7 @@ __device__ static void meet(desk *x, const side &y, const double *state, int loo
         __syncthreads();
         if (r0 == 0 || looks) stage_rows<TILE, DEPTH>(x->a, y.looks, y.looks_shown, 0, e0, same());
         if (r0 == 0 || !looks) stage_rows<TILE, DEPTH>(x->b, y.row, y.row_shown, 0, e0, same());
-        stage_states<DEPTH>(x->x, y, state, r0, e0);
+        stage_states(x->x, y, state, r0, e0);
         __syncthreads();
         if (r0 == 0)
             g.add(
@@ -364,15 +364,8 @@ template <class Share>
 __device__ static void add_states(desk *x, const side &y, const double *state, int e0, Share share,
                                   division<TILE, TILE> &sum)
 {
-    for (int r0 = 0; r0 < y.R; r0 += FEW) {
-        __syncthreads();
-        stage_table(x->a, y, r0, share);
-        stage_states<TILE>(x->b, y, state, r0, e0);
-        __syncthreads();
-        sum.add(
-            0, (int)ls_min(FEW, depth_of(y.R - r0)), y.d - e0, [&](int i, int r) { return cell<FEW>(x->a, i, r); },
-            [&](int r, int e) { return cell<TILE>(x->b, r, e); });
-    }
+    spread(
+        x->a, x->b, y.n, y.R, y.d, e0, share, [&](int r, int e) { return state[r * y.stride + 2 + e]; }, sum);
 }
 
 /* done(i, e, Σ_r u_ir x_ir): states as they are at i, summed with weights u. */
@@ -396,24 +389,6 @@ template <class Share, class Done> __device__ static void gather(desk *x, const 
     }
     __syncthreads();
 }
-
-/* Four neighbours have a row of logits: its lanes' part of the slots, and sums over all. */
-struct quarter {
-    int row, lane;
-    __device__ quarter() : row(threadIdx.x / 4), lane(threadIdx.x % 4) {}
-    __device__ static double sum(double x)
-    {
-        x += __shfl_xor_sync(0xffffffffu, x, 1);
-        return x + __shfl_xor_sync(0xffffffffu, x, 2);
-    }
-    __device__ static double max(double x)
-    {
-        double y = __shfl_xor_sync(0xffffffffu, x, 1);
-        x = y > x ? y : x;
-        y = __shfl_xor_sync(0xffffffffu, x, 2);
-        return y > x ? y : x;
-    }
-};
 
 /* top and 1 / the sum of e^(logit - top) of a row. */
 struct partition {
@@ -481,6 +456,7 @@ static causal open_causal(ls_pass *p, int phase)
                       .dout = {p->dout, p->pad_q, p->T},
                       .a = {p->work[A_K], p->work[A_V]},
                       .m = {p->work[M_K], p->work[M_V]},
+                      .phi = {phi(p, PHI_K, p->params), phi(p, PHI_V, p->params)},
                       .w = p->work[W],
                       .logit = doubles(p, LOGIT),
                       .dp = doubles(p, DP),
@@ -574,7 +550,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 3) queries_backward(causal 
             [&](int i, int r) { return which ? (double)w[i * R + r] : u[i * R + r]; }, which ? dp : logit);
 }
 
-/* Pass 2, when the gradients of the states that leave are known: dk or dv but for φ's part, and logits become da, db.
+/* Pass 2, when the gradients of the states that leave are known: dk or dv, and logits become da, db.
  * blockIdx.y: keys or values. */
 __global__ static void __launch_bounds__(LS_THREADS, 3) keys_backward(causal s, ls_view dk, ls_view dv)
 {
@@ -642,6 +618,16 @@ __global__ static void __launch_bounds__(LS_THREADS, 3) keys_backward(causal s, 
             da += leaving(y, j, r0 + r) * (after[(r0 + r) * y.stride + 1] + from_state);
             y.a[j * R + r0 + r] = (ls_real)da;
         });
+    }
+    __syncthreads();
+    const ls_real *map = s.phi[which];
+#pragma unroll 1
+    for (int e0 = 0; e0 < y.d; e0 += TILE) { /* logits were needed above */
+        division<TILE, TILE> sum;
+        spread(
+            x->a, x->b, n, R, y.d, e0, [&](int j, int r) { return y.a[j * R + r]; },
+            [&](int r, int e) { return map[e * R + r]; }, sum);
+        sum.each(n, y.d - e0, [&](int j, int e, double z) { to.x[(int64_t)j * to.step + e0 + e] += (ls_real)z; });
     }
 }
 

@@ -41,6 +41,11 @@ static inline chunking short_chunks(const ls_pass *p, int64_t rows)
     return {p->H, rows, CHUNK, ceil_of(rows, CHUNK)};
 }
 
+static inline ls_real *phi(const ls_pass *p, int which, const ls_real *base)
+{
+    return (ls_real *)(uintptr_t)base + p->param[which].offset;
+}
+
 static inline double *doubles(const ls_pass *p, int which)
 {
     return (double *)(void *)p->work[which];
@@ -50,7 +55,7 @@ static inline double *doubles(const ls_pass *p, int which)
 void make_logits(ls_pass *p);
 /* STATES, TOPS: (m; s, x) of each chunk of the keys, from their logits. */
 void sum_chunks(ls_pass *p, chunking c);
-/* A_K, A_V hold da, db: dk += da φ_kᵀ, dφ_k += (k - c)ᵀ da, and the same for the values; centres NULL: c = 0. */
+/* A_K, A_V hold da, db: dφ_k += (k - c)ᵀ da, and the same for the values; centres NULL: c = 0. */
 void map_backward(ls_pass *p, const ls_real *centres);
 
 ls_status apply_causal(ls_pass *p, int phase);
@@ -243,6 +248,60 @@ __device__ static inline int depth_of(int rest)
 {
     return rest < DEPTH ? (rest + 7) / 8 * 8 : DEPTH;
 }
+
+/* sum_ir += Σ_e f(e, row_i[e]) of(r,e), r from r0 on, f = 0 of rows that are not shown. a: TILE x DEPTH, b: FEW x
+ * DEPTH, in shared memory. */
+template <class F, class Of>
+__device__ static inline void score(double *a, double *b, const strip &x, uint64_t shown, int R, int r0, F f, Of of,
+                                    division<TILE, FEW> &sum)
+{
+#pragma unroll 1
+    for (int e0 = 0; e0 < x.d; e0 += DEPTH) {
+        const int column = e0 + (int)threadIdx.x % DEPTH;
+        __syncthreads();
+        stage_rows<TILE, DEPTH>(a, x, shown, 0, e0, [&](double y) { return f(column, y); });
+        stage<FEW, DEPTH>(b, [&](int r, int e) { return r0 + r < R && e0 + e < x.d ? (double)of(r0 + r, e0 + e) : 0; });
+        __syncthreads();
+        sum.add(
+            0, depth_of(x.d - e0), R - r0, [&](int i, int e) { return cell<DEPTH>(a, i, e); },
+            [&](int e, int r) { return cell<DEPTH>(b, r, e); });
+    }
+}
+
+/* sum_ie += Σ_r table(i,r) of(r,e), i < n, e from e0 on. a: TILE x FEW, b: FEW x TILE. */
+template <class Table, class Of>
+__device__ static inline void spread(double *a, double *b, int n, int R, int d, int e0, Table table, Of of,
+                                     division<TILE, TILE> &sum)
+{
+#pragma unroll 1
+    for (int r0 = 0; r0 < R; r0 += FEW) {
+        __syncthreads();
+        stage<TILE, FEW>(a, [&](int i, int r) { return i < n && r0 + r < R ? (double)table(i, r0 + r) : 0; });
+        stage<FEW, TILE>(b, [&](int r, int e) { return r0 + r < R && e0 + e < d ? (double)of(r0 + r, e0 + e) : 0; });
+        __syncthreads();
+        sum.add(
+            0, (int)ls_min(FEW, depth_of(R - r0)), d - e0, [&](int i, int r) { return cell<FEW>(a, i, r); },
+            [&](int r, int e) { return cell<TILE>(b, r, e); });
+    }
+}
+
+/* Four neighbours have a row of a table: which, every fourth of its numbers, and sums over all. */
+struct quarter {
+    int row, lane;
+    __device__ quarter() : row(threadIdx.x / 4), lane(threadIdx.x % 4) {}
+    template <typename T> __device__ static T sum(T x)
+    {
+        x += __shfl_xor_sync(0xffffffffu, x, 1);
+        return x + __shfl_xor_sync(0xffffffffu, x, 2);
+    }
+    template <typename T> __device__ static T max(T x)
+    {
+        T y = __shfl_xor_sync(0xffffffffu, x, 1);
+        x = y > x ? y : x;
+        y = __shfl_xor_sync(0xffffffffu, x, 2);
+        return y > x ? y : x;
+    }
+};
 
 /* done(r, e, Σ_i share(i,r) f(e, row_i[e])), r < R, over the rows of x, but those that are padded. a: DEPTH x FEW, b:
  * DEPTH x TILE, in shared memory. */
