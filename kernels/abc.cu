@@ -262,8 +262,8 @@ __global__ static void __launch_bounds__(LS_THREADS, 3)
         spread(
             x.a, x.b, at.n, m.R, m.d, e0, [&](int i, int r) { return p[i * m.R + r]; },
             [&](int r, int e) { return value[r * m.d + e]; }, sum);
-        sum.each(at.n, m.d - e0, [&](int i, int e, double y) {
-            to.x[(int64_t)i * to.step + e0 + e] = here >> i & 1 ? (ls_real)((double)centre[e0 + e] + y) : 0;
+        sum.put(to, at.n, e0, [&](ls_real *z, int i, int e, double y) {
+            *z = here >> i & 1 ? (ls_real)((double)__ldg(centre + e) + y) : 0;
         });
     }
 }
@@ -303,8 +303,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 3)
         spread(
             x.a, x.b, at.n, m.R, m.d, e0, [&](int i, int r) { return dl[i * m.R + r]; },
             [&](int r, int e) { return key[r * m.d + e]; }, sum);
-        sum.each(at.n, m.d - e0,
-                 [&](int i, int e, double z) { grad.x[(int64_t)i * grad.step + e0 + e] = (ls_real)(scale * z); });
+        sum.put(grad, at.n, e0, [&](ls_real *z, int, int, double x_r) { *z = (ls_real)(scale * x_r); });
     }
 }
 
@@ -493,10 +492,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 3) take_shares(chunking c, 
         spread(
             x.a, x.b, at.n, R, s.d, e0, [&](int j, int r) { return da[j * R + r]; },
             [&](int r, int e) { return map[e * R + r]; }, sum);
-        sum.each(at.n, s.d - e0, [&](int j, int e, double y) {
-            ls_real *z = to.x + (int64_t)j * to.step + e0 + e;
-            *z = s.add ? *z + (ls_real)y : (ls_real)y;
-        });
+        sum.put(to, at.n, e0, [&](ls_real *z, int, int, double y) { *z = s.add ? *z + (ls_real)y : (ls_real)y; });
     }
 }
 

@@ -53,11 +53,12 @@ __global__ static void scan_states(int64_t groups, int64_t count, int64_t R, int
 #pragma unroll
             for (int c = 0; c < AHEAD; c++) {
                 if (c0 + c >= count) break;
-                const double next = m_own[c] > m ? m_own[c] : m;
+                const int rises = m_own[c] > m;
+                const double shrink = rises ? weight(m, m_own[c]) : weight(m_own[c], m);
                 x[(c0 + c) * R * stride + in] = y;
                 if (in == 1) x[(c0 + c) * R * stride] = m;
-                y = weight(m, next) * y + weight(m_own[c], next) * own[c];
-                m = next;
+                y = rises ? shrink * y + own[c] : y + shrink * own[c];
+                if (rises) m = m_own[c];
             }
         }
     }
@@ -121,8 +122,13 @@ struct side {
 /* What a block of 256 threads has in shared memory: a product over pairs of rows, operands. */
 struct desk {
     double g[TILE * (TILE + 4)];
-    double a[TILE * (DEPTH + 4)], b[TILE * (DEPTH + 4)], x[FEW * (DEPTH + 4)];
+    double a[2 * TILE * (DEPTH + 4)], x[FEW * (DEPTH + 4)];
     side mine; /* in registers it would leave no room for what is computed */
+
+    __device__ double *b() /* the other half of a, which as a whole has a TILE x TILE, too */
+    {
+        return a + TILE * (DEPTH + 4);
+    }
 };
 
 __device__ static const side &side_of(desk *x, const causal &s, const place &at, int which, int steep)
@@ -177,8 +183,9 @@ __device__ static void make_maxima(const side &y)
     __syncthreads();
 }
 
-/* Finds out whether the chunk is steep, which it is not said to be as yet. */
-__device__ static void find_steep(desk *x)
+/* Finds out whether the chunk is steep, which it is not said to be as yet, and, with `make`, F: where maxima would be.
+ */
+__device__ static void find_steep(desk *x, int make)
 {
     const side &y = x->mine;
     int steep = 0;
@@ -186,7 +193,11 @@ __device__ static void find_steep(desk *x)
     for (int r = threadIdx.x % FEW; r < y.R; r += FEW) {
         const ls_real n = level(y, r);
 #pragma unroll 4
-        for (int j = threadIdx.x / FEW; j < y.n; j += LS_THREADS / FEW) steep |= y.a[j * y.R + r] - n > STEEP;
+        for (int j = threadIdx.x / FEW; j < y.n; j += LS_THREADS / FEW) {
+            const ls_real above = y.a[j * y.R + r] - n;
+            steep |= above > STEEP;
+            if (make) y.m[j * y.R + r] = ls_exp(above);
+        }
     }
     if (steep) x->mine.steep = 1;
     __syncthreads();
@@ -196,7 +207,7 @@ __device__ static void find_steep(desk *x)
 __device__ static const side &open_side(desk *x, const causal &s, const place &at, int which)
 {
     const side &y = side_of(x, s, at, which, 0);
-    find_steep(x);
+    find_steep(x, 1);
     if (y.steep) make_maxima(y);
     return y;
 }
@@ -235,16 +246,7 @@ template <class Done> __device__ static void for_table(const side &y, int r0, Do
     for (int i = threadIdx.x / FEW; r < y.R && i < y.n; i += LS_THREADS / FEW) done(i, r);
 }
 
-/* b (TILE,FEW) = F of slots [r0, r0 + FEW) */
-__device__ static void stage_weights(double *b, const side &y, int r0)
-{
-    const int mine = r0 + (int)threadIdx.x % FEW;
-    const ls_real n = mine < y.R ? level(y, mine) : 0;
-    stage<TILE, FEW>(
-        b, [&](int j, int r) { return j < y.n && r0 + r < y.R ? (double)ls_exp(y.a[j * y.R + r0 + r] - n) : 0; });
-}
-
-/* to (TILE,FEW) = a table, of the same slots */
+/* to (TILE,FEW) = a table, of slots from r0 on */
 template <class Table> __device__ static void stage_table(double *to, const side &y, int r0, Table table)
 {
     stage<TILE, FEW>(to, [&](int i, int r) { return i < y.n && r0 + r < y.R ? (double)table(i, r0 + r) : 0; });
@@ -262,19 +264,19 @@ __device__ static void stage_states(double *to, const side &y, const double *sta
 __device__ static void meet(desk *x, const side &y, const double *state, int looks, int r0, division<TILE, FEW> &dot)
 {
     division<TILE, TILE> g;
-    const double *of = looks ? x->a : x->b;
+    const double *of = looks ? x->a : x->b();
 #pragma unroll 1
     for (int e0 = 0; e0 < y.d; e0 += DEPTH) {
         __syncthreads();
         if (r0 == 0 || looks) stage_rows<TILE, DEPTH>(x->a, y.looks, y.looks_shown, 0, e0, same());
-        if (r0 == 0 || !looks) stage_rows<TILE, DEPTH>(x->b, y.row, y.row_shown, 0, e0, same());
+        if (r0 == 0 || !looks) stage_rows<TILE, DEPTH>(x->b(), y.row, y.row_shown, 0, e0, same());
         stage_states(x->x, y, state, r0, e0);
         __syncthreads();
         if (r0 == 0)
             g.add(
                 0, depth_of(y.d - e0), (int)ls_min(y.n, g.row() + 16 * g.I),
                 [&](int i, int e) { return cell<DEPTH>(x->a, i, e); },
-                [&](int e, int j) { return cell<DEPTH>(x->b, j, e); });
+                [&](int e, int j) { return cell<DEPTH>(x->b(), j, e); });
         dot.add(
             0, depth_of(y.d - e0), y.R - r0, [&](int i, int e) { return of[i * (DEPTH + 4) + e]; },
             [&](int e, int r) { return cell<DEPTH>(x->x, r, e); });
@@ -304,8 +306,8 @@ template <class Done> __device__ static void see(desk *x, const side &y, int r0,
     }
     division<TILE, FEW> sum;
     const int last = (int)ls_min((y.n + 7) / 8 * 8, sum.row() + 16);
-    const auto weights = [&](int j, int r) { return cell<FEW>(x->b, j, r); };
-    stage_weights(x->b, y, r0);
+    const auto weights = [&](int j, int r) { return cell<FEW>(x->b(), j, r); };
+    stage_table(x->b(), y, r0, [&](int j, int r) { return y.m[j * y.R + r]; });
     __syncthreads();
     before.add(
         0, last, y.R - r0, [&](int i, int j) { return cell<TILE>(x->g, i, j); }, weights);
@@ -349,11 +351,11 @@ template <class Share> __device__ static void mix(desk *x, const side &y, Share 
     for (int r0 = 0; r0 < y.R; r0 += FEW) {
         __syncthreads();
         stage_table(x->a, y, r0, u);
-        stage_weights(x->b, y, r0);
+        stage_table(x->b(), y, r0, [&](int j, int r) { return y.m[j * y.R + r]; });
         __syncthreads();
         g.add(
             0, (int)ls_min(FEW, depth_of(y.R - r0)), (int)ls_min(y.n, g.row() + 16 * g.I),
-            [&](int i, int r) { return cell<FEW>(x->a, i, r); }, [&](int r, int j) { return cell<FEW>(x->b, j, r); });
+            [&](int i, int r) { return cell<FEW>(x->a, i, r); }, [&](int r, int j) { return cell<FEW>(x->b(), j, r); });
     }
     g.each(TILE, TILE, [&](int i, int j, double sum) { cell<TILE>(x->g, i, j) = j <= i ? sum : 0; });
     __syncthreads();
@@ -365,27 +367,25 @@ __device__ static void add_states(desk *x, const side &y, const double *state, i
                                   division<TILE, TILE> &sum)
 {
     spread(
-        x->a, x->b, y.n, y.R, y.d, e0, share, [&](int r, int e) { return state[r * y.stride + 2 + e]; }, sum);
+        x->a, x->b(), y.n, y.R, y.d, e0, share, [&](int r, int e) { return state[r * y.stride + 2 + e]; }, sum);
 }
 
-/* done(i, e, Σ_r u_ir x_ir): states as they are at i, summed with weights u. */
-template <class Share, class Done> __device__ static void gather(desk *x, const side &y, Share u, Done done)
+/* done(at, i, e, Σ_r u_ir x_ir): states as they are at i, summed with weights u; at: where e is of row i of `to`. */
+template <class Share, class Done>
+__device__ static void gather(desk *x, const side &y, const strip &to, Share u, Done done)
 {
     mix(x, y, u);
     for (int e0 = 0; e0 < y.d; e0 += TILE) {
         division<TILE, TILE> sum;
         add_states(
             x, y, y.state, e0, [&](int i, int r) { return (double)u(i, r) * entering(y, i, r); }, sum);
-        for (int j0 = 0; j0 < y.n; j0 += DEPTH) {
-            __syncthreads();
-            stage_rows<DEPTH, TILE>(x->b, y.row, y.row_shown, j0, e0, same());
-            __syncthreads();
-            if (j0 < sum.row() + 16 * sum.I)
-                sum.add(
-                    0, depth_of(y.n - j0), y.d - e0, [&](int i, int j) { return cell<TILE>(x->g, i, j0 + j); },
-                    [&](int j, int e) { return cell<TILE>(x->b, j, e); });
-        }
-        sum.each(y.n, y.d - e0, [&](int i, int e, double z) { done(i, e0 + e, z); });
+        __syncthreads();
+        stage_rows<TILE, TILE>(x->a, y.row, y.row_shown, 0, e0, same());
+        __syncthreads();
+        sum.add(
+            0, (int)ls_min((y.n + 7) / 8 * 8, sum.row() + 16 * sum.I), y.d - e0,
+            [&](int i, int j) { return cell<TILE>(x->g, i, j); }, [&](int j, int e) { return cell<TILE>(x->a, j, e); });
+        sum.put(to, y.n, e0, done);
     }
     __syncthreads();
 }
@@ -419,17 +419,16 @@ __global__ static void __launch_bounds__(LS_THREADS, 3) apply_chunk(causal s, ls
     const int64_t first = (at.bh * s.c.rows + at.t) * R;
     double *logit = s.logit + first;
     ls_real *w = s.w + first;
-    {
-        const side &k = open_side(x, s, at, 0);
-        look(x, k, [&](int i, int r, double sum, double dot) { logit[i * R + r] = sum > 0 ? s.scale * dot / sum : 0; });
-    }
+    look(x, open_side(x, s, at, 0),
+         [&](int i, int r, double sum, double dot) { logit[i * R + r] = sum > 0 ? s.scale * dot / sum : 0; });
     const side &v = open_side(x, s, at, 1);
+#pragma unroll 1
     for (int r0 = 0; r0 < R; r0 += FEW) { /* what stands in g is of no use to it */
         division<TILE, FEW> nothing;
         see(x, v, r0, nothing,
             [&](int i, int r, double sum, double) { w[i * R + r] = sum > 0 ? (ls_real)(1 / sum) : 0; });
+        __syncthreads();
     }
-    __syncthreads();
     const quarter mine;
     const int row = mine.row * R, n = mine.row < at.n ? R : 0;
     const partition z = partition_of(mine, n, logit + row);
@@ -437,8 +436,8 @@ __global__ static void __launch_bounds__(LS_THREADS, 3) apply_chunk(causal s, ls
     __syncthreads();
     const strip to = strip_of({out, NULL, 0}, at, s.d);
     gather(
-        x, v, [&](int i, int r) { return w[i * R + r]; },
-        [&](int i, int e, double sum) { to.x[(int64_t)i * to.step + e] = padded_row(s.q, at, i) ? 0 : (ls_real)sum; });
+        x, v, to, [&](int i, int r) { return w[i * R + r]; },
+        [&](ls_real *o, int i, int, double sum) { *o = v.looks_shown >> i & 1 ? (ls_real)sum : 0; });
 }
 
 /* The sums of the chunks become the states that enter them. */
@@ -487,14 +486,30 @@ template <class Share> __device__ static void enter_backward(desk *x, const side
 {
     const auto share = [&](int i, int r) { return (double)u(i, r) * entering(y, i, r); };
     const auto live = [&](int r) { return y.state[r * y.stride] > -INFINITY; };
-    sum_rows(
-        x->a, x->b, y.looks, y.R, share, [&](int, double z) { return y.scale * z; },
-        [&](int r, int e, double sum) { y.dstate[r * y.stride + 2 + e] = live(r) ? sum : 0; });
-    for (int r = threadIdx.x / LS_WARP; r < y.R; r += LS_THREADS / LS_WARP) {
-        double sum = 0;
-        for (int i = threadIdx.x % LS_WARP; i < y.n; i += LS_WARP) sum -= share(i, r) * seen[i * y.R + r];
-        sum = ls_warp_sum(sum);
-        if (threadIdx.x % LS_WARP == 0) y.dstate[r * y.stride + 1] = live(r) ? sum : 0;
+    const int deep = (y.n + 7) / 8 * 8;
+#pragma unroll 1
+    for (int r0 = 0; r0 < y.R; r0 += FEW) {
+        __syncthreads();
+        stage_table(x->a, y, r0, share);
+        stage_table(x->b(), y, r0, [&](int i, int r) { return share(i, r) * seen[i * y.R + r]; });
+#pragma unroll 1
+        for (int e0 = 0; e0 < y.d; e0 += TILE) {
+            division<FEW, TILE> sum, known;
+            if (e0 > 0) __syncthreads();
+            stage_rows<TILE, TILE>(x->g, y.looks, y.looks_shown, 0, e0, [&](double z) { return y.scale * z; });
+            __syncthreads();
+            sum.add(
+                0, deep, y.d - e0, [&](int r, int i) { return cell<FEW>(x->a, i, r); },
+                [&](int i, int e) { return cell<TILE>(x->g, i, e); });
+            sum.each(y.R - r0, y.d - e0, [&](int r, int e, double z) {
+                y.dstate[(r0 + r) * y.stride + 2 + e0 + e] = live(r0 + r) ? z : 0;
+            });
+            if (e0 > 0) continue;
+            known.add(
+                0, deep, 1, [&](int r, int i) { return cell<FEW>(x->b(), i, r); }, [](int, int) { return 1.0; });
+            known.each(y.R - r0, 1,
+                       [&](int r, int, double z) { y.dstate[(r0 + r) * y.stride + 1] = live(r0 + r) ? -z : 0; });
+        }
     }
 }
 
@@ -539,10 +554,8 @@ __global__ static void __launch_bounds__(LS_THREADS, 3) queries_backward(causal 
     const side &k = side_of(x, s, at, 0, steep & 1);
     const strip to = strip_of({dq, NULL, 0}, at, s.d);
     gather(
-        x, k, [&](int i, int r) { return u[i * R + r]; },
-        [&](int i, int e, double sum) {
-            to.x[(int64_t)i * to.step + e] = k.looks_shown >> i & 1 ? (ls_real)(s.scale * sum) : 0;
-        });
+        x, k, to, [&](int i, int r) { return u[i * R + r]; },
+        [&](ls_real *z, int i, int, double sum) { *z = k.looks_shown >> i & 1 ? (ls_real)(s.scale * sum) : 0; });
 #pragma unroll 1
     for (int which = 0; which < 2; which++)
         enter_backward(
@@ -558,7 +571,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 3) keys_backward(causal s, 
     const place at = place_of(s.c);
     const int which = blockIdx.y, R = s.R;
     const side &y = side_of(x, s, at, which, 0);
-    find_steep(x); /* the maxima are there */
+    find_steep(x, 0);
     const strip to = which ? strip_of({dv, NULL, 0}, at, s.d) : strip_of({dk, NULL, 0}, at, s.d);
     const int n = y.n, deep = (n + 7) / 8 * 8;
     const int64_t first = (at.bh * s.c.rows + at.t) * R;
@@ -569,23 +582,19 @@ __global__ static void __launch_bounds__(LS_THREADS, 3) keys_backward(causal s, 
 #pragma unroll 1
     for (int e0 = 0; e0 < y.d; e0 += TILE) {
         division<TILE, TILE> sum;
-#pragma unroll 1
-        for (int i0 = 0; i0 < n; i0 += DEPTH) {
-            __syncthreads();
-            stage_rows<DEPTH, TILE>(x->b, y.looks, y.looks_shown, i0, e0, [&](double z) { return y.scale * z; });
-            __syncthreads();
-            if (i0 >= sum.row()) /* those before see none of the warp's rows */
-                sum.add(
-                    0, depth_of(n - i0), y.d - e0, [&](int j, int i) { return cell<TILE>(x->g, i0 + i, j); },
-                    [&](int i, int e) { return cell<TILE>(x->b, i, e); });
-        }
+        __syncthreads();
+        stage_rows<TILE, TILE>(x->a, y.looks, y.looks_shown, 0, e0, [&](double z) { return y.scale * z; });
+        __syncthreads();
+        sum.add(
+            sum.row(), deep, y.d - e0, [&](int j, int i) { return cell<TILE>(x->g, i, j); }, /* i >= j */
+            [&](int i, int e) { return cell<TILE>(x->a, i, e); });
         add_states(
             x, y, after, e0, [&](int j, int r) { return leaving(y, j, r); }, sum);
-        sum.each(n, y.d - e0, [&](int j, int e, double z) { to.x[(int64_t)j * to.step + e0 + e] = (ls_real)z; });
+        sum.put(to, n, e0, [](ls_real *o, int, int, double z) { *o = (ls_real)z; });
     }
 #pragma unroll 1
     for (int r0 = 0; r0 < R; r0 += FEW) {
-        division<TILE, FEW> leave, inside, known, weights;
+        division<TILE, FEW> leave, inside, known;
         meet(x, y, after, 0, r0, leave);
         if (y.steep) {
             leave.each(n, FEW, [&](int j, int r, double from_state) { cell<FEW>(x->a, j, r) = from_state; });
@@ -600,22 +609,18 @@ __global__ static void __launch_bounds__(LS_THREADS, 3) keys_backward(causal s, 
             continue;
         }
         stage_table(x->a, y, r0, u);
-        stage_table(x->b, y, r0, [&](int i, int r) { return u(i, r) * seen[i * R + r]; });
-        weights.each(n, R - r0,
-                     [&](int j, int r, double &e) { /* before a logit is overwritten */
-                                                    e = (double)ls_exp(y.a[j * R + r0 + r] - level(y, r0 + r));
-                     });
+        stage_table(x->b(), y, r0, [&](int i, int r) { return u(i, r) * seen[i * R + r]; });
         __syncthreads();
         inside.add(
             inside.row(), deep, R - r0, [&](int j, int i) { return cell<TILE>(x->g, i, j); },
             [&](int i, int r) { return cell<FEW>(x->a, i, r); });
         known.add(
             known.row(), deep, R - r0, [&](int j, int i) { return i >= j ? 1.0 : 0.0; },
-            [&](int i, int r) { return cell<FEW>(x->b, i, r); });
+            [&](int i, int r) { return cell<FEW>(x->b(), i, r); });
         known.both(inside, TILE, FEW, [&](int, int, double &sum, double z) { sum = y.scale * z - sum; });
-        weights.both(known, TILE, FEW, [&](int, int, double &e, double difference) { e *= difference; });
-        leave.both(weights, n, R - r0, [&](int j, int r, double from_state, double da) {
-            da += leaving(y, j, r0 + r) * (after[(r0 + r) * y.stride + 1] + from_state);
+        leave.both(known, n, R - r0, [&](int j, int r, double from_state, double difference) {
+            const double da = (double)y.m[j * R + r0 + r] * difference +
+                              leaving(y, j, r0 + r) * (after[(r0 + r) * y.stride + 1] + from_state);
             y.a[j * R + r0 + r] = (ls_real)da;
         });
     }
@@ -625,9 +630,9 @@ __global__ static void __launch_bounds__(LS_THREADS, 3) keys_backward(causal s, 
     for (int e0 = 0; e0 < y.d; e0 += TILE) { /* logits were needed above */
         division<TILE, TILE> sum;
         spread(
-            x->a, x->b, n, R, y.d, e0, [&](int j, int r) { return y.a[j * R + r]; },
+            x->a, x->b(), n, R, y.d, e0, [&](int j, int r) { return y.a[j * R + r]; },
             [&](int r, int e) { return map[e * R + r]; }, sum);
-        sum.each(n, y.d - e0, [&](int j, int e, double z) { to.x[(int64_t)j * to.step + e0 + e] += (ls_real)z; });
+        sum.put(to, n, e0, [](ls_real *o, int, int, double z) { *o += (ls_real)z; });
     }
 }
 

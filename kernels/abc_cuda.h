@@ -19,7 +19,7 @@ enum { PHI_K, PHI_V }; /* param[] */
 enum { A_K, A_V, M_K, M_V, W, LOGIT, DP, U, STATES, DSTATES, TOPS, PIECES, CENTRED, CENTRES, CONSTANTS };
 enum { TILE = 64, CHUNK = TILE }; /* rows and columns of products in a block */
 enum { DEPTH = 32, FEW = 16 };    /* of a product what is in shared memory at a time; slots in a tile */
-enum { AHEAD = 8 };               /* chunks whose sums are read before their turn */
+enum { AHEAD = 16 };              /* chunks whose sums are read before their turn */
 
 static inline int64_t slots(const ls_pass *p)
 {
@@ -206,6 +206,22 @@ template <int M, int N> struct division {
     template <class Done> __device__ void each(int m, int n, Done done)
     {
         both(*this, m, n, [&](int i, int j, double &y, double) { done(i, j, y); });
+    }
+    /* done(at, i, e, c_ij), at that of row i of n of `to`, at feature e = e0 + j */
+    template <class Done> __device__ void put(const strip &to, int n, int e0, Done done)
+    {
+        const int g = threadIdx.x % LS_WARP / 4, first = e0 + column() + threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < 2 * I; i++) {
+            const int y = row() + 8 * i + g;
+            ls_real *at = to.x + (int64_t)y * to.step + first;
+            if (y >= n) return;
+#pragma unroll
+            for (int j = 0; j < 2 * J; j++) {
+                const int e = j / 2 * 8 + j % 2;
+                if (first + e < to.d) done(at + e, y, first + e, c[i / 2][j / 2][i % 2 * 2 + j % 2]);
+            }
+        }
     }
     /* done(i, j, c_ij, other's c_ij) */
     template <class Done> __device__ void both(const division &other, int m, int n, Done done)
