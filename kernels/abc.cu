@@ -386,7 +386,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 4)
     double *to = piece + ((int64_t)which * gridDim.x + blockIdx.x) * R * d;
     sum_rows(
         x.a, x.b, from, R, [&](int t, int r) { return (double)dl[t * R + r]; },
-        [&](int e, double y) { return y - (centre == NULL ? 0 : (double)centre[e]); },
+        [&](int e, double y) { return y - (centre == NULL || e >= d ? 0 : (double)centre[e]); },
         [&](int r, int e, double sum) { to[e * R + r] = sum; });
 }
 
@@ -472,7 +472,8 @@ __global__ static void __launch_bounds__(LS_THREADS, 3) take_shares(chunking c, 
         score(
             x.a, x.b, from, here, R, r0, same(), [&](int r, int e) { return map[e * R + r]; }, logit);
         score(
-            x.a, x.b, from, here, R, r0, [&](int e, double y) { return y - (centre == NULL ? 0 : (double)centre[e]); },
+            x.a, x.b, from, here, R, r0,
+            [&](int e, double y) { return y - (centre == NULL || e >= s.d ? 0 : (double)centre[e]); },
             [&](int r, int e) { return dx[r * stride + e]; }, de);
         logit.both(de, at.n, R - r0, [&](int j, int r, double l, double sum) {
             const int i = j * R + r0 + r, counts = here >> j & 1;

@@ -137,7 +137,7 @@ template <int ROWS, int COLUMNS, class X> __device__ static inline void stage(do
     for (int i = 0; i < ROWS / STEP; i++) cell<COLUMNS>(to, row + STEP * i, column) = y[i];
 }
 
-/* The same of rows i0 + row, features e0 + column of x: f(number), or 0 where bit i0 + row of `shown` is not set. */
+/* The same of rows i0 + row, features e0 + column of x: f(number), or f(0) where bit i0 + row of `shown` is not set. */
 template <int ROWS, int COLUMNS, class F>
 __device__ static inline void stage_rows(double *to, const strip &x, uint64_t shown, int i0, int e0, F f)
 {
@@ -150,8 +150,7 @@ __device__ static inline void stage_rows(double *to, const strip &x, uint64_t sh
 #pragma unroll
     for (int i = 0; i < ROWS / STEP; i++, from += next) y[i] = mine >> STEP * i & 1 ? *from : 0;
 #pragma unroll
-    for (int i = 0; i < ROWS / STEP; i++)
-        cell<COLUMNS>(to, row + STEP * i, e - e0) = mine >> STEP * i & 1 ? f((double)y[i]) : 0;
+    for (int i = 0; i < ROWS / STEP; i++) cell<COLUMNS>(to, row + STEP * i, e - e0) = f((double)y[i]);
 }
 
 /* How 8 warps divide a product (M,N): `across` of them stand side by side, each has I x J blocks of 16 x 8. */
@@ -265,7 +264,7 @@ __device__ static inline int depth_of(int rest)
     return rest < DEPTH ? (rest + 7) / 8 * 8 : DEPTH;
 }
 
-/* sum_ir += Σ_e f(e, row_i[e]) of(r,e), r from r0 on, f = 0 of rows that are not shown. a: TILE x DEPTH, b: FEW x
+/* sum_ir += Σ_e f(e, row_i[e]) of(r,e), r from r0 on; rows that are not shown are 0. a: TILE x DEPTH, b: FEW x
  * DEPTH, in shared memory. */
 template <class F, class Of>
 __device__ static inline void score(double *a, double *b, const strip &x, uint64_t shown, int R, int r0, F f, Of of,
