@@ -174,31 +174,35 @@ static ls_status sums(ls_pass *p, int phase)
 
 /* ------------------------------------------------------------------------------------------------ slots */
 
-/* A block for each (b,h) and of keys, values: slots = x / s - c, c their mean, to which they sum exactly as rounded. */
+/* A block for each (b,h), of keys and of values, and for 32 features (blockIdx.y): slots = x / s - c, c their mean, to
+ * which they sum exactly as rounded. A warp takes every 8th slot. */
 __global__ static void centre_slots(int R, int d, const ls_real *got, ls_real *centred, ls_real *centres)
 {
-    got += (int64_t)blockIdx.x * R * (d + 2);
-    centred += (int64_t)blockIdx.x * R * d;
-    for (int e = threadIdx.x; e < d; e += blockDim.x) {
-        double mean = 0;
-        for (int r = 0; r < R; r++) {
-            const ls_real *x = got + (int64_t)r * (d + 2);
-            mean += x[1] > 0 ? (double)x[2 + e] / (double)x[1] : 0;
-        }
-        const ls_real c = (ls_real)(mean / R);
-        centres[(int64_t)blockIdx.x * d + e] = c;
-        for (int r = 0; r < R; r++) {
-            const ls_real *x = got + (int64_t)r * (d + 2);
-            centred[(int64_t)r * d + e] = (ls_real)((x[1] > 0 ? (double)x[2 + e] / (double)x[1] : 0) - (double)c);
-        }
-    }
+    __shared__ double part[LS_THREADS];
+    constexpr int WARPS = LS_THREADS / LS_WARP;
+    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP, e = (int)blockIdx.y * LS_WARP + lane;
+    const auto slot = [&](int r) {
+        const ls_real *x = got + ((int64_t)blockIdx.x * R + r) * (d + 2);
+        return e < d && x[1] > 0 ? (double)x[2 + e] / (double)x[1] : 0;
+    };
+    double mean = 0;
+    for (int r = warp; r < R; r += WARPS) mean += slot(r);
+    part[threadIdx.x] = mean;
+    __syncthreads();
+    mean = 0;
+    for (int i = 0; i < WARPS; i++) mean += part[i * LS_WARP + lane];
+    if (e >= d) return;
+    const ls_real c = (ls_real)(mean / R);
+    if (warp == 0) centres[(int64_t)blockIdx.x * d + e] = c;
+    for (int r = warp; r < R; r += WARPS)
+        centred[((int64_t)blockIdx.x * R + r) * d + e] = (ls_real)(slot(r) - (double)c);
 }
 
 static void make_slots(ls_pass *p, const ls_real *got)
 {
     if (p->B * p->H == 0) return;
-    LS_LAUNCH(p->queue, centre_slots, (int)(p->B * p->H * 2), 128, 0, (int)slots(p), (int)p->d, got, p->work[CENTRED],
-              p->work[CENTRES]);
+    LS_LAUNCH(p->queue, centre_slots, dim3((unsigned)(p->B * p->H * 2), (unsigned)ceil_of(p->d, LS_WARP)), LS_THREADS,
+              0, (int)slots(p), (int)p->d, got, p->work[CENTRED], p->work[CENTRES]);
 }
 
 /* ------------------------------------------------------------------------------------------------ apply, all keys */

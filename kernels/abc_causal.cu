@@ -117,13 +117,17 @@ struct side {
     ls_real *a, *m;
     double *state, *dstate;
     const double *next; /* the state of the next chunk, or NULL */
+    double *seen;       /* logit or dp */
+    double *u_k;        /* u of keys, of values */
+    ls_real *u_v;
 };
 
 /* What a block of 256 threads has in shared memory: a product over pairs of rows, operands. */
 struct desk {
     double g[TILE * (TILE + 4)];
     double a[2 * TILE * (DEPTH + 4)], x[FEW * (DEPTH + 4)];
-    side mine; /* in registers it would leave no room for what is computed */
+    place at; /* in registers this and mine would leave no room for what is computed */
+    side mine;
 
     __device__ double *b() /* the other half of a, which as a whole has a TILE x TILE, too */
     {
@@ -131,8 +135,10 @@ struct desk {
     }
 };
 
-__device__ static const side &side_of(desk *x, const causal &s, const place &at, int which, int steep)
+/* x->at is there, and remains. */
+__device__ static const side &side_of(desk *x, const causal &s, int which, int steep)
 {
+    const place at = x->at;
     side y;
     const int64_t first = (at.bh * s.c.rows + at.t) * s.R, element = (at.bh * 2 + which) * s.c.count + at.chunk;
     y.n = at.n, y.R = s.R, y.d = s.d, y.stride = s.d + 2;
@@ -145,6 +151,7 @@ __device__ static const side &side_of(desk *x, const causal &s, const place &at,
     y.a = s.a[which] + first, y.m = s.m[which] + first;
     y.state = s.states + element * s.R * y.stride, y.dstate = s.dstates + element * s.R * y.stride;
     y.next = at.chunk + 1 < s.c.count ? y.state + s.R * y.stride : NULL;
+    y.seen = (which ? s.dp : s.logit) + first, y.u_k = s.u + first, y.u_v = s.w + first;
     __syncthreads();
     if (threadIdx.x == 0) x->mine = y, x->mine.steep = steep;
     __syncthreads();
@@ -204,9 +211,9 @@ __device__ static void find_steep(desk *x, int make)
 }
 
 /* With what it takes to know of E. */
-__device__ static const side &open_side(desk *x, const causal &s, const place &at, int which)
+__device__ static const side &open_side(desk *x, const causal &s, int which)
 {
-    const side &y = side_of(x, s, at, which, 0);
+    const side &y = side_of(x, s, which, 0);
     find_steep(x, 1);
     if (y.steep) make_maxima(y);
     return y;
@@ -409,35 +416,40 @@ __device__ static double probability(partition z, double logit)
     return (double)ls_exp((ls_real)(logit - z.top)) * z.inverse;
 }
 
+__device__ static void begin(desk *x, const causal &s)
+{
+    if (threadIdx.x == 0) x->at = place_of(s.c);
+    __syncthreads();
+}
+
 /* ------------------------------------------------------------------------------------------------ apply */
 
 __global__ static void __launch_bounds__(LS_THREADS, 3) apply_chunk(causal s, ls_view out)
 {
     LS_SHARED(desk, x);
-    const place at = place_of(s.c);
-    const int R = s.R;
-    const int64_t first = (at.bh * s.c.rows + at.t) * R;
-    double *logit = s.logit + first;
-    ls_real *w = s.w + first;
-    look(x, open_side(x, s, at, 0),
-         [&](int i, int r, double sum, double dot) { logit[i * R + r] = sum > 0 ? s.scale * dot / sum : 0; });
-    const side &v = open_side(x, s, at, 1);
+    begin(x, s);
+    const side &y = open_side(x, s, 0); /* until it is of the values */
+    look(x, y, [&](int i, int r, double sum, double dot) { y.seen[i * y.R + r] = sum > 0 ? y.scale * dot / sum : 0; });
+    open_side(x, s, 1);
 #pragma unroll 1
-    for (int r0 = 0; r0 < R; r0 += FEW) { /* what stands in g is of no use to it */
+    for (int r0 = 0; r0 < y.R; r0 += FEW) { /* what stands in g is of no use to it */
         division<TILE, FEW> nothing;
-        see(x, v, r0, nothing,
-            [&](int i, int r, double sum, double) { w[i * R + r] = sum > 0 ? (ls_real)(1 / sum) : 0; });
+        see(x, y, r0, nothing,
+            [&](int i, int r, double sum, double) { y.u_v[i * y.R + r] = sum > 0 ? (ls_real)(1 / sum) : 0; });
         __syncthreads();
     }
-    const quarter mine;
-    const int row = mine.row * R, n = mine.row < at.n ? R : 0;
-    const partition z = partition_of(mine, n, logit + row);
-    for (int r = mine.lane; r < n; r += 4) w[row + r] = (ls_real)(probability(z, logit[row + r]) * (double)w[row + r]);
-    __syncthreads();
-    const strip to = strip_of({out, NULL, 0}, at, s.d);
+    {
+        const quarter mine;
+        const int row = mine.row * y.R, n = mine.row < y.n ? y.R : 0;
+        const double *logit = s.logit + (y.u_v - s.w) + row;
+        const partition z = partition_of(mine, n, logit);
+        for (int r = mine.lane; r < n; r += 4)
+            y.u_v[row + r] = (ls_real)(probability(z, logit[r]) * (double)y.u_v[row + r]);
+        __syncthreads();
+    }
     gather(
-        x, v, to, [&](int i, int r) { return w[i * R + r]; },
-        [&](ls_real *o, int i, int, double sum) { *o = v.looks_shown >> i & 1 ? (ls_real)sum : 0; });
+        x, y, strip_of({out, NULL, 0}, x->at, s.d), [&](int i, int r) { return y.u_v[i * y.R + r]; },
+        [&](ls_real *o, int i, int, double sum) { *o = y.looks_shown >> i & 1 ? (ls_real)sum : 0; });
 }
 
 /* The sums of the chunks become the states that enter them. */
@@ -482,7 +494,7 @@ ls_status apply_causal(ls_pass *p, int phase)
 
 /* The share of the state that enters in u: of x Σ_i c_ir u_ir scale look_i, of s -Σ_i c_ir u_ir seen_ir; where there is
  * none 0. */
-template <class Share> __device__ static void enter_backward(desk *x, const side &y, Share u, const double *seen)
+template <class Share> __device__ static void enter_backward(desk *x, const side &y, Share u)
 {
     const auto share = [&](int i, int r) { return (double)u(i, r) * entering(y, i, r); };
     const auto live = [&](int r) { return y.state[r * y.stride] > -INFINITY; };
@@ -491,7 +503,7 @@ template <class Share> __device__ static void enter_backward(desk *x, const side
     for (int r0 = 0; r0 < y.R; r0 += FEW) {
         __syncthreads();
         stage_table(x->a, y, r0, share);
-        stage_table(x->b(), y, r0, [&](int i, int r) { return share(i, r) * seen[i * y.R + r]; });
+        stage_table(x->b(), y, r0, [&](int i, int r) { return share(i, r) * y.seen[i * y.R + r]; });
 #pragma unroll 1
         for (int e0 = 0; e0 < y.d; e0 += TILE) {
             division<FEW, TILE> sum, known;
@@ -517,50 +529,48 @@ template <class Share> __device__ static void enter_backward(desk *x, const side
 __global__ static void __launch_bounds__(LS_THREADS, 3) queries_backward(causal s, ls_view dq)
 {
     LS_SHARED(desk, x);
-    const place at = place_of(s.c);
-    const int R = s.R;
-    const int64_t first = (at.bh * s.c.rows + at.t) * R;
-    double *logit = s.logit + first, *dp = s.dp + first, *u = s.u + first;
-    ls_real *w = s.w + first;
-    int steep = 0; /* bit 0: of the keys, bit 1: of the values */
+    begin(x, s);
+    const side &y = x->mine; /* keys or values in turn */
+    int steep = 0;           /* bit 0: of the keys, bit 1: of the values */
 #pragma unroll 1
     for (int which = 0; which < 2; which++) {
-        const side &y = open_side(x, s, at, which);
-        double *seen = which ? dp : logit;
+        open_side(x, s, which);
         steep |= y.steep << which;
         look(x, y, [&](int i, int r, double sum, double dot) {
+            const int at = i * y.R + r;
             const double inverse = sum > 0 ? 1 / sum : 0;
-            seen[i * R + r] = y.scale * dot * inverse;
+            y.seen[at] = y.scale * dot * inverse;
             if (which)
-                w[i * R + r] = (ls_real)inverse;
+                y.u_v[at] = (ls_real)inverse;
             else
-                u[i * R + r] = inverse;
+                y.u_k[at] = inverse;
         });
     }
     {
         const quarter mine;
-        const int row = mine.row * R, n = mine.row < at.n ? R : 0, padded = n > 0 && padded_row(s.q, at, mine.row);
-        const partition z = partition_of(mine, n, logit + row);
+        const int row = mine.row * y.R, n = mine.row < y.n ? y.R : 0, is_shown = y.looks_shown >> mine.row & 1;
+        double *u = y.u_k + row;
+        const double *dp = y.seen + row, *logit = s.logit + (u - s.u);
+        ls_real *w = y.u_v + row;
+        const partition z = partition_of(mine, n, logit);
         double mean = 0;
-        for (int r = mine.lane; r < n; r += 4) mean += probability(z, logit[row + r]) * dp[row + r];
+        for (int r = mine.lane; r < n; r += 4) mean += probability(z, logit[r]) * dp[r];
         mean = mine.sum(mean);
         for (int r = mine.lane; r < n; r += 4) {
-            const double p = padded ? 0 : probability(z, logit[row + r]);
-            u[row + r] *= p * (dp[row + r] - mean);
-            w[row + r] = (ls_real)(p * (double)w[row + r]);
+            const double p = is_shown ? probability(z, logit[r]) : 0;
+            u[r] *= p * (dp[r] - mean);
+            w[r] = (ls_real)(p * (double)w[r]);
         }
-        __syncthreads();
     }
-    const side &k = side_of(x, s, at, 0, steep & 1);
-    const strip to = strip_of({dq, NULL, 0}, at, s.d);
+    side_of(x, s, 0, steep & 1);
     gather(
-        x, k, to, [&](int i, int r) { return u[i * R + r]; },
-        [&](ls_real *z, int i, int, double sum) { *z = k.looks_shown >> i & 1 ? (ls_real)(s.scale * sum) : 0; });
+        x, y, strip_of({dq, NULL, 0}, x->at, s.d), [&](int i, int r) { return y.u_k[i * y.R + r]; },
+        [&](ls_real *o, int i, int, double sum) { *o = y.looks_shown >> i & 1 ? (ls_real)(s.scale * sum) : 0; });
 #pragma unroll 1
-    for (int which = 0; which < 2; which++)
-        enter_backward(
-            x, side_of(x, s, at, which, steep >> which & 1),
-            [&](int i, int r) { return which ? (double)w[i * R + r] : u[i * R + r]; }, which ? dp : logit);
+    for (int which = 0; which < 2; which++) {
+        side_of(x, s, which, steep >> which & 1);
+        enter_backward(x, y, [&](int i, int r) { return which ? (double)y.u_v[i * y.R + r] : y.u_k[i * y.R + r]; });
+    }
 }
 
 /* Pass 2, when the gradients of the states that leave are known: dk or dv, and logits become da, db.
@@ -568,16 +578,14 @@ __global__ static void __launch_bounds__(LS_THREADS, 3) queries_backward(causal 
 __global__ static void __launch_bounds__(LS_THREADS, 3) keys_backward(causal s, ls_view dk, ls_view dv)
 {
     LS_SHARED(desk, x);
-    const place at = place_of(s.c);
+    begin(x, s);
     const int which = blockIdx.y, R = s.R;
-    const side &y = side_of(x, s, at, which, 0);
+    const side &y = side_of(x, s, which, 0);
     find_steep(x, 0);
-    const strip to = which ? strip_of({dv, NULL, 0}, at, s.d) : strip_of({dk, NULL, 0}, at, s.d);
+    const strip to = which ? strip_of({dv, NULL, 0}, x->at, s.d) : strip_of({dk, NULL, 0}, x->at, s.d);
     const int n = y.n, deep = (n + 7) / 8 * 8;
-    const int64_t first = (at.bh * s.c.rows + at.t) * R;
-    const double *after = y.dstate, *seen = (which ? s.dp : s.logit) + first, *u_k = s.u + first;
-    const ls_real *u_v = s.w + first;
-    const auto u = [&](int i, int r) { return which ? (double)u_v[i * R + r] : u_k[i * R + r]; };
+    const double *after = y.dstate;
+    const auto u = [&](int i, int r) { return which ? (double)y.u_v[i * R + r] : y.u_k[i * R + r]; };
     mix(x, y, u);
 #pragma unroll 1
     for (int e0 = 0; e0 < y.d; e0 += TILE) {
@@ -603,13 +611,13 @@ __global__ static void __launch_bounds__(LS_THREADS, 3) keys_backward(causal s, 
                 double da = leaving(y, j, r) * (after[r * y.stride + 1] + cell<FEW>(x->a, j, r - r0));
 #pragma unroll 1
                 for (int i = j; i < n; i++)
-                    da += steep_weight(y, i, j, r) * u(i, r) * (y.scale * cell<TILE>(x->g, i, j) - seen[i * R + r]);
+                    da += steep_weight(y, i, j, r) * u(i, r) * (y.scale * cell<TILE>(x->g, i, j) - y.seen[i * R + r]);
                 y.a[j * R + r] = (ls_real)da;
             });
             continue;
         }
         stage_table(x->a, y, r0, u);
-        stage_table(x->b(), y, r0, [&](int i, int r) { return u(i, r) * seen[i * R + r]; });
+        stage_table(x->b(), y, r0, [&](int i, int r) { return u(i, r) * y.seen[i * R + r]; });
         __syncthreads();
         inside.add(
             inside.row(), deep, R - r0, [&](int j, int i) { return cell<TILE>(x->g, i, j); },
