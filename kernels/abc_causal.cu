@@ -496,14 +496,15 @@ ls_status apply_causal(ls_pass *p, int phase)
  * none 0. */
 template <class Share> __device__ static void enter_backward(desk *x, const side &y, Share u)
 {
-    const auto share = [&](int i, int r) { return (double)u(i, r) * entering(y, i, r); };
     const auto live = [&](int r) { return y.state[r * y.stride] > -INFINITY; };
     const int deep = (y.n + 7) / 8 * 8;
 #pragma unroll 1
     for (int r0 = 0; r0 < y.R; r0 += FEW) {
         __syncthreads();
-        stage_table(x->a, y, r0, share);
-        stage_table(x->b(), y, r0, [&](int i, int r) { return share(i, r) * y.seen[i * y.R + r]; });
+        stage_table(x->a, y, r0, u);
+        if (y.steep) /* the thread that put a number there takes it up again, here and below */
+            for_table(y, r0, [&](int i, int r) { cell<FEW>(x->a, i, r - r0) *= entering(y, i, r); });
+        stage_table(x->b(), y, r0, [&](int i, int r) { return cell<FEW>(x->a, i, r - r0) * y.seen[i * y.R + r]; });
 #pragma unroll 1
         for (int e0 = 0; e0 < y.d; e0 += TILE) {
             division<FEW, TILE> sum, known;
