@@ -1,14 +1,15 @@
 /* Attention with bounded-memory control on a GPU, over all keys; abc_causal.cu has what is seen of a prefix. The
  * formulas and the names are those of abc.c.
  *
- * Logits by products; a block for each piece of the rows of a (b,h) makes its softsum, a fold over the pieces makes the
- * rank's. Queries and gradients are products of tall matrices; sums over rows are made in pieces, in double. */
+ * A block for each piece of the rows of a (b,h) makes its softsum, a fold over the pieces makes the rank's. What each
+ * row gets is made by a block for each chunk of 64 rows, from tables (row, slot) that it leaves for the sums over rows,
+ * which are made in pieces. Sums and products are in double. */
 #include "abc_cuda.h"
 
 namespace ls_abc
 {
 
-enum { DEEPER = 32, MOST_PIECES = 512 }; /* depth of products between two barriers; see pieces */
+enum { MOST_PIECES = 512 }; /* see pieces */
 
 /* ------------------------------------------------------------------------------------------------ sizes */
 
@@ -45,72 +46,95 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[CONSTANTS] = ls_take(work, back * BH * 2 * R);
 }
 
-static ls_real *phi(const ls_pass *p, int which, const ls_real *base)
-{
-    return (ls_real *)(uintptr_t)base + p->param[which].offset;
-}
+/* What sum_rows has in shared memory. */
+struct bench {
+    double a[DEPTH * (FEW + 4)], b[DEPTH * (TILE + 4)];
+};
 
-/* What a block of 256 threads has in shared memory. */
-template <int Across> struct bench {
-    enum { deep = DEEPER, ld = DEEPER + 1, across = Across };
-    double a[TILE * ld], b[TILE * ld];
+/* What score and spread have. */
+struct desk {
+    double a[TILE * (DEPTH + 4)], b[FEW * (TILE + 4)];
+};
+
+/* f of rows that are taken as they are */
+struct same {
+    __device__ double operator()(int, double x) const
+    {
+        return x;
+    }
 };
 
 /* ------------------------------------------------------------------------------------------------ sums of chunks */
 
-__global__ static void hide(int64_t H, int64_t n, int64_t R, int64_t all, const uint8_t *pad, ls_real *a, ls_real *b)
+/* blockIdx.y: keys or values; a block for each chunk. a = k φ, -inf where the key is padded. */
+__global__ static void __launch_bounds__(LS_THREADS, 4)
+    find_logits(chunking c, int R, int d, rows k, rows v, const ls_real *phi_k, const ls_real *phi_v, ls_real *a_k,
+                ls_real *a_v)
 {
-    LS_EACH(i, all)
-    {
-        const int64_t row = i / R;
-        if (pad[row / n / H * n + row % n]) a[i] = b[i] = -INFINITY;
+    __shared__ desk x;
+    const place at = place_of(c);
+    const strip from = blockIdx.y ? strip_of(v, at, d) : strip_of(k, at, d);
+    const uint64_t here = shown_tile(from);
+    const ls_real *map = blockIdx.y ? phi_v : phi_k;
+    ls_real *a = (blockIdx.y ? a_v : a_k) + (at.bh * c.rows + at.t) * R;
+#pragma unroll 1
+    for (int r0 = 0; r0 < R; r0 += FEW) {
+        division<TILE, FEW> sum;
+        score(
+            x.a, x.b, from, here, R, r0, same(), [&](int r, int e) { return map[e * R + r]; }, sum);
+        sum.each(at.n, R - r0,
+                 [&](int j, int r, double l) { a[j * R + r0 + r] = here >> j & 1 ? (ls_real)l : -INFINITY; });
     }
 }
 
-/* A_K, A_V (B,H,S,R): the keys' logits, -inf where they are padded. Logits may be large: they are not rounded, here and
- * in make_probabilities. */
 void make_logits(ls_pass *p)
 {
-    const int64_t R = slots(p), all = p->B * p->H * p->S * R;
-    if (all == 0) return;
-    for (int which = 0; which < 2; which++) {
-        const ls_view to = {p->work[which ? A_V : A_K], p->H * p->S * R, p->S * R, R};
-        const ls_view map = {phi(p, which ? PHI_V : PHI_K, p->params), 0, 0, R};
-        ls_gemm_heads_exact(p->queue, 0, 0, p->S, R, p->d, 1, which ? p->own.v : p->own.k, map, 0, to, p->B, p->H);
-    }
-    if (p->own.pad != NULL)
-        LS_LAUNCH(p->queue, hide, ls_blocks(all, LS_THREADS), LS_THREADS, 0, p->H, p->S, R, all, p->own.pad,
-                  p->work[A_K], p->work[A_V]);
+    const chunking c = short_chunks(p, p->S);
+    const int64_t blocks = p->B * p->H * c.count;
+    if (blocks == 0) return;
+    const rows k = {p->own.k, p->own.pad, p->S}, v = {p->own.v, p->own.pad, p->S};
+    LS_LAUNCH(p->queue, find_logits, dim3((unsigned)blocks, 2), LS_THREADS, 0, c, (int)slots(p), (int)p->d, k, v,
+              phi(p, PHI_K, p->params), phi(p, PHI_V, p->params), p->work[A_K], p->work[A_V]);
 }
 
-/* blockIdx.y: keys or values. (m; s, x) of a chunk alone; tops: m once more, for the scan goes over m. */
-__global__ static void sum_chunk(chunking c, int R, int d, rows k, rows v, const ls_real *a_k, const ls_real *a_v,
-                                 double *states, double *tops)
+/* blockIdx.y: keys or values. (m; s, x) of a chunk alone; tops: m once more, for the scan goes over m. For m and s a
+ * thread takes every 16th row of a slot. */
+__global__ static void __launch_bounds__(LS_THREADS, 4)
+    sum_chunk(chunking c, int R, int d, rows k, rows v, const ls_real *a_k, const ls_real *a_v, double *states,
+              double *tops)
 {
-    __shared__ bench<1> x;
-    const int which = blockIdx.y, lane = threadIdx.x % LS_WARP, stride = d + 2;
+    __shared__ bench x;
+    const int which = blockIdx.y, stride = d + 2, group = threadIdx.x / FEW, column = threadIdx.x % FEW;
     const place at = place_of(c);
-    const rows from = which ? v : k;
+    const strip from = which ? strip_of(v, at, d) : strip_of(k, at, d);
     const ls_real *a = (which ? a_v : a_k) + (at.bh * c.rows + at.t) * R;
     const int64_t element = (at.bh * 2 + which) * c.count + at.chunk;
     double *state = states + element * R * stride, *top = tops + element * R;
-    for (int r = threadIdx.x / LS_WARP; r < R; r += blockDim.x / LS_WARP) {
+    for (int r = column; r - column < R; r += FEW) {
+        const int there = r < R;
         ls_real m = -INFINITY;
-        for (int j = lane; j < at.n; j += LS_WARP) m = a[(int64_t)j * R + r] > m ? a[(int64_t)j * R + r] : m;
-        m = ls_warp_max(m);
+#pragma unroll 4
+        for (int j = group; there && j < at.n; j += LS_THREADS / FEW) m = a[j * R + r] > m ? a[j * R + r] : m;
+        x.a[threadIdx.x] = (double)m;
+        __syncthreads();
+        for (int i = 0; i < LS_THREADS / FEW; i++)
+            m = (ls_real)x.a[i * FEW + column] > m ? (ls_real)x.a[i * FEW + column] : m;
+        const ls_real shift = m == -INFINITY ? 0 : m;
         double s = 0;
-        for (int j = lane; j < at.n; j += LS_WARP) s += m == -INFINITY ? 0 : (double)ls_exp(a[(int64_t)j * R + r] - m);
-        s = ls_warp_sum(s);
-        if (lane > 0) continue;
-        top[r] = state[(int64_t)r * stride] = (double)m;
-        state[(int64_t)r * stride + 1] = s;
+#pragma unroll 4
+        for (int j = group; there && j < at.n; j += LS_THREADS / FEW) s += (double)ls_exp(a[j * R + r] - shift);
+        x.b[threadIdx.x] = s;
+        __syncthreads();
+        if (group > 0 || !there) continue;
+        for (int i = 1; i < LS_THREADS / FEW; i++) s += x.b[i * FEW + column];
+        top[r] = state[r * stride] = (double)m;
+        state[r * stride + 1] = s;
     }
     __syncthreads();
-    product(
-        &x, R, d, at.n,
-        [&](int r, int j) { return top[r] == -INFINITY ? 0 : (double)ls_exp(a[(int64_t)j * R + r] - (ls_real)top[r]); },
-        [&](int j, int e) { return entry(from, at, j, e); },
-        [&](int r, int e, double sum) { state[(int64_t)r * stride + 2 + e] = sum; });
+    sum_rows(
+        x.a, x.b, from, R,
+        [&](int j, int r) { return top[r] == -INFINITY ? 0 : (double)ls_exp(a[j * R + r] - (ls_real)top[r]); }, same(),
+        [&](int r, int e, double sum) { state[r * stride + 2 + e] = sum; });
 }
 
 void sum_chunks(ls_pass *p, chunking c)
@@ -150,139 +174,172 @@ static ls_status sums(ls_pass *p, int phase)
 
 /* ------------------------------------------------------------------------------------------------ slots */
 
-/* A block for each (b,h) and of keys, values: slots = x / s - c, c their mean, to which they sum exactly as rounded. */
+/* A block for each (b,h), of keys and of values, and for 32 features (blockIdx.y): slots = x / s - c, c their mean, to
+ * which they sum exactly as rounded. A warp takes every 8th slot. */
 __global__ static void centre_slots(int R, int d, const ls_real *got, ls_real *centred, ls_real *centres)
 {
-    got += (int64_t)blockIdx.x * R * (d + 2);
-    centred += (int64_t)blockIdx.x * R * d;
-    for (int e = threadIdx.x; e < d; e += blockDim.x) {
-        double mean = 0;
-        for (int r = 0; r < R; r++) {
-            const ls_real *x = got + (int64_t)r * (d + 2);
-            mean += x[1] > 0 ? (double)x[2 + e] / (double)x[1] : 0;
-        }
-        const ls_real c = (ls_real)(mean / R);
-        centres[(int64_t)blockIdx.x * d + e] = c;
-        for (int r = 0; r < R; r++) {
-            const ls_real *x = got + (int64_t)r * (d + 2);
-            centred[(int64_t)r * d + e] = (ls_real)((x[1] > 0 ? (double)x[2 + e] / (double)x[1] : 0) - (double)c);
-        }
-    }
+    __shared__ double part[LS_THREADS];
+    constexpr int WARPS = LS_THREADS / LS_WARP;
+    const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP, e = (int)blockIdx.y * LS_WARP + lane;
+    const auto slot = [&](int r) {
+        const ls_real *x = got + ((int64_t)blockIdx.x * R + r) * (d + 2);
+        return e < d && x[1] > 0 ? (double)x[2 + e] / (double)x[1] : 0;
+    };
+    double mean = 0;
+    for (int r = warp; r < R; r += WARPS) mean += slot(r);
+    part[threadIdx.x] = mean;
+    __syncthreads();
+    mean = 0;
+    for (int i = 0; i < WARPS; i++) mean += part[i * LS_WARP + lane];
+    if (e >= d) return;
+    const ls_real c = (ls_real)(mean / R);
+    if (warp == 0) centres[(int64_t)blockIdx.x * d + e] = c;
+    for (int r = warp; r < R; r += WARPS)
+        centred[((int64_t)blockIdx.x * R + r) * d + e] = (ls_real)(slot(r) - (double)c);
 }
 
 static void make_slots(ls_pass *p, const ls_real *got)
 {
     if (p->B * p->H == 0) return;
-    LS_LAUNCH(p->queue, centre_slots, (int)(p->B * p->H * 2), 128, 0, (int)slots(p), (int)p->d, got, p->work[CENTRED],
-              p->work[CENTRES]);
-}
-
-static ls_view slots_of(const ls_pass *p, int which)
-{
-    const int64_t n = slots(p) * p->d;
-    return {p->work[CENTRED] + which * n, p->H * 2 * n, 2 * n, p->d};
-}
-
-static ls_view table_of(const ls_pass *p, int which, int64_t n)
-{
-    const int64_t R = slots(p);
-    return {p->work[which], p->H * n * R, n * R, R};
+    LS_LAUNCH(p->queue, centre_slots, dim3((unsigned)(p->B * p->H * 2), (unsigned)ceil_of(p->d, LS_WARP)), LS_THREADS,
+              0, (int)slots(p), (int)p->d, got, p->work[CENTRED], p->work[CENTRES]);
 }
 
 /* ------------------------------------------------------------------------------------------------ apply, all keys */
 
-/* A warp for each row of the table: p = softmax_r. */
-__global__ static void softmax_rows(int64_t rows, int R, ls_real *x)
+/* Slots as queries see them: x - c of a (b,h), keys then values. */
+struct memory {
+    const ls_real *slot, *centre;
+    int R, d;
+};
+
+__device__ static inline const ls_real *slots_of(const memory &m, const place &at, int which)
 {
-    const int lane = threadIdx.x % LS_WARP, warps = blockDim.x / LS_WARP;
-    for (int64_t i = (int64_t)blockIdx.x * warps + threadIdx.x / LS_WARP; i < rows; i += (int64_t)gridDim.x * warps) {
-        ls_real *y = x + i * R, top = -INFINITY, sum = 0;
-        for (int r = lane; r < R; r += LS_WARP) top = y[r] > top ? y[r] : top;
-        top = ls_warp_max(top);
-        for (int r = lane; r < R; r += LS_WARP) sum += y[r] = ls_exp(y[r] - top);
-        sum = ls_warp_sum(sum);
-        for (int r = lane; r < R; r += LS_WARP) y[r] /= sum;
+    return m.slot + (at.bh * 2 + which) * m.R * m.d;
+}
+
+/* table_ir = scale x_i·slot_r */
+__device__ static void score_slots(desk *x, const memory &m, const strip &from, uint64_t here, const ls_real *slot,
+                                   double scale, ls_real *table)
+{
+#pragma unroll 1
+    for (int r0 = 0; r0 < m.R; r0 += FEW) {
+        division<TILE, FEW> sum;
+        score(
+            x->a, x->b, from, here, m.R, r0, same(), [&](int r, int e) { return slot[r * m.d + e]; }, sum);
+        sum.each(from.n, m.R - r0, [&](int i, int r, double l) { table[i * m.R + r0 + r] = (ls_real)(scale * l); });
     }
 }
 
-/* A_K (B,H,T,R) = softmax_r(scale q·(K̃_r - c)). */
-static void make_probabilities(ls_pass *p)
+/* y := softmax of R logits, by four neighbours. */
+__device__ static void softmax_row(quarter at, int R, ls_real *y)
 {
-    const int64_t R = slots(p), rows = p->B * p->H * p->T;
-    ls_gemm_heads_exact(p->queue, 0, 1, p->T, R, p->d, p->scale, p->q, slots_of(p, 0), 0, table_of(p, A_K, p->T), p->B,
-                        p->H);
-    LS_LAUNCH(p->queue, softmax_rows, ls_blocks(rows * LS_WARP, LS_THREADS), LS_THREADS, 0, rows, (int)R, p->work[A_K]);
+    ls_real top = -INFINITY, sum = 0;
+#pragma unroll 4
+    for (int r = at.lane; r < R; r += 4) top = y[r] > top ? y[r] : top;
+    top = at.max(top);
+#pragma unroll 4
+    for (int r = at.lane; r < R; r += 4) sum += y[r] = ls_exp(y[r] - top);
+    sum = at.sum(sum);
+#pragma unroll 4
+    for (int r = at.lane; r < R; r += 4) y[r] /= sum;
 }
 
-/* out = centre, on which the product is laid. A warp for each row, here and in blank. */
-__global__ static void put_centres(int64_t rows, int64_t H, int64_t T, int64_t d, const ls_real *centres, ls_view out)
+/* A block for each chunk of queries: p, then o = c + Σ_r p_r (Ṽ_r - c). */
+__global__ static void __launch_bounds__(LS_THREADS, 3)
+    attend(chunking c, memory m, double scale, rows q, ls_real *p, ls_view out)
 {
-    LS_EACH_ROW(i, rows)
-    {
-        const int64_t bh = i / T;
-        const ls_real *from = centres + (bh * 2 + 1) * d;
-        ls_real *to = ls_row(out, bh / H, bh % H, i % T);
-        LS_EACH_LANE(e, d) to[e] = from[e];
+    __shared__ desk x;
+    const place at = place_of(c);
+    const strip from = strip_of(q, at, m.d), to = strip_of({out, NULL, 0}, at, m.d);
+    const uint64_t here = shown_tile(from);
+    const ls_real *value = slots_of(m, at, 1), *centre = m.centre + (at.bh * 2 + 1) * m.d;
+    const quarter mine;
+    p += (at.bh * c.rows + at.t) * m.R;
+    score_slots(&x, m, from, here, slots_of(m, at, 0), scale, p);
+    __syncthreads();
+    softmax_row(mine, mine.row < at.n ? m.R : 0, p + mine.row * m.R);
+    __syncthreads();
+#pragma unroll 1
+    for (int e0 = 0; e0 < m.d; e0 += TILE) {
+        division<TILE, TILE> sum;
+        spread(
+            x.a, x.b, at.n, m.R, m.d, e0, [&](int i, int r) { return p[i * m.R + r]; },
+            [&](int r, int e) { return value[r * m.d + e]; }, sum);
+        sum.put(to, at.n, e0, [&](ls_real *z, int i, int e, double y) {
+            *z = here >> i & 1 ? (ls_real)((double)__ldg(centre + e) + y) : 0;
+        });
     }
 }
 
-__global__ static void blank(int64_t rows, int64_t H, int64_t T, int64_t d, const uint8_t *pad, ls_view out)
+/* The same backward: p and dl = p (dp - Σ p dp), dp = do·(Ṽ_r - c), both 0 in padded rows, and dq. */
+__global__ static void __launch_bounds__(LS_THREADS, 3)
+    attend_backward(chunking c, memory m, double scale, rows q, rows dout, ls_real *p, ls_real *dl, ls_view dq)
 {
-    LS_EACH_ROW(i, rows)
-    {
-        const int64_t bh = i / T, b = bh / H, t = i % T;
-        if (!pad[b * T + t]) continue;
-        ls_real *to = ls_row(out, b, bh % H, t);
-        LS_EACH_LANE(e, d) to[e] = 0;
+    __shared__ desk x;
+    const place at = place_of(c);
+    const int64_t first = (at.bh * c.rows + at.t) * m.R;
+    const ls_real *key = slots_of(m, at, 0);
+    const quarter mine;
+    const strip to = strip_of(q, at, m.d);
+    const uint64_t here = shown_tile(to);
+    p += first, dl += first;
+    score_slots(&x, m, to, here, key, scale, p);
+    score_slots(&x, m, strip_of(dout, at, m.d), here, slots_of(m, at, 1), 1, dl);
+    __syncthreads();
+    const int n = mine.row < at.n ? m.R : 0, is_shown = here >> mine.row & 1;
+    ls_real *y = p + mine.row * m.R, *dy = dl + mine.row * m.R;
+    softmax_row(mine, n, y);
+    double mean = 0;
+#pragma unroll 4
+    for (int r = mine.lane; r < n; r += 4) mean += (double)y[r] * (double)dy[r];
+    mean = mine.sum(mean);
+#pragma unroll 4
+    for (int r = mine.lane; r < n; r += 4) {
+        dy[r] = is_shown ? (ls_real)((double)y[r] * ((double)dy[r] - mean)) : 0;
+        if (!is_shown) y[r] = 0;
     }
+    __syncthreads();
+    const strip grad = strip_of({dq, NULL, 0}, at, m.d);
+#pragma unroll 1
+    for (int e0 = 0; e0 < m.d; e0 += TILE) {
+        division<TILE, TILE> sum;
+        spread(
+            x.a, x.b, at.n, m.R, m.d, e0, [&](int i, int r) { return dl[i * m.R + r]; },
+            [&](int r, int e) { return key[r * m.d + e]; }, sum);
+        sum.put(grad, at.n, e0, [&](ls_real *z, int, int, double x_r) { *z = (ls_real)(scale * x_r); });
+    }
+}
+
+static memory memory_of(const ls_pass *p)
+{
+    return {p->work[CENTRED], p->work[CENTRES], (int)slots(p), (int)p->d};
 }
 
 static ls_status apply(ls_pass *p, int phase)
 {
-    const int64_t rows = p->B * p->H * p->T;
-    const int blocks = ls_row_blocks(rows);
-    if (rows == 0) return LS_OK;
+    const chunking c = short_chunks(p, p->T);
+    const int64_t blocks = p->B * p->H * c.count;
+    if (blocks == 0) return LS_OK;
+    const rows q = {p->q, p->pad_q, p->T};
     make_slots(p, p->summary[phase].got);
-    make_probabilities(p);
-    LS_LAUNCH(p->queue, put_centres, blocks, LS_THREADS, 0, rows, p->H, p->T, p->d, p->work[CENTRES], p->out);
-    ls_gemm_heads(p->queue, 0, 0, p->T, p->d, slots(p), 1, table_of(p, A_K, p->T), slots_of(p, 1), 1, p->out, p->B,
-                  p->H);
-    if (p->pad_q != NULL) LS_LAUNCH(p->queue, blank, blocks, LS_THREADS, 0, rows, p->H, p->T, p->d, p->pad_q, p->out);
+    LS_LAUNCH(p->queue, attend, (int)blocks, LS_THREADS, 0, c, memory_of(p), p->scale, q, p->work[A_K], p->out);
     return ls_launched(p->queue, "abc: apply");
 }
 
-/* dl, which comes as do·(Ṽ_r - c), := p (dl - Σ p dl); padded rows of both become 0. A warp for each row. */
-__global__ static void softmax_rows_backward(int64_t rows, int64_t H, int64_t T, int R, const uint8_t *pad, ls_real *p,
-                                             ls_real *dl)
-{
-    const int lane = threadIdx.x % LS_WARP, warps = blockDim.x / LS_WARP;
-    for (int64_t i = (int64_t)blockIdx.x * warps + threadIdx.x / LS_WARP; i < rows; i += (int64_t)gridDim.x * warps) {
-        const int padded = ls_is_padded(pad, i / T / H * T + i % T);
-        double mean = 0;
-        for (int r = lane; r < R; r += LS_WARP) mean += (double)p[i * R + r] * (double)dl[i * R + r];
-        mean = ls_warp_sum(mean);
-        for (int r = lane; r < R; r += LS_WARP) {
-            const ls_real d = (ls_real)((double)p[i * R + r] * ((double)dl[i * R + r] - mean));
-            dl[i * R + r] = padded ? 0 : d;
-            if (padded) p[i * R + r] = 0;
-        }
-    }
-}
-
 /* A block for each piece of rows, blockIdx.y 0 for keys: Σ_t dl_tr q_t, 1 for values: Σ_t p_tr do_t, (R,d). */
-__global__ static void sum_slot_gradients(chunking c, int R, int d, rows q, rows dout, const ls_real *dl,
-                                          const ls_real *p, double *piece)
+__global__ static void __launch_bounds__(LS_THREADS, 4)
+    sum_slot_gradients(chunking c, int R, int d, rows q, rows dout, const ls_real *dl, const ls_real *p, double *piece)
 {
-    __shared__ bench<1> x;
+    __shared__ bench x;
     const int which = blockIdx.y;
     const place at = place_of(c);
-    const rows from = which ? dout : q;
+    const strip from = which ? strip_of(dout, at, d) : strip_of(q, at, d);
     const ls_real *share = (which ? p : dl) + (at.bh * c.rows + at.t) * R;
     double *to = piece + ((at.bh * 2 + which) * c.count + at.chunk) * R * d;
-    product(
-        &x, R, d, at.n, [&](int r, int t) { return (double)share[(int64_t)t * R + r]; },
-        [&](int t, int e) { return entry(from, at, t, e); },
-        [&](int r, int e, double sum) { to[(int64_t)r * d + e] = sum; });
+    sum_rows(
+        x.a, x.b, from, R, [&](int t, int r) { return (double)share[t * R + r]; }, same(),
+        [&](int r, int e, double sum) { to[r * d + e] = sum; });
 }
 
 /* dx of the elements, what s is owed is paid where the keys take theirs. */
@@ -302,17 +359,13 @@ __global__ static void fold_slot_gradients(int64_t groups, int64_t count, int64_
 static ls_status apply_backward(ls_pass *p, int phase)
 {
     const ls_summary *s = &p->summary[phase];
-    const int64_t R = slots(p), d = p->d, BH = p->B * p->H, rows_all = BH * p->T, groups = s->monoid.groups;
-    const chunking c = pieces(p, p->T);
-    if (rows_all > 0) {
+    const int64_t R = slots(p), d = p->d, BH = p->B * p->H, groups = s->monoid.groups;
+    const chunking c = pieces(p, p->T), chunks = short_chunks(p, p->T);
+    if (BH * p->T > 0) {
         const rows q = {p->q, p->pad_q, p->T}, dout = {p->dout, p->pad_q, p->T};
         make_slots(p, s->got);
-        make_probabilities(p);
-        ls_gemm_heads(p->queue, 0, 1, p->T, R, d, 1, p->dout, slots_of(p, 1), 0, table_of(p, A_V, p->T), p->B, p->H);
-        LS_LAUNCH(p->queue, softmax_rows_backward, ls_blocks(rows_all * LS_WARP, LS_THREADS), LS_THREADS, 0, rows_all,
-                  p->H, p->T, (int)R, p->pad_q, p->work[A_K], p->work[A_V]);
-        ls_gemm_heads(p->queue, 0, 0, p->T, d, R, p->scale, table_of(p, A_V, p->T), slots_of(p, 0), 0, p->dq, p->B,
-                      p->H);
+        LS_LAUNCH(p->queue, attend_backward, (int)(BH * chunks.count), LS_THREADS, 0, chunks, memory_of(p), p->scale, q,
+                  dout, p->work[A_K], p->work[A_V], p->dq);
         LS_LAUNCH(p->queue, sum_slot_gradients, dim3((unsigned)(BH * c.count), 2), LS_THREADS, 0, c, (int)R, (int)d, q,
                   dout, p->work[A_V], p->work[A_K], doubles(p, PIECES));
     }
@@ -324,39 +377,47 @@ static ls_status apply_backward(ls_pass *p, int phase)
 /* ------------------------------------------------------------------------------------------------ φ */
 
 /* Σ_t (x_t - c) da_tᵀ (d,R) over a piece of rows; centres NULL: c = 0. */
-__global__ static void sum_map_gradients(chunking c, int R, int d, rows k, rows v, const ls_real *da, const ls_real *db,
-                                         const ls_real *centres, double *piece)
+__global__ static void __launch_bounds__(LS_THREADS, 4)
+    sum_map_gradients(chunking c, int R, int d, rows k, rows v, const ls_real *da, const ls_real *db,
+                      const ls_real *centres, double *piece)
 {
-    __shared__ bench<1> x;
+    __shared__ bench x;
     const int which = blockIdx.y;
     const place at = place_of(c);
-    const rows from = which ? v : k;
+    const strip from = which ? strip_of(v, at, d) : strip_of(k, at, d);
     const ls_real *dl = (which ? db : da) + (at.bh * c.rows + at.t) * R;
     const ls_real *centre = centres == NULL ? NULL : centres + (at.bh * 2 + which) * d;
     double *to = piece + ((int64_t)which * gridDim.x + blockIdx.x) * R * d;
-    product(
-        &x, d, R, at.n, [&](int e, int t) { return entry(from, at, t, e) - (centre == NULL ? 0 : (double)centre[e]); },
-        [&](int t, int r) { return (double)dl[(int64_t)t * R + r]; },
-        [&](int e, int r, double sum) { to[(int64_t)e * R + r] = sum; });
+    sum_rows(
+        x.a, x.b, from, R, [&](int t, int r) { return (double)dl[t * R + r]; },
+        [&](int e, double y) { return y - (centre == NULL || e >= d ? 0 : (double)centre[e]); },
+        [&](int r, int e, double sum) { to[e * R + r] = sum; });
 }
 
-__global__ static void add_pieces(int64_t n, int64_t count, const double *piece, ls_real *to)
+/* to += the sum of count pieces of n numbers each; blockIdx.y: keys or values. A block has 32 numbers, of which each
+ * warp takes every 8th piece. */
+__global__ static void add_pieces(int64_t n, int64_t count, const double *piece, ls_real *to_k, ls_real *to_v)
 {
-    LS_EACH(i, n)
-    {
-        double sum = 0;
-        for (int64_t c0 = 0; c0 < count; c0 += AHEAD) {
-            double x[AHEAD];
+    __shared__ double part[LS_THREADS];
+    constexpr int WARPS = LS_THREADS / LS_WARP;
+    const int64_t i = (int64_t)blockIdx.x * LS_WARP + threadIdx.x % LS_WARP;
+    double sum = 0;
+    piece += blockIdx.y * count * n + i;
+    for (int64_t c0 = threadIdx.x / LS_WARP; i < n && c0 < count; c0 += WARPS * AHEAD) {
+        double x[AHEAD];
 #pragma unroll
-            for (int c = 0; c < AHEAD; c++) x[c] = c0 + c < count ? piece[(c0 + c) * n + i] : 0;
+        for (int c = 0; c < AHEAD; c++) x[c] = c0 + WARPS * c < count ? piece[(c0 + WARPS * c) * n] : 0;
 #pragma unroll
-            for (int c = 0; c < AHEAD; c++) sum += x[c];
-        }
-        to[i] += (ls_real)sum;
+        for (int c = 0; c < AHEAD; c++) sum += x[c];
     }
+    part[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x >= LS_WARP || i >= n) return;
+    for (int w = 1; w < WARPS; w++) sum += part[w * LS_WARP + threadIdx.x];
+    (blockIdx.y ? to_v : to_k)[i] += (ls_real)sum;
 }
 
-/* A_K, A_V hold da, db: dk += da φ_kᵀ, dφ_k += (k - c)ᵀ da, and the same for the values. */
+/* A_K, A_V hold da, db: dφ_k += (k - c)ᵀ da, and the same for the values. */
 void map_backward(ls_pass *p, const ls_real *centres)
 {
     const int64_t R = slots(p), d = p->d, n = R * d;
@@ -366,14 +427,8 @@ void map_backward(ls_pass *p, const ls_real *centres)
     const rows k = {p->own.k, p->own.pad, p->S}, v = {p->own.v, p->own.pad, p->S};
     LS_LAUNCH(p->queue, sum_map_gradients, dim3((unsigned)blocks, 2), LS_THREADS, 0, c, (int)R, (int)d, k, v,
               p->work[A_K], p->work[A_V], centres, doubles(p, PIECES));
-    for (int which = 0; which < 2; which++) {
-        const int name = which ? PHI_V : PHI_K;
-        LS_LAUNCH(p->queue, add_pieces, ls_blocks(n, LS_THREADS), LS_THREADS, 0, n, blocks,
-                  doubles(p, PIECES) + which * blocks * n, phi(p, name, p->dparams));
-        const ls_view map = {phi(p, name, p->params), 0, 0, R};
-        ls_gemm_heads(p->queue, 0, 1, p->S, d, R, 1, table_of(p, which ? A_V : A_K, p->S), map, 1,
-                      which ? p->own.dv : p->own.dk, p->B, p->H);
-    }
+    LS_LAUNCH(p->queue, add_pieces, dim3((unsigned)ceil_of(n, LS_WARP), 2), LS_THREADS, 0, n, blocks,
+              doubles(p, PIECES), phi(p, PHI_K, p->dparams), phi(p, PHI_V, p->dparams));
 }
 
 /* ------------------------------------------------------------------------------------------------ sums, backward */
@@ -392,54 +447,87 @@ __global__ static void make_constants(int64_t groups, int d, const ls_real *cent
     }
 }
 
-/* A block for each chunk: logits become da = e (constant + (k - c)·dx), e goes to another table. */
-__global__ static void take_shares(chunking c, int R, int d, rows k, rows v, const ls_real *sent, const ls_real *dsent,
-                                   const ls_real *constants, const ls_real *centres, ls_real *a_k, ls_real *a_v,
-                                   ls_real *e_k, ls_real *e_v)
+/* What keys, or values, get of their sums. */
+struct shares {
+    int R, d, add;               /* to what is in dk */
+    const ls_real *sent, *dsent; /* (m; s, x) of all keys, its gradient */
+    const ls_real *constants, *centres;
+    const ls_real *phi[2];
+    ls_real *e[2], *da[2]; /* tables */
+    ls_view to[2];
+};
+
+/* A block for each chunk, blockIdx.y: keys or values. da = e (constant + (k - c)·dx), dk = Σ_r e_r dx_r + da φᵀ. */
+__global__ static void __launch_bounds__(LS_THREADS, 3) take_shares(chunking c, shares s, rows k, rows v)
 {
-    __shared__ bench<0> x;
-    const int which = blockIdx.y;
+    __shared__ desk x;
+    const int which = blockIdx.y, R = s.R, stride = s.d + 2;
     const place at = place_of(c);
-    const rows from = which ? v : k;
+    const strip from = which ? strip_of(v, at, s.d) : strip_of(k, at, s.d);
+    const uint64_t here = shown_tile(from);
     const int64_t first = (at.bh * c.rows + at.t) * R, element = (at.bh * 2 + which) * R;
-    ls_real *a = (which ? a_v : a_k) + first, *share = (which ? e_v : e_k) + first;
-    const ls_real *m = sent + element * (d + 2), *dx = dsent + element * (d + 2) + 2, *constant = constants + element;
-    const ls_real *centre = centres == NULL ? NULL : centres + (at.bh * 2 + which) * d;
-    product(
-        &x, at.n, R, d, [&](int j, int e) { return entry(from, at, j, e) - (centre == NULL ? 0 : (double)centre[e]); },
-        [&](int e, int r) { return (double)dx[(int64_t)r * (d + 2) + e]; },
-        [&](int j, int r, double sum) {
-            const int64_t i = (int64_t)j * R + r;
-            const ls_real top = m[(int64_t)r * (d + 2)];
-            const ls_real weight = top == -INFINITY ? 0 : ls_exp(a[i] - top);
-            a[i] = (ls_real)((double)weight * ((double)constant[r] + sum));
+    const ls_real *m = s.sent + element * stride, *dx = s.dsent + element * stride + 2;
+    const ls_real *constant = s.constants + element, *map = s.phi[which];
+    const ls_real *centre = s.centres == NULL ? NULL : s.centres + (at.bh * 2 + which) * s.d;
+    ls_real *da = s.da[which] + first, *share = s.e[which] + first;
+#pragma unroll 1
+    for (int r0 = 0; r0 < R; r0 += FEW) {
+        division<TILE, FEW> logit, de;
+        score(
+            x.a, x.b, from, here, R, r0, same(), [&](int r, int e) { return map[e * R + r]; }, logit);
+        score(
+            x.a, x.b, from, here, R, r0,
+            [&](int e, double y) { return y - (centre == NULL || e >= s.d ? 0 : (double)centre[e]); },
+            [&](int r, int e) { return dx[r * stride + e]; }, de);
+        logit.both(de, at.n, R - r0, [&](int j, int r, double l, double sum) {
+            const int i = j * R + r0 + r, counts = here >> j & 1;
+            const ls_real weight = counts ? ls_exp((ls_real)l - m[(r0 + r) * stride]) : 0;
+            da[i] = (ls_real)((double)weight * ((double)constant[r0 + r] + sum));
             share[i] = weight;
         });
+    }
+    __syncthreads();
+    const strip to = which ? strip_of({s.to[1], NULL, 0}, at, s.d) : strip_of({s.to[0], NULL, 0}, at, s.d);
+#pragma unroll 1
+    for (int e0 = 0; e0 < s.d; e0 += TILE) {
+        division<TILE, TILE> sum;
+        spread(
+            x.a, x.b, at.n, R, s.d, e0, [&](int j, int r) { return share[j * R + r]; },
+            [&](int r, int e) { return dx[r * stride + e]; }, sum);
+        spread(
+            x.a, x.b, at.n, R, s.d, e0, [&](int j, int r) { return da[j * R + r]; },
+            [&](int r, int e) { return map[e * R + r]; }, sum);
+        sum.put(to, at.n, e0, [&](ls_real *z, int, int, double y) { *z = s.add ? *z + (ls_real)y : (ls_real)y; });
+    }
 }
 
 static ls_status sums_backward(ls_pass *p, int phase)
 {
     const ls_summary *s = &p->summary[phase + 1];
-    const int64_t R = slots(p), d = p->d, stride = d + 2, groups = s->monoid.groups;
+    const int64_t d = p->d, groups = s->monoid.groups;
     const int causal = p->pattern == LS_CS;
     const chunking c = short_chunks(p, p->S);
     if (p->B * p->H * p->S == 0) return LS_OK;
     const rows k = {p->own.k, p->own.pad, p->S}, v = {p->own.v, p->own.pad, p->S};
     const ls_real *centred = NULL, *centres = NULL;
-    make_logits(p);
     if (!causal) {
         make_slots(p, s->got);
         centred = p->work[CENTRED], centres = p->work[CENTRES];
     }
     LS_LAUNCH(p->queue, make_constants, ls_blocks(groups * LS_WARP, LS_THREADS), LS_THREADS, 0, groups, (int)d, centred,
               s->dsent, p->work[CONSTANTS]);
-    LS_LAUNCH(p->queue, take_shares, dim3((unsigned)(p->B * p->H * c.count), 2), LS_THREADS, 0, c, (int)R, (int)d, k, v,
-              s->sent, s->dsent, p->work[CONSTANTS], centres, p->work[A_K], p->work[A_V], p->work[M_K], p->work[M_V]);
-    for (int which = 0; which < 2; which++) {
-        const ls_view dx = {s->dsent + which * R * stride + 2, p->H * 2 * R * stride, 2 * R * stride, stride};
-        ls_gemm_heads(p->queue, 0, 0, p->S, d, R, 1, table_of(p, which ? M_V : M_K, p->S), dx, causal,
-                      which ? p->own.dv : p->own.dk, p->B, p->H);
-    }
+    const shares gets = {.R = (int)slots(p),
+                         .d = (int)d,
+                         .add = causal,
+                         .sent = s->sent,
+                         .dsent = s->dsent,
+                         .constants = p->work[CONSTANTS],
+                         .centres = centres,
+                         .phi = {phi(p, PHI_K, p->params), phi(p, PHI_V, p->params)},
+                         .e = {p->work[M_K], p->work[M_V]},
+                         .da = {p->work[A_K], p->work[A_V]},
+                         .to = {p->own.dk, p->own.dv}};
+    LS_LAUNCH(p->queue, take_shares, dim3((unsigned)(p->B * p->H * c.count), 2), LS_THREADS, 0, c, gets, k, v);
     map_backward(p, centres);
     return ls_launched(p->queue, "abc: sums backward");
 }

@@ -1,14 +1,14 @@
 /* Causal attention with bounded-memory control on a GPU. The formulas and the names are those of abc.c.
  *
  * Rows go in chunks of 64. Sums of chunks in parallel, a scan over chunks from what the ranks before sent, then all
- * chunks in parallel, a block each. In a chunk no state is walked along. With m_ir the running maximum, (m; s, x) the
- * state that enters, c_ir = e^(m_r - m_ir) and E_ijr = e^(a_jr - m_ir) for keys j <= i of the chunk,
+ * chunks in parallel, a block each. In a chunk no state is walked along. With (m; s, x) the state that enters, any
+ * n_ir, c_ir = e^(m_r - n_ir) and E_ijr = e^(a_jr - n_ir) for keys j <= i of the chunk,
  *
  *   s_ir = c_ir s_r + Σ_j E_ijr,  q_i·x_ir = c_ir q_i·x_r + Σ_j E_ijr q_i·k_j,   logit_ir = scale q_i·x_ir / s_ir
  *   o_i = Σ_r w_ir c_ir x_r + Σ_j W_ij v_j,  W_ij = Σ_r w_ir E_ijr,  w = p / s    (E, c, s, x of the values)
  *
- * so that the work is small matrix products, and no e^ is above 1. Backward, with dp_ir = do_i·Ṽ_ir,
- * u_ir = p_ir (dp_ir - Σ p dp) / s_ir of the keys, and the gradient (ds, dx) of the state that leaves the chunk,
+ * Backward, with dp_ir = do_i·Ṽ_ir, u_ir = p_ir (dp_ir - Σ p dp) / s_ir of the keys, and the gradient (ds, dx) of the
+ * state that leaves the chunk,
  *
  *   dq_i = scale (Σ_r u_ir c_ir x_r + Σ_j U_ij k_j),  U_ij = Σ_r u_ir E_ijr
  *   da_jr = Σ_{i>=j} E_ijr u_ir (scale q_i·k_j - logit_ir) + e_jr (ds_r + k_j·dx_r)
@@ -16,54 +16,19 @@
  *   what the state that enters gets: Σ_i c_ir u_ir scale q_i of x, -Σ_i c_ir u_ir logit_ir of s, and what the state
  *   that leaves has, times e^(m_r before - m_r after): a scan over chunks, backward
  *
- * and for the values the same with u := w, scale q := do, logit := dp. Differences are taken in double, before they are
- * weighed: that is what keeps gradients of nearly equal slots. Tables of (row, slot) lie in memory, (L, R) of each
- * head. */
+ * and for the values the same with u := w, scale q := do, logit := dp.
+ *
+ * n_ir is m_r, or without a state the first key's logit, as long as the chunk's logits stay below n_r + 40: then E_ijr
+ * is F_jr = e^(a_jr - n_r), c is 1, s_ir >= 1, and all is products of small matrices, of which one is 0 above its
+ * diagonal. In a chunk that is steeper n_ir is the running maximum, no e^ is above 1, and what has E in it is summed
+ * term by term. Products are in double throughout, also differences before they are weighed: that is what keeps
+ * gradients of nearly equal slots. Tables of (row, slot) lie in memory, (L, R) of each head. */
 #include "abc_cuda.h"
 
 namespace ls_abc
 {
 
-constexpr int DEEP = 8, LD = DEEP + 1; /* of products in a block: depth at a time */
-
-/* What a block of 256 threads has in shared memory. */
-struct desk {
-    enum { deep = DEEP, ld = LD, across = 0 };
-    double g[TILE * TILE];
-    double a[TILE * LD], b[TILE * LD], m[TILE * LD];
-};
-
-/* g_ij = Σ_r u(i,r) e^(a_jr - m_ir) for j <= i < n, else 0. */
-template <class Share> __device__ static void mix(desk *x, int n, int R, Share u, const ls_real *a, const ls_real *m)
-{
-    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-    double sum[4][4] = {};
-    for (int r0 = 0; r0 < R; r0 += DEEP) {
-        __syncthreads();
-        for (int at = threadIdx.x; at < TILE * DEEP; at += blockDim.x) {
-            const int i = at / DEEP, k = at % DEEP, there = i < n && r0 + k < R;
-            const int64_t from = (int64_t)i * R + r0 + k;
-            x->a[i * LD + k] = there ? u(i, r0 + k) : 0;
-            x->b[i * LD + k] = there ? (double)a[from] : 0;
-            x->m[i * LD + k] = there ? (double)m[from] : 0;
-        }
-        __syncthreads();
-        for (int k = 0; k < DEEP; k++)
-#pragma unroll
-            for (int s = 0; s < 4; s++)
-#pragma unroll
-                for (int v = 0; v < 4; v++) {
-                    const int i = ty + 16 * s, j = tx + 16 * v;
-                    if (j <= i)
-                        sum[s][v] += x->a[i * LD + k] * (double)ls_exp((ls_real)(x->b[j * LD + k] - x->m[i * LD + k]));
-                }
-    }
-#pragma unroll
-    for (int s = 0; s < 4; s++)
-#pragma unroll
-        for (int v = 0; v < 4; v++) x->g[(ty + 16 * s) * TILE + tx + 16 * v] = sum[s][v];
-    __syncthreads();
-}
+constexpr ls_real STEEP = 40;
 
 /* ------------------------------------------------------------------------------------------------ scans */
 
@@ -88,11 +53,12 @@ __global__ static void scan_states(int64_t groups, int64_t count, int64_t R, int
 #pragma unroll
             for (int c = 0; c < AHEAD; c++) {
                 if (c0 + c >= count) break;
-                const double next = m_own[c] > m ? m_own[c] : m;
+                const int rises = m_own[c] > m;
+                const double shrink = rises ? weight(m, m_own[c]) : weight(m_own[c], m);
                 x[(c0 + c) * R * stride + in] = y;
                 if (in == 1) x[(c0 + c) * R * stride] = m;
-                y = weight(m, next) * y + weight(m_own[c], next) * own[c];
-                m = next;
+                y = rises ? shrink * y + own[c] : y + shrink * own[c];
+                if (rises) m = m_own[c];
             }
         }
     }
@@ -137,151 +103,353 @@ struct causal {
     double scale;
     rows q, k, v, dout;
     ls_real *a[2], *m[2]; /* of keys, of values */
+    const ls_real *phi[2];
     ls_real *w;
     double *logit, *dp, *u, *states, *dstates;
 };
 
-/* One chunk: its rows of the tables, its states. */
-struct chunk {
-    place at;
-    ls_real *a[2], *m[2], *w;
-    double *logit, *dp, *u, *state[2], *dstate[2];
+/* Keys or values of a chunk: its rows, and the rows that look at them; its tables, its states. */
+struct side {
+    strip looks, row;
+    uint64_t looks_shown, row_shown;   /* a bit for each row */
+    int n, R, d, stride, steep, first; /* first: that is not padded */
+    double scale;                      /* of looks */
+    ls_real *a, *m;
+    double *state, *dstate;
+    const double *next; /* the state of the next chunk, or NULL */
+    double *seen;       /* logit or dp */
+    double *u_k;        /* u of keys, of values */
+    ls_real *u_v;
 };
 
-__device__ static chunk chunk_of(const causal &s)
-{
-    chunk y;
-    y.at = place_of(s.c);
-    const int64_t first = (y.at.bh * s.c.rows + y.at.t) * s.R;
-    y.w = s.w + first, y.logit = s.logit + first, y.dp = s.dp + first, y.u = s.u + first;
-    for (int which = 0; which < 2; which++) {
-        const int64_t element = ((y.at.bh * 2 + which) * s.c.count + y.at.chunk) * s.R * (s.d + 2);
-        y.a[which] = s.a[which] + first, y.m[which] = s.m[which] + first;
-        y.state[which] = s.states + element, y.dstate[which] = s.dstates + element;
+/* What a block of 256 threads has in shared memory: a product over pairs of rows, operands. */
+struct desk {
+    double g[TILE * (TILE + 4)];
+    double a[2 * TILE * (DEPTH + 4)], x[FEW * (DEPTH + 4)];
+    place at; /* in registers this and mine would leave no room for what is computed */
+    side mine;
+
+    __device__ double *b() /* the other half of a, which as a whole has a TILE x TILE, too */
+    {
+        return a + TILE * (DEPTH + 4);
     }
-    return y;
+};
+
+/* x->at is there, and remains. */
+__device__ static const side &side_of(desk *x, const causal &s, int which, int steep)
+{
+    const place at = x->at;
+    side y;
+    const int64_t first = (at.bh * s.c.rows + at.t) * s.R, element = (at.bh * 2 + which) * s.c.count + at.chunk;
+    y.n = at.n, y.R = s.R, y.d = s.d, y.stride = s.d + 2;
+    y.looks = which ? strip_of(s.dout, at, s.d) : strip_of(s.q, at, s.d);
+    y.row = which ? strip_of(s.v, at, s.d) : strip_of(s.k, at, s.d);
+    y.looks_shown = shown_tile(y.looks), y.row_shown = shown_tile(y.row);
+    y.scale = which ? 1 : s.scale;
+    const int low = (int)(unsigned)y.row_shown, high = (int)(y.row_shown >> LS_WARP);
+    y.first = low != 0 ? __ffs(low) - 1 : high != 0 ? LS_WARP + __ffs(high) - 1 : 0;
+    y.a = s.a[which] + first, y.m = s.m[which] + first;
+    y.state = s.states + element * s.R * y.stride, y.dstate = s.dstates + element * s.R * y.stride;
+    y.next = at.chunk + 1 < s.c.count ? y.state + s.R * y.stride : NULL;
+    y.seen = (which ? s.dp : s.logit) + first, y.u_k = s.u + first, y.u_v = s.w + first;
+    __syncthreads();
+    if (threadIdx.x == 0) x->mine = y, x->mine.steep = steep;
+    __syncthreads();
+    return x->mine;
 }
 
-/* m_ir of keys and values, 0 where there still is no key: e^(-inf - 0) is 0. A warp for each slot, lanes are rows. */
-__device__ static void make_maxima(const causal &s, const chunk &y)
+/* n_r; of a chunk before whose end there is no key 0. */
+__device__ static ls_real level(const side &y, int r)
+{
+    const double m = y.state[r * y.stride];
+    if (m > -INFINITY) return (ls_real)m;
+    const ls_real a = y.a[y.first * y.R + r];
+    return a > -INFINITY ? a : 0;
+}
+
+/* m_ir, 0 where there still is no key: e^(-inf - 0) is 0. A warp for each slot, lanes are rows. */
+__device__ static void make_maxima(const side &y)
 {
     const int lane = threadIdx.x % LS_WARP;
-    for (int at = threadIdx.x / LS_WARP; at < 2 * s.R; at += blockDim.x / LS_WARP) {
-        const int which = at / s.R, r = at % s.R;
-        ls_real top = (ls_real)y.state[which][(int64_t)r * (s.d + 2)];
-        for (int i0 = 0; i0 < y.at.n; i0 += LS_WARP) {
-            const int64_t i = (int64_t)(i0 + lane) * s.R + r;
-            ls_real x = i0 + lane < y.at.n ? y.a[which][i] : -INFINITY;
+#pragma unroll 1
+    for (int r = threadIdx.x / LS_WARP; r < y.R; r += LS_THREADS / LS_WARP) {
+        ls_real top = (ls_real)y.state[r * y.stride];
+#pragma unroll 1
+        for (int i0 = 0; i0 < y.n; i0 += LS_WARP) {
+            const int i = (i0 + lane) * y.R + r;
+            ls_real x = i0 + lane < y.n ? y.a[i] : -INFINITY;
             for (int step = 1; step < LS_WARP; step *= 2) {
                 const ls_real before = __shfl_sync(0xffffffffu, x, lane >= step ? lane - step : lane);
                 x = before > x ? before : x;
             }
             x = top > x ? top : x;
-            if (i0 + lane < y.at.n) y.m[which][i] = x == -INFINITY ? 0 : x;
+            if (i0 + lane < y.n) y.m[i] = x == -INFINITY ? 0 : x;
             top = __shfl_sync(0xffffffffu, x, LS_WARP - 1);
         }
     }
     __syncthreads();
 }
 
-/* done(i, r, s_ir, Σ_{j<=i} E_ijr g_ij + c_ir before): of what is seen of a state through s and through x. */
-template <class Done>
-__device__ static void see(const desk *x, const causal &s, const chunk &y, int which, int i, int r, double before,
-                           Done done)
+/* Finds out whether the chunk is steep, which it is not said to be as yet, and, with `make`, F: where maxima would be.
+ */
+__device__ static void find_steep(desk *x, int make)
 {
-    const double *state = y.state[which] + (int64_t)r * (s.d + 2);
-    const ls_real m = y.m[which][(int64_t)i * s.R + r], *a = y.a[which] + r;
-    const double c = weight(state[0], (double)m);
-    double sum = c * state[1], dot = c * before;
-    for (int j = 0; j <= i; j++) {
-        const double e = (double)ls_exp(a[(int64_t)j * s.R] - m);
-        sum += e;
-        dot += e * x->g[i * TILE + j];
+    const side &y = x->mine;
+    int steep = 0;
+#pragma unroll 1
+    for (int r = threadIdx.x % FEW; r < y.R; r += FEW) {
+        const ls_real n = level(y, r);
+#pragma unroll 4
+        for (int j = threadIdx.x / FEW; j < y.n; j += LS_THREADS / FEW) {
+            const ls_real above = y.a[j * y.R + r] - n;
+            steep |= above > STEEP;
+            if (make) y.m[j * y.R + r] = ls_exp(above);
+        }
     }
-    done(i, r, sum, dot);
-}
-
-/* done(i, r, s_ir, look_i·x_ir) for the states of which; g_ij = look_i·row_j is left behind. */
-template <class Done>
-__device__ static void look(desk *x, const causal &s, const chunk &y, int which, const rows &looks, const rows &row,
-                            Done done)
-{
-    const double *state = y.state[which];
-    product(
-        x, y.at.n, y.at.n, s.d, [&](int i, int e) { return entry(looks, y.at, i, e); },
-        [&](int e, int j) { return entry(row, y.at, j, e); },
-        [&](int i, int j, double sum) { x->g[i * TILE + j] = sum; });
-    product(
-        x, y.at.n, s.R, s.d, [&](int i, int e) { return entry(looks, y.at, i, e); },
-        [&](int e, int r) { return state[(int64_t)r * (s.d + 2) + 2 + e]; },
-        [&](int i, int r, double sum) { see(x, s, y, which, i, r, sum, done); });
+    if (steep) x->mine.steep = 1;
     __syncthreads();
 }
 
-/* done(i, e, Σ_r u_ir x_ir): states as they are at i, summed with weights u. */
-template <class Share, class Done>
-__device__ static void gather(desk *x, const causal &s, const chunk &y, int which, const rows &row, Share u, Done done)
+/* With what it takes to know of E. */
+__device__ static const side &open_side(desk *x, const causal &s, int which)
 {
-    const double *state = y.state[which];
-    const ls_real *m = y.m[which];
-    mix(x, y.at.n, s.R, u, y.a[which], m);
-    product(
-        x, y.at.n, s.d, s.R + y.at.n,
-        [&](int i, int k) {
-            if (k >= s.R) return x->g[i * TILE + k - s.R];
-            return u(i, k) * weight(state[(int64_t)k * (s.d + 2)], (double)m[(int64_t)i * s.R + k]);
-        },
-        [&](int k, int e) { return k >= s.R ? entry(row, y.at, k - s.R, e) : state[(int64_t)k * (s.d + 2) + 2 + e]; },
-        done);
-    __syncthreads();
+    const side &y = side_of(x, s, which, 0);
+    find_steep(x, 1);
+    if (y.steep) make_maxima(y);
+    return y;
 }
 
-/* top and the sum of e^(logit - top) of a row, for all lanes of the warp that calls. */
-struct partition {
-    double top, sum;
+__device__ static double steep_weight(const side &y, int i, int j, int r)
+{
+    return (double)ls_exp(y.a[j * y.R + r] - y.m[i * y.R + r]);
+}
+
+/* c_ir */
+__device__ static double entering(const side &y, int i, int r)
+{
+    return y.steep ? weight(y.state[r * y.stride], (double)y.m[i * y.R + r]) : 1;
+}
+
+/* m_r at the chunk's end as weights e_jr want it: 0 of all keys where nothing follows. */
+__device__ static double leaving(const side &y, int j, int r)
+{
+    const double last = y.next == NULL ? -INFINITY : y.next[r * y.stride];
+    return last == -INFINITY ? 0 : (double)ls_exp(y.a[j * y.R + r] - (ls_real)last);
+}
+
+/* f of rows that are taken as they are */
+struct same {
+    __device__ double operator()(double x) const
+    {
+        return x;
+    }
 };
 
-__device__ static partition partition_of(int R, const double *logit)
+/* done(i, r) for the rows of the chunk and slots [r0, r0 + FEW), each by one thread */
+template <class Done> __device__ static void for_table(const side &y, int r0, Done done)
+{
+    const int r = r0 + (int)threadIdx.x % FEW;
+#pragma unroll 1
+    for (int i = threadIdx.x / FEW; r < y.R && i < y.n; i += LS_THREADS / FEW) done(i, r);
+}
+
+/* to (TILE,FEW) = a table, of slots from r0 on */
+template <class Table> __device__ static void stage_table(double *to, const side &y, int r0, Table table)
+{
+    stage<TILE, FEW>(to, [&](int i, int r) { return i < y.n && r0 + r < y.R ? (double)table(i, r0 + r) : 0; });
+}
+
+/* to (FEW,DEPTH) = x of states, or dx, of the same slots, from feature e0 on */
+__device__ static void stage_states(double *to, const side &y, const double *state, int r0, int e0)
+{
+    stage<FEW, DEPTH>(
+        to, [&](int r, int e) { return r0 + r < y.R && e0 + e < y.d ? state[(r0 + r) * y.stride + 2 + e0 + e] : 0; });
+}
+
+/* g_ij = look_i·row_j for j <= i, else 0, once for all slots, with the first of them; dot_ir = i·x_r for slots from r0
+ * on, x the states or their gradients, i the rows that look, or those that are looked at. */
+__device__ static void meet(desk *x, const side &y, const double *state, int looks, int r0, division<TILE, FEW> &dot)
+{
+    division<TILE, TILE> g;
+    const double *of = looks ? x->a : x->b();
+#pragma unroll 1
+    for (int e0 = 0; e0 < y.d; e0 += DEPTH) {
+        __syncthreads();
+        if (r0 == 0 || looks) stage_rows<TILE, DEPTH>(x->a, y.looks, y.looks_shown, 0, e0, same());
+        if (r0 == 0 || !looks) stage_rows<TILE, DEPTH>(x->b(), y.row, y.row_shown, 0, e0, same());
+        stage_states(x->x, y, state, r0, e0);
+        __syncthreads();
+        if (r0 == 0)
+            g.add(
+                0, depth_of(y.d - e0), (int)ls_min(y.n, g.row() + 16 * g.I),
+                [&](int i, int e) { return cell<DEPTH>(x->a, i, e); },
+                [&](int e, int j) { return cell<DEPTH>(x->b(), j, e); });
+        dot.add(
+            0, depth_of(y.d - e0), y.R - r0, [&](int i, int e) { return of[i * (DEPTH + 4) + e]; },
+            [&](int e, int r) { return cell<DEPTH>(x->x, r, e); });
+    }
+    if (r0 == 0) g.each(TILE, TILE, [&](int i, int j, double sum) { cell<TILE>(x->g, i, j) = j <= i ? sum : 0; });
+    __syncthreads();
+}
+
+/* done(i, r, s_ir, Σ_{j<=i} E_ijr g_ij + c_ir before_ir) for slots from r0 on; all wait before. */
+template <class Done> __device__ static void see(desk *x, const side &y, int r0, division<TILE, FEW> &before, Done done)
+{
+    if (y.steep) {
+        before.each(y.n, FEW, [&](int i, int r, double dot) { cell<FEW>(x->a, i, r) = dot; });
+        __syncthreads();
+        for_table(y, r0, [&](int i, int r) {
+            const double c = entering(y, i, r);
+            double sum = c * y.state[r * y.stride + 1], dot = c * cell<FEW>(x->a, i, r - r0);
+#pragma unroll 1
+            for (int j = 0; j <= i; j++) {
+                const double e = steep_weight(y, i, j, r);
+                sum += e;
+                dot += e * cell<TILE>(x->g, i, j);
+            }
+            done(i, r, sum, dot);
+        });
+        return;
+    }
+    division<TILE, FEW> sum;
+    const int last = (int)ls_min((y.n + 7) / 8 * 8, sum.row() + 16);
+    const auto weights = [&](int j, int r) { return cell<FEW>(x->b(), j, r); };
+    stage_table(x->b(), y, r0, [&](int j, int r) { return y.m[j * y.R + r]; });
+    __syncthreads();
+    before.add(
+        0, last, y.R - r0, [&](int i, int j) { return cell<TILE>(x->g, i, j); }, weights);
+    sum.add(
+        0, last, y.R - r0, [&](int i, int j) { return j <= i ? 1.0 : 0.0; }, weights);
+    sum.both(before, y.n, y.R - r0, [&](int i, int r, double all, double dot) {
+        done(i, r0 + r, all + y.state[(r0 + r) * y.stride + 1], dot);
+    });
+}
+
+/* done(i, r, s_ir, look_i·x_ir) */
+template <class Done> __device__ static void look(desk *x, const side &y, Done done)
+{
+#pragma unroll 1
+    for (int r0 = 0; r0 < y.R; r0 += FEW) {
+        division<TILE, FEW> dot;
+        meet(x, y, y.state, 1, r0, dot);
+        see(x, y, r0, dot, done);
+    }
+    __syncthreads();
+}
+
+/* g_ij = Σ_r u(i,r) E_ijr for j <= i, else 0. */
+template <class Share> __device__ static void mix(desk *x, const side &y, Share u)
+{
+    if (y.steep) {
+        __syncthreads();
+#pragma unroll 1
+        for (int at = threadIdx.x; at < TILE * TILE; at += LS_THREADS) {
+            const int i = at / TILE, j = at % TILE;
+            double sum = 0;
+#pragma unroll 1
+            for (int r = 0; j <= i && i < y.n && r < y.R; r++) sum += (double)u(i, r) * steep_weight(y, i, j, r);
+            cell<TILE>(x->g, i, j) = sum;
+        }
+        __syncthreads();
+        return;
+    }
+    division<TILE, TILE> g;
+#pragma unroll 1
+    for (int r0 = 0; r0 < y.R; r0 += FEW) {
+        __syncthreads();
+        stage_table(x->a, y, r0, u);
+        stage_table(x->b(), y, r0, [&](int j, int r) { return y.m[j * y.R + r]; });
+        __syncthreads();
+        g.add(
+            0, (int)ls_min(FEW, depth_of(y.R - r0)), (int)ls_min(y.n, g.row() + 16 * g.I),
+            [&](int i, int r) { return cell<FEW>(x->a, i, r); }, [&](int r, int j) { return cell<FEW>(x->b(), j, r); });
+    }
+    g.each(TILE, TILE, [&](int i, int j, double sum) { cell<TILE>(x->g, i, j) = j <= i ? sum : 0; });
+    __syncthreads();
+}
+
+/* sum += Σ_r share(i,r) x_r of states, or of their gradients, for features from e0 on */
+template <class Share>
+__device__ static void add_states(desk *x, const side &y, const double *state, int e0, Share share,
+                                  division<TILE, TILE> &sum)
+{
+    spread(
+        x->a, x->b(), y.n, y.R, y.d, e0, share, [&](int r, int e) { return state[r * y.stride + 2 + e]; }, sum);
+}
+
+/* done(at, i, e, Σ_r u_ir x_ir): states as they are at i, summed with weights u; at: where e is of row i of `to`. */
+template <class Share, class Done>
+__device__ static void gather(desk *x, const side &y, const strip &to, Share u, Done done)
+{
+    mix(x, y, u);
+    for (int e0 = 0; e0 < y.d; e0 += TILE) {
+        division<TILE, TILE> sum;
+        add_states(
+            x, y, y.state, e0, [&](int i, int r) { return (double)u(i, r) * entering(y, i, r); }, sum);
+        __syncthreads();
+        stage_rows<TILE, TILE>(x->a, y.row, y.row_shown, 0, e0, same());
+        __syncthreads();
+        sum.add(
+            0, (int)ls_min((y.n + 7) / 8 * 8, sum.row() + 16 * sum.I), y.d - e0,
+            [&](int i, int j) { return cell<TILE>(x->g, i, j); }, [&](int j, int e) { return cell<TILE>(x->a, j, e); });
+        sum.put(to, y.n, e0, done);
+    }
+    __syncthreads();
+}
+
+/* top and 1 / the sum of e^(logit - top) of a row. */
+struct partition {
+    double top, inverse;
+};
+
+__device__ static partition partition_of(quarter at, int R, const double *logit)
 {
     double top = -INFINITY, sum = 0;
-    for (int r = threadIdx.x % LS_WARP; r < R; r += LS_WARP) top = logit[r] > top ? logit[r] : top;
-    top = ls_warp_max(top);
-    for (int r = threadIdx.x % LS_WARP; r < R; r += LS_WARP) sum += (double)ls_exp((ls_real)(logit[r] - top));
-    return {top, ls_warp_sum(sum)};
+    for (int r = at.lane; r < R; r += 4) top = logit[r] > top ? logit[r] : top;
+    top = at.max(top);
+    for (int r = at.lane; r < R; r += 4) sum += (double)ls_exp((ls_real)(logit[r] - top));
+    return {top, 1 / at.sum(sum)};
 }
 
 __device__ static double probability(partition z, double logit)
 {
-    return (double)ls_exp((ls_real)(logit - z.top)) / z.sum;
+    return (double)ls_exp((ls_real)(logit - z.top)) * z.inverse;
+}
+
+__device__ static void begin(desk *x, const causal &s)
+{
+    if (threadIdx.x == 0) x->at = place_of(s.c);
+    __syncthreads();
 }
 
 /* ------------------------------------------------------------------------------------------------ apply */
 
-__global__ static void __launch_bounds__(LS_THREADS, 2) apply_chunk(causal s, ls_view out)
+__global__ static void __launch_bounds__(LS_THREADS, 3) apply_chunk(causal s, ls_view out)
 {
-    __shared__ desk x;
-    const chunk y = chunk_of(s);
-    const int R = s.R;
-    make_maxima(s, y);
-    look(&x, s, y, 0, s.q, s.k, [&](int i, int r, double sum, double dot) {
-        y.logit[(int64_t)i * R + r] = sum > 0 ? s.scale * dot / sum : 0;
-    });
-    for (int at = threadIdx.x; at < y.at.n * R; at += blockDim.x) /* what stands in g is of no use to it */
-        see(&x, s, y, 1, at / R, at % R, 0,
-            [&](int, int, double sum, double) { y.w[at] = sum > 0 ? (ls_real)(1 / sum) : 0; });
-    __syncthreads();
-    for (int i = threadIdx.x / LS_WARP; i < y.at.n; i += blockDim.x / LS_WARP) {
-        const double *logit = y.logit + (int64_t)i * R;
-        const partition z = partition_of(R, logit);
-        for (int r = threadIdx.x % LS_WARP; r < R; r += LS_WARP)
-            y.w[(int64_t)i * R + r] = (ls_real)(probability(z, logit[r]) * (double)y.w[(int64_t)i * R + r]);
+    LS_SHARED(desk, x);
+    begin(x, s);
+    const side &y = open_side(x, s, 0); /* until it is of the values */
+    look(x, y, [&](int i, int r, double sum, double dot) { y.seen[i * y.R + r] = sum > 0 ? y.scale * dot / sum : 0; });
+    open_side(x, s, 1);
+#pragma unroll 1
+    for (int r0 = 0; r0 < y.R; r0 += FEW) { /* what stands in g is of no use to it */
+        division<TILE, FEW> nothing;
+        see(x, y, r0, nothing,
+            [&](int i, int r, double sum, double) { y.u_v[i * y.R + r] = sum > 0 ? (ls_real)(1 / sum) : 0; });
+        __syncthreads();
     }
-    __syncthreads();
+    {
+        const quarter mine;
+        const int row = mine.row * y.R, n = mine.row < y.n ? y.R : 0;
+        const double *logit = s.logit + (y.u_v - s.w) + row;
+        const partition z = partition_of(mine, n, logit);
+        for (int r = mine.lane; r < n; r += 4)
+            y.u_v[row + r] = (ls_real)(probability(z, logit[r]) * (double)y.u_v[row + r]);
+        __syncthreads();
+    }
     gather(
-        &x, s, y, 1, s.v, [&](int i, int r) { return (double)y.w[(int64_t)i * R + r]; },
-        [&](int i, int e, double sum) {
-            ls_row(out, y.at.b, y.at.h, y.at.t + i)[e] = is_padded(s.q, y.at, i) ? 0 : (ls_real)sum;
-        });
+        x, y, strip_of({out, NULL, 0}, x->at, s.d), [&](int i, int r) { return y.u_v[i * y.R + r]; },
+        [&](ls_real *o, int i, int, double sum) { *o = y.looks_shown >> i & 1 ? (ls_real)sum : 0; });
 }
 
 /* The sums of the chunks become the states that enter them. */
@@ -299,6 +467,7 @@ static causal open_causal(ls_pass *p, int phase)
                       .dout = {p->dout, p->pad_q, p->T},
                       .a = {p->work[A_K], p->work[A_V]},
                       .m = {p->work[M_K], p->work[M_V]},
+                      .phi = {phi(p, PHI_K, p->params), phi(p, PHI_V, p->params)},
                       .w = p->work[W],
                       .logit = doubles(p, LOGIT),
                       .dp = doubles(p, DP),
@@ -317,110 +486,163 @@ ls_status apply_causal(ls_pass *p, int phase)
     const int64_t blocks = p->B * p->H * short_chunks(p, p->T).count;
     if (blocks == 0) return LS_OK;
     const causal s = open_causal(p, phase);
-    LS_LAUNCH(p->queue, apply_chunk, (int)blocks, LS_THREADS, 0, s, p->out);
+    LS_LAUNCH(p->queue, apply_chunk, (int)blocks, LS_THREADS, sizeof(desk), s, p->out);
     return ls_launched(p->queue, "abc: apply");
 }
 
 /* ------------------------------------------------------------------------------------------------ apply, backward */
 
-/* The share of the state that enters in u: of x Σ_i c_ir u_ir scale look_i, of s -Σ_i c_ir u_ir seen_ir. */
-template <class Share>
-__device__ static void enter_backward(desk *x, const causal &s, const chunk &y, int which, const rows &looks,
-                                      double scale, Share u, const double *seen)
+/* The share of the state that enters in u: of x Σ_i c_ir u_ir scale look_i, of s -Σ_i c_ir u_ir seen_ir; where there is
+ * none 0. */
+template <class Share> __device__ static void enter_backward(desk *x, const side &y, Share u)
 {
-    const int lane = threadIdx.x % LS_WARP, stride = s.d + 2;
-    const double *state = y.state[which];
-    double *to = y.dstate[which];
-    const auto share = [&](int r, int i) {
-        return u(i, r) * weight(state[(int64_t)r * stride], (double)y.m[which][(int64_t)i * s.R + r]);
-    };
-    product(
-        x, s.R, s.d, y.at.n, share, [&](int i, int e) { return scale * entry(looks, y.at, i, e); },
-        [&](int r, int e, double sum) { to[(int64_t)r * stride + 2 + e] = sum; });
-    for (int r = threadIdx.x / LS_WARP; r < s.R; r += blockDim.x / LS_WARP) {
-        double sum = 0;
-        for (int i = lane; i < y.at.n; i += LS_WARP) sum -= share(r, i) * seen[(int64_t)i * s.R + r];
-        sum = ls_warp_sum(sum);
-        if (lane == 0) to[(int64_t)r * stride + 1] = sum;
+    const auto live = [&](int r) { return y.state[r * y.stride] > -INFINITY; };
+    const int deep = (y.n + 7) / 8 * 8;
+#pragma unroll 1
+    for (int r0 = 0; r0 < y.R; r0 += FEW) {
+        __syncthreads();
+        stage_table(x->a, y, r0, u);
+        if (y.steep) /* the thread that put a number there takes it up again, here and below */
+            for_table(y, r0, [&](int i, int r) { cell<FEW>(x->a, i, r - r0) *= entering(y, i, r); });
+        stage_table(x->b(), y, r0, [&](int i, int r) { return cell<FEW>(x->a, i, r - r0) * y.seen[i * y.R + r]; });
+#pragma unroll 1
+        for (int e0 = 0; e0 < y.d; e0 += TILE) {
+            division<FEW, TILE> sum, known;
+            if (e0 > 0) __syncthreads();
+            stage_rows<TILE, TILE>(x->g, y.looks, y.looks_shown, 0, e0, [&](double z) { return y.scale * z; });
+            __syncthreads();
+            sum.add(
+                0, deep, y.d - e0, [&](int r, int i) { return cell<FEW>(x->a, i, r); },
+                [&](int i, int e) { return cell<TILE>(x->g, i, e); });
+            sum.each(y.R - r0, y.d - e0, [&](int r, int e, double z) {
+                y.dstate[(r0 + r) * y.stride + 2 + e0 + e] = live(r0 + r) ? z : 0;
+            });
+            if (e0 > 0) continue;
+            known.add(
+                0, deep, 1, [&](int r, int i) { return cell<FEW>(x->b(), i, r); }, [](int, int) { return 1.0; });
+            known.each(y.R - r0, 1,
+                       [&](int r, int, double z) { y.dstate[(r0 + r) * y.stride + 1] = live(r0 + r) ? -z : 0; });
+        }
     }
 }
 
 /* Pass 1: logit, u, dp, w; dq; what the states that enter get of these queries. */
-__global__ static void __launch_bounds__(LS_THREADS, 2) queries_backward(causal s, ls_view dq)
+__global__ static void __launch_bounds__(LS_THREADS, 3) queries_backward(causal s, ls_view dq)
 {
-    __shared__ desk x;
-    const chunk y = chunk_of(s);
-    const int R = s.R;
-    make_maxima(s, y);
-    look(&x, s, y, 0, s.q, s.k, [&](int i, int r, double sum, double dot) {
-        y.logit[(int64_t)i * R + r] = sum > 0 ? s.scale * dot / sum : 0;
-        y.u[(int64_t)i * R + r] = sum > 0 ? 1 / sum : 0;
-    });
-    look(&x, s, y, 1, s.dout, s.v, [&](int i, int r, double sum, double dot) {
-        y.dp[(int64_t)i * R + r] = sum > 0 ? dot / sum : 0;
-        y.w[(int64_t)i * R + r] = sum > 0 ? (ls_real)(1 / sum) : 0;
-    });
-    for (int i = threadIdx.x / LS_WARP; i < y.at.n; i += blockDim.x / LS_WARP) {
-        const int64_t row = (int64_t)i * R, padded = is_padded(s.q, y.at, i);
-        const partition z = partition_of(R, y.logit + row);
+    LS_SHARED(desk, x);
+    begin(x, s);
+    const side &y = x->mine; /* keys or values in turn */
+    int steep = 0;           /* bit 0: of the keys, bit 1: of the values */
+#pragma unroll 1
+    for (int which = 0; which < 2; which++) {
+        open_side(x, s, which);
+        steep |= y.steep << which;
+        look(x, y, [&](int i, int r, double sum, double dot) {
+            const int at = i * y.R + r;
+            const double inverse = sum > 0 ? 1 / sum : 0;
+            y.seen[at] = y.scale * dot * inverse;
+            if (which)
+                y.u_v[at] = (ls_real)inverse;
+            else
+                y.u_k[at] = inverse;
+        });
+    }
+    {
+        const quarter mine;
+        const int row = mine.row * y.R, n = mine.row < y.n ? y.R : 0, is_shown = y.looks_shown >> mine.row & 1;
+        double *u = y.u_k + row;
+        const double *dp = y.seen + row, *logit = s.logit + (u - s.u);
+        ls_real *w = y.u_v + row;
+        const partition z = partition_of(mine, n, logit);
         double mean = 0;
-        for (int r = threadIdx.x % LS_WARP; r < R; r += LS_WARP)
-            mean += probability(z, y.logit[row + r]) * y.dp[row + r];
-        mean = ls_warp_sum(mean);
-        for (int r = threadIdx.x % LS_WARP; r < R; r += LS_WARP) {
-            const double p = padded ? 0 : probability(z, y.logit[row + r]);
-            y.u[row + r] *= p * (y.dp[row + r] - mean);
-            y.w[row + r] = (ls_real)(p * (double)y.w[row + r]);
+        for (int r = mine.lane; r < n; r += 4) mean += probability(z, logit[r]) * dp[r];
+        mean = mine.sum(mean);
+        for (int r = mine.lane; r < n; r += 4) {
+            const double p = is_shown ? probability(z, logit[r]) : 0;
+            u[r] *= p * (dp[r] - mean);
+            w[r] = (ls_real)(p * (double)w[r]);
         }
     }
-    __syncthreads();
-    const auto u = [&](int i, int r) { return y.u[(int64_t)i * R + r]; };
-    const auto w = [&](int i, int r) { return (double)y.w[(int64_t)i * R + r]; };
-    gather(&x, s, y, 0, s.k, u, [&](int i, int e, double sum) {
-        ls_row(dq, y.at.b, y.at.h, y.at.t + i)[e] = is_padded(s.q, y.at, i) ? 0 : (ls_real)(s.scale * sum);
-    });
-    enter_backward(&x, s, y, 0, s.q, s.scale, u, y.logit);
-    enter_backward(&x, s, y, 1, s.dout, 1, w, y.dp);
+    side_of(x, s, 0, steep & 1);
+    gather(
+        x, y, strip_of({dq, NULL, 0}, x->at, s.d), [&](int i, int r) { return y.u_k[i * y.R + r]; },
+        [&](ls_real *o, int i, int, double sum) { *o = y.looks_shown >> i & 1 ? (ls_real)(s.scale * sum) : 0; });
+#pragma unroll 1
+    for (int which = 0; which < 2; which++) {
+        side_of(x, s, which, steep >> which & 1);
+        enter_backward(x, y, [&](int i, int r) { return which ? (double)y.u_v[i * y.R + r] : y.u_k[i * y.R + r]; });
+    }
 }
 
-/* Pass 2, when the gradients of the states that leave are known: dk or dv but for φ's part, and logits become da, db.
+/* Pass 2, when the gradients of the states that leave are known: dk or dv, and logits become da, db.
  * blockIdx.y: keys or values. */
-__global__ static void __launch_bounds__(LS_THREADS, 2) keys_backward(causal s, ls_view dk, ls_view dv)
+__global__ static void __launch_bounds__(LS_THREADS, 3) keys_backward(causal s, ls_view dk, ls_view dv)
 {
-    __shared__ desk x;
-    const chunk y = chunk_of(s);
-    const int which = blockIdx.y, R = s.R, n = y.at.n, stride = s.d + 2;
-    const rows &looks = which ? s.dout : s.q, &row = which ? s.v : s.k;
-    const ls_view to = which ? dv : dk;
-    const double scale = which ? 1 : s.scale, *seen = which ? y.dp : y.logit, *after = y.dstate[which];
-    ls_real *a = y.a[which];
-    const ls_real *m = y.m[which], *last = m + (int64_t)(n - 1) * R;
-    const auto u = [&](int i, int r) { return which ? (double)y.w[(int64_t)i * R + r] : y.u[(int64_t)i * R + r]; };
-    mix(&x, n, R, u, a, m);
-    product(
-        &x, n, s.d, R + n,
-        [&](int j, int k) {
-            return k >= R ? scale * x.g[(k - R) * TILE + j] : (double)ls_exp(a[(int64_t)j * R + k] - last[k]);
-        },
-        [&](int k, int e) { return k >= R ? entry(looks, y.at, k - R, e) : after[(int64_t)k * stride + 2 + e]; },
-        [&](int j, int e, double sum) { ls_row(to, y.at.b, y.at.h, y.at.t + j)[e] = (ls_real)sum; });
-    __syncthreads();
-    product(
-        &x, n, n, s.d, [&](int i, int e) { return entry(looks, y.at, i, e); },
-        [&](int e, int j) { return entry(row, y.at, j, e); },
-        [&](int i, int j, double sum) { x.g[i * TILE + j] = sum; });
-    product(
-        &x, n, R, s.d, [&](int j, int e) { return entry(row, y.at, j, e); },
-        [&](int e, int r) { return after[(int64_t)r * stride + 2 + e]; },
-        [&](int j, int r, double sum) {
-            const int64_t own = (int64_t)j * R + r;
-            double da = (double)ls_exp(a[own] - last[r]) * (after[(int64_t)r * stride + 1] + sum);
-            for (int i = j; i < n; i++) {
-                const int64_t at = (int64_t)i * R + r;
-                da += (double)ls_exp(a[own] - m[at]) * u(i, r) * (scale * x.g[i * TILE + j] - seen[at]);
-            }
-            a[own] = (ls_real)da;
+    LS_SHARED(desk, x);
+    begin(x, s);
+    const int which = blockIdx.y, R = s.R;
+    const side &y = side_of(x, s, which, 0);
+    find_steep(x, 0);
+    const strip to = which ? strip_of({dv, NULL, 0}, x->at, s.d) : strip_of({dk, NULL, 0}, x->at, s.d);
+    const int n = y.n, deep = (n + 7) / 8 * 8;
+    const double *after = y.dstate;
+    const auto u = [&](int i, int r) { return which ? (double)y.u_v[i * R + r] : y.u_k[i * R + r]; };
+    mix(x, y, u);
+#pragma unroll 1
+    for (int e0 = 0; e0 < y.d; e0 += TILE) {
+        division<TILE, TILE> sum;
+        __syncthreads();
+        stage_rows<TILE, TILE>(x->a, y.looks, y.looks_shown, 0, e0, [&](double z) { return y.scale * z; });
+        __syncthreads();
+        sum.add(
+            sum.row(), deep, y.d - e0, [&](int j, int i) { return cell<TILE>(x->g, i, j); }, /* i >= j */
+            [&](int i, int e) { return cell<TILE>(x->a, i, e); });
+        add_states(
+            x, y, after, e0, [&](int j, int r) { return leaving(y, j, r); }, sum);
+        sum.put(to, n, e0, [](ls_real *o, int, int, double z) { *o = (ls_real)z; });
+    }
+#pragma unroll 1
+    for (int r0 = 0; r0 < R; r0 += FEW) {
+        division<TILE, FEW> leave, inside, known;
+        meet(x, y, after, 0, r0, leave);
+        if (y.steep) {
+            leave.each(n, FEW, [&](int j, int r, double from_state) { cell<FEW>(x->a, j, r) = from_state; });
+            __syncthreads();
+            for_table(y, r0, [&](int j, int r) {
+                double da = leaving(y, j, r) * (after[r * y.stride + 1] + cell<FEW>(x->a, j, r - r0));
+#pragma unroll 1
+                for (int i = j; i < n; i++)
+                    da += steep_weight(y, i, j, r) * u(i, r) * (y.scale * cell<TILE>(x->g, i, j) - y.seen[i * R + r]);
+                y.a[j * R + r] = (ls_real)da;
+            });
+            continue;
+        }
+        stage_table(x->a, y, r0, u);
+        stage_table(x->b(), y, r0, [&](int i, int r) { return u(i, r) * y.seen[i * R + r]; });
+        __syncthreads();
+        inside.add(
+            inside.row(), deep, R - r0, [&](int j, int i) { return cell<TILE>(x->g, i, j); },
+            [&](int i, int r) { return cell<FEW>(x->a, i, r); });
+        known.add(
+            known.row(), deep, R - r0, [&](int j, int i) { return i >= j ? 1.0 : 0.0; },
+            [&](int i, int r) { return cell<FEW>(x->b(), i, r); });
+        known.both(inside, TILE, FEW, [&](int, int, double &sum, double z) { sum = y.scale * z - sum; });
+        leave.both(known, n, R - r0, [&](int j, int r, double from_state, double difference) {
+            const double da = (double)y.m[j * R + r0 + r] * difference +
+                              leaving(y, j, r0 + r) * (after[(r0 + r) * y.stride + 1] + from_state);
+            y.a[j * R + r0 + r] = (ls_real)da;
         });
+    }
+    __syncthreads();
+    const ls_real *map = s.phi[which];
+#pragma unroll 1
+    for (int e0 = 0; e0 < y.d; e0 += TILE) { /* logits were needed above */
+        division<TILE, TILE> sum;
+        spread(
+            x->a, x->b(), n, R, y.d, e0, [&](int j, int r) { return y.a[j * R + r]; },
+            [&](int r, int e) { return map[e * R + r]; }, sum);
+        sum.put(to, n, e0, [](ls_real *o, int, int, double z) { *o += (ls_real)z; });
+    }
 }
 
 ls_status apply_causal_backward(ls_pass *p, int phase)
@@ -430,12 +652,13 @@ ls_status apply_causal_backward(ls_pass *p, int phase)
     causal s = {};
     if (blocks > 0) {
         s = open_causal(p, phase);
-        LS_LAUNCH(p->queue, queries_backward, (int)blocks, LS_THREADS, 0, s, p->dq);
+        LS_LAUNCH(p->queue, queries_backward, (int)blocks, LS_THREADS, sizeof(desk), s, p->dq);
     }
     LS_LAUNCH(p->queue, scan_gradients, ls_blocks(got->monoid.groups * (p->d + 1), 128), 128, 0, got->monoid.groups,
               s.c.count, slots(p), p->d + 2, doubles(p, STATES), doubles(p, DSTATES), got->dgot);
     if (blocks > 0) {
-        LS_LAUNCH(p->queue, keys_backward, dim3((unsigned)blocks, 2), LS_THREADS, 0, s, p->own.dk, p->own.dv);
+        LS_LAUNCH(p->queue, keys_backward, dim3((unsigned)blocks, 2), LS_THREADS, sizeof(desk), s, p->own.dk,
+                  p->own.dv);
         map_backward(p, NULL);
     }
     return ls_launched(p->queue, "abc: apply backward");

@@ -18,7 +18,8 @@ enum { PHI_K, PHI_V }; /* param[] */
  * slots (B,H,2,R,d), centres (B,H,2,d), constants (B,H,2,R) */
 enum { A_K, A_V, M_K, M_V, W, LOGIT, DP, U, STATES, DSTATES, TOPS, PIECES, CENTRED, CENTRES, CONSTANTS };
 enum { TILE = 64, CHUNK = TILE }; /* rows and columns of products in a block */
-enum { AHEAD = 8 };               /* chunks whose sums are read before their turn */
+enum { DEPTH = 32, FEW = 16 };    /* of a product what is in shared memory at a time; slots in a tile */
+enum { AHEAD = 16 };              /* chunks whose sums are read before their turn */
 
 static inline int64_t slots(const ls_pass *p)
 {
@@ -40,6 +41,11 @@ static inline chunking short_chunks(const ls_pass *p, int64_t rows)
     return {p->H, rows, CHUNK, ceil_of(rows, CHUNK)};
 }
 
+static inline ls_real *phi(const ls_pass *p, int which, const ls_real *base)
+{
+    return (ls_real *)(uintptr_t)base + p->param[which].offset;
+}
+
 static inline double *doubles(const ls_pass *p, int which)
 {
     return (double *)(void *)p->work[which];
@@ -49,7 +55,7 @@ static inline double *doubles(const ls_pass *p, int which)
 void make_logits(ls_pass *p);
 /* STATES, TOPS: (m; s, x) of each chunk of the keys, from their logits. */
 void sum_chunks(ls_pass *p, chunking c);
-/* A_K, A_V hold da, db: dk += da φ_kᵀ, dφ_k += (k - c)ᵀ da, and the same for the values; centres NULL: c = 0. */
+/* A_K, A_V hold da, db: dφ_k += (k - c)ᵀ da, and the same for the values; centres NULL: c = 0. */
 void map_backward(ls_pass *p, const ls_real *centres);
 
 ls_status apply_causal(ls_pass *p, int phase);
@@ -72,18 +78,38 @@ struct place {
 
 __device__ static inline place place_of(chunking c)
 {
-    const int64_t bh = blockIdx.x / c.count, chunk = blockIdx.x % c.count, t = chunk * c.length;
-    return {bh / c.H, bh % c.H, bh, chunk, t, (int)ls_min(c.length, c.rows - t)};
+    const unsigned count = (unsigned)c.count, heads = (unsigned)c.H, bh = blockIdx.x / count;
+    const int64_t chunk = blockIdx.x % count, t = chunk * c.length;
+    return {bh / heads, bh % heads, bh, chunk, t, (int)ls_min(c.length, c.rows - t)};
 }
 
-__device__ static inline int is_padded(const rows &x, const place &at, int i)
+__device__ static inline int padded_row(const rows &x, const place &at, int i)
 {
     return ls_is_padded(x.pad, at.b * x.n + at.t + i);
 }
 
-__device__ static inline double entry(const rows &x, const place &at, int i, int e)
+/* The same rows for the threads of the block: row i, of n, begins at x + i step. */
+struct strip {
+    ls_real *x;
+    const uint8_t *pad; /* of row 0, or NULL */
+    int step, n, d;
+};
+
+__device__ static inline strip strip_of(const rows &x, const place &at, int d)
 {
-    return is_padded(x, at, i) ? 0 : (double)ls_row(x.v, at.b, at.h, at.t + i)[e];
+    return {ls_row(x.v, at.b, at.h, at.t), x.pad == NULL ? NULL : x.pad + at.b * x.n + at.t, (int)x.v.st, at.n, d};
+}
+
+/* Bit i: row t + i is there, and not padded. For all lanes of the warp, which call together. */
+__device__ static inline unsigned shown(const strip &x, int t)
+{
+    const int i = t + (int)threadIdx.x % LS_WARP;
+    return __ballot_sync(0xffffffffu, i < x.n && (x.pad == NULL || !x.pad[i]));
+}
+
+__device__ static inline uint64_t shown_tile(const strip &x)
+{
+    return shown(x, 0) | (uint64_t)shown(x, LS_WARP) << 32;
 }
 
 /* e^(from - to), 0 where there was nothing. */
@@ -92,40 +118,229 @@ __device__ static inline double weight(double from, double to)
     return from == -INFINITY ? 0 : (double)ls_exp((ls_real)(from - to));
 }
 
-/* done(i, j, Σ_k a(i,k) b(k,j)), i < m, j < n, k < depth > 0, by 256 threads, each with 4x4 of every 64x64. Thread x, y
- * has rows y + 16 u and columns x + 16 v. x: shared memory for `deep` k at a time; across: of an operand's numbers,
- * those of one k lie side by side in memory. */
-template <class Desk, class A, class B, class Done>
-__device__ static void product(Desk *x, int m, int n, int depth, A a, B b, Done done)
+/* Matrices in shared memory have rows of COLUMNS + 4 doubles: where the 32 lanes read 8 rows x 4 columns, or 4 x 8,
+ * they meet different banks. */
+template <int COLUMNS> __device__ static inline double &cell(double *x, int row, int column)
 {
-    constexpr int deep = Desk::deep, ld = Desk::ld;
-    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-    for (int i0 = 0; i0 < m; i0 += TILE)
-        for (int j0 = 0; j0 < n; j0 += TILE) {
-            const int tall = (m - i0 + 15) / 16, wide = (n - j0 + 15) / 16;
-            double sum[4][4] = {};
-            for (int k0 = 0; k0 < depth; k0 += deep) {
-                __syncthreads();
-                for (int at = threadIdx.x; at < TILE * deep; at += blockDim.x) {
-                    const int i = Desk::across ? at % TILE : at / deep, k = Desk::across ? at / TILE : at % deep;
-                    x->a[i * ld + k] = i0 + i < m && k0 + k < depth ? a(i0 + i, k0 + k) : 0;
-                    x->b[i * ld + k] = j0 + i < n && k0 + k < depth ? b(k0 + k, j0 + i) : 0;
-                }
-                __syncthreads();
-                for (int k = 0; k < deep; k++)
+    return x[row * (COLUMNS + 4) + column];
+}
+
+/* to (ROWS,COLUMNS) = x(row, column), by all threads: each has one column, of which it asks for all rows at once. */
+template <int ROWS, int COLUMNS, class X> __device__ static inline void stage(double *to, X x)
+{
+    constexpr int STEP = LS_THREADS / COLUMNS;
+    const int row = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
+    double y[ROWS / STEP];
 #pragma unroll
-                    for (int u = 0; u < 4; u++)
+    for (int i = 0; i < ROWS / STEP; i++) y[i] = x(row + STEP * i, column);
 #pragma unroll
-                        for (int v = 0; v < 4; v++)
-                            if (u < tall && v < wide)
-                                sum[u][v] += x->a[(ty + 16 * u) * ld + k] * x->b[(tx + 16 * v) * ld + k];
+    for (int i = 0; i < ROWS / STEP; i++) cell<COLUMNS>(to, row + STEP * i, column) = y[i];
+}
+
+/* The same of rows i0 + row, features e0 + column of x: f(number), or f(0) where bit i0 + row of `shown` is not set. */
+template <int ROWS, int COLUMNS, class F>
+__device__ static inline void stage_rows(double *to, const strip &x, uint64_t shown, int i0, int e0, F f)
+{
+    constexpr int STEP = LS_THREADS / COLUMNS;
+    const int row = threadIdx.x / COLUMNS, e = e0 + (int)threadIdx.x % COLUMNS;
+    const uint64_t mine = e < x.d ? shown >> (i0 + row) : 0;
+    const ls_real *from = x.x + (int64_t)(i0 + row) * x.step + e;
+    const int64_t next = (int64_t)STEP * x.step;
+    ls_real y[ROWS / STEP];
+#pragma unroll
+    for (int i = 0; i < ROWS / STEP; i++, from += next) y[i] = mine >> STEP * i & 1 ? *from : 0;
+#pragma unroll
+    for (int i = 0; i < ROWS / STEP; i++) cell<COLUMNS>(to, row + STEP * i, e - e0) = f((double)y[i]);
+}
+
+/* How 8 warps divide a product (M,N): `across` of them stand side by side, each has I x J blocks of 16 x 8. */
+template <int M, int N> struct division {
+    enum { ACROSS = M == N ? 4 : N / 8, I = M * ACROSS / (8 * 16), J = N / (8 * ACROSS) };
+    double c[I][J][4]; /* of a lane: rows g and g + 8, columns 2 t and 2 t + 1, g = lane / 4, t = lane % 4 */
+
+    __device__ division() : c() {}
+    __device__ static int row() /* the warp's first */
+    {
+        return (int)threadIdx.x / LS_WARP / ACROSS * 16 * I;
+    }
+    __device__ static int column()
+    {
+        return (int)threadIdx.x / LS_WARP % ACROSS * 8 * J;
+    }
+
+    /* c_ij += Σ_k a(i,k) b(k,j), first <= k < last; one step takes 8 k, which must be there. On tensor cores, in
+     * double; columns from `wide` on are not wanted. */
+    template <class A, class B> __device__ void add(int first, int last, int wide, A a, B b)
+    {
+        const int g = threadIdx.x % LS_WARP / 4, t = threadIdx.x % 4;
+        if (column() >= wide) return;
+#pragma unroll(I *J > 1 ? 1 : 2)
+        for (int k = first; k < last; k += 8) {
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 800
+            double x[I][4], y[J][2];
+#pragma unroll
+            for (int i = 0; i < I; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) x[i][e] = a(row() + 16 * i + g + e % 2 * 8, k + t + e / 2 * 4);
+#pragma unroll
+            for (int j = 0; j < J; j++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) y[j][e] = b(k + t + e * 4, column() + 8 * j + g);
+#pragma unroll
+            for (int i = 0; i < I; i++)
+#pragma unroll
+                for (int j = 0; j < J; j++) multiply(c[i][j], x[i], y[j]);
+#else
+            for (int i = 0; i < I; i++)
+                for (int j = 0; j < J; j++)
+                    for (int e = 0; e < 4; e++)
+                        for (int u = 0; u < 8; u++)
+                            c[i][j][e] +=
+                                a(row() + 16 * i + g + e / 2 * 8, k + u) * b(k + u, column() + 8 * j + 2 * t + e % 2);
+#endif
+        }
+    }
+
+    /* done(i, j, c_ij) for i < m, j < n */
+    template <class Done> __device__ void each(int m, int n, Done done)
+    {
+        both(*this, m, n, [&](int i, int j, double &y, double) { done(i, j, y); });
+    }
+    /* done(at, i, e, c_ij), at that of row i of n of `to`, at feature e = e0 + j */
+    template <class Done> __device__ void put(const strip &to, int n, int e0, Done done)
+    {
+        const int g = threadIdx.x % LS_WARP / 4, first = e0 + column() + threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < 2 * I; i++) {
+            const int y = row() + 8 * i + g;
+            ls_real *at = to.x + (int64_t)y * to.step + first;
+            if (y >= n) return;
+#pragma unroll
+            for (int j = 0; j < 2 * J; j++) {
+                const int e = j / 2 * 8 + j % 2;
+                if (first + e < to.d) done(at + e, y, first + e, c[i / 2][j / 2][i % 2 * 2 + j % 2]);
             }
+        }
+    }
+    /* done(i, j, c_ij, other's c_ij) */
+    template <class Done> __device__ void both(const division &other, int m, int n, Done done)
+    {
+        const int g = threadIdx.x % LS_WARP / 4, t = threadIdx.x % 4;
 #pragma unroll
-            for (int u = 0; u < 4; u++)
+        for (int i = 0; i < I; i++)
 #pragma unroll
-                for (int v = 0; v < 4; v++)
-                    if (i0 + ty + 16 * u < m && j0 + tx + 16 * v < n)
-                        done(i0 + ty + 16 * u, j0 + tx + 16 * v, sum[u][v]);
+            for (int j = 0; j < J; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int y = row() + 16 * i + g + e / 2 * 8, x = column() + 8 * j + 2 * t + e % 2;
+                    if (y < m && x < n) done(y, x, c[i][j][e], other.c[i][j][e]);
+                }
+    }
+
+  private:
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+    /* x: rows g and g + 8 of column t, then of t + 4; y: rows t and t + 4 of column g */
+    __device__ static void multiply(double (&z)[4], const double (&x)[4], const double (&y)[2])
+    {
+        asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+d"(z[0]), "+d"(z[1]), "+d"(z[2]), "+d"(z[3])
+            : "d"(x[0]), "d"(x[1]), "d"(x[2]), "d"(x[3]), "d"(y[0]), "d"(y[1]));
+    }
+#elif defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 800
+    __device__ static void multiply(double (&z)[4], const double (&x)[4], const double (&y)[2])
+    {
+        for (int e = 0; e < 4; e++)
+            asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                : "+d"(z[e % 2 * 2]), "+d"(z[e % 2 * 2 + 1])
+                : "d"(x[e]), "d"(y[e / 2]));
+    }
+#endif
+};
+
+/* What there is to do of a depth that goes on for `rest`, in steps of 8. */
+__device__ static inline int depth_of(int rest)
+{
+    return rest < DEPTH ? (rest + 7) / 8 * 8 : DEPTH;
+}
+
+/* sum_ir += Σ_e f(e, row_i[e]) of(r,e), r from r0 on; rows that are not shown are 0. a: TILE x DEPTH, b: FEW x
+ * DEPTH, in shared memory. */
+template <class F, class Of>
+__device__ static inline void score(double *a, double *b, const strip &x, uint64_t shown, int R, int r0, F f, Of of,
+                                    division<TILE, FEW> &sum)
+{
+#pragma unroll 1
+    for (int e0 = 0; e0 < x.d; e0 += DEPTH) {
+        const int column = e0 + (int)threadIdx.x % DEPTH;
+        __syncthreads();
+        stage_rows<TILE, DEPTH>(a, x, shown, 0, e0, [&](double y) { return f(column, y); });
+        stage<FEW, DEPTH>(b, [&](int r, int e) { return r0 + r < R && e0 + e < x.d ? (double)of(r0 + r, e0 + e) : 0; });
+        __syncthreads();
+        sum.add(
+            0, depth_of(x.d - e0), R - r0, [&](int i, int e) { return cell<DEPTH>(a, i, e); },
+            [&](int e, int r) { return cell<DEPTH>(b, r, e); });
+    }
+}
+
+/* sum_ie += Σ_r table(i,r) of(r,e), i < n, e from e0 on. a: TILE x FEW, b: FEW x TILE. */
+template <class Table, class Of>
+__device__ static inline void spread(double *a, double *b, int n, int R, int d, int e0, Table table, Of of,
+                                     division<TILE, TILE> &sum)
+{
+#pragma unroll 1
+    for (int r0 = 0; r0 < R; r0 += FEW) {
+        __syncthreads();
+        stage<TILE, FEW>(a, [&](int i, int r) { return i < n && r0 + r < R ? (double)table(i, r0 + r) : 0; });
+        stage<FEW, TILE>(b, [&](int r, int e) { return r0 + r < R && e0 + e < d ? (double)of(r0 + r, e0 + e) : 0; });
+        __syncthreads();
+        sum.add(
+            0, (int)ls_min(FEW, depth_of(R - r0)), d - e0, [&](int i, int r) { return cell<FEW>(a, i, r); },
+            [&](int r, int e) { return cell<TILE>(b, r, e); });
+    }
+}
+
+/* Four neighbours have a row of a table: which, every fourth of its numbers, and sums over all. */
+struct quarter {
+    int row, lane;
+    __device__ quarter() : row(threadIdx.x / 4), lane(threadIdx.x % 4) {}
+    template <typename T> __device__ static T sum(T x)
+    {
+        x += __shfl_xor_sync(0xffffffffu, x, 1);
+        return x + __shfl_xor_sync(0xffffffffu, x, 2);
+    }
+    template <typename T> __device__ static T max(T x)
+    {
+        T y = __shfl_xor_sync(0xffffffffu, x, 1);
+        x = y > x ? y : x;
+        y = __shfl_xor_sync(0xffffffffu, x, 2);
+        return y > x ? y : x;
+    }
+};
+
+/* done(r, e, Σ_i share(i,r) f(e, row_i[e])), r < R, over the rows of x, but those that are padded. a: DEPTH x FEW, b:
+ * DEPTH x TILE, in shared memory. */
+template <class Share, class F, class Done>
+__device__ static inline void sum_rows(double *a, double *b, strip x, int R, Share share, F f, Done done)
+{
+    ls_real *const rows = x.x;
+    for (int r0 = 0; r0 < R; r0 += FEW)
+        for (int e0 = 0; e0 < x.d; e0 += TILE) {
+            const int column = e0 + (int)threadIdx.x % TILE;
+            division<FEW, TILE> sum;
+            x.x = rows;
+            for (int i0 = 0; i0 < x.n; i0 += DEPTH, x.x += (int64_t)DEPTH * x.step) {
+                const unsigned here = shown(x, i0);
+                __syncthreads();
+                stage<DEPTH, FEW>(
+                    a, [&](int i, int r) { return here >> i & 1 && r0 + r < R ? share(i0 + i, r0 + r) : 0; });
+                stage_rows<DEPTH, TILE>(b, x, here, 0, e0, [&](double y) { return f(column, y); });
+                __syncthreads();
+                sum.add(
+                    0, depth_of(x.n - i0), x.d - e0, [&](int r, int i) { return cell<FEW>(a, i, r); },
+                    [&](int i, int e) { return cell<TILE>(b, i, e); });
+            }
+            sum.each(R - r0, x.d - e0, [&](int r, int e, double y) { done(r0 + r, e0 + e, y); });
         }
 }
 
