@@ -1,6 +1,6 @@
-/* Products of small matrices of bfloat16 on tensor cores: ldmatrix and mma.m16n8k16 of PTX, for compute capability 8.0
- * and later, and the power that goes with them. The tests put a header of this name before this one: it does the same
- * on the CPU.
+/* Products of small matrices on tensor cores: ldmatrix and mma.m16n8k16 of PTX for bfloat16, mma.m16n8k8 for double,
+ * for compute capability 8.0 and later; and the power that goes with them. The tests put a header of this name before
+ * this one: it does the same on the CPU.
  *
  * The lanes of a warp call together. With g = lane / 4 and t = 2 (lane % 4), a lane has
  *
@@ -43,6 +43,32 @@ __device__ static inline void ls_mma(float c[4], const uint32_t a[4], uint32_t b
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* c (16,8) += a (16,8) b (8,8) in double, exactly rounded as by fused multiplications. With g = lane / 4 and t = lane %
+ * 4 a lane has of c what is said above; of a a[0]: row g, column t, a[1]: row g + 8, a[2], a[3]: column t + 4; of b
+ * b[0]: row t, column g, b[1]: row t + 4. */
+__device__ static inline void ls_mma_double(double (&c)[4], const double (&a)[4], const double (&b)[2])
+{
+#if __CUDA_ARCH__ >= 900
+    asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+d"(c[0]), "+d"(c[1]), "+d"(c[2]), "+d"(c[3])
+        : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(b[0]), "d"(b[1]));
+#else /* the same by quarters: rows 0..7 and 8..15, columns of a 0..3 and 4..7 */
+    for (int e = 0; e < 4; e++)
+        asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+            : "+d"(c[e % 2 * 2]), "+d"(c[e % 2 * 2 + 1])
+            : "d"(a[e]), "d"(b[e / 2]));
+#endif
+}
+
+/* 1/x to 1 ulp, 0 beyond 2^126. */
+__device__ static inline float ls_inverse(float x)
+{
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 /* 2^x to 22 bits, 0 below 2^-126: one instruction, where e^x, which bothers about what is below, takes five. */

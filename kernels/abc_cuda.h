@@ -4,6 +4,8 @@
 
 #include "cuda.h"
 
+#include <cuda_mma.h>
+
 extern "C" {
 #include "mechanism.h"
 }
@@ -176,7 +178,6 @@ template <int M, int N> struct division {
         if (column() >= wide) return;
 #pragma unroll(I *J > 1 ? 1 : 2)
         for (int k = first; k < last; k += 8) {
-#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 800
             double x[I][4], y[J][2];
 #pragma unroll
             for (int i = 0; i < I; i++)
@@ -189,15 +190,7 @@ template <int M, int N> struct division {
 #pragma unroll
             for (int i = 0; i < I; i++)
 #pragma unroll
-                for (int j = 0; j < J; j++) multiply(c[i][j], x[i], y[j]);
-#else
-            for (int i = 0; i < I; i++)
-                for (int j = 0; j < J; j++)
-                    for (int e = 0; e < 4; e++)
-                        for (int u = 0; u < 8; u++)
-                            c[i][j][e] +=
-                                a(row() + 16 * i + g + e / 2 * 8, k + u) * b(k + u, column() + 8 * j + 2 * t + e % 2);
-#endif
+                for (int j = 0; j < J; j++) ls_mma_double(c[i][j], x[i], y[j]);
         }
     }
 
@@ -236,26 +229,6 @@ template <int M, int N> struct division {
                     if (y < m && x < n) done(y, x, c[i][j][e], other.c[i][j][e]);
                 }
     }
-
-  private:
-#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
-    /* x: rows g and g + 8 of column t, then of t + 4; y: rows t and t + 4 of column g */
-    __device__ static void multiply(double (&z)[4], const double (&x)[4], const double (&y)[2])
-    {
-        asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+d"(z[0]), "+d"(z[1]), "+d"(z[2]), "+d"(z[3])
-            : "d"(x[0]), "d"(x[1]), "d"(x[2]), "d"(x[3]), "d"(y[0]), "d"(y[1]));
-    }
-#elif defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 800
-    __device__ static void multiply(double (&z)[4], const double (&x)[4], const double (&y)[2])
-    {
-        for (int e = 0; e < 4; e++)
-            asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-                : "+d"(z[e % 2 * 2]), "+d"(z[e % 2 * 2 + 1])
-                : "d"(x[e]), "d"(y[e / 2]));
-    }
-#endif
 };
 
 /* What there is to do of a depth that goes on for `rest`, in steps of 8. */

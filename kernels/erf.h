@@ -23,41 +23,24 @@ LS_BOTH_SIDES double ls_normal_cdf(double x, double *density)
 }
 #else
 #define LS_ERF_LOOP _Pragma("omp simd")
-/* exp(-s/2), 1/x. A GPU has an instruction for each, where the others take twenty: 2^x to a relative 2^-22, 1/x to 1
- * ulp, and 0 where a float has no normal number, as ls_exp. What the exponent loses by its second rounding is what it
- * has lost by that of s = x². */
-LS_BOTH_SIDES float ls_normal_exp(float s)
-{
-#ifdef __CUDA_ARCH__
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(-0.72134752f * s));
-    return y;
-#else
-    return ls_exp(-0.5f * s);
+/* exp(-s/2) and 1/x for LS_NORMAL_SIDES, the functions that are made here: a file may have faster ones. */
+#ifndef LS_NORMAL_SIDES
+#define LS_NORMAL_SIDES LS_BOTH_SIDES
+#define LS_NORMAL_EXP(s) ls_exp(-0.5f * (s))
+#define LS_NORMAL_INVERSE(x) (1.0f / (x))
 #endif
-}
-LS_BOTH_SIDES float ls_normal_inverse(float x)
-{
-#ifdef __CUDA_ARCH__
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#else
-    return 1.0f / x;
-#endif
-}
-LS_BOTH_SIDES float ls_normal_cdf(float x, float *density)
+LS_NORMAL_SIDES float ls_normal_cdf(float x, float *density)
 {
     const float s = x * x, s2 = s * s;
     const float p23 = 9.96719673e-3f - 1.16935372e-3f * s, p01 = 3.98942262e-1f - 6.64895847e-2f * s;
     const float inner = 0.5f + x * ((9.42352417e-5f * s2 + p23) * s2 + p01);
 
-    const float a = fabsf(x), t = ls_normal_inverse(a + 3.6f), u = 1.0f - 7.2f * t, u2 = u * u;
+    const float a = fabsf(x), t = LS_NORMAL_INVERSE(a + 3.6f), u = 1.0f - 7.2f * t, u2 = u * u;
     const float q45 = 2.49807350e-2f + 4.74176742e-3f * u, q23 = 3.30843926e-1f - 1.30242690e-1f * u;
     const float q01 = 7.46886075e-1f - 5.74994683e-1f * u;
     const float q = ((q45 - 3.43092391e-3f * u2) * u2 + q23) * u2 + q01;
 
-    const float e = ls_normal_exp(s), tail = e * q * t;
+    const float e = LS_NORMAL_EXP(s), tail = e * q * t;
     *density = 0.39894228f * e;
     const float above = 1.0f - tail, outer = x < 0.0f ? tail : above;
     return a < 1.0f ? inner : outer;

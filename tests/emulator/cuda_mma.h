@@ -16,6 +16,7 @@ struct mma_table {
     int line[32];
     const __nv_bfloat16 *row[32];
     uint32_t a[32][4], b[32][2];
+    double a8[16][8], b8[8][8]; /* of products in double */
 };
 static mma_table mma_tables[32]; /* of the warps of a block */
 
@@ -96,6 +97,29 @@ static inline void ls_mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t
         c[e] = emulator::mma_towards_0(sum);
     }
     __syncwarp();
+}
+
+/* In double a lane names its numbers by where they stand: PTX ISA, mma.m16n8k8 with .f64. */
+static inline void ls_mma_double(double (&c)[4], const double (&a)[4], const double (&b)[2],
+                                 int line = __builtin_LINE())
+{
+    const int lane = (int)threadIdx.x % 32, group = lane >> 2, in_group = lane % 4;
+    emulator::mma_table &table = emulator::mma_tables[threadIdx.x / 32];
+    for (int i = 0; i < 4; i++) table.a8[i == 0 || i == 2 ? group : group + 8][i < 2 ? in_group : in_group + 4] = a[i];
+    for (int i = 0; i < 2; i++) table.b8[i == 0 ? in_group : in_group + 4][group] = b[i];
+    table.line[lane] = line;
+    emulator::mma_meet(table);
+    for (int i = 0; i < 4; i++) {
+        const int row = i < 2 ? group : group + 8, column = in_group * 2 + (i & 1);
+        for (int k = 0; k < 8; k++) c[i] = std::fma(table.a8[row][k], table.b8[k][column], c[i]);
+    }
+    __syncwarp();
+}
+
+static inline float ls_inverse(float x)
+{
+    const float y = 1 / x;
+    return std::fabs(y) < 1.1754944e-38f ? 0 : y;
 }
 
 static inline float ls_exp2(float x)
