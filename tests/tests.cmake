@@ -144,9 +144,9 @@ foreach(run laws_bf16_1 laws_bf16_2 probsparse_bf16_3)
     TIMEOUT 1500 PROCESSORS ${ranks})
 endforeach()
 
-# tensor cores, with copies to shared memory that are made at once or when they are waited for, and on a GPU where a
-# block has 99 KiB
-foreach(run ORDER=11 SHARED=99)
+# tensor cores, with copies to shared memory that are made at once or when they are waited for, on a GPU where a block
+# has 99 KiB, and with threads that go on in any order that barriers allow
+foreach(run ORDER=11 SHARED=99 THREADS=5)
   string(REGEX MATCH "[A-Z]+" name ${run})
   string(TOLOWER ${name} name)
   add_test(NAME precision_emulated_${name} COMMAND $<TARGET_FILE:test_precision_emulated>)
@@ -154,18 +154,29 @@ foreach(run ORDER=11 SHARED=99)
     "${test_environment};${emulated_environment};LONGSPAN_EMULATOR_${run}" TIMEOUT 1500)
 endforeach()
 
+# laws, of fewer settings, and dense layers likewise
+foreach(name laws dense)
+  add_test(NAME ${name}_emulated_threads COMMAND $<TARGET_FILE:test_${name}_emulated>)
+  set_tests_properties(${name}_emulated_threads PROPERTIES ENVIRONMENT
+    "${test_environment};${emulated_environment};LONGSPAN_EMULATOR_THREADS=9;LONGSPAN_TEST_EVERY=${every_rounded}"
+    TIMEOUT 1500)
+endforeach()
+
 # a GPU whose blocks have little memory: what does not fit is refused
 add_test(NAME limits_emulated_shared COMMAND $<TARGET_FILE:test_limits_emulated>)
 set_tests_properties(limits_emulated_shared PROPERTIES ENVIRONMENT
   "${test_environment};${emulated_environment};LONGSPAN_EMULATOR_SHARED=64" TIMEOUT 1500)
 
-# golden files with work memory full of NaN, and with streams that run at any time that their events allow
-foreach(run poisoned_1 poisoned_3 order_3)
+# golden files with work memory full of NaN, with streams that run at any time that their events allow, and with threads
+# that go on in any order that barriers allow
+foreach(run poisoned_1 poisoned_3 order_3 threads_1 threads_3)
   string(REGEX MATCH "[0-9]" ranks ${run})
   set(test golden_emulated_${run})
   set(setting LONGSPAN_POISON=1)
   if(run MATCHES order)
     set(setting LONGSPAN_EMULATOR_ORDER=7)
+  elseif(run MATCHES threads)
+    set(setting LONGSPAN_EMULATOR_THREADS=${ranks})
   endif()
   add_test(NAME ${test} COMMAND ${mpirun} -n ${ranks} $<TARGET_FILE:test_golden_emulated> ${golden})
   set_tests_properties(${test} PROPERTIES ENVIRONMENT "${test_environment};${emulated_environment};${setting}"

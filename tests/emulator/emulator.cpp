@@ -523,6 +523,52 @@ void set_thread(int t)
         threadIdx = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
 }
 
+/* LONGSPAN_EMULATOR_THREADS: a number from which the order of threads is drawn, as far as barriers leave it open, so
+ * that a barrier that is missing shows. Otherwise they go on in the order of their numbers. A number below n. */
+unsigned by_chance(unsigned n)
+{
+    static int64_t seed = -2;
+    if (seed == -2) {
+        const char *text = getenv("LONGSPAN_EMULATOR_THREADS");
+        seed = text == NULL ? -1 : (int64_t)(strtoull(text, NULL, 10) & 0xffffffff);
+    }
+    if (seed < 0) return 0;
+    seed = (int64_t)(((uint64_t)seed * 6364136223846793005u + 1442695040888963407u) >> 1);
+    return (unsigned)((uint64_t)seed >> 32) % n;
+}
+
+/* The number of a bit that is set. */
+int bit_by_chance(unsigned bits)
+{
+    for (unsigned skip = by_chance((unsigned)__builtin_popcount(bits)); skip > 0; skip--) bits &= bits - 1;
+    return __builtin_ctz(bits);
+}
+
+/* Threads begin warp by warp: which, and which lane of it is the first. */
+struct beginning {
+    int warp[MOST / WARP], lane[MOST / WARP];
+} begins;
+
+void draw_beginning()
+{
+    const int warps = (count + WARP - 1) / WARP;
+    for (int w = 0; w < warps; w++) {
+        const int other = w - (int)by_chance((unsigned)w + 1); /* before, or this one: no change without chance */
+        begins.warp[w] = w;
+        std::swap(begins.warp[w], begins.warp[other]);
+        begins.lane[w] = (int)by_chance(WARP);
+    }
+    if (count % WARP == 0) return;
+    for (int w = 0; w < warps; w++) begins.warp[w] = w, begins.lane[w] = 0; /* the last warp is not whole */
+}
+
+/* Which thread begins as number i. */
+int thread_number(int i)
+{
+    const int w = begins.warp[i / WARP];
+    return w * WARP + (i + begins.lane[w]) % WARP;
+}
+
 void make_ready(int t)
 {
     warp[t / WARP].ready |= 1u << t % WARP;
@@ -531,8 +577,8 @@ void make_ready(int t)
 
 int take_ready(int w)
 {
-    const int lane = __builtin_ctz(warp[w].ready);
-    warp[w].ready &= warp[w].ready - 1;
+    const int lane = bit_by_chance(warp[w].ready);
+    warp[w].ready &= ~(1u << lane);
     if (warp[w].ready == 0) warps_ready &= ~(1u << w);
     return w * WARP + lane;
 }
@@ -570,13 +616,14 @@ worker *take_worker()
 void go_on()
 {
     const int w = current / WARP;
+    const bool here = warp[w].ready != 0, may_begin = started < count; /* which of the two, and of any: by chance */
     int next = -1;
-    if (warp[w].ready != 0)
+    if (here && !((may_begin || warps_ready != 1u << w) && by_chance(2) > 0))
         next = take_ready(w);
-    else if (started < count)
+    else if (may_begin && !(warps_ready != 0 && by_chance(2) > 0))
         switch_to(take_worker());
     else if (warps_ready != 0)
-        next = take_ready(__builtin_ctz(warps_ready));
+        next = take_ready(bit_by_chance(warps_ready));
     else if (ended == count)
         switch_to(&host);
     else
@@ -679,7 +726,7 @@ void try_barrier()
 void run_threads()
 {
     while (started < count) {
-        set_thread(started++);
+        set_thread(thread_number(started++));
         kernel_thread(kernel_arguments);
         ended++;
         const int w = current / WARP;
@@ -786,6 +833,7 @@ void run_grid(const char *kernel, void (*call)(void *), void *arguments, dim3 gr
                 memset(shared_now, FRESH, shared);
                 started = ended = waiting = current = 0;
                 warps_ready = 0;
+                draw_beginning();
                 for (int w = 0; w * WARP < count; w++) {
                     const int lanes = count - w * WARP;
                     warp[w] = {};
