@@ -128,8 +128,8 @@ typedef enum ls_transport {
  *     pseudo-inverse, gradients of lara's logits, projections whose rows are compared or rounded (queries and keys of
  *     probsparse, predicted positions of local), queries and keys of cosformer with relu, whose gradient jumps at 0;
  *   - what kernels multiply as it is: the windows of local, abc's slots (in double), longshort, the modes of s4d, the
- *     slots of lara and nystrom, features of performer and their gradients, the cores of decoding steps but those of performer and
- *     cosformer, norms, the loss. */
+ *     slots of lara and nystrom, features of performer and their gradients, the cores of decoding steps but those of
+ * performer and cosformer, norms, the loss. */
 typedef enum ls_precision { LS_FLOAT32 = 0, LS_TF32, LS_BF16 } ls_precision;
 const char *ls_precision_name(ls_precision precision); /* "float32", "tf32", "bf16" */
 
