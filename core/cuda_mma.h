@@ -45,21 +45,21 @@ __device__ static inline void ls_mma(float c[4], const uint32_t a[4], uint32_t b
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* c (16,8) += a (16,8) b (8,8) in double, exactly rounded as by fused multiplications. With g = lane / 4 and t = lane %
+/* c (16,8) += a (16,8) b (8,8) in double. With g = lane / 4 and t = lane %
  * 4 a lane has of c what is said above; of a a[0]: row g, column t, a[1]: row g + 8, a[2], a[3]: column t + 4; of b
  * b[0]: row t, column g, b[1]: row t + 4. */
 __device__ static inline void ls_mma_double(double (&c)[4], const double (&a)[4], const double (&b)[2])
 {
 #if __CUDA_ARCH__ >= 900
-    asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+d"(c[0]), "+d"(c[1]), "+d"(c[2]), "+d"(c[3])
-        : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(b[0]), "d"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+d"(c[0]), "+d"(c[1]), "+d"(c[2]), "+d"(c[3])
+                 : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(b[0]), "d"(b[1]));
 #else /* the same by quarters: rows 0..7 and 8..15, columns of a 0..3 and 4..7 */
     for (int e = 0; e < 4; e++)
-        asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-            : "+d"(c[e % 2 * 2]), "+d"(c[e % 2 * 2 + 1])
-            : "d"(a[e]), "d"(b[e / 2]));
+        asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                     : "+d"(c[e % 2 * 2]), "+d"(c[e % 2 * 2 + 1])
+                     : "d"(a[e]), "d"(b[e / 2]));
 #endif
 }
 
