@@ -15,7 +15,7 @@ namespace ls_local /* other files have types of these names, too */
  * fours meets no bank twice. */
 enum { WARPS = 4, THREADS = WARPS * LS_WARP, PIECE = 64, PITCH = PIECE + 4 };
 /* In local-p, of tiles that rows of W visit 32 at a time: */
-enum { ROWS = 16, EACH = ROWS / WARPS, GUESTS = LS_WARP, PIECE_REALS = GUESTS * PITCH };
+enum { ROWS = 16, EACH = ROWS / WARPS, GUESTS = LS_WARP, PIECE_REALS = (int)GUESTS * (int)PITCH };
 enum { SCAN = 4 * LS_THREADS };                               /* slots whose gaps are summed */
 enum { SLICES = 64 };                                         /* partial sums of du */
 enum { CENTRE, ORDER, SORTED, ROW, TOP, INVERSE };            /* saved[] */
