@@ -144,9 +144,9 @@ foreach(run laws_bf16_1 laws_bf16_2 probsparse_bf16_3)
     TIMEOUT 1500 PROCESSORS ${ranks})
 endforeach()
 
-# tensor cores, with copies to shared memory that are made at once or when they are waited for, on a GPU where a block
-# has 99 KiB, and with threads that go on in any order that barriers allow
-foreach(run ORDER=11 SHARED=99 THREADS=5)
+# tensor cores, with copies to shared memory that are made at once or when they are waited for, and on a GPU where a
+# block has 99 KiB
+foreach(run ORDER=11 SHARED=99)
   string(REGEX MATCH "[A-Z]+" name ${run})
   string(TOLOWER ${name} name)
   add_test(NAME precision_emulated_${name} COMMAND $<TARGET_FILE:test_precision_emulated>)
@@ -169,7 +169,7 @@ set_tests_properties(limits_emulated_shared PROPERTIES ENVIRONMENT
 
 # golden files with work memory full of NaN, with streams that run at any time that their events allow, and with threads
 # that go on in any order that barriers allow
-foreach(run poisoned_1 poisoned_3 order_3 threads_1 threads_3)
+foreach(run poisoned_1 poisoned_3 order_3 threads_1)
   string(REGEX MATCH "[0-9]" ranks ${run})
   set(test golden_emulated_${run})
   set(setting LONGSPAN_POISON=1)
