@@ -227,15 +227,16 @@ __device__ static inline double ls_multiply(double x, double y)
     return __dmul_rn(x, y);
 }
 
-/* The sum, the maximum over the 32 threads of a warp, all of which call; every thread gets it. */
-template <typename T> __device__ static inline T ls_warp_sum(T x, int lanes = LS_WARP) /* or of so many: a power of 2 */
+/* The sum, the maximum over the 32 threads of a warp, or over each `lanes` side by side, a power of 2; all of the warp
+ * call, and every thread gets it. */
+template <typename T> __device__ static inline T ls_warp_sum(T x, int lanes = LS_WARP)
 {
     for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;
 }
-template <typename T> __device__ static inline T ls_warp_max(T x)
+template <typename T> __device__ static inline T ls_warp_max(T x, int lanes = LS_WARP)
 {
-    for (int step = 16; step > 0; step /= 2) {
+    for (int step = lanes / 2; step > 0; step /= 2) {
         const T y = __shfl_xor_sync(0xffffffffu, x, step);
         x = y > x ? y : x;
     }

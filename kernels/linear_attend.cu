@@ -10,11 +10,6 @@ __device__ static inline int64_t state_of(const strip &s, int of_chunks)
 
 /* The four threads that share row threadIdx.x / 4 of a strip. */
 enum { SHARE = (int)LS_THREADS / (int)SIDE };
-template <typename T> __device__ static inline T sum_of_share(T x)
-{
-    for (int step = SHARE / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-}
 
 /* Of every SIDE numbers of a row each of these threads has PIECES times four. */
 enum { PIECES = SIDE / 4 / SHARE };
@@ -250,7 +245,7 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
             }
             if (e0 == 0) {
                 int flows;
-                const ls_real by = ls_linear_inverse((double)sum_of_share(D), x.floor, &flows);
+                const ls_real by = ls_linear_inverse((double)ls_warp_sum(D, SHARE), x.floor, &flows);
                 if (threadIdx.x % SHARE == 0) inverse[row] = by;
                 __syncthreads();
             }
@@ -309,7 +304,7 @@ __device__ static inline taken weigh_row(const linear &x, const features &q, con
         D += weight;
         dot += weight * (exact)gains[j];
     }
-    D = sum_of_share(D), dot = sum_of_share(dot);
+    D = ls_warp_sum(D, SHARE), dot = ls_warp_sum(dot, SHARE);
     taken y;
     y.by = ls_linear_inverse((double)D, x.floor, &y.flows);
     y.delta = y.flows ? (ls_real)(dot / D) : 0;
@@ -346,7 +341,7 @@ __device__ static inline void finish_row(const linear &x, const features &q, con
             along += (double)a[i].v[k] * (double)g;
         }
     }
-    square = sum_of_share(square), along = sum_of_share(along);
+    square = ls_warp_sum(square, SHARE), along = ls_warp_sum(along, SHARE);
     const double back = y.flows && square > 0 ? along / square : 0;
     for (int f0 = 0; f0 < x.r; f0 += SIDE) {
         ls_four a[PIECES];
@@ -526,7 +521,7 @@ template <class M, int NEAR> static void launch_attend(ls_pass *p, const linear 
     const features k_near = keys_as_seen(p, x, after_chunks(x));
     LS_LAUNCH(p->queue, (attend<M, NEAR>), ls_blocks(strips_of(x), 1), LS_THREADS, tiles_bytes<M>(NEAR ? 3 : 2), *x, q,
               q_near, k_near, NEAR ? x->S : x->all_S, NEAR ? x->z : x->all_z, strips_of(x), p->own.v,
-              reads_fours(p->own.v, x->d), p->out, reads_fours(p->out, x->d));
+              ls_rows_are_fours(p->own.v, x->d), p->out, ls_rows_are_fours(p->out, x->d));
 }
 
 void ls_linear_attend(ls_pass *p, const linear *x)
@@ -542,11 +537,11 @@ template <class M, int NEAR> static void launch_attend_backward(ls_pass *p, cons
     const features q = queries_as_seen(p, x, NEAR ? before_chunks(x) : nowhere, NULL);
     const features q_near = queries_as_seen(p, x, after_chunks(x), NULL);
     const features k_near = keys_as_seen(p, x, after_chunks(x));
-    const int fours = reads_fours(p->dout, x->d) && (!NEAR || reads_fours(p->own.v, x->d));
+    const int fours = ls_rows_are_fours(p->dout, x->d) && (!NEAR || ls_rows_are_fours(p->own.v, x->d));
     LS_LAUNCH(p->queue, (attend_backward<M, NEAR>), ls_blocks(strips_of(x), 1), LS_THREADS,
               shared_bytes<M>(x, NEAR ? 4 - M::IN_PLACE : 2, NEAR, fits), *x, q, q_near, k_near, NEAR ? x->S : x->all_S,
-              NEAR ? x->z : x->all_z, strips_of(x), p->own.v, p->dout, fours, p->own.dv, reads_fours(p->own.dv, x->d),
-              fits);
+              NEAR ? x->z : x->all_z, strips_of(x), p->own.v, p->dout, fours, p->own.dv,
+              ls_rows_are_fours(p->own.dv, x->d), fits);
     ls_linear_queries_backward(p, x);
     if (NEAR) ls_linear_keys_backward(p, x, 0);
 }
@@ -565,7 +560,7 @@ template <class M> static void launch_pay_keys(ls_pass *p, const linear *x, leve
     const features k = keys_as_seen(p, x, from);
     LS_LAUNCH(p->queue, pay_keys<M>, ls_blocks(strips_of(x), 1), LS_THREADS, shared_bytes<M>(x, 3, 0, fits), *x, k,
               x->causal ? x->S : x->all_S, x->causal ? x->z : x->all_z, x->causal, strips_of(x), p->own.v,
-              reads_fours(p->own.v, x->d), p->own.dv, reads_fours(p->own.dv, x->d), add, fits);
+              ls_rows_are_fours(p->own.v, x->d), p->own.dv, ls_rows_are_fours(p->own.dv, x->d), add, fits);
     ls_linear_keys_backward(p, x, add);
 }
 

@@ -53,11 +53,6 @@ __device__ static inline int is_there(const slab &s, const uint8_t *pad, place a
     return at.t < s.rows && !ls_is_padded(pad, at.b * s.rows + at.t);
 }
 
-/* Whether d numbers of any row of a view can be read by fours. */
-static inline int reads_fours(ls_view v, int64_t d)
-{
-    return (d | v.sb | v.sh | v.st) % 4 == 0 && ls_is_four(v.p);
-}
 } // namespace ls_linear
 
 extern "C" {

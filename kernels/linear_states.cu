@@ -87,7 +87,7 @@ static void launch_gather(ls_pass *p, const linear *x, const features &of, ls_vi
     const auto kernel = pieces == 1 ? gather<M, 1> : gather<M, 2>;
     const int64_t blocks = chunks_of(x) * ((x->d + SIDE - 1) / SIDE);
     LS_LAUNCH(p->queue, kernel, ls_blocks(blocks, 1), LS_THREADS, tiles_bytes<M>(1 + pieces), *x, of, matrix,
-              reads_fours(matrix, x->d), weight);
+              ls_rows_are_fours(matrix, x->d), weight);
 }
 
 static void gather_either(ls_pass *p, const linear *x, const features &of, ls_view matrix, const ls_real *weight)

@@ -390,8 +390,8 @@ static inline features queries_as_seen(const ls_pass *p, const linear *x, level 
     y.made = x->a, y.gradient = x->da;
     y.rows = p->q, y.drows = p->dq;
     y.at = queries_of(p);
-    y.fours = y.act == LS_LINEAR_MADE ? x->r % 4 == 0 : reads_fours(p->q, x->d);
-    y.dfours = reads_fours(p->dq, x->d);
+    y.fours = y.act == LS_LINEAR_MADE ? x->r % 4 == 0 : ls_rows_are_fours(p->q, x->d);
+    y.dfours = ls_rows_are_fours(p->dq, x->d);
     y.from = from;
     y.scale = scale;
     return y;
@@ -404,8 +404,8 @@ static inline features keys_as_seen(const ls_pass *p, const linear *x, level fro
     y.made = x->x, y.gradient = x->db;
     y.rows = p->own.k, y.drows = p->own.dk;
     y.at = keys_of(p);
-    y.fours = y.act == LS_LINEAR_MADE ? x->r % 4 == 0 : reads_fours(p->own.k, x->d);
-    y.dfours = reads_fours(p->own.dk, x->d);
+    y.fours = y.act == LS_LINEAR_MADE ? x->r % 4 == 0 : ls_rows_are_fours(p->own.k, x->d);
+    y.dfours = ls_rows_are_fours(p->own.dk, x->d);
     y.from = from;
     return y;
 }

@@ -414,21 +414,6 @@ static __device__ int sees(sight x, int i)
     return (unsigned)(i - x.lo) < x.width;
 }
 
-/* Over the threads that share a row. */
-static __device__ ls_real row_sum(ls_real x)
-{
-    for (int step = SIDE / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-}
-static __device__ ls_real row_max(ls_real x)
-{
-    for (int step = SIDE / 2; step > 0; step /= 2) {
-        const ls_real y = __shfl_xor_sync(0xffffffffu, x, step);
-        x = y > x ? y : x;
-    }
-    return x;
-}
-
 /* ------------------------------------------------------------------------------------------------ forward */
 
 /* out = Σ a g v. With sent (B,H,T; m, l, Σ e^(s-m) g v), what these keys are to a softmax over more of them. */
@@ -463,7 +448,7 @@ static __global__ void __launch_bounds__(THREADS, 5)
                 w[i][k] = sees(seen, key[k]) ? ls_multiply(scale, w[i][k]) : -INFINITY;
                 most = w[i][k] > most ? w[i][k] : most;
             }
-            most = row_max(most);
+            most = ls_warp_max(most, SIDE);
             const ls_real next = most > top[i] ? most : top[i], base = next == -INFINITY ? 0 : next;
             shrink[i] = ls_exp(top[i] - base);
             total[i] *= shrink[i];
@@ -485,7 +470,7 @@ static __global__ void __launch_bounds__(THREADS, 5)
         ls_real factor[MINE];
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
-            if (last) total[i] = row_sum(total[i]);
+            if (last) total[i] = ls_warp_sum(total[i], SIDE);
             factor[i] = !last || sent != NULL ? 1 : total[i] > 0 ? 1 / total[i] : 0;
         }
         for (int e0 = 0; e0 < d; e0 += PIECE) {
@@ -639,7 +624,8 @@ static __global__ void __launch_bounds__(THREADS, 4)
                 }
             }
         }
-        for (int i = 0; i < MINE && pass == 0; i++) delta[i] = row_sum(delta[i]), slope[i] = row_sum(slope[i]);
+        for (int i = 0; i < MINE && pass == 0; i++)
+            delta[i] = ls_warp_sum(delta[i], SIDE), slope[i] = ls_warp_sum(slope[i], SIDE);
     }
     for (int i = 0; i < MINE; i++) {
         const int r = my_row() + i * MINE;

@@ -399,8 +399,7 @@ static __device__ ls_real probability(const scene *x, int64_t row, ls_real score
 }
 
 /* A block has every slices-th tile of a (b,h). partial (B,H,slices,2,d), CS: Σ of dq by way of q + r_w, of q + r_r. */
-static __global__ void __launch_bounds__(LS_PAIR_THREADS, 3)
-    query_gradients(scene x, int64_t slices, ls_view dq, double *partial)
+static __global__ void query_gradients(scene x, int64_t slices, ls_view dq, double *partial)
 {
     LS_SHARED(ls_real, memory);
     __shared__ guests g;

@@ -218,21 +218,6 @@ __device__ static void load_projection(shape x, const ls_real *W, int64_t f0, in
     *(ls_four *)(to + f * PITCH + e) = z;
 }
 
-/* Over the threads of a row. */
-__device__ static inline ls_real row_sum(ls_real x)
-{
-    for (int step = COLUMNS / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-}
-__device__ static inline ls_real row_max(ls_real x)
-{
-    for (int step = COLUMNS / 2; step > 0; step /= 2) {
-        const ls_real other = __shfl_xor_sync(0xffffffffu, x, step);
-        x = other > x ? other : x;
-    }
-    return x;
-}
-
 /* ------------------------------------------------------------------------------------------------ features */
 
 /* The threads of a row have each the logits f = column, column + COLUMNS, ... in memory, and make features of them.
@@ -241,7 +226,7 @@ __device__ static inline ls_real highest_logit(shape x, const ls_real *row, int 
 {
     ls_real top = -INFINITY;
     for (int64_t f = threadIdx.x % COLUMNS; f < x.m && there; f += COLUMNS) top = row[f] > top ? row[f] : top;
-    return row_max(top);
+    return ls_warp_max(top, COLUMNS);
 }
 
 /* a (m+1); e (m): exponentials, NULL: not wanted. */
@@ -255,7 +240,7 @@ __device__ static inline void finish_query(shape x, ls_real half, int there, ls_
         a[f] = y + x.eps;
         sum += y;
     }
-    sum = row_sum(sum);
+    sum = ls_warp_sum(sum, COLUMNS);
     if (there && threadIdx.x % COLUMNS == 0) a[x.m] = x.eps * (sum + (ls_real)x.m * x.eps);
 }
 
@@ -319,7 +304,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 3)
             const int64_t r = group + u * GROUPS;
             const int there = is_there(from, (int)r);
             ls_real *row = to + r * (x.m + 1);
-            half[u] = x.scale / 2 * row_sum(half[u]);
+            half[u] = x.scale / 2 * ls_warp_sum(half[u], COLUMNS);
             if (top == NULL)
                 finish_query(x, half[u], there, row, e == NULL ? NULL : e + (t.R + r) * x.m);
             else
@@ -332,7 +317,7 @@ static void features(ls_pass *p, slab s, ls_view rows, const uint8_t *pad, ls_re
 {
     const int64_t tiles = s.H * s.B * tiles_of_each(s);
     LS_LAUNCH(p->queue, make_features, ls_blocks(tiles, 1), LS_THREADS, 0, s, shape_of(p), rows, pad,
-              reads_fours(rows, p->d), p->saved[PROJECTION], tiles, y, e, top);
+              ls_rows_are_fours(rows, p->d), p->saved[PROJECTION], tiles, y, e, top);
 }
 
 static void queries(ls_pass *p, slab s, ls_real *a)
@@ -432,8 +417,8 @@ static void backward(ls_pass *p, slab s, ls_view rows, const uint8_t *pad, const
 {
     const int64_t pieces = (p->d + DEEP - 1) / DEEP, tiles = s.H * s.B * tiles_of_each(s);
     LS_LAUNCH(p->queue, features_backward, ls_blocks(tiles * pieces, 1), LS_THREADS, 0, s, shape_of(p), rows, pad,
-              reads_fours(rows, p->d) && reads_fours(drows, p->d), p->saved[PROJECTION], e, dy, tiles, (int)pieces,
-              drows, add);
+              ls_rows_are_fours(rows, p->d) && ls_rows_are_fours(drows, p->d), p->saved[PROJECTION], e, dy, tiles,
+              (int)pieces, drows, add);
 }
 
 static void queries_backward(ls_pass *p, slab s, const ls_real *da)
