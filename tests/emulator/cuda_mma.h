@@ -11,14 +11,23 @@
 
 namespace emulator
 {
-/* What the lanes of a warp bring to one instruction. One block runs at a time. */
+/* What the lanes of a warp bring to one instruction. One block runs at a time. Two tables take turns, so that lanes
+ * meet once an instruction: who writes a table again has met the others at the instruction between, and they have read
+ * it. */
 struct mma_table {
     int line[32];
-    const __nv_bfloat16 *row[32];
+    __nv_bfloat16 row[32][8]; /* as it was when its lane came: what others write needs a barrier before */
     uint32_t a[32][4], b[32][2];
     double a8[16][8], b8[8][8]; /* of products in double */
 };
-static mma_table mma_tables[32]; /* of the warps of a block */
+static mma_table mma_tables[32][2]; /* of the warps of a block */
+static bool mma_turn[32][32];       /* of the lanes of the warps */
+
+static inline mma_table &mma_next_table()
+{
+    const unsigned warp = threadIdx.x / 32;
+    return mma_tables[warp][mma_turn[warp][threadIdx.x % 32] ^= true];
+}
 
 /* All have written their part of the table when this returns. */
 static inline void mma_meet(const mma_table &table)
@@ -54,21 +63,21 @@ static inline float mma_b(const mma_table &table, int row, int column)
 static inline void mma_load(uint32_t x[4], const __nv_bfloat16 *row, bool transposed, int line)
 {
     const int lane = (int)threadIdx.x % 32;
-    mma_table &table = mma_tables[threadIdx.x / 32];
+    mma_table &table = mma_next_table();
     if ((uintptr_t)row % 16 != 0) {
         fprintf(stderr, "emulator: a row of a matrix instruction is not aligned\n");
         abort();
     }
-    table.row[lane] = row, table.line[lane] = line;
+    memcpy(table.row[lane], row, sizeof table.row[lane]);
+    table.line[lane] = line;
     mma_meet(table);
     for (int i = 0; i < 4; i++) {
-        const __nv_bfloat16 *const *matrix = table.row + 8 * i;
+        const __nv_bfloat16(*const matrix)[8] = table.row + 8 * i;
         const int g = lane / 4, t = lane % 4 * 2;
         const __nv_bfloat16 low = transposed ? matrix[t][g] : matrix[g][t];
         const __nv_bfloat16 high = transposed ? matrix[t + 1][g] : matrix[g][t + 1];
         x[i] = low.bits | (uint32_t)high.bits << 16;
     }
-    __syncwarp();
 }
 } // namespace emulator
 
@@ -85,7 +94,7 @@ static inline void ls_mma_load_transposed(uint32_t x[4], const __nv_bfloat16 *ro
 static inline void ls_mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, int line = __builtin_LINE())
 {
     const int lane = (int)threadIdx.x % 32;
-    emulator::mma_table &table = emulator::mma_tables[threadIdx.x / 32];
+    emulator::mma_table &table = emulator::mma_next_table();
     memcpy(table.a[lane], a, sizeof table.a[lane]);
     table.b[lane][0] = b0, table.b[lane][1] = b1, table.line[lane] = line;
     emulator::mma_meet(table);
@@ -96,7 +105,6 @@ static inline void ls_mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t
                    (double)emulator::mma_b(table, k, lane % 4 * 2 + e % 2);
         c[e] = emulator::mma_towards_0(sum);
     }
-    __syncwarp();
 }
 
 /* In double a lane names its numbers by where they stand: PTX ISA, mma.m16n8k8 with .f64. */
@@ -104,7 +112,7 @@ static inline void ls_mma_double(double (&c)[4], const double (&a)[4], const dou
                                  int line = __builtin_LINE())
 {
     const int lane = (int)threadIdx.x % 32, group = lane >> 2, in_group = lane % 4;
-    emulator::mma_table &table = emulator::mma_tables[threadIdx.x / 32];
+    emulator::mma_table &table = emulator::mma_next_table();
     for (int i = 0; i < 4; i++) table.a8[i == 0 || i == 2 ? group : group + 8][i < 2 ? in_group : in_group + 4] = a[i];
     for (int i = 0; i < 2; i++) table.b8[i == 0 ? in_group : in_group + 4][group] = b[i];
     table.line[lane] = line;
@@ -113,7 +121,6 @@ static inline void ls_mma_double(double (&c)[4], const double (&a)[4], const dou
         const int row = i < 2 ? group : group + 8, column = in_group * 2 + (i & 1);
         for (int k = 0; k < 8; k++) c[i] = std::fma(table.a8[row][k], table.b8[k][column], c[i]);
     }
-    __syncwarp();
 }
 
 static inline float ls_inverse(float x)

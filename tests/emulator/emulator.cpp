@@ -8,7 +8,6 @@
 #include <cuda_runtime.h>
 
 #include <cblas.h>
-#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -175,8 +174,10 @@ cudaStream_t stream_of(cudaStream_t stream)
 
 void run_one(cudaStream_t stream);
 
+/* Device memory is opened once for all that is run: where that is mprotect's work, it took half of a test's time. */
 void run_until(const mark &end)
 {
+    emulator::device_access open;
     while (!end.past) {
         if (end.stream->items.empty()) die("an event is waited for that never comes");
         run_one(end.stream);
@@ -193,6 +194,8 @@ void run_one(cudaStream_t stream)
 
 void run_all(cudaStream_t stream)
 {
+    if (stream->items.empty()) return;
+    emulator::device_access open;
     while (!stream->items.empty()) run_one(stream);
 }
 
@@ -433,7 +436,7 @@ size_t shared_most()
 }
 
 struct worker {
-    jmp_buf where;
+    void *where[5];   /* of __builtin_setjmp, which saves little: a quarter of a test's time was the library's */
     ucontext_t start; /* until it has begun */
     bool begun;
     const void *stack; /* this and what follows: for AddressSanitizer */
@@ -505,8 +508,8 @@ __attribute__((noinline)) void switch_to(worker *to)
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(&from->fake, to->stack, to->stack_bytes);
 #endif
-    if (_setjmp(from->where) == 0) {
-        if (to->begun) _longjmp(to->where, 1);
+    if (__builtin_setjmp(from->where) == 0) {
+        if (to->begun) __builtin_longjmp(to->where, 1);
         to->begun = true;
         setcontext(&to->start);
     }
@@ -525,21 +528,25 @@ void set_thread(int t)
 
 /* LONGSPAN_EMULATOR_THREADS: a number from which the order of threads is drawn, as far as barriers leave it open, so
  * that a barrier that is missing shows. Otherwise they go on in the order of their numbers. A number below n. */
-unsigned by_chance(unsigned n)
+int64_t thread_order()
 {
-    static int64_t seed = -2;
-    if (seed == -2) {
-        const char *text = getenv("LONGSPAN_EMULATOR_THREADS");
-        seed = text == NULL ? -1 : (int64_t)(strtoull(text, NULL, 10) & 0xffffffff);
-    }
-    if (seed < 0) return 0;
-    seed = (int64_t)(((uint64_t)seed * 6364136223846793005u + 1442695040888963407u) >> 1);
-    return (unsigned)((uint64_t)seed >> 32) % n;
+    const char *text = getenv("LONGSPAN_EMULATOR_THREADS");
+    return text == NULL ? -1 : (int64_t)(strtoull(text, NULL, 10) & 0xffffffff);
+}
+
+int64_t drawn = thread_order();
+
+inline unsigned by_chance(unsigned n)
+{
+    if (drawn < 0) return 0;
+    drawn = (int64_t)(((uint64_t)drawn * 6364136223846793005u + 1442695040888963407u) >> 1);
+    return (unsigned)((uint64_t)drawn >> 32) % n;
 }
 
 /* The number of a bit that is set. */
-int bit_by_chance(unsigned bits)
+inline int bit_by_chance(unsigned bits)
 {
+    if (drawn < 0) return __builtin_ctz(bits);
     for (unsigned skip = by_chance((unsigned)__builtin_popcount(bits)); skip > 0; skip--) bits &= bits - 1;
     return __builtin_ctz(bits);
 }
@@ -715,7 +722,8 @@ void try_barrier()
     for (int t = 0; t < count; t++) {
         if (!at_barrier[t]) continue;
         if (first < 0) first = t;
-        if (thread[t].line != thread[first].line || strcmp(thread[t].file, thread[first].file) != 0)
+        if (thread[t].line != thread[first].line ||
+            (thread[t].file != thread[first].file && strcmp(thread[t].file, thread[first].file) != 0))
             fail(t, "threads of a block wait at different __syncthreads");
     }
     for (int t = 0; t < count; t++)
