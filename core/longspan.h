@@ -107,13 +107,16 @@ typedef enum ls_transport {
  *
  *   LS_FLOAT32  nothing is rounded.
  *   LS_TF32     to 10 bits behind the point (a relative error of 2^-11), inside the tensor cores. Not in kernels that
- *               multiply by themselves: exact softmax, performer and cosformer (these but for 64 keys and fewer).
+ *               multiply by themselves: exact softmax, longshort, performer and cosformer (these two but for 64 keys
+ *               and fewer).
  *   LS_BF16     to bfloat16: 7 bits (2^-8), and float32's range, so that the loss needs no scaling. Dense layers,
  *               projections and the mechanisms' products; in exact softmax q, k, v, probabilities and gradients of
  *               logits, which run on tensor cores where the head dimension is 32, 64, 96 or 128 and there is no mask,
  *               dropout or weights (96 and 128 only where a block may have 106 or 139 KiB of shared memory, as on an
  *               A100 or H100); in performer and cosformer features, values, weights and states, on tensor cores, too,
- *               but for performer's sums over keys and their gradients.
+ *               but for performer's sums over keys and their gradients; likewise in longshort queries (with what is
+ *               added to them), normalised keys and values, vectors, tables of distances, probabilities and gradients
+ *               of logits.
  *               Takes 64 MiB of the GPU for copies of operands; exact softmax there 2 bytes for each number of q, k and
  *               v, and of the output's gradient, while it runs (none in a layer where one rank has all positions).
  *
@@ -127,9 +130,9 @@ typedef enum ls_transport {
  *   - products where the rounding of an operand would be amplified: exponents of performer, nystrom's
  *     pseudo-inverse, gradients of lara's logits, projections whose rows are compared or rounded (queries and keys of
  *     probsparse, predicted positions of local), queries and keys of cosformer with relu, whose gradient jumps at 0;
- *   - what kernels multiply as it is: the windows of local, abc's slots (in double), longshort, the modes of s4d, the
- *     slots of lara and nystrom, features of performer and their gradients, the cores of decoding steps but those of
- * performer and cosformer, norms, the loss. */
+ *   - what kernels multiply as it is: the windows of local, abc's slots (in double), the sums that make longshort's
+ *     vectors, the modes of s4d, the slots of lara and nystrom, features of performer and their gradients, the cores of
+ *     decoding steps but those of performer, cosformer and longshort, norms, the loss. */
 typedef enum ls_precision { LS_FLOAT32 = 0, LS_TF32, LS_BF16 } ls_precision;
 const char *ls_precision_name(ls_precision precision); /* "float32", "tf32", "bf16" */
 

@@ -47,13 +47,10 @@ static __device__ void dots(const ls_real *own, int rows, const ls_real *const *
     const int warp = threadIdx.x / LS_WARP, lane = threadIdx.x % LS_WARP;
     for (int u = 0; u < EACH; u++) s[u] = 0;
     for (int64_t e0 = 0; e0 < d; e0 += PIECE) {
-        const ls_real *mine[EACH], *theirs[EACH];
-        for (int u = 0; u < EACH; u++) {
-            mine[u] = own + ls_min(warp + u * WARPS, rows - 1) * ls_fours(d) + e0;
-            theirs[u] = piece + lane * PITCH;
-        }
+        const ls_real *mine[EACH];
+        for (int u = 0; u < EACH; u++) mine[u] = own + ls_min(warp + u * WARPS, rows - 1) * ls_fours(d) + e0;
         load_piece(visitor, e0, d, piece);
-        ls_dots(mine, theirs, 1, (int)ls_fours(ls_min(PIECE, d - e0)), s);
+        ls_dots(mine, piece + lane * PITCH, (int)ls_fours(ls_min(PIECE, d - e0)), s);
     }
 }
 

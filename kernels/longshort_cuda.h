@@ -4,7 +4,7 @@
 #ifndef LS_LONGSHORT_CUDA_H
 #define LS_LONGSHORT_CUDA_H
 
-#include "pairs.h"
+#include "cuda.h"
 
 extern "C" {
 #include "longshort_form.h"

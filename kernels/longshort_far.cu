@@ -10,6 +10,7 @@
  * V_c·dV_c is a small difference of large numbers where few tokens are left. So k_j, v_j, K_c, V_c are all taken from
  * the mean of the range's vectors, K and V, of that head. */
 #include "longshort_cuda.h"
+#include "pairs.h"
 
 extern "C" {
 #include "dense.h"
@@ -86,8 +87,6 @@ static __global__ void sum_tokens(ranges x, tokens s, int rows, ls_real *element
     const int64_t begin = x.first + range * x.length, end = ls_min(begin + x.length, x.limit);
     ls_real top[LS_PAIR_EACH], shrink[LS_PAIR_EACH];
     double total[LS_PAIR_EACH];
-    ls_group_guests(&keys, 1);
-    ls_group_guests(&values, 1);
     for (int u = 0; u < LS_PAIR_EACH; u++) {
         const int i = warp + u * LS_PAIR_WARPS;
         top[u] = -INFINITY, total[u] = 0;
@@ -130,7 +129,7 @@ static __global__ void sum_tokens(ranges x, tokens s, int rows, ls_real *element
 
 static void make_sums(ls_pass *p, ranges x, tokens s)
 {
-    const int rows = (int)ls_min(s.r, ls_pair_rows(s.d, 2, sizeof(double), 0));
+    const int rows = (int)ls_min(s.r, ls_pair_rows(s.d, sizeof(double)));
     const int64_t blocks = x.count * s.B * s.H * ((s.r + rows - 1) / rows);
     const size_t bytes = ls_pair_bytes(0) + (size_t)ls_fours(2 * rows * s.d) * sizeof(double);
     if (blocks > 0) LS_LAUNCH(p->queue, sum_tokens, (int)blocks, LS_PAIR_THREADS, bytes, x, s, rows, p->work[SUMS]);
@@ -260,10 +259,6 @@ static __global__ void token_gradients(ranges x, tokens s, int rows, const ls_re
     const int64_t end = ls_min(ls_min(begin + rows, x.first + (range + 1) * x.length), x.limit);
     const ls_real keep[LS_PAIR_EACH] = {1, 1, 1, 1};
     int there[LS_PAIR_EACH];
-    ls_group_own(&keys, 1);
-    ls_group_own(&values, 1);
-    ls_group_guests(&dkeys, 1);
-    ls_group_guests(&dvalues, 1);
     for (int u = 0; u < LS_PAIR_EACH; u++) {
         const int i = warp + u * LS_PAIR_WARPS;
         there[u] = begin + i < end && !ls_is_padded(s.pad, b * s.n + begin + i);
@@ -309,7 +304,7 @@ static __global__ void token_gradients(ranges x, tokens s, int rows, const ls_re
 static void gradients_of_tokens(ls_pass *p, ranges x, tokens s, const ls_real *elements, const ls_real *delements,
                                 ls_view dk, ls_view dv, int add, ls_view dextra)
 {
-    const int rows = ls_pair_rows(s.d, 2, sizeof(ls_real), 0);
+    const int rows = ls_pair_rows(s.d, sizeof(ls_real));
     const int64_t groups = x.count * s.B, blocks = groups * s.H * ((x.length + rows - 1) / rows);
     ls_real *centre = p->work[CENTRE], *constant = centre + groups * 2 * s.H * s.d;
     if (blocks == 0) return;

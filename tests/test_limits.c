@@ -142,6 +142,10 @@ int main(int argc, char **argv)
         compare("local", LS_NC, "w=9,align=1", 1, 2, 70, 100);
         compare("longshort", LS_NS, "r=3,w=9", 1, 2, 68, 90);
         compare("longshort", LS_CS, "r=2,w=9,c=8", 1, 2, 70, 90);
+        /* several tiles of guests; vectors fewer than 64 in one, and 64 whose distances are two products */
+        compare("longshort", LS_NS, "r=70,w=100", 1, 1, 36, 300);
+        compare("longshort", LS_CS, "r=2,w=70,c=5", 1, 2, 36, 300);
+        compare("longshort", LS_CS, "r=4,w=9,c=4", 2, 1, 20, 200);
         compare("cosformer", LS_CS, "act=1,max_len=250", 1, 2, 33, 200);
         if (getenv("LONGSPAN_TEST_EVERY") == NULL) { /* minutes on the emulated GPU */
             compare("probsparse", LS_CS, "f=1", 33000, 2, 2, 1);

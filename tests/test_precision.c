@@ -138,11 +138,12 @@ static const shape shapes[] = {
     {LS_NC, 2, 64, 5, 90, PAD_RANDOM},   {LS_NC, 1, 96, 130, 7, PAD_NONE},    {LS_NC, 2, 128, 65, 64, PAD_WHOLE},
 };
 
-/* Of linear attention: pieces of features and of values (64 of each at a time), chunks of 64 and of 256 rows. */
+/* Of linear attention: pieces of features and of values (64 of each at a time), chunks of 64 and of 256 rows. Of
+ * longshort: several tiles of near keys, of vectors, and of distances. */
 static const struct {
     const char *mechanism, *options;
     shape of;
-} linear_shapes[] = {
+} tiled_shapes[] = {
     {"cosformer", "max_len=600", {LS_NS, 1, 64, 300, 300, PAD_TAIL}},
     {"cosformer", "max_len=600,act=1", {LS_CS, 1, 64, 150, 150, PAD_RANDOM}},
     {"cosformer", "max_len=600", {LS_NC, 1, 96, 70, 90, PAD_NONE}},
@@ -150,6 +151,9 @@ static const struct {
     {"performer", "m=40", {LS_NS, 1, 64, 150, 150, PAD_RANDOM}},
     {"performer", "m=100", {LS_CS, 1, 96, 150, 150, PAD_TAIL}},
     {"performer", "m=24", {LS_NC, 2, 128, 67, 130, PAD_TAIL}},
+    {"longshort", "r=70,w=100", {LS_NS, 1, 64, 130, 130, PAD_RANDOM}},
+    {"longshort", "r=2,w=9,c=8", {LS_CS, 1, 70, 100, 100, PAD_TAIL}},
+    {"longshort", "r=4,w=70,c=4", {LS_CS, 1, 36, 100, 100, PAD_NONE}},
 };
 
 static void twins(ls_context *narrow, const char *mechanism, const char *options, shape of)
@@ -157,7 +161,7 @@ static void twins(ls_context *narrow, const char *mechanism, const char *options
     const case_row row = {mechanism, of.pattern, options, 0};
     const int is_softmax = strcmp(mechanism, "softmax") == 0;
     const setting s = {.row = &row,
-                       .level = LS_LEVEL_CORE,
+                       .level = mechanism_of(mechanism)->traits & LAYER_ONLY ? LS_LEVEL_LAYER : LS_LEVEL_CORE,
                        .layout = (ls_layout)(of.d / 32 % 3),
                        .B = of.B,
                        .H = 2,
@@ -373,8 +377,8 @@ int main(int argc, char **argv)
                               .pad = d == 64 ? PAD_RANDOM : PAD_NONE});
         for (size_t i = 0; status == LS_OK && i < sizeof shapes / sizeof *shapes; i++)
             twins(narrow, "softmax", "", shapes[i]);
-        for (size_t i = 0; status == LS_OK && i < sizeof linear_shapes / sizeof *linear_shapes; i++)
-            twins(narrow, linear_shapes[i].mechanism, linear_shapes[i].options, linear_shapes[i].of);
+        for (size_t i = 0; status == LS_OK && i < sizeof tiled_shapes / sizeof *tiled_shapes; i++)
+            twins(narrow, tiled_shapes[i].mechanism, tiled_shapes[i].options, tiled_shapes[i].of);
         /* the last two: more rows than are summed up before they join memory */
         static const shape of_layers[] = {{LS_NS, 2, 32, 70, 70, PAD_TAIL},   {LS_NS, 2, 64, 150, 150, PAD_RANDOM},
                                           {LS_CS, 2, 64, 130, 130, PAD_TAIL}, {LS_CS, 1, 32, 66, 66, PAD_NONE},

@@ -38,6 +38,7 @@
 #define __constant__
 #define __shared__ static
 #define __forceinline__ inline __attribute__((always_inline))
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define CUDART_VERSION 13000

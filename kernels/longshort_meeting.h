@@ -1,0 +1,353 @@
+/* Longshort on a GPU: how a tile of 64 queries of one head meets guests, 64 at a time or fewer. Formulas are in
+ * longshort_attend.c.
+ *
+ *   FAR    vectors; in CS those of the chunks before a query's own
+ *   NEARBY rows of the halo; each query sees those of its window
+ * In CS a logit has a term for the distance of the pair besides, that of the query with a row of a table: R_chunk for
+ * vectors, R_win for keys. Guest g of query r is at distance shift_r - g from the first row of a window of the table.
+ * So queries are multiplied by 64 rows of the table at a time, and each pair fetches its number from the product; and
+ * gradients of logits, written to where those numbers came from, are weights of the table's rows. Queries of a tile are
+ * of several chunks: there are as many fewer vectors in a tile of guests as the newest that they see lie apart, so that
+ * one product has all distances. */
+#ifndef LS_LONGSHORT_MEETING_H
+#define LS_LONGSHORT_MEETING_H
+
+#include "longshort_cuda.h"
+#include "tiles_cuda.h"
+
+using namespace ls_tiles;
+
+enum { FAR, NEARBY };
+/* Tiles of operands: what is there, of a source. That of a kind's queries: Q alone, Q + r_w, Q + r_r. */
+enum { QUERY, DISTANCE, OUT, GUEST, TILES };
+enum { Q, Q_NEAR, Q_DISTANCE, DOUT, KEY, VALUE, TABLE };
+/* What queries bring besides: nothing, what makes their probabilities, and δ, too. */
+enum { PLAIN, WITH_STATISTICS, WITH_DELTA };
+
+/* What kernels know of a call. Queries: T rows of each (b,h), from position first. Near keys: n rows from position lo.
+ * N: far vectors that the last query sees; 0 where there are none, as in a step, which has `start`: the softmax over
+ * all that is far. Of them `vectors` are in a tile. */
+namespace
+{
+typedef struct scene {
+    int causal, d, vectors;
+    int64_t B, H, T, first, w, c, r, N, D, n, lo, item;
+    ls_real scale;
+    ls_view q, dout;
+    const uint8_t *pad_q, *pad;                        /* (B,T), (B,n) */
+    const ls_real *near_k, *near_v;                    /* (B,n,H,d) */
+    const ls_real *items, *start;                      /* (N / r,B,item); (B,H,2+d) */
+    const ls_real *far_table, *near_table, *r_w, *r_r; /* (H,N,d), (H,D,d), (H,d) */
+    ls_real *top, *inverse, *delta;                    /* by query */
+} scene;
+} // namespace
+
+LS_BOTH_SIDES int64_t tiles_in(int64_t n, int64_t rows)
+{
+    return (n + rows - 1) / rows;
+}
+
+static __device__ inline int64_t far_seen(const scene &x, int64_t i)
+{
+    return x.causal && x.N > 0 ? i / x.c * x.r : x.N;
+}
+
+namespace
+{
+/* In shared memory, what rows and columns of a tile of pairs are. Query r sees guests [from, to) but those that are not
+ * there; rows that are not are NULL. */
+typedef struct seats {
+    int from[SIDE], to[SIDE], shift[SIDE];
+    const ls_real *q[SIDE], *dout[SIDE], *key[SIDE];
+    ls_real top[SIDE], inverse[SIDE], delta[SIDE];
+} seats;
+
+/* A tile of queries of one (b,h) and a tile of guests: what all threads of a block know. */
+template <class M> struct meeting {
+    typedef typename M::number number;
+    typedef typename M::sum sum;
+    typedef sums<M, ROWS_ROWS> pairs;
+    enum { PITCH = SIDE + 4 }; /* of numbers, as sums, that threads hand over to one another */
+
+    const scene &x;
+    seats &s;
+    void *memory; /* TILES tiles of operands; then one of weights, or numbers that are handed over */
+    int64_t b, h, t;
+    int n; /* queries [t, t + n) */
+    int kind, count;
+    int64_t first, window; /* guests [first, first + count): vectors, or rows of the halo; rows of the table */
+    int reach;             /* the last row of the window that a pair needs */
+    int64_t to_value;      /* from a guest's key to its value */
+    int held[TILES];
+
+    __device__ inline meeting(const scene &of, seats &shared, void *tiles) : x(of), s(shared), memory(tiles) {}
+    __device__ inline number *tile(int slot)
+    {
+        return tile_number<M>(memory, slot);
+    }
+    __device__ inline sum *handed()
+    {
+        return (sum *)tile(TILES);
+    }
+
+    /* Queries [t, t + n) of (b,h) g. May be called once all have read who was there before. */
+    __device__ inline void seat_queries(int64_t g, int64_t from, int queries, int with)
+    {
+        const int r = threadIdx.x;
+        b = g / x.H, h = g % x.H, t = from, n = queries;
+        held[QUERY] = held[DISTANCE] = held[OUT] = -1;
+        if (r >= SIDE) return;
+        const int there = r < n && !ls_is_padded(x.pad_q, b * x.T + t + r);
+        const int64_t row = g * x.T + t + r;
+        s.q[r] = there ? ls_row(x.q, b, h, t + r) : NULL;
+        if (with == PLAIN) return;
+        s.dout[r] = there ? ls_row(x.dout, b, h, t + r) : NULL;
+        s.top[r] = there ? x.top[row] : 0;
+        s.inverse[r] = there ? x.inverse[row] : 0;
+        if (with == WITH_DELTA) s.delta[r] = there ? x.delta[row] : 0;
+    }
+
+    /* The guests of a kind that some query sees, and those of a tile. */
+    __device__ inline ls_span guests_of(int which) const
+    {
+        const int64_t last = x.first + t + n - 1;
+        if (which == FAR) return ls_span{0, 0, far_seen(x, last)};
+        const int64_t lo = ls_max(0, ls_longshort_window(x.causal, x.w, x.first + t).lo - x.lo);
+        const ls_span z = ls_longshort_window(x.causal, x.w, last);
+        return ls_span{0, lo, ls_max(0, ls_min(z.lo + z.n - x.lo, x.n) - lo)};
+    }
+    /* Each tile of guests of a kind in turn. */
+    template <typename F> __device__ inline void meet(int which, F act)
+    {
+        const ls_span guests = guests_of(which);
+        for (int64_t i = 0; i < guests.n; i += step_of(which)) {
+            seat_guests(which, guests.lo + i, (int)ls_min(step_of(which), guests.n - i));
+            act();
+        }
+    }
+    __device__ inline int step_of(int which) const
+    {
+        return which == FAR ? x.vectors : SIDE;
+    }
+
+    /* The table's row for row r of the queries with guest 0, and those before for guests after it. */
+    __device__ inline int64_t row_of_table(int r) const
+    {
+        const int64_t i = x.first + t + r;
+        return (kind == FAR ? far_seen(x, i) - 1 : i - x.lo) - first;
+    }
+
+    /* Guests [from, from + number); the window is that of all pairs' rows of the table. */
+    __device__ inline void seat_guests(int which, int64_t from, int number_of)
+    {
+        kind = which, first = from, count = number_of;
+        const int64_t newest = row_of_table(n - 1);
+        window = row_of_table(0) - (count - 1);
+        reach = (int)(newest - window);
+        seat();
+    }
+    /* The window is [row, row + rows) of the table. */
+    __device__ inline void seat_guests_at(int which, int64_t from, int number_of, int64_t row, int rows)
+    {
+        kind = which, first = from, count = number_of, window = row, reach = rows - 1;
+        seat();
+    }
+
+    /* Scores of all pairs; those that do not see each other have any. */
+    __device__ inline void score(pairs &z)
+    {
+        const int near = x.causal && kind == NEARBY;
+        z.clear();
+        for (int e = 0; e < x.d; e += SIDE) multiply(z, QUERY, near ? Q_NEAR : Q, KEY, 0, e);
+        for (int half = 0; x.causal && half <= reach; half += SIDE) {
+            if (!has_rows(half)) continue;
+            pairs terms;
+            terms.clear();
+            for (int e = 0; e < x.d; e += SIDE)
+                multiply(terms, near ? DISTANCE : QUERY, near ? Q_DISTANCE : Q, TABLE, half, e);
+            hand_over(terms);
+            for (int u = 0; u < pairs::U; u++) {
+                const int r = pairs::row(u), shift = s.shift[r] - half;
+                for (int v = 0; v < pairs::V; v++) {
+                    const int row = shift - pairs::column(v);
+                    if (row >= 0 && row < SIDE) z.at(u, v) += handed()[r * PITCH + row];
+                }
+            }
+        }
+    }
+
+    /* P from scores, and dP. */
+    __device__ inline void weigh(pairs &z, pairs &gain)
+    {
+        gain.clear();
+        for (int e = 0; e < x.d; e += SIDE) multiply(gain, OUT, DOUT, VALUE, 0, e);
+        for (int u = 0; u < pairs::U; u++) {
+            const int r = pairs::row(u);
+            for (int v = 0; v < pairs::V; v++)
+                z.at(u, v) = sees(r, pairs::column(v)) ? (sum)(ls_exp(z.at(u, v) - s.top[r]) * s.inverse[r]) : 0;
+        }
+    }
+    /* P becomes dscore = P (dP - δ). */
+    __device__ inline void differentiate(pairs &z, pairs &gain)
+    {
+        for (int u = 0; u < pairs::U; u++)
+            for (int v = 0; v < pairs::V; v++) z.at(u, v) *= (sum)(gain.at(u, v) - s.delta[pairs::row(u)]);
+    }
+
+    __device__ inline int sees(int r, int guest) const
+    {
+        return guest >= s.from[r] && guest < s.to[r] && s.key[guest] != NULL;
+    }
+
+    /* Whether the table has any of rows [half, half + SIDE) of the window that pairs need. */
+    __device__ inline int has_rows(int half) const
+    {
+        const int64_t row = window + half, rows = kind == FAR ? x.N : x.D;
+        return row < rows && row + ls_min(SIDE, reach + 1 - half) > 0;
+    }
+
+    /* Numbers of pairs, or sums, become known to all, as (SIDE,PITCH). */
+    template <class S> __device__ inline void hand_over(S &z)
+    {
+        __syncthreads();
+        for (int u = 0; u < S::U; u++)
+            for (int v = 0; v < S::V; v++) handed()[S::row(u) * PITCH + S::column(v)] = z.at(u, v);
+        __syncthreads();
+    }
+
+    /* Σ over queries of column threadIdx.x. */
+    __device__ inline double column_sum(sums<M, ROWS_COLUMNS> &z)
+    {
+        double y = 0;
+        hand_over(z);
+        for (int r = 0; r < n && threadIdx.x < SIDE; r++) y += (double)handed()[r * PITCH + threadIdx.x];
+        return y;
+    }
+
+    /* Weights of pairs, rounded as operands are; the product that follows waits for them. */
+    __device__ inline void set_weights(pairs &z)
+    {
+        __syncthreads();
+        for (int u = 0; u < pairs::U; u++)
+            for (int v = 0; v < pairs::V; v++)
+                write_number(z.at(u, v), tile(TILES) + pairs::row(u) * M::PITCH + pairs::column(v));
+    }
+    /* The same numbers as weights of rows [half, half + SIDE) of the window. */
+    __device__ inline void set_table_weights(pairs &z, int half)
+    {
+        const int rows = least(SIDE, reach + 1 - half);
+        __syncthreads();
+        for (int i = threadIdx.x; i < SIDE * M::PITCH; i += LS_THREADS) write_number((ls_real)0, tile(TILES) + i);
+        __syncthreads();
+        for (int u = 0; u < pairs::U; u++) {
+            const int r = pairs::row(u), shift = s.shift[r] - half;
+            for (int v = 0; v < pairs::V; v++) {
+                const int row = shift - pairs::column(v);
+                if (row >= 0 && row < rows) write_number(z.at(u, v), tile(TILES) + r * M::PITCH + row);
+            }
+        }
+    }
+
+    /* z += weights · columns [e, e + SIDE) of guests, or of the table's rows. */
+    __device__ inline void gather(sums<M, ROWS_COLUMNS> &z, int source, int half, int e)
+    {
+        __syncthreads();
+        bring(GUEST, source, half, e);
+        __syncthreads();
+        z.add(whole<M>(source == TABLE ? SIDE : count), tile(TILES), tile(GUEST));
+    }
+    /* z += weightsᵀ · columns [e, e + SIDE) of queries. */
+    __device__ inline void give(sums<M, COLUMNS_COLUMNS> &z, int slot, int source, int e)
+    {
+        __syncthreads();
+        bring(slot, source, 0, e);
+        __syncthreads();
+        z.add(whole<M>(n), tile(TILES), tile(slot));
+    }
+    __device__ inline void give_queries(sums<M, COLUMNS_COLUMNS> &z, int distances, int e)
+    {
+        const int near = x.causal && kind == NEARBY;
+        if (near && distances)
+            give(z, DISTANCE, Q_DISTANCE, e);
+        else
+            give(z, QUERY, near ? Q_NEAR : Q, e);
+    }
+
+  private:
+    __device__ inline void seat()
+    {
+        const int i = threadIdx.x % SIDE;
+        held[GUEST] = -1;
+        to_value = kind == FAR ? x.r * x.H * x.d : x.near_v - x.near_k;
+        __syncthreads(); /* of the guests before nobody reads any more */
+        if (threadIdx.x < SIDE) {
+            const ls_span far = {0, 0, far_seen(x, x.first + t + i)};
+            ls_span z = kind == FAR ? far : ls_longshort_window(x.causal, x.w, x.first + t + i);
+            if (kind == NEARBY) z.lo -= x.lo;
+            s.shift[i] = (int)ls_max(INT32_MIN / 2, ls_min(INT32_MAX / 2, row_of_table(i) - window));
+            s.from[i] = (int)ls_max(0, ls_min(count, z.lo - first));
+            s.to[i] = s.q[i] == NULL ? 0 : (int)ls_max(0, ls_min(count, z.lo + z.n - first));
+        } else if (threadIdx.x < 2 * SIDE) {
+            const int64_t g = first + i;
+            const ls_real *key = NULL;
+            if (i < count && kind == FAR) {
+                const ls_real *item = x.items + (g / x.r * x.B + b) * x.item;
+                if (item[x.item - 1] != 0) key = item + (g % x.r * x.H + h) * x.d; /* its tokens are not all padded */
+            } else if (i < count && !ls_is_padded(x.pad, b * x.n + g)) {
+                key = x.near_k + ((b * x.n + g) * x.H + h) * x.d;
+            }
+            s.key[i] = key;
+        }
+    }
+
+    /* A tile = what the source has, unless it is there; between two barriers. half: of a table. */
+    __device__ inline void bring(int slot, int source, int half, int e)
+    {
+        const int id = (source * 4096 + half / SIDE) * 4096 + e / SIDE, queries = source <= Q_DISTANCE;
+        int is_there = 0;
+#pragma unroll
+        for (int k = 0; k < TILES; k++) /* an array of registers has no index */
+            if (k == slot) is_there = held[k] == id, held[k] = id;
+        if (is_there) return;
+        const ls_real *more = source == Q_NEAR ? x.r_w : source == Q_DISTANCE ? x.r_r : NULL;
+        if (more != NULL) more += h * x.d;
+        const ls_real *const *rows = queries ? s.q : source == DOUT ? s.dout : s.key;
+        const ls_real *table = kind == FAR ? x.far_table : x.near_table;
+        const int64_t size = kind == FAR ? x.N : x.D, row = window + half, beside = source == VALUE ? to_value : 0;
+        if (source == TABLE) table += (h * size + row) * x.d;
+        load_tile<M>(
+            [&](int i) -> const ls_real * {
+                if (source == TABLE) return row + i >= 0 && row + i < size ? table + i * x.d : NULL;
+                return rows[i] != NULL ? rows[i] + beside : NULL;
+            },
+            x.d, e, queries ? x.scale : 1, more, tile(slot));
+    }
+
+    /* z += columns [e, e + SIDE) of queries · those of guests, or of the table's rows. */
+    __device__ inline void multiply(pairs &z, int slot, int queries, int guests, int half, int e)
+    {
+        __syncthreads();
+        bring(slot, queries, 0, e);
+        bring(GUEST, guests, half, e);
+        __syncthreads();
+        z.add(whole<M>(x.d - e), tile(slot), tile(GUEST));
+    }
+};
+} // namespace
+
+/* What a meeting has of shared memory. */
+template <class M> static size_t bytes_of()
+{
+    const size_t weights = tiles_bytes<M>(1), handed = SIDE * (size_t)meeting<M>::PITCH * sizeof(typename M::sum);
+    return tiles_bytes<M>(TILES) + (weights > handed ? weights : handed);
+}
+
+/* A sum's numbers to rows [0, rows), columns [e, d), of to(row). */
+template <class S, typename P> __device__ static inline void write_sums(S &z, int rows, int e, int d, P to)
+{
+    for (int u = 0; u < S::U; u++)
+        for (int v = 0; v < S::V; v++)
+            if (S::row(u) < rows && e + S::column(v) < d) to(S::row(u))[e + S::column(v)] = z.at(u, v);
+}
+
+#endif
