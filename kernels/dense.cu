@@ -5,8 +5,7 @@
  *   columns      gradients of biases, norms and embeddings are sums over rows: a block owns some columns of a part of
  *                the rows, its threads take these in turn, in double, and add up in shared memory in one order. The
  *                parts go through memory of the queue and are added in their order by a second kernel, so that results
- *                do not depend on the order of blocks. A queue without such memory has one part, and blocks of eight
- *                columns: what memory gives at once.
+ *                do not depend on the order of blocks.
  *
  * The linear layers are products of cuBLAS, but linear_alike, whose rows must not know how many they are. */
 #include "cuda.h"
@@ -275,8 +274,8 @@ static void zero(ls_queue *queue, size_t bytes, void *x)
 
 /* ------------------------------------------------------------------------------------------------ sums over rows */
 
-/* SUM_BLOCKS of SUM_THREADS are there at a time on a large GPU, where there is memory for parts. */
-enum { SUM_BLOCKS = 512, SUM_THREADS = 256, ALONE_THREADS = 512, ALONE_COLUMNS = 8 };
+enum { SUM_THREADS = 256, SUM_BLOCKS_EACH = 4 }; /* of which a multiprocessor has so many blocks at a time */
+static_assert(4 * LS_WARP <= LS_SUM_COLUMNS, "a queue's memory has the parts of as many columns as a block has");
 
 /* How columns are shared: `across` threads side by side have W of them each, those of a block the `each` rows of its
  * part in turn. Numbers of threads are powers of 2. */
@@ -340,23 +339,18 @@ __global__ static void add_cuts(int parts, int64_t n, int64_t sums, const double
     *to += (ls_real)sum;
 }
 
-/* The cut for `sums` sums of rows (rows,n), and its blocks: so many parts that they fill a GPU at once, but each with
- * enough rows that sums of parts are few. Only a queue that rounds has memory for them: that of its products, which
- * come before and after. */
-static cut cut_of(const ls_queue *queue, int64_t rows, int64_t n, int64_t sums, int w, dim3 *blocks, int *threads)
+/* The cut for sums of rows (rows,n), up to two of each column, and its blocks: so many parts that they fill a GPU at
+ * once, but each with enough rows that sums of parts are few. */
+static cut cut_of(const ls_queue *queue, int64_t rows, int64_t n, int w, dim3 *blocks, int *threads)
 {
-    const int64_t items = n / w, most = (int64_t)(LS_NARROW_BYTES / sizeof(double)) / sums;
-    const bool splits = queue->narrow != NULL && most > 1;
-    cut c = {splits ? LS_WARP : ALONE_COLUMNS / w, 1, rows, static_cast<double *>(queue->narrow)};
+    const int64_t items = n / w;
+    cut c = {LS_WARP, 1, rows, static_cast<double *>(queue->parts)};
     while (c.across / 2 >= items) c.across /= 2;
-    const int64_t x = (items + c.across - 1) / c.across;
-    *threads = splits ? SUM_THREADS : ALONE_THREADS;
-    if (splits) {
-        const int64_t least = 8 * (*threads / c.across); /* rows, 8 of each thread */
-        const int64_t parts = ls_max(1, ls_min(ls_min(rows / least, most), SUM_BLOCKS / x));
-        c.each = (rows + parts - 1) / parts;
-        c.parts = (int)((rows + c.each - 1) / c.each);
-    }
+    *threads = SUM_THREADS;
+    const int64_t x = (items + c.across - 1) / c.across, least = 8 * (*threads / c.across); /* rows, 8 of each thread */
+    const int64_t parts = ls_max(1, ls_min(rows / least, LS_SUM_BLOCKS / x));
+    c.each = (rows + parts - 1) / parts;
+    c.parts = (int)((rows + c.each - 1) / c.each);
     while (*threads > ls_max(LS_WARP, c.across) && *threads / c.across * 2 > c.each) *threads /= 2;
     *blocks = dim3((unsigned)x, (unsigned)c.parts);
     return c;
@@ -370,7 +364,7 @@ static void add_parts(ls_queue *queue, const cut &c, int64_t n, int64_t sums, ls
 
 /* sum (n) += Σ_rows x (rows,n), and y = x where it is not NULL. T: of x */
 template <int W, typename T>
-__global__ static void __launch_bounds__(ALONE_THREADS, 2)
+__global__ static void __launch_bounds__(SUM_THREADS, SUM_BLOCKS_EACH)
     sum_columns(int64_t rows, int64_t n, cut c, const T *x, ls_real *sum, ls_operand y)
 {
     LS_SHARED(double, part);
@@ -395,7 +389,7 @@ static void launch_sums(ls_queue *queue, int64_t rows, int64_t n, const T *x, in
 {
     int threads;
     dim3 blocks;
-    const cut c = cut_of(queue, rows, n, n, w, &blocks, &threads);
+    const cut c = cut_of(queue, rows, n, w, &blocks, &threads);
     const auto kernel = w == 4 ? sum_columns<4, T> : sum_columns<1, T>;
     LS_LAUNCH(queue, kernel, blocks, threads, (size_t)(threads * w) * sizeof(double), rows, n, c, x, sum, y);
     add_parts(queue, c, n, n, sum, NULL);
@@ -554,7 +548,7 @@ static void layer_norm(ls_queue *queue, int64_t rows, int64_t E, const ls_real *
 
 /* dw += Σ dy·x̂, db += Σ dy, x̂ = (x - mean)·rstd */
 template <int W>
-__global__ static void __launch_bounds__(ALONE_THREADS, 2)
+__global__ static void __launch_bounds__(SUM_THREADS, SUM_BLOCKS_EACH)
     norm_columns(int64_t rows, int64_t E, cut c, const ls_real *x, const ls_real *mean, const ls_real *rstd,
                  const ls_real *dy, ls_real *dw, ls_real *db)
 {
@@ -625,7 +619,7 @@ static void layer_norm_backward(ls_queue *queue, int64_t rows, int64_t E, const 
     const auto along = few == 4 ? norm_rows<4> : norm_rows<1>;
     int threads;
     dim3 blocks;
-    const cut c = cut_of(queue, rows, E, 2 * E, few, &blocks, &threads);
+    const cut c = cut_of(queue, rows, E, few, &blocks, &threads);
     /* columns first: dx may be dy */
     LS_LAUNCH(queue, columns, blocks, threads, (size_t)(threads * few) * sizeof(double), rows, E, c, x, mean, rstd, dy,
               dw, db);
