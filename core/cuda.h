@@ -33,7 +33,7 @@ struct ls_queue {
     ls_precision precision; /* what operands of products are rounded to */
     size_t most_shared;     /* of shared memory that a block may ask for, in bytes */
     void *narrow;           /* LS_BF16: LS_NARROW_BYTES for their copies in bfloat16, of the product under way */
-    void *parts;            /* LS_PARTS_BYTES for the parts of a sum over rows under way, see kernels/dense.cu */
+    void *parts;            /* LS_PARTS_BYTES for the parts of a sum over rows under way, see kernels/dense_sums.cu */
     ls_status status;       /* what failed first, since it was last asked; its sentence is `message` */
     char message[256];
     cudaEvent_t end;          /* of what was given, for a wait that is watched */
