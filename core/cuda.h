@@ -32,8 +32,8 @@ struct ls_queue {
     int device;
     ls_precision precision; /* what operands of products are rounded to */
     size_t most_shared;     /* of shared memory that a block may ask for, in bytes */
-    void *narrow;           /* LS_BF16: LS_NARROW_BYTES for their copies in bfloat16, of the product under way, and */
-                            /* between products for the parts of sums over rows */
+    void *narrow;           /* LS_BF16: LS_NARROW_BYTES for their copies in bfloat16, of the product under way */
+    void *parts;            /* LS_PARTS_BYTES for the parts of a sum over rows under way, see kernels/dense_sums.cu */
     ls_status status;       /* what failed first, since it was last asked; its sentence is `message` */
     char message[256];
     cudaEvent_t end;          /* of what was given, for a wait that is watched */
@@ -72,6 +72,11 @@ ls_status ls_launched(ls_queue *q, const char *what);
 #define LS_NARROW_SIDE 4096
 #endif
 #define LS_NARROW_BYTES ((size_t)2 * LS_NARROW_SIDE * LS_NARROW_SIDE * 2)
+
+/* Sums over rows: so many blocks make parts of them at a time, which fills a large GPU, each of two sums for each of up
+ * to so many columns. */
+enum { LS_SUM_BLOCKS = 512, LS_SUM_COLUMNS = 128 };
+#define LS_PARTS_BYTES (sizeof(double) * 2 * LS_SUM_BLOCKS * LS_SUM_COLUMNS)
 
 /* A batch of products on row-major matrices: C_i (m,n) = alpha op(A_i) op(B_i) + beta C_i, matrix i at x + i *
  * stride_x. A stride of 0 shares the matrix (not of C). beta = 0 overwrites. Sizes of 0 are fine. Operands are rounded

@@ -21,7 +21,8 @@ typedef struct ls_device_ops {
     const char *name;
     ls_status (*count)(int *devices);                      /* of this machine */
     void (*describe)(int number, char *text, size_t size); /* name and memory of one of them */
-    /* A process has queues of one device at a time. */
+    /* A process has queues of one device at a time. A queue takes all its memory of the device now: on a GPU 1 MiB for
+     * parts of sums, and with LS_BF16 64 MiB for copies of operands. */
     ls_status (*open)(int number, ls_precision precision, ls_queue **queue);
     ls_status (*open_beside)(ls_queue *of,
                              ls_queue **queue); /* one more on its device, for copies and messages alone */

@@ -185,6 +185,7 @@ static void close_queue(ls_queue *q)
     free_bounce(q->bounce);
     if (q->end != NULL) cudaEventDestroy(q->end);
     release(q->narrow);
+    release(q->parts);
     if (q->blas != NULL) cublasDestroy(q->blas);
     if (q->stream != NULL) cudaStreamDestroy(q->stream);
     free(q);
@@ -211,12 +212,13 @@ static ls_status make_queue(ls_queue *q)
     if (status == CUBLAS_STATUS_SUCCESS)
         status = cublasSetMathMode(
             q->blas, (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
-    if (status == CUBLAS_STATUS_SUCCESS && q->precision != LS_BF16) return LS_OK;
-    if (status == CUBLAS_STATUS_SUCCESS)
-        return ls_reserve(&ls_cuda_device, "CUDA: copies in bfloat16", LS_NARROW_BYTES, &q->narrow);
-    return ls_fail(status == CUBLAS_STATUS_ALLOC_FAILED ? LS_ERR_MEMORY : LS_ERR_INTERNAL,
-                   "CUDA device %d: cuBLAS cannot be opened: %s: free the device of other programs", q->device,
-                   cublasGetStatusString(status));
+    if (status != CUBLAS_STATUS_SUCCESS)
+        return ls_fail(status == CUBLAS_STATUS_ALLOC_FAILED ? LS_ERR_MEMORY : LS_ERR_INTERNAL,
+                       "CUDA device %d: cuBLAS cannot be opened: %s: free the device of other programs", q->device,
+                       cublasGetStatusString(status));
+    LS_TRY(ls_reserve(&ls_cuda_device, "CUDA: parts of sums", LS_PARTS_BYTES, &q->parts));
+    if (q->precision != LS_BF16) return LS_OK;
+    return ls_reserve(&ls_cuda_device, "CUDA: copies in bfloat16", LS_NARROW_BYTES, &q->narrow);
 }
 
 /* tensor cores that take tf32 and bfloat16 */
