@@ -31,6 +31,12 @@ template <typename T> struct batch {
     int narrow_c;
 };
 
+/* Number i of what lies at p: T, or bfloat16 under its name. */
+template <typename T> static T *at_of(T *p, int64_t i, int is_narrow)
+{
+    return reinterpret_cast<T *>((uintptr_t)p + (size_t)i * (is_narrow ? sizeof(__nv_bfloat16) : sizeof *p));
+}
+
 static cublasOperation_t operation(int transpose)
 {
     return transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -109,12 +115,6 @@ __global__ static void narrow_rows(unsigned items, unsigned rows, unsigned colum
 struct block {
     int64_t item, row, column, items, rows, columns;
 };
-
-/* Number i of what lies at p, floats or bfloat16 under their name. */
-static float *at_of(const float *p, int64_t i, int is_narrow)
-{
-    return reinterpret_cast<float *>((uintptr_t)p + (size_t)i * (is_narrow ? sizeof(__nv_bfloat16) : sizeof *p));
-}
 
 /* A block where it lies, or its copy, which is there already where it is that of the call before. */
 static operand<__nv_bfloat16> narrow(ls_queue *q, const operand<float> &x, block want, block *there, __nv_bfloat16 *to)
@@ -234,6 +234,22 @@ template <typename T> static void list(const batch<T> &x, int exact)
     ls_product_list(&p);
 }
 
+/* Blocks of a grid have the matrices of a batch as their last number, of which there are no more than 65535. */
+enum { MOST_MATRICES = 65535 };
+template <typename T> static cublasStatus_t products(ls_queue *q, const batch<T> &x, int exact)
+{
+    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+    for (int64_t i = 0; i < x.count && status == CUBLAS_STATUS_SUCCESS; i += MOST_MATRICES) {
+        batch<T> part = x;
+        part.count = ls_min(MOST_MATRICES, x.count - i);
+        part.a.p = at_of(x.a.p, i * x.a.stride, x.a.narrow);
+        part.b.p = at_of(x.b.p, i * x.b.stride, x.b.narrow);
+        part.c = at_of(x.c, i * x.stride_c, x.narrow_c);
+        status = product(q, part, exact);
+    }
+    return status;
+}
+
 template <typename T> static void multiply(ls_queue *q, const batch<T> &x, int exact)
 {
     if (x.m <= 0 || x.n <= 0 || x.count <= 0) return;
@@ -252,7 +268,7 @@ template <typename T> static void multiply(ls_queue *q, const batch<T> &x, int e
         if (size > INT_MAX) status = CUBLAS_STATUS_INVALID_VALUE;
     if (status == CUBLAS_STATUS_SUCCESS) {
         if (ls_products_count(x.m, x.n, x.k, x.count)) list(x, exact);
-        status = product(q, x, exact);
+        status = products(q, x, exact);
     }
     if (status != CUBLAS_STATUS_SUCCESS) keep(q, status, x.m, x.n, x.k, x.count);
 }

@@ -310,9 +310,9 @@ template <typename T>
 static void check_batch(void (*gemm)(ls_queue *, int, int, int64_t, int64_t, int64_t, double, const T *, int64_t,
                                      int64_t, const T *, int64_t, int64_t, double, T *, int64_t, int64_t, int64_t),
                         int ta, int tb, int64_t m, int64_t n, int64_t k, double beta, bool shared_b, double allowed,
-                        int bits = 0, bool aligned = false)
+                        int bits = 0, bool aligned = false, int64_t batch = 3)
 {
-    const int64_t batch = 3, wide_a = ta ? m : k, wide_b = tb ? k : n, ldc = n + 3;
+    const int64_t wide_a = ta ? m : k, wide_b = tb ? k : n, ldc = n + 3;
     const int64_t lda = aligned ? (wide_a + 3) / 4 * 4 : wide_a + 2, ldb = aligned ? (wide_b + 3) / 4 * 4 : wide_b + 1;
     const int64_t sa = (ta ? k : m) * lda + !aligned, sb = shared_b ? 0 : (tb ? n : k) * ldb, sc = m * ldc + 2;
     const std::vector<T> a = noise<T>((size_t)(sa * batch + 1), 1);
@@ -347,6 +347,13 @@ static void test_products(void **)
                             check_batch<ls_real>(ls_gemm_batch, ta, tb, m, n, k, beta, k == 7, tolerance);
                             check_batch<double>(ls_gemm_batch_double, ta, tb, m, n, k, beta, k == 7, 1e-13);
                         }
+}
+
+/* More matrices than a batch of cuBLAS surely takes. */
+static void test_many_products(void **)
+{
+    check_batch<ls_real>(ls_gemm_batch, 0, 1, 2, 1, 1, 1, false, tolerance, 0, false, 65537);
+    check_batch<double>(ls_gemm_batch_double, 0, 0, 1, 1, 2, 0, true, 1e-13, 0, false, 131071);
 }
 
 /* Operands rounded as told and sums not, of products that fit in the queue's memory for bfloat16 and of products that
@@ -667,13 +674,14 @@ static int close_queue(void **)
 int main()
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_shuffles),     cmocka_unit_test(test_parts_of_warps),
-        cmocka_unit_test(test_barriers),     cmocka_unit_test(test_reductions),
-        cmocka_unit_test(test_launches),     cmocka_unit_test(test_products),
-        cmocka_unit_test(test_copies),       cmocka_unit_test(test_products_of_heads),
-        cmocka_unit_test(test_allocations),  cmocka_unit_test(test_crashes),
-        cmocka_unit_test(test_devices),      cmocka_unit_test(test_products_rounded),
-        cmocka_unit_test(test_copies_ahead), cmocka_unit_test(test_watched_waits),
+        cmocka_unit_test(test_shuffles),          cmocka_unit_test(test_parts_of_warps),
+        cmocka_unit_test(test_barriers),          cmocka_unit_test(test_reductions),
+        cmocka_unit_test(test_launches),          cmocka_unit_test(test_products),
+        cmocka_unit_test(test_many_products),     cmocka_unit_test(test_copies),
+        cmocka_unit_test(test_products_of_heads), cmocka_unit_test(test_allocations),
+        cmocka_unit_test(test_crashes),           cmocka_unit_test(test_devices),
+        cmocka_unit_test(test_products_rounded),  cmocka_unit_test(test_copies_ahead),
+        cmocka_unit_test(test_watched_waits),
     };
     return cmocka_run_group_tests(tests, open_queue, close_queue);
 }

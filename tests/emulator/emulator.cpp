@@ -1231,6 +1231,7 @@ cublasStatus_t batch_of(cublasHandle_t handle, cublasOperation_t op_a, cublasOpe
     if (m < 0 || n < 0 || k < 0 || batch < 0 || lda < (a_rows > 1 ? a_rows : 1) || ldb < (b_rows > 1 ? b_rows : 1) ||
         ldc < (m > 1 ? m : 1) || alpha == NULL || beta == NULL)
         return CUBLAS_STATUS_INVALID_VALUE;
+    if (batch > 65535) return CUBLAS_STATUS_NOT_SUPPORTED; /* the real one may do more, and need not */
     if (m == 0 || n == 0 || batch == 0) return CUBLAS_STATUS_SUCCESS;
     if (!fits(c, m, n, ldc, stride_c, batch) ||
         (k > 0 && !(fits(a, a_rows, op_a == CUBLAS_OP_N ? k : m, lda, stride_a, batch) &&
