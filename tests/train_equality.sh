@@ -110,7 +110,6 @@ interrupt() { # REFERENCE DIRECTORY RANKS ARGUMENT...
   [ -z "$left" ] || fail "$directory: left behind: $left"
 }
 interrupt one one_again 1
-interrupt two two_again 2
 interrupt two_by_two two_by_two_again 4 --set parallel.sequence=2
 
 # ---- stopped by a signal within an evaluation, of which one rank alone knows: before the second of its two batches,
@@ -139,7 +138,6 @@ stop() { # REFERENCE DIRECTORY RANKS ARGUMENT...
   tail -n 1 "$directory.log" | grep -q '^nothing to do' || fail "$directory: something to do at the end"
 }
 stop one one_stopped 1
-stop two two_stopped 2
 stop by_three by_three_stopped 3 --set parallel.sequence=1
 stop two_by_two two_by_two_stopped 4 --set parallel.sequence=2
 
