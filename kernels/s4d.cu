@@ -1,6 +1,7 @@
-/* S4D on a GPU. The formulas, γ and the "gradient form" are those of s4d.c; here everything is in double but what is
- * stored, and within a chunk of positions the recurrences simply run: a thread has one feature, its modes in registers,
- * and neighbouring threads neighbouring features. Chunks are independent once the states between them are known:
+/* S4D on a GPU. The formulas, γ and the "gradient form" are those of s4d.c, as is what is in double: powers, and what
+ * goes from chunk to chunk. Within a chunk of positions the recurrences simply run: a thread has one feature, its modes
+ * in registers, and neighbouring threads neighbouring features. Chunks are independent once the states between them are
+ * known:
  *
  *   ends      of every chunk alone, the state it makes from nothing
  *   scan      over chunks, from what came of other ranks: the states that enter chunks; at its end, what leaves
@@ -12,12 +13,15 @@
  *
  *   step: x = a x + u    seen: y += Re W x    and of g, in reverse    seen: g += W dy    step: du += Re g, g = a g
  *
- * Parameters. In a strip, a few chunks in a row, z = ∂x/∂λ runs along with x from 0, z = a (z + x before the step), and
+ * so that what is wanted is W times the end of dy, walked along in reverse, and of s once more a.
  *
- *   γ_W = Σ dy x,   γ_λ = Σ W dy z + γ' z at the end,  γ' of the state that leaves the strip
+ * Parameters. In a chunk, z = ∂x/∂a runs along with x from 0, z = a z + x before the step, and
  *
- * so that nothing of the way back is needed but γ'. Strips are summed in order. More modes than fit registers, and more
- * channels than one, are passes of the same thread one after the other. */
+ *   γ_W = Σ dy x,   γ_λ = a (W Σ dy z + γ' z at the end),  γ' of the state that leaves the chunk
+ *
+ * so that nothing of the way back is needed but γ'. A thread adds up a strip, a few chunks in a row, and strips are
+ * summed in order. More modes than fit registers, and more channels than one, are passes of the same thread one after
+ * the other. */
 #include "cuda.h"
 
 extern "C" {
@@ -27,23 +31,26 @@ extern "C" {
 namespace
 {
 
-enum { STATE_SIZE, CHANNELS, SETS };               /* option[] */
-enum { LOG_DT, LOG_W_RE, W_IM, C_, D_ };           /* param[] */
-enum { CHUNK = 64, AHEAD = 8, FEATURES = 128 };    /* positions; read at a time; features of a block */
-enum { MODES = 8, SLOPES = 4 };                    /* of a pass; where z runs along */
-enum { MOST_STRIPS = 128 };                        /* about, of all batch rows together */
-enum { FROM_LEFT, FROM_RIGHT };                    /* directions */
-enum { LAMBDA, POWER, BETA };                      /* saved[]: complex doubles (E,N/2) of λ, a, β */
-enum { STATES, STATES_RIGHT, GRADS, GRADS_RIGHT }; /* work[]: complex doubles (B,chunks,N/2,E) */
-enum { DLAMBDA = GRADS_RIGHT + 1, DW, STRIPS };    /* complex doubles (E,N/2), twice; (strips,sums,E) */
+enum { STATE_SIZE, CHANNELS, SETS };            /* option[] */
+enum { LOG_DT, LOG_W_RE, W_IM, C_, D_ };        /* param[] */
+enum { CHUNK = 64, AHEAD = 8, FEATURES = 128 }; /* positions; read at a time; features of a block */
+enum { MODES = 8, SLOPES = 4 };                 /* of a pass; where z runs along */
+enum { SEGMENTS = 16, SLICES = 8 };             /* of the chunks in a scan, of the strips in a sum: threads */
+enum { MOST_STRIPS = 64 };                      /* about, of all batch rows together */
+enum { FROM_LEFT, FROM_RIGHT };                 /* directions */
+enum { LAMBDA, BETA, POWER, WEIGHT };           /* saved[]: (E,N/2) λ, β in double; (N/2,E) a; (rows of C,N/2,E) W */
+enum { STATES, STATES_RIGHT, GRADS, GRADS_RIGHT }; /* work[]: complex (B,chunks,N/2,E) */
+enum { DLAMBDA = GRADS_RIGHT + 1, DW, STRIPS };    /* complex doubles (E,N/2), twice; (1 + strips,sums,E) */
 enum { ENDS_LEFT = 1, ENDS_RIGHT };                /* phases, see summary_of */
 
 /* ------------------------------------------------------------------------------------------------ complex numbers */
 
-struct __align__(16) number
+template <typename T> struct __align__(2 * sizeof(T)) complex
 {
-    double re, im;
+    T re, im;
 };
+typedef complex<double> number;
+typedef complex<ls_real> small; /* what is stored, and runs within a chunk */
 
 __device__ static number times(number x, number y)
 {
@@ -71,6 +78,16 @@ __device__ static number power_of(number lambda, double n)
     return {size * cos(lambda.im * n), size * sin(lambda.im * n)};
 }
 
+__device__ static number wide(small x)
+{
+    return {(double)x.re, (double)x.im};
+}
+
+__device__ static small narrow(number x)
+{
+    return {(ls_real)x.re, (ls_real)x.im};
+}
+
 /* ------------------------------------------------------------------------------------------------ sizes, memory */
 
 /* Rows (B,1,T,·) that are 0 where they are padded. */
@@ -85,12 +102,18 @@ struct layer {
     int64_t B, T, E, chunks;
     int modes, channels, sets, directions;
     const ls_real *log_dt, *log_w_re, *w_im, *C, *D;
-    number *lambda, *power, *beta;
+    number *lambda, *beta;
+    small *power, *weight;
 };
 
 static number *numbers(ls_real *x)
 {
     return (number *)(void *)x;
+}
+
+static small *smalls(ls_real *x)
+{
+    return (small *)(void *)x;
 }
 
 static const ls_real *param(const ls_pass *p, int which)
@@ -119,8 +142,9 @@ static layer layer_of(const ls_pass *p)
             .C = param(p, C_),
             .D = param(p, D_),
             .lambda = numbers(p->saved[LAMBDA]),
-            .power = numbers(p->saved[POWER]),
-            .beta = numbers(p->saved[BETA])};
+            .beta = numbers(p->saved[BETA]),
+            .power = smalls(p->saved[POWER]),
+            .weight = smalls(p->saved[WEIGHT])};
 }
 
 static int directions(const ls_pass *p)
@@ -152,25 +176,29 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
     const int64_t E = p->d, modes = (int64_t)p->option[STATE_SIZE] / 2, back = p->backward, both = directions(p) == 2;
     const int64_t states = p->B * ((p->T + CHUNK - 1) / CHUNK) * modes * E;
-    const size_t z = sizeof(number);
-    for (int i = LAMBDA; i <= BETA; i++) p->saved[i] = (ls_real *)ls_arena_take(saved, (size_t)(E * modes) * z);
-    p->work[STATES] = (ls_real *)ls_arena_take(work, (size_t)states * z);
-    p->work[STATES_RIGHT] = (ls_real *)ls_arena_take(work, (size_t)(both * states) * z);
-    p->work[GRADS] = (ls_real *)ls_arena_take(work, (size_t)(back * states) * z);
-    p->work[GRADS_RIGHT] = (ls_real *)ls_arena_take(work, (size_t)(back * both * states) * z);
+    const size_t z = sizeof(number), stored = sizeof(small), rows = (size_t)(directions(p) * p->option[CHANNELS]);
+    p->saved[LAMBDA] = (ls_real *)ls_arena_take(saved, (size_t)(E * modes) * z);
+    p->saved[BETA] = (ls_real *)ls_arena_take(saved, (size_t)(E * modes) * z);
+    p->saved[POWER] = (ls_real *)ls_arena_take(saved, (size_t)(E * modes) * stored);
+    p->saved[WEIGHT] = (ls_real *)ls_arena_take(saved, rows * (size_t)(E * modes) * stored);
+    p->work[STATES] = (ls_real *)ls_arena_take(work, (size_t)states * stored);
+    p->work[STATES_RIGHT] = (ls_real *)ls_arena_take(work, (size_t)(both * states) * stored);
+    p->work[GRADS] = (ls_real *)ls_arena_take(work, (size_t)(back * states) * stored);
+    p->work[GRADS_RIGHT] = (ls_real *)ls_arena_take(work, (size_t)(back * both * states) * stored);
     p->work[DLAMBDA] = (ls_real *)ls_arena_take(work, (size_t)(back * E * modes) * z);
     p->work[DW] = (ls_real *)ls_arena_take(work, (size_t)(back * E * modes) * z);
-    p->work[STRIPS] = (ls_real *)ls_arena_take(work, (size_t)(back * p->B * count_strips(p) * count_sums(p) * E) * z);
+    p->work[STRIPS] =
+        (ls_real *)ls_arena_take(work, (size_t)(back * (1 + p->B * count_strips(p)) * count_sums(p) * E) * z);
 }
 
-static number *states_of(const ls_pass *p, int direction)
+static small *states_of(const ls_pass *p, int direction)
 {
-    return numbers(p->work[STATES + direction]);
+    return smalls(p->work[STATES + direction]);
 }
 
-static number *grads_of(const ls_pass *p, int direction)
+static small *grads_of(const ls_pass *p, int direction)
 {
-    return numbers(p->work[GRADS + direction]);
+    return smalls(p->work[GRADS + direction]);
 }
 
 static rows inputs_of(const ls_pass *p)
@@ -209,15 +237,15 @@ __device__ static number c_of(const layer &y, int direction, int channel, int64_
 }
 
 /* W, and a; 0 for modes that are not. */
-__device__ static number weight_of(const layer &y, int direction, int channel, int64_t h, int m)
+__device__ static small weight_of(const layer &y, int direction, int channel, int64_t h, int m)
 {
-    if (m >= y.modes) return {0, 0};
-    return times(2, times(y.beta[h * y.modes + m], c_of(y, direction, channel, h, m)));
+    const int64_t row = direction * y.channels + channel;
+    return m < y.modes ? y.weight[(row * y.modes + m) * y.E + h] : small{0, 0};
 }
 
-__device__ static number entry(const layer &y, const number *x, int64_t h, int m)
+__device__ static small power_at(const layer &y, int64_t h, int m)
 {
-    return m < y.modes ? x[h * y.modes + m] : number{0, 0};
+    return m < y.modes ? y.power[m * y.E + h] : small{0, 0};
 }
 
 /* λ, which the scans of the ranks need as well; a - 1 is made so that no digits are lost where λ is small. */
@@ -225,13 +253,17 @@ __global__ static void make_decays(layer y)
 {
     LS_EACH(i, y.E * y.modes)
     {
-        const int64_t h = i / y.modes;
-        const number w = frequency(y, h, (int)(i % y.modes)), lambda = times(exp((double)y.log_dt[h]), w);
+        const int64_t h = i % y.E;
+        const int m = (int)(i / y.E);
+        const number w = frequency(y, h, m), lambda = times(exp((double)y.log_dt[h]), w);
         const double half = sin(lambda.im / 2), grown = expm1(lambda.re);
-        const number a1 = {grown * cos(lambda.im) - 2 * half * half, (grown + 1) * sin(lambda.im)};
-        y.lambda[i] = lambda;
-        y.power[i] = {1 + a1.re, a1.im};
-        y.beta[i] = over(a1, w);
+        const number a1 = {grown * cos(lambda.im) - 2 * half * half, (grown + 1) * sin(lambda.im)}, beta = over(a1, w);
+        y.lambda[h * y.modes + m] = lambda;
+        y.beta[h * y.modes + m] = beta;
+        y.power[i] = narrow({1 + a1.re, a1.im});
+        for (int d = 0; d < y.directions; d++)
+            for (int c = 0; c < y.channels; c++)
+                y.weight[(d * y.channels + c) * y.E * y.modes + i] = narrow(times(2, times(beta, c_of(y, d, c, h, m))));
     }
 }
 
@@ -254,20 +286,20 @@ __global__ static void step_gradients(layer y, const number *dlambda, ls_real *d
     }
 }
 
-/* A warp for each mode of a set, which sums over the set's features. */
+/* A block for each mode of a set, which sums over the set's features. */
 __global__ static void frequency_gradients(layer y, const number *dlambda, const number *dw, ls_real *dlog_w_re,
                                            ls_real *dw_im)
 {
-    const int lane = threadIdx.x % LS_WARP, warps = blockDim.x / LS_WARP;
-    for (int64_t i = (int64_t)blockIdx.x * warps + threadIdx.x / LS_WARP; i < (int64_t)y.sets * y.modes;
-         i += (int64_t)gridDim.x * warps) {
+    __shared__ double scratch[LS_WARP];
+    for (int64_t i = blockIdx.x; i < (int64_t)y.sets * y.modes; i += gridDim.x) {
         number sum = {0, 0};
-        for (int64_t h = i / y.modes + (int64_t)lane * y.sets; h < y.E; h += (int64_t)LS_WARP * y.sets) {
+        for (int64_t h = i / y.modes + (int64_t)threadIdx.x * y.sets; h < y.E; h += (int64_t)blockDim.x * y.sets) {
             const int64_t at = h * y.modes + i % y.modes;
             sum = plus(sum, plus(dw[at], times(exp((double)y.log_dt[h]), dlambda[at])));
         }
-        sum = {ls_warp_sum(sum.re), ls_warp_sum(sum.im)};
-        if (lane > 0) continue;
+        sum.re = ls_block_sum(sum.re, scratch);
+        sum.im = ls_block_sum(sum.im, scratch);
+        if (threadIdx.x > 0) continue;
         dlog_w_re[i] -= (ls_real)(sum.re * exp((double)y.log_w_re[i]));
         dw_im[i] -= (ls_real)sum.im;
     }
@@ -278,7 +310,7 @@ static ls_status decays_backward(ls_pass *p, int phase)
     (void)phase;
     const layer y = layer_of(p);
     LS_LAUNCH(p->queue, step_gradients, ls_blocks(y.E, 128), 128, 0, y, numbers(p->work[DLAMBDA]), dparam(p, LOG_DT));
-    LS_LAUNCH(p->queue, frequency_gradients, ls_blocks((int64_t)y.sets * y.modes * LS_WARP, 128), 128, 0, y,
+    LS_LAUNCH(p->queue, frequency_gradients, ls_blocks((int64_t)y.sets * y.modes, 1), LS_THREADS, 0, y,
               numbers(p->work[DLAMBDA]), numbers(p->work[DW]), dparam(p, LOG_W_RE), dparam(p, W_IM));
     return ls_launched(p->queue, "s4d: decays backward");
 }
@@ -287,46 +319,82 @@ static ls_status decays_backward(ls_pass *p, int phase)
 
 /* A thread's feature, and the positions of its block: [t, t + n) of b. */
 struct place {
-    int64_t b, part, h, t, n;
+    int64_t b, part, h, t;
+    int n;
 };
 
-/* Blocks are (b, part, features); parts of `length` positions. */
-__device__ static place place_of(const layer &y, int64_t parts, int64_t length)
+/* Chunk `part` of b. */
+__device__ static place chunk_at(const layer &y, int64_t b, int64_t part, int64_t h)
 {
-    const int64_t blocks = (y.E + FEATURES - 1) / FEATURES, i = blockIdx.x / blocks, t = i % parts * length;
-    return {i / parts, i % parts, blockIdx.x % blocks * FEATURES + threadIdx.x, t, ls_min(length, y.T - t)};
+    return {b, part, h, part * CHUNK, (int)ls_min(CHUNK, y.T - part * CHUNK)};
+}
+
+/* Blocks are (b, part, features). */
+__device__ static place place_of(const layer &y, int64_t parts)
+{
+    const unsigned blocks = (unsigned)((y.E + FEATURES - 1) / FEATURES), i = blockIdx.x / blocks;
+    return chunk_at(y, i / (unsigned)parts, i % (unsigned)parts,
+                    (int64_t)(blockIdx.x % blocks) * FEATURES + threadIdx.x);
 }
 
 /* Positions in the order in which a state meets them; back: against it. */
 struct walk {
-    int64_t first, n;
-    int step;
+    int64_t b, first;
+    int n, step;
+    const uint8_t *pad; /* of the first, NULL: none is padded */
 };
 
-__device__ static walk along(const place &at, int direction, int back)
+__device__ static walk along(const place &at, const rows &x, int direction, int back)
 {
     const int descends = (direction == FROM_RIGHT) != back;
-    return {descends ? at.t + at.n - 1 : at.t, at.n, descends ? -1 : 1};
+    const int64_t first = descends ? at.t + at.n - 1 : at.t;
+    return {at.b, first, at.n, descends ? -1 : 1, x.pad == NULL ? NULL : x.pad + at.b * x.T + first};
 }
 
-__device__ static int64_t position(const walk &w, int64_t k)
+/* A column's number at the first position of a walk; they are `step` apart. */
+struct column {
+    ls_real *p;
+    int64_t step;
+};
+
+__device__ static column column_of(const rows &x, const walk &w, int64_t i)
 {
-    return w.first + k * w.step;
+    return {ls_row(x.v, w.b, 0, w.first) + i, w.step * x.v.st};
 }
 
-__device__ static int is_padded(const rows &x, int64_t b, int64_t t)
+template <int n> struct some {
+    enum { count = n };
+};
+
+/* f(k, some<n>) for positions k .. k + n of a walk: n is AHEAD, and 1 for what is left, so that f need not ask. */
+template <typename F> __device__ static void each_some(int n, F f)
 {
-    return ls_is_padded(x.pad, b * x.T + t);
+    int k = 0;
+    for (; k + AHEAD <= n; k += AHEAD) f(k, some<AHEAD>());
+    for (; k < n; k++) f(k, some<1>());
 }
 
-/* to = the walk's entries k .. k + AHEAD of a feature, 0 where padded and after its end. */
-__device__ static void load(const rows &x, int64_t b, int64_t h, const walk &w, int64_t k, ls_real *to)
+/* Bit i: position k + i is not padded. */
+template <int n> __device__ static unsigned shown(const walk &w, int k)
+{
+    if (w.pad == NULL) return ~0u;
+    unsigned bits = 0;
+#pragma unroll
+    for (int i = 0; i < n; i++) bits |= (unsigned)(w.pad[(k + i) * w.step] == 0) << i;
+    return bits;
+}
+
+/* Numbers k .. k + n, 0 where they are padded. */
+template <int n> __device__ static void load(const column &x, int k, unsigned shown, ls_real *to)
 {
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-        const int64_t t = position(w, k + i);
-        to[i] = k + i < w.n && !is_padded(x, b, t) ? ls_row(x.v, b, 0, t)[h] : 0;
-    }
+    for (int i = 0; i < n; i++) to[i] = shown >> i & 1 ? x.p[(k + i) * x.step] : 0;
+}
+
+template <int n> __device__ static void store(const column &x, int k, unsigned shown, const ls_real *from)
+{
+#pragma unroll
+    for (int i = 0; i < n; i++) x.p[(k + i) * x.step] = shown >> i & 1 ? from[i] : 0;
 }
 
 /* Where mode m of feature h is in states. */
@@ -335,65 +403,69 @@ __device__ static int64_t in_states(const layer &y, int64_t b, int64_t chunk, in
     return ((b * y.chunks + chunk) * y.modes + m) * y.E + h;
 }
 
-template <int n>
-__device__ static void read_modes(const layer &y, const number *from, int64_t b, int64_t chunk, int m, int64_t h,
-                                  number *to)
+template <int n> __device__ static void read_modes(const layer &y, const small *from, const place &at, int m, small *to)
 {
 #pragma unroll
     for (int i = 0; i < n; i++)
-        to[i] = from != NULL && m + i < y.modes ? from[in_states(y, b, chunk, m + i, h)] : number{0, 0};
+        to[i] = from != NULL && m + i < y.modes ? from[in_states(y, at.b, at.part, m + i, at.h)] : small{0, 0};
 }
 
-template <int n>
-__device__ static void write_modes(const layer &y, const number *from, int64_t b, int64_t chunk, int m, int64_t h,
-                                   number *to)
+/* x = a x + u, and x += u c. */
+__device__ static small step(small a, small x, ls_real u)
 {
-    for (int i = 0; i < n && m + i < y.modes; i++) to[in_states(y, b, chunk, m + i, h)] = from[i];
+    return {a.re * x.re + u - a.im * x.im, a.re * x.im + a.im * x.re};
 }
 
-/* The step of a state, and of γ against it. */
-template <int n> __device__ static void advance(const number *a, double u, number *x)
+__device__ static small add(small x, ls_real u, small c)
+{
+    return {x.re + u * c.re, x.im + u * c.im};
+}
+
+template <int n> __device__ static void advance(const small *a, ls_real u, small *x)
 {
 #pragma unroll
-    for (int i = 0; i < n; i++)
-        x[i] = {a[i].re * x[i].re - a[i].im * x[i].im + u, a[i].re * x[i].im + a[i].im * x[i].re};
+    for (int i = 0; i < n; i++) x[i] = step(a[i], x[i], u);
 }
 
-template <int n> __device__ static double real_sum(const number *x)
+/* sum + Re Σ w x, in two halves that do not wait for each other. */
+template <int n> __device__ static ls_real seen(ls_real sum, const small *w, const small *x)
 {
-    double sum = 0;
+    ls_real rest = 0;
 #pragma unroll
-    for (int i = 0; i < n; i++) sum += x[i].re;
-    return sum;
+    for (int i = 0; i < n; i++) {
+        sum += w[i].re * x[i].re;
+        rest += w[i].im * x[i].im;
+    }
+    return sum - rest;
 }
 
-template <int n> __device__ static double seen(const number *w, const number *x)
+/* The states that chunks of u make from nothing; back: what chunks of dy want of the state that enters. */
+__global__ static void make_ends(layer y, int direction, int back, rows from, small *ends)
 {
-    double sum = 0;
-#pragma unroll
-    for (int i = 0; i < n; i++) sum += w[i].re * x[i].re - w[i].im * x[i].im;
-    return sum;
-}
-
-/* ------------------------------------------------------------------------------------------------ states */
-
-/* The states that chunks make from nothing. */
-__global__ static void make_ends(layer y, int direction, rows u, number *states)
-{
-    const place at = place_of(y, y.chunks, CHUNK);
+    const place at = place_of(y, y.chunks);
     if (at.h >= y.E) return;
-    const walk w = along(at, direction, 0);
+    const walk w = along(at, from, direction, back);
     for (int m = 0; m < y.modes; m += MODES) {
-        number a[MODES], x[MODES] = {};
-        for (int i = 0; i < MODES; i++) a[i] = entry(y, y.power, at.h, m + i);
-        for (int64_t k = 0; k < w.n; k += AHEAD) {
-            ls_real in[AHEAD];
-            load(u, at.b, at.h, w, k, in);
+        small a[MODES], sum[MODES] = {};
+        for (int i = 0; i < MODES; i++) a[i] = power_at(y, at.h, m + i);
+        for (int channel = 0; channel < (back ? y.channels : 1); channel++) {
+            const column in = column_of(from, w, channel * y.E + at.h);
+            small x[MODES] = {};
+            each_some(w.n, [&](int k, auto part) {
+                constexpr int n = decltype(part)::count;
+                ls_real put[n];
+                load<n>(in, k, shown<n>(w, k), put);
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++)
-                if (k + i < w.n) advance<MODES>(a, (double)in[i], x);
+                for (int i = 0; i < n; i++) advance<MODES>(a, put[i], x);
+            });
+#pragma unroll
+            for (int i = 0; i < MODES; i++) {
+                if (back && direction == FROM_LEFT) x[i] = step(a[i], x[i], 0);
+                if (back) x[i] = step(weight_of(y, direction, channel, at.h, m + i), x[i], 0);
+                sum[i] = add(sum[i], 1, x[i]);
+            }
         }
-        write_modes<MODES>(y, x, at.b, at.part, m, at.h, states);
+        for (int i = 0; i < MODES && m + i < y.modes; i++) ends[in_states(y, at.b, at.part, m + i, at.h)] = sum[i];
     }
 }
 
@@ -403,38 +475,54 @@ struct border {
     int sign;
 };
 
-/* A thread for each state passes the chunks: what they make alone becomes what enters them. `empty`: they make nothing.
- * count, where not NULL: the positions. */
+/* What chunks make alone becomes what enters them. `empty`: they make nothing. count, where not NULL: the positions.
+ * Blocks are 32 features of a mode; a thread has a segment of their chunks and passes it twice: from nothing, and again
+ * when what the segments before it make, in order, has come to what enters it. */
 __global__ static void scan_states(layer y, int descending, int empty, border from, border to, ls_real *count,
-                                   number *states)
+                                   small *states)
 {
-    LS_EACH(i, y.B * y.modes * y.E)
-    {
-        const int64_t h = i % y.E, b = i / y.E / y.modes, last = y.T - (y.chunks - 1) * CHUNK;
-        const int m = (int)(i / y.E % y.modes);
-        const int64_t outside = 2 * ((b * y.E + h) * y.modes + m);
-        const number lambda = y.lambda[h * y.modes + m], a = power_of(lambda, CHUNK),
-                     rest = power_of(lambda, (double)last);
-        number x = {0, 0};
-        if (from.at != NULL) x = {(double)from.at[outside], from.sign * (double)from.at[outside + 1]};
-        for (int64_t c0 = 0; c0 < y.chunks; c0 += AHEAD) {
-            number own[AHEAD];
+    __shared__ number powers[2][LS_WARP], fades[SEGMENTS][LS_WARP], ends[SEGMENTS][LS_WARP];
+    const int lane = threadIdx.x % LS_WARP, mine = threadIdx.x / LS_WARP, m = (int)blockIdx.y;
+    const int64_t blocks = (y.E + LS_WARP - 1) / LS_WARP, b = blockIdx.x / blocks;
+    const int64_t feature = blockIdx.x % blocks * LS_WARP + lane,
+                  h = ls_min(feature, y.E - 1); /* spare threads only wait */
+    const int64_t length = (y.chunks + SEGMENTS - 1) / SEGMENTS, last = y.T - (y.chunks - 1) * CHUNK;
+    const int64_t lo = mine * length, hi = feature < y.E ? ls_min(lo + length, y.chunks) : 0;
+    if (mine < 2) powers[mine][lane] = power_of(y.lambda[h * y.modes + m], mine == 0 ? CHUNK : (double)last);
+    __syncthreads();
+    const number a = powers[0][lane], rest = powers[1][lane];
+    number x = {0, 0}, fade = {1, 0};
+    const auto pass = [&](int enters) {
+        for (int64_t c0 = lo; c0 < hi; c0 += AHEAD) {
+            small own[AHEAD];
 #pragma unroll
             for (int c = 0; c < AHEAD; c++) {
                 const int64_t at = descending ? y.chunks - 1 - c0 - c : c0 + c;
-                own[c] = c0 + c < y.chunks && !empty ? states[in_states(y, b, at, m, h)] : number{0, 0};
+                own[c] = c0 + c < hi && !empty ? states[in_states(y, b, at, m, h)] : small{0, 0};
             }
 #pragma unroll
             for (int c = 0; c < AHEAD; c++) {
                 const int64_t at = descending ? y.chunks - 1 - c0 - c : c0 + c;
-                if (c0 + c >= y.chunks) break;
-                states[in_states(y, b, at, m, h)] = x;
-                x = plus(times(at == y.chunks - 1 ? rest : a, x), own[c]);
+                if (c0 + c >= hi) break;
+                const number over_it = at == y.chunks - 1 ? rest : a;
+                if (enters) states[in_states(y, b, at, m, h)] = narrow(x);
+                if (!enters) fade = times(over_it, fade);
+                x = plus(times(over_it, x), wide(own[c]));
             }
         }
-        if (to.at != NULL) to.at[outside] = (ls_real)x.re, to.at[outside + 1] = (ls_real)(to.sign * x.im);
-        if (count != NULL && i == 0) *count = (ls_real)y.T;
-    }
+    };
+    pass(0);
+    fades[mine][lane] = fade;
+    ends[mine][lane] = x;
+    __syncthreads();
+    const int64_t outside = 2 * ((b * y.E + h) * y.modes + m);
+    x = {0, 0};
+    if (from.at != NULL) x = {(double)from.at[outside], from.sign * (double)from.at[outside + 1]};
+    for (int i = 0; i < mine; i++) x = plus(times(fades[i][lane], x), ends[i][lane]);
+    pass(1);
+    if (mine < SEGMENTS - 1 || feature >= y.E) return;
+    if (to.at != NULL) to.at[outside] = (ls_real)x.re, to.at[outside + 1] = (ls_real)(to.sign * x.im);
+    if (count != NULL && blockIdx.x == 0 && m == 0 && lane == 0) *count = (ls_real)y.T;
 }
 
 static int count_blocks(const layer &y, int64_t parts)
@@ -442,11 +530,12 @@ static int count_blocks(const layer &y, int64_t parts)
     return (int)(y.B * parts * feature_blocks(y));
 }
 
-static void scan(ls_pass *p, int descending, int empty, border from, border to, ls_real *count, number *states)
+static void scan(ls_pass *p, int descending, int empty, border from, border to, ls_real *count, small *states)
 {
     const layer y = layer_of(p);
-    LS_LAUNCH(p->queue, scan_states, ls_blocks(y.B * y.modes * y.E, 128), 128, 0, y, descending, empty, from, to, count,
-              states);
+    const dim3 blocks((unsigned)(y.B * ((y.E + LS_WARP - 1) / LS_WARP)), (unsigned)y.modes);
+    if (y.B > 0)
+        LS_LAUNCH(p->queue, scan_states, blocks, SEGMENTS * LS_WARP, 0, y, descending, empty, from, to, count, states);
 }
 
 /* The states that enter the chunks when the shard begins with `from`; what leaves it goes to `to`. */
@@ -454,7 +543,7 @@ static void make_states(ls_pass *p, int direction, ls_real *from, ls_real *to, l
 {
     const layer y = layer_of(p);
     if (count_blocks(y, y.chunks) > 0)
-        LS_LAUNCH(p->queue, make_ends, count_blocks(y, y.chunks), FEATURES, 0, y, direction, inputs_of(p),
+        LS_LAUNCH(p->queue, make_ends, count_blocks(y, y.chunks), FEATURES, 0, y, direction, 0, inputs_of(p),
                   states_of(p, direction));
     scan(p, direction == FROM_RIGHT, 0, {from, 1}, {to, 1}, count, states_of(p, direction));
 }
@@ -481,37 +570,37 @@ static ls_status ends(ls_pass *p, int phase)
 /* Adds to what stands in out, or, with `first`, to D u. */
 template <int direction>
 __device__ static void pass_outputs(const layer &y, const place &at, int channel, int m, int first, const rows &u,
-                                    const number *states, const rows &out)
+                                    const small *states, const rows &out)
 {
-    const walk w = along(at, direction, 0);
-    const int64_t column = channel * y.E + at.h;
-    const double skip = (double)y.D[column];
-    number a[MODES], c[MODES], x[MODES];
-    read_modes<MODES>(y, states, at.b, at.part, m, at.h, x);
+    const walk w = along(at, u, direction, 0);
+    const column in = column_of(u, w, at.h), to = column_of(out, w, channel * y.E + at.h);
+    const ls_real skip = y.D[channel * y.E + at.h];
+    small a[MODES], c[MODES], x[MODES];
+    read_modes<MODES>(y, states, at, m, x);
     for (int i = 0; i < MODES; i++) {
-        a[i] = entry(y, y.power, at.h, m + i);
+        a[i] = power_at(y, at.h, m + i);
         c[i] = weight_of(y, direction, channel, at.h, m + i);
     }
-    for (int64_t k = 0; k < w.n; k += AHEAD) {
-        ls_real in[AHEAD], was[AHEAD] = {};
-        load(u, at.b, at.h, w, k, in);
-        if (!first) load(out, at.b, column, w, k, was);
+    each_some(w.n, [&](int k, auto part) {
+        constexpr int n = decltype(part)::count;
+        const unsigned live = shown<n>(w, k);
+        ls_real put[n], sum[n];
+        load<n>(in, k, live, put);
+        if (!first) load<n>(to, k, live, sum);
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            if (k + i >= w.n) break;
-            const int64_t t = position(w, k + i);
-            double sum = first ? skip * (double)in[i] : (double)was[i];
-            if (direction == FROM_RIGHT) sum += seen<MODES>(c, x);
-            advance<MODES>(a, (double)in[i], x);
-            if (direction == FROM_LEFT) sum += seen<MODES>(c, x);
-            ls_row(out.v, at.b, 0, t)[column] = is_padded(out, at.b, t) ? 0 : (ls_real)sum;
+        for (int i = 0; i < n; i++) {
+            if (first) sum[i] = skip * put[i];
+            if (direction == FROM_RIGHT) sum[i] = seen<MODES>(sum[i], c, x);
+            advance<MODES>(a, put[i], x);
+            if (direction == FROM_LEFT) sum[i] = seen<MODES>(sum[i], c, x);
         }
-    }
+        store<n>(to, k, live, sum);
+    });
 }
 
-__global__ static void make_outputs(layer y, rows u, const number *left, const number *right, rows out)
+__global__ static void make_outputs(layer y, rows u, const small *left, const small *right, rows out)
 {
-    const place at = place_of(y, y.chunks, CHUNK);
+    const place at = place_of(y, y.chunks);
     if (at.h >= y.E) return;
     for (int c = 0; c < y.channels; c++)
         for (int m = 0; m < y.modes; m += MODES) {
@@ -528,91 +617,59 @@ static ls_status apply(ls_pass *p, int phase)
     if (count_blocks(y, y.chunks) == 0) return LS_OK;
     for (int d = 0; d < directions(p); d++) make_states(p, d, summary_of(p, d)->got, NULL, NULL);
     LS_LAUNCH(p->queue, make_outputs, count_blocks(y, y.chunks), FEATURES, 0, y, inputs_of(p), states_of(p, FROM_LEFT),
-              directions(p) == 2 ? states_of(p, FROM_RIGHT) : (number *)NULL, out);
+              directions(p) == 2 ? states_of(p, FROM_RIGHT) : (small *)NULL, out);
     return ls_launched(p->queue, "s4d: apply");
 }
 
 /* ------------------------------------------------------------------------------------------------ backward */
 
-/* What the outputs of a chunk want of the state that enters it. */
-__global__ static void make_wants(layer y, int direction, rows dy, number *grads)
-{
-    const place at = place_of(y, y.chunks, CHUNK);
-    if (at.h >= y.E) return;
-    const walk w = along(at, direction, 1);
-    for (int m = 0; m < y.modes; m += MODES) {
-        number a[MODES], sum[MODES] = {};
-        for (int i = 0; i < MODES; i++) a[i] = entry(y, y.power, at.h, m + i);
-        for (int channel = 0; channel < y.channels; channel++) {
-            number c[MODES], g[MODES] = {};
-            for (int i = 0; i < MODES; i++) c[i] = weight_of(y, direction, channel, at.h, m + i);
-            for (int64_t k = 0; k < w.n; k += AHEAD) {
-                ls_real want[AHEAD];
-                load(dy, at.b, channel * y.E + at.h, w, k, want);
-#pragma unroll
-                for (int i = 0; i < AHEAD; i++) {
-                    if (k + i >= w.n) break;
-#pragma unroll
-                    for (int j = 0; j < MODES; j++) {
-                        const number wanted = times((double)want[i], c[j]);
-                        g[j] =
-                            direction == FROM_LEFT ? times(a[j], plus(g[j], wanted)) : plus(times(a[j], g[j]), wanted);
-                    }
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < MODES; j++) sum[j] = plus(sum[j], g[j]);
-        }
-        write_modes<MODES>(y, sum, at.b, at.part, m, at.h, grads);
-    }
-}
-
 /* du of one channel and some modes, with g from what leaves the chunk. channel < 0: no outputs. Adds, or, with `first`,
  * overwrites; `skips`: D dy is not there yet. */
 template <int direction>
 __device__ static void pass_inputs(const layer &y, const place &at, int channel, int m, int first, int skips,
-                                   const rows &dy, const number *grads, const rows &du)
+                                   const rows &dy, const small *grads, const rows &du)
 {
-    const walk w = along(at, direction, 1);
-    const int64_t column = channel * y.E + at.h;
-    const double skip = skips ? (double)y.D[column] : 0;
-    number a[MODES], c[MODES] = {}, g[MODES];
-    read_modes<MODES>(y, grads, at.b, at.part, m, at.h, g);
+    const walk w = along(at, dy, direction, 1);
+    const column from = column_of(dy, w, channel * y.E + at.h), to = column_of(du, w, at.h);
+    const ls_real skip = skips ? y.D[channel * y.E + at.h] : 0;
+    small a[MODES], c[MODES] = {}, g[MODES];
+    read_modes<MODES>(y, grads, at, m, g);
     for (int i = 0; i < MODES; i++) {
-        a[i] = entry(y, y.power, at.h, m + i);
+        a[i] = power_at(y, at.h, m + i);
         if (channel >= 0) c[i] = weight_of(y, direction, channel, at.h, m + i);
     }
-    for (int64_t k = 0; k < w.n; k += AHEAD) {
-        ls_real want[AHEAD] = {}, was[AHEAD] = {};
-        if (channel >= 0) load(dy, at.b, column, w, k, want);
-        if (!first) load(du, at.b, at.h, w, k, was);
+    each_some(w.n, [&](int k, auto part) {
+        constexpr int n = decltype(part)::count;
+        const unsigned live = shown<n>(w, k);
+        ls_real want[n] = {}, sum[n] = {};
+        if (channel >= 0) load<n>(from, k, live, want);
+        if (!first) load<n>(to, k, live, sum);
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            if (k + i >= w.n) break;
-            const int64_t t = position(w, k + i);
-            double sum = (double)was[i] + skip * (double)want[i];
-            if (direction == FROM_LEFT)
-                for (int j = 0; j < MODES; j++) g[j] = plus(g[j], times((double)want[i], c[j]));
-            sum += real_sum<MODES>(g);
-            advance<MODES>(a, 0, g);
-            if (direction == FROM_RIGHT)
-                for (int j = 0; j < MODES; j++) g[j] = plus(g[j], times((double)want[i], c[j]));
-            ls_row(du.v, at.b, 0, t)[at.h] = is_padded(du, at.b, t) ? 0 : (ls_real)sum;
+        for (int i = 0; i < n; i++) {
+            sum[i] += skip * want[i];
+#pragma unroll
+            for (int j = 0; j < MODES; j++) {
+                if (direction == FROM_LEFT) g[j] = add(g[j], want[i], c[j]);
+                sum[i] += g[j].re;
+                g[j] = step(a[j], g[j], 0);
+                if (direction == FROM_RIGHT) g[j] = add(g[j], want[i], c[j]);
+            }
         }
-    }
+        store<n>(to, k, live, sum);
+    });
 }
 
 /* left, right: γ' of what leaves the chunks. with_outputs 0: du += what later ranks want, of the direction that is not
  * NULL. */
-__global__ static void make_input_gradients(layer y, int with_outputs, rows dy, const number *left, const number *right,
+__global__ static void make_input_gradients(layer y, int with_outputs, rows dy, const small *left, const small *right,
                                             rows du)
 {
-    const place at = place_of(y, y.chunks, CHUNK);
+    const place at = place_of(y, y.chunks);
     if (at.h >= y.E) return;
     for (int c = with_outputs ? 0 : -1; c < (with_outputs ? y.channels : 0); c++)
         for (int m = 0; m < y.modes; m += MODES) {
             const int skips = with_outputs && m == 0;
-            const number *from_left = c > 0 ? NULL : left, *from_right = c > 0 ? NULL : right; /* they enter once */
+            const small *from_left = c > 0 ? NULL : left, *from_right = c > 0 ? NULL : right; /* they enter once */
             if (left != NULL) pass_inputs<FROM_LEFT>(y, at, c, m, skips && c == 0, skips, dy, from_left, du);
             if (right != NULL) pass_inputs<FROM_RIGHT>(y, at, c, m, 0, 0, dy, from_right, du);
         }
@@ -634,84 +691,106 @@ __device__ static int skip_sum(const layer &y, int channel)
     return y.directions * y.channels * y.modes + y.modes + channel;
 }
 
-/* A strip, and one channel of its outputs (-1: no outputs) for modes m ..: γ_W and Σ dy u go to sums, γ_λ is added to
- * dlambda. It is entered with states of chunk `in`, and left with γ' of chunk `out`. */
+/* Chunks lo .. hi, and one channel of their outputs (-1: no outputs) for modes m ..: γ_W and Σ dy u go to sums, γ_λ is
+ * added to dlambda. */
 template <int direction>
-__device__ static void pass_strip(const layer &y, const place &at, int64_t in, int64_t out, int channel, int m,
-                                  const rows &u, const rows &dy, const number *states, const number *grads,
-                                  number *dlambda, number *sums)
+__device__ static void pass_strip(const layer &y, place at, int64_t hi, int channel, int m, const rows &u,
+                                  const rows &dy, const small *states, const small *grads, number *dlambda,
+                                  number *sums)
 {
-    const walk w = along(at, direction, 0);
-    number a[SLOPES], x[SLOPES], z[SLOPES] = {}, dweight[SLOPES] = {}, slope[SLOPES] = {};
+    small a[SLOPES], c[SLOPES] = {};
+    number dweight[SLOPES] = {};
     double dskip = 0;
-    read_modes<SLOPES>(y, states, at.b, in, m, at.h, x);
-    for (int i = 0; i < SLOPES; i++) a[i] = entry(y, y.power, at.h, m + i);
-    for (int64_t k = 0; k < w.n; k += AHEAD) {
-        ls_real put[AHEAD], want[AHEAD] = {};
-        load(u, at.b, at.h, w, k, put);
-        if (channel >= 0) load(dy, at.b, channel * y.E + at.h, w, k, want);
+    for (int i = 0; i < SLOPES; i++) {
+        a[i] = power_at(y, at.h, m + i);
+        if (channel >= 0) c[i] = weight_of(y, direction, channel, at.h, m + i);
+    }
+    for (; at.part < hi; at = chunk_at(y, at.b, at.part + 1, at.h)) {
+        const walk w = along(at, u, direction, 0);
+        const column in = column_of(u, w, at.h), out = column_of(dy, w, channel * y.E + at.h);
+        small x[SLOPES], z[SLOPES] = {}, seen_x[SLOPES] = {}, seen_z[SLOPES] = {}, after[SLOPES];
+        ls_real product = 0;
+        read_modes<SLOPES>(y, states, at, m, x);
+        each_some(w.n, [&](int k, auto part) {
+            constexpr int n = decltype(part)::count;
+            const unsigned live = shown<n>(w, k);
+            ls_real put[n], want[n] = {};
+            load<n>(in, k, live, put);
+            if (channel >= 0) load<n>(out, k, live, want);
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            if (k + i >= w.n) break;
-            dskip += (double)want[i] * (double)put[i];
+            for (int i = 0; i < n; i++) {
+                product += want[i] * put[i];
 #pragma unroll
-            for (int j = 0; j < SLOPES; j++) {
-                const number x_before = x[j], z_before = z[j];
-                x[j] = plus(times(a[j], x[j]), {(double)put[i], 0});
-                z[j] = times(a[j], plus(z[j], x_before));
-                dweight[j] = plus(dweight[j], times((double)want[i], direction == FROM_LEFT ? x[j] : x_before));
-                slope[j] = plus(slope[j], times((double)want[i], direction == FROM_LEFT ? z[j] : z_before));
+                for (int j = 0; j < SLOPES; j++) {
+                    const small x_before = x[j], z_before = z[j];
+                    x[j] = step(a[j], x[j], put[i]);
+                    z[j] = add(step(a[j], z[j], x_before.re), x_before.im, {0, 1});
+                    seen_x[j] = add(seen_x[j], want[i], direction == FROM_LEFT ? x[j] : x_before);
+                    seen_z[j] = add(seen_z[j], want[i], direction == FROM_LEFT ? z[j] : z_before);
+                }
             }
+        });
+        read_modes<SLOPES>(y, channel > 0 ? NULL : grads, at, m, after); /* it leaves once */
+        dskip += (double)product;
+#pragma unroll
+        for (int i = 0; i < SLOPES; i++) {
+            const number slope = plus(times(wide(c[i]), wide(seen_z[i])), times(wide(after[i]), wide(z[i])));
+            dlambda[i] = plus(dlambda[i], times(wide(a[i]), slope));
+            dweight[i] = plus(dweight[i], wide(seen_x[i]));
         }
     }
-    number after[SLOPES];
-    read_modes<SLOPES>(y, channel > 0 ? NULL : grads, at.b, out, m, at.h, after); /* it leaves once */
-#pragma unroll
-    for (int i = 0; i < SLOPES; i++) {
-        dlambda[i] = plus(dlambda[i], times(after[i], z[i]));
-        if (channel < 0 || m + i >= y.modes) continue;
-        dlambda[i] = plus(dlambda[i], times(weight_of(y, direction, channel, at.h, m + i), slope[i]));
+    if (channel < 0) return;
+    for (int i = 0; i < SLOPES && m + i < y.modes; i++)
         sums[weight_sum(y, direction, channel, m + i) * y.E + at.h] = dweight[i];
-    }
-    if (channel >= 0 && m == 0 && direction == FROM_LEFT) sums[skip_sum(y, channel) * y.E + at.h] = {dskip, 0};
+    if (m == 0 && direction == FROM_LEFT) sums[skip_sum(y, channel) * y.E + at.h] = {dskip, 0};
 }
 
 /* A state that enters and γ' of what leaves, of all chunks. states NULL: this direction has no part. */
 struct meeting {
-    const number *states, *grads;
+    const small *states, *grads;
 };
 
 /* A thread for each strip, feature and SLOPES modes (blockIdx.y). */
 __global__ static void sum_strips(layer y, int with_outputs, int64_t strips, int64_t chunks, int64_t count, rows u,
                                   rows dy, meeting left, meeting right, number *sums)
 {
-    const place at = place_of(y, strips, chunks * CHUNK);
-    if (at.h >= y.E) return;
-    const int64_t lo = at.part * chunks, hi = ls_min(lo + chunks, y.chunks) - 1;
+    const place strip = place_of(y, strips);
+    if (strip.h >= y.E) return;
+    const place at = chunk_at(y, strip.b, strip.part * chunks, strip.h);
+    const int64_t hi = ls_min(at.part + chunks, y.chunks);
     const int m = (int)blockIdx.y * SLOPES;
     number dlambda[SLOPES] = {};
-    sums += (at.b * strips + at.part) * count * y.E;
+    sums += (1 + strip.b * strips + strip.part) * count * y.E;
     for (int c = with_outputs ? 0 : -1; c < (with_outputs ? y.channels : 0); c++) {
-        if (left.states != NULL)
-            pass_strip<FROM_LEFT>(y, at, lo, hi, c, m, u, dy, left.states, left.grads, dlambda, sums);
+        if (left.states != NULL) pass_strip<FROM_LEFT>(y, at, hi, c, m, u, dy, left.states, left.grads, dlambda, sums);
         if (right.states != NULL)
-            pass_strip<FROM_RIGHT>(y, at, hi, lo, c, m, u, dy, right.states, right.grads, dlambda, sums);
+            pass_strip<FROM_RIGHT>(y, at, hi, c, m, u, dy, right.states, right.grads, dlambda, sums);
     }
 #pragma unroll
     for (int i = 0; i < SLOPES; i++)
         if (m + i < y.modes) sums[lambda_sum(y, m + i) * y.E + at.h] = dlambda[i];
 }
 
-__device__ static number sum_of(const layer &y, int64_t strips, int64_t count, const number *sums, int which, int64_t h)
+/* sums (1 + strips,n): the sum over strips, in order, to the first row. Blocks are 32 columns, of which SLICES threads
+ * have every SLICES-th strip. */
+__global__ static void add_strips(int64_t strips, int64_t n, number *sums)
 {
+    __shared__ number part[SLICES][LS_WARP];
+    const int lane = threadIdx.x % LS_WARP, slice = threadIdx.x / LS_WARP;
+    const int64_t i = (int64_t)blockIdx.x * LS_WARP + lane;
     number sum = {0, 0};
-    for (int64_t i = 0; i < strips; i++) sum = plus(sum, sums[(i * count + which) * y.E + h]);
-    return sum;
+    if (i < n)
+        for (int64_t j = 1 + slice; j <= strips; j += SLICES) sum = plus(sum, sums[j * n + i]);
+    part[slice][lane] = sum;
+    __syncthreads();
+    if (slice > 0 || i >= n) return;
+    for (int j = 1; j < SLICES; j++) sum = plus(sum, part[j][lane]);
+    sums[i] = sum;
 }
 
-/* A thread for each mode: the strips' sums become gradients of C, and of λ and w as far as they are known. */
-__global__ static void settle(layer y, int64_t strips, int64_t count, const number *sums, number *dlambda, number *dw,
-                              ls_real *dC)
+/* A thread for each mode, of the first as well for D: sums become gradients of C, and of λ and w as far as they are
+ * known. */
+__global__ static void settle(layer y, const number *sums, number *dlambda, number *dw, ls_real *dC, ls_real *dD)
 {
     LS_EACH(i, y.E * y.modes)
     {
@@ -722,32 +801,24 @@ __global__ static void settle(layer y, int64_t strips, int64_t count, const numb
         number dbeta = {0, 0};
         for (int d = 0; d < y.directions; d++)
             for (int c = 0; c < y.channels; c++) {
-                const number dweight = sum_of(y, strips, count, sums, weight_sum(y, d, c, m), h);
-                const number dc = times(2, times(beta, dweight));
+                const number dweight = sums[weight_sum(y, d, c, m) * y.E + h], dc = times(2, times(beta, dweight));
                 dbeta = plus(dbeta, times(2, times(c_of(y, d, c, h, m), dweight)));
                 dC[in_c(y, d, c, h, m)] += (ls_real)dc.re;
                 dC[in_c(y, d, c, h, m) + 1] -= (ls_real)dc.im;
             }
         const number through = over(dbeta, w);
-        dlambda[at] = plus(sum_of(y, strips, count, sums, lambda_sum(y, m), h), times(through, y.power[at]));
+        dlambda[at] = plus(sums[lambda_sum(y, m) * y.E + h], times(through, power_of(y.lambda[at], 1)));
         dw[at] = times(-1, times(through, beta));
+        for (int c = 0; m == 0 && c < y.channels; c++) dD[c * y.E + h] += (ls_real)sums[skip_sum(y, c) * y.E + h].re;
     }
 }
 
-__global__ static void settle_skips(layer y, int64_t strips, int64_t count, const number *sums, ls_real *dD)
-{
-    LS_EACH(i, y.channels * y.E)
-    {
-        dD[i] += (ls_real)sum_of(y, strips, count, sums, skip_sum(y, (int)(i / y.E)), i % y.E).re;
-    }
-}
-
-__global__ static void add_slopes(layer y, int64_t strips, int64_t count, const number *sums, number *dlambda)
+__global__ static void add_slopes(layer y, const number *sums, number *dlambda)
 {
     LS_EACH(i, y.E * y.modes)
     {
         const int64_t h = i % y.E, at = h * y.modes + i / y.E;
-        dlambda[at] = plus(dlambda[at], sum_of(y, strips, count, sums, lambda_sum(y, (int)(i / y.E)), h));
+        dlambda[at] = plus(dlambda[at], sums[lambda_sum(y, (int)(i / y.E)) * y.E + h]);
     }
 }
 
@@ -760,6 +831,8 @@ static void make_strips(ls_pass *p, int with_outputs, meeting left, meeting righ
         LS_LAUNCH(p->queue, sum_strips, dim3((unsigned)blocks, (unsigned)((y.modes + SLOPES - 1) / SLOPES)), FEATURES,
                   0, y, with_outputs, count_strips(p), strip_chunks(p), count_sums(p), inputs_of(p), dy, left, right,
                   numbers(p->work[STRIPS]));
+    LS_LAUNCH(p->queue, add_strips, (int)((count_sums(p) * y.E + LS_WARP - 1) / LS_WARP), SLICES * LS_WARP, 0,
+              y.B * count_strips(p), count_sums(p) * y.E, numbers(p->work[STRIPS]));
 }
 
 static ls_status apply_backward(ls_pass *p, int phase)
@@ -767,11 +840,10 @@ static ls_status apply_backward(ls_pass *p, int phase)
     (void)phase;
     const layer y = layer_of(p);
     const int blocks = count_blocks(y, y.chunks), both = directions(p) == 2;
-    const int64_t strips = y.B * count_strips(p), count = count_sums(p);
     const rows dy = {p->dout, p->pad_q, p->T}, du = {p->dq, p->pad_q, p->T};
     for (int d = 0; d < directions(p); d++) {
         make_states(p, d, summary_of(p, d)->got, NULL, NULL);
-        if (blocks > 0) LS_LAUNCH(p->queue, make_wants, blocks, FEATURES, 0, y, d, dy, grads_of(p, d));
+        if (blocks > 0) LS_LAUNCH(p->queue, make_ends, blocks, FEATURES, 0, y, d, 1, dy, grads_of(p, d));
         scan(p, d == FROM_LEFT, 0, {NULL, 0}, {summary_of(p, d)->dgot, -1}, NULL, grads_of(p, d));
     }
     const meeting left = {states_of(p, FROM_LEFT), grads_of(p, FROM_LEFT)};
@@ -780,10 +852,8 @@ static ls_status apply_backward(ls_pass *p, int phase)
     if (blocks > 0)
         LS_LAUNCH(p->queue, make_input_gradients, blocks, FEATURES, 0, y, 1, dy, left.grads, right.grads, du);
     make_strips(p, 1, left, right);
-    LS_LAUNCH(p->queue, settle, ls_blocks(y.E * y.modes, 128), 128, 0, y, strips, count, numbers(p->work[STRIPS]),
-              numbers(p->work[DLAMBDA]), numbers(p->work[DW]), dparam(p, C_));
-    LS_LAUNCH(p->queue, settle_skips, ls_blocks(y.channels * y.E, 128), 128, 0, y, strips, count,
-              numbers(p->work[STRIPS]), dparam(p, D_));
+    LS_LAUNCH(p->queue, settle, ls_blocks(y.E * y.modes, 128), 128, 0, y, numbers(p->work[STRIPS]),
+              numbers(p->work[DLAMBDA]), numbers(p->work[DW]), dparam(p, C_), dparam(p, D_));
     return ls_launched(p->queue, "s4d: apply backward");
 }
 
@@ -799,8 +869,8 @@ static ls_status ends_backward(ls_pass *p, int phase)
     LS_LAUNCH(p->queue, make_input_gradients, blocks, FEATURES, 0, y, 0, dy, d == FROM_LEFT ? mine.grads : none.grads,
               d == FROM_LEFT ? none.grads : mine.grads, du);
     make_strips(p, 0, d == FROM_LEFT ? mine : none, d == FROM_LEFT ? none : mine);
-    LS_LAUNCH(p->queue, add_slopes, ls_blocks(y.E * y.modes, 128), 128, 0, y, y.B * count_strips(p), count_sums(p),
-              numbers(p->work[STRIPS]), numbers(p->work[DLAMBDA]));
+    LS_LAUNCH(p->queue, add_slopes, ls_blocks(y.E * y.modes, 128), 128, 0, y, numbers(p->work[STRIPS]),
+              numbers(p->work[DLAMBDA]));
     return ls_launched(p->queue, "s4d: ends backward");
 }
 
