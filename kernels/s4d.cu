@@ -165,11 +165,12 @@ static int64_t count_strips(const ls_pass *p)
     return (chunks + long_ - 1) / long_;
 }
 
-/* Sums of a strip: γ_W of every direction, channel and mode, γ_λ of every mode, Σ dy u of every channel. */
+/* Sums of a strip: γ_W of every direction, channel and mode, γ_λ of every direction and mode, Σ dy u of every channel.
+ */
 static int64_t count_sums(const ls_pass *p)
 {
     const int64_t modes = (int64_t)p->option[STATE_SIZE] / 2, channels = (int64_t)p->option[CHANNELS];
-    return directions(p) * channels * modes + modes + channels;
+    return directions(p) * (channels + 1) * modes + channels;
 }
 
 static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
@@ -330,11 +331,10 @@ __device__ static place chunk_at(const layer &y, int64_t b, int64_t part, int64_
 }
 
 /* Blocks are (b, part, features). */
-__device__ static place place_of(const layer &y, int64_t parts)
+__device__ static place place_of(const layer &y, int64_t parts, unsigned block)
 {
-    const unsigned blocks = (unsigned)((y.E + FEATURES - 1) / FEATURES), i = blockIdx.x / blocks;
-    return chunk_at(y, i / (unsigned)parts, i % (unsigned)parts,
-                    (int64_t)(blockIdx.x % blocks) * FEATURES + threadIdx.x);
+    const unsigned blocks = (unsigned)((y.E + FEATURES - 1) / FEATURES), i = block / blocks;
+    return chunk_at(y, i / (unsigned)parts, i % (unsigned)parts, (int64_t)(block % blocks) * FEATURES + threadIdx.x);
 }
 
 /* Positions in the order in which a state meets them; back: against it. */
@@ -354,12 +354,12 @@ __device__ static walk along(const place &at, const rows &x, int direction, int 
 /* A column's number at the first position of a walk; they are `step` apart. */
 struct column {
     ls_real *p;
-    int64_t step;
+    int step;
 };
 
 __device__ static column column_of(const rows &x, const walk &w, int64_t i)
 {
-    return {ls_row(x.v, w.b, 0, w.first) + i, w.step * x.v.st};
+    return {ls_row(x.v, w.b, 0, w.first) + i, w.step * (int)x.v.st};
 }
 
 template <int n> struct some {
@@ -384,17 +384,25 @@ template <int n> __device__ static unsigned shown(const walk &w, int k)
     return bits;
 }
 
-/* Numbers k .. k + n, 0 where they are padded. */
-template <int n> __device__ static void load(const column &x, int k, unsigned shown, ls_real *to)
+/* The next n numbers, 0 where they are padded. Padded ones are read as well: so that all reads start before one is
+ * waited for. */
+template <int n> __device__ static void load(const column &x, unsigned shown, ls_real *to)
 {
 #pragma unroll
-    for (int i = 0; i < n; i++) to[i] = shown >> i & 1 ? x.p[(k + i) * x.step] : 0;
+    for (int i = 0; i < n; i++) to[i] = x.p[(int64_t)i * x.step];
+#pragma unroll
+    for (int i = 0; i < n; i++) to[i] = shown >> i & 1 ? to[i] : 0;
 }
 
-template <int n> __device__ static void store(const column &x, int k, unsigned shown, const ls_real *from)
+template <int n> __device__ static void store(const column &x, unsigned shown, const ls_real *from)
 {
 #pragma unroll
-    for (int i = 0; i < n; i++) x.p[(k + i) * x.step] = shown >> i & 1 ? from[i] : 0;
+    for (int i = 0; i < n; i++) x.p[(int64_t)i * x.step] = shown >> i & 1 ? from[i] : 0;
+}
+
+template <int n> __device__ static void pass(column *x)
+{
+    x->p += (int64_t)n * x->step;
 }
 
 /* Where mode m of feature h is in states. */
@@ -410,10 +418,10 @@ template <int n> __device__ static void read_modes(const layer &y, const small *
         to[i] = from != NULL && m + i < y.modes ? from[in_states(y, at.b, at.part, m + i, at.h)] : small{0, 0};
 }
 
-/* x = a x + u, and x += u c. */
-__device__ static small step(small a, small x, ls_real u)
+/* a x + u, and x + u c. */
+__device__ static small step(small a, small x, small u)
 {
-    return {a.re * x.re + u - a.im * x.im, a.re * x.im + a.im * x.re};
+    return {a.re * x.re + u.re - a.im * x.im, a.re * x.im + u.im + a.im * x.re};
 }
 
 __device__ static small add(small x, ls_real u, small c)
@@ -424,7 +432,7 @@ __device__ static small add(small x, ls_real u, small c)
 template <int n> __device__ static void advance(const small *a, ls_real u, small *x)
 {
 #pragma unroll
-    for (int i = 0; i < n; i++) x[i] = step(a[i], x[i], u);
+    for (int i = 0; i < n; i++) x[i] = step(a[i], x[i], {u, 0});
 }
 
 /* sum + Re Σ w x, in two halves that do not wait for each other. */
@@ -439,34 +447,43 @@ template <int n> __device__ static ls_real seen(ls_real sum, const small *w, con
     return sum - rest;
 }
 
-/* The states that chunks of u make from nothing; back: what chunks of dy want of the state that enters. */
-__global__ static void make_ends(layer y, int direction, int back, rows from, small *ends)
+__device__ static void pass_ends(const layer &y, const place &at, int direction, int back, const rows &from,
+                                 small *ends)
 {
-    const place at = place_of(y, y.chunks);
-    if (at.h >= y.E) return;
     const walk w = along(at, from, direction, back);
     for (int m = 0; m < y.modes; m += MODES) {
         small a[MODES], sum[MODES] = {};
         for (int i = 0; i < MODES; i++) a[i] = power_at(y, at.h, m + i);
         for (int channel = 0; channel < (back ? y.channels : 1); channel++) {
-            const column in = column_of(from, w, channel * y.E + at.h);
+            column in = column_of(from, w, channel * y.E + at.h);
             small x[MODES] = {};
             each_some(w.n, [&](int k, auto part) {
                 constexpr int n = decltype(part)::count;
                 ls_real put[n];
-                load<n>(in, k, shown<n>(w, k), put);
+                load<n>(in, shown<n>(w, k), put);
+                pass<n>(&in);
 #pragma unroll
                 for (int i = 0; i < n; i++) advance<MODES>(a, put[i], x);
             });
 #pragma unroll
             for (int i = 0; i < MODES; i++) {
-                if (back && direction == FROM_LEFT) x[i] = step(a[i], x[i], 0);
-                if (back) x[i] = step(weight_of(y, direction, channel, at.h, m + i), x[i], 0);
+                if (back && direction == FROM_LEFT) x[i] = step(a[i], x[i], {0, 0});
+                if (back) x[i] = step(weight_of(y, direction, channel, at.h, m + i), x[i], {0, 0});
                 sum[i] = add(sum[i], 1, x[i]);
             }
         }
         for (int i = 0; i < MODES && m + i < y.modes; i++) ends[in_states(y, at.b, at.part, m + i, at.h)] = sum[i];
     }
+}
+
+/* The states that chunks of u make from nothing; back: what chunks of dy want of the state that enters. NULL: not of
+ * this direction. */
+__global__ static void __launch_bounds__(FEATURES, 5) make_ends(layer y, int back, rows from, small *left, small *right)
+{
+    const place at = place_of(y, y.chunks, blockIdx.x);
+    if (at.h >= y.E) return;
+    if (left != NULL) pass_ends(y, at, FROM_LEFT, back, from, left);
+    if (right != NULL) pass_ends(y, at, FROM_RIGHT, back, from, right);
 }
 
 /* One end of a scan: a summary's states, as they are (sign 1) or in gradient form (-1). NULL: nothing there. */
@@ -478,8 +495,8 @@ struct border {
 /* What chunks make alone becomes what enters them. `empty`: they make nothing. count, where not NULL: the positions.
  * Blocks are 32 features of a mode; a thread has a segment of their chunks and passes it twice: from nothing, and again
  * when what the segments before it make, in order, has come to what enters it. */
-__global__ static void scan_states(layer y, int descending, int empty, border from, border to, ls_real *count,
-                                   small *states)
+__global__ static void __launch_bounds__(SEGMENTS *LS_WARP, 2)
+    scan_states(layer y, int descending, int empty, border from, border to, ls_real *count, small *states)
 {
     __shared__ number powers[2][LS_WARP], fades[SEGMENTS][LS_WARP], ends[SEGMENTS][LS_WARP];
     const int lane = threadIdx.x % LS_WARP, mine = threadIdx.x / LS_WARP, m = (int)blockIdx.y;
@@ -492,7 +509,7 @@ __global__ static void scan_states(layer y, int descending, int empty, border fr
     __syncthreads();
     const number a = powers[0][lane], rest = powers[1][lane];
     number x = {0, 0}, fade = {1, 0};
-    const auto pass = [&](int enters) {
+    const auto follow = [&](int enters) {
         for (int64_t c0 = lo; c0 < hi; c0 += AHEAD) {
             small own[AHEAD];
 #pragma unroll
@@ -511,7 +528,7 @@ __global__ static void scan_states(layer y, int descending, int empty, border fr
             }
         }
     };
-    pass(0);
+    follow(0);
     fades[mine][lane] = fade;
     ends[mine][lane] = x;
     __syncthreads();
@@ -519,7 +536,7 @@ __global__ static void scan_states(layer y, int descending, int empty, border fr
     x = {0, 0};
     if (from.at != NULL) x = {(double)from.at[outside], from.sign * (double)from.at[outside + 1]};
     for (int i = 0; i < mine; i++) x = plus(times(fades[i][lane], x), ends[i][lane]);
-    pass(1);
+    follow(1);
     if (mine < SEGMENTS - 1 || feature >= y.E) return;
     if (to.at != NULL) to.at[outside] = (ls_real)x.re, to.at[outside + 1] = (ls_real)(to.sign * x.im);
     if (count != NULL && blockIdx.x == 0 && m == 0 && lane == 0) *count = (ls_real)y.T;
@@ -538,14 +555,14 @@ static void scan(ls_pass *p, int descending, int empty, border from, border to, 
         LS_LAUNCH(p->queue, scan_states, blocks, SEGMENTS * LS_WARP, 0, y, descending, empty, from, to, count, states);
 }
 
-/* The states that enter the chunks when the shard begins with `from`; what leaves it goes to `to`. */
-static void make_states(ls_pass *p, int direction, ls_real *from, ls_real *to, ls_real *count)
+/* Of the directions `which`, bits: the ends of chunks, or what they want. */
+static void launch_ends(ls_pass *p, int which, int back, rows from, int buffer)
 {
     const layer y = layer_of(p);
+    small *left = which & 1 << FROM_LEFT ? smalls(p->work[buffer]) : NULL,
+          *right = which & 1 << FROM_RIGHT ? smalls(p->work[buffer + FROM_RIGHT]) : NULL;
     if (count_blocks(y, y.chunks) > 0)
-        LS_LAUNCH(p->queue, make_ends, count_blocks(y, y.chunks), FEATURES, 0, y, direction, 0, inputs_of(p),
-                  states_of(p, direction));
-    scan(p, direction == FROM_RIGHT, 0, {from, 1}, {to, 1}, count, states_of(p, direction));
+        LS_LAUNCH(p->queue, make_ends, count_blocks(y, y.chunks), FEATURES, 0, y, back, from, left, right);
 }
 
 static int direction_of(int phase)
@@ -560,9 +577,19 @@ static ls_summary *summary_of(ls_pass *p, int direction)
 
 static ls_status ends(ls_pass *p, int phase)
 {
-    const ls_summary *s = summary_of(p, direction_of(phase));
-    make_states(p, direction_of(phase), NULL, s->sent, s->sent + ls_monoid_size(s->monoid) - 1);
+    const int d = direction_of(phase);
+    const ls_summary *s = summary_of(p, d);
+    launch_ends(p, 1 << d, 0, inputs_of(p), STATES);
+    scan(p, d == FROM_RIGHT, 0, {NULL, 0}, {s->sent, 1}, s->sent + ls_monoid_size(s->monoid) - 1, states_of(p, d));
     return ls_launched(p->queue, "s4d: ends");
+}
+
+/* The states that enter chunks, with what came of other ranks. */
+static void make_states(ls_pass *p)
+{
+    launch_ends(p, directions(p) == 2 ? 3 : 1, 0, inputs_of(p), STATES);
+    for (int d = 0; d < directions(p); d++)
+        scan(p, d == FROM_RIGHT, 0, {summary_of(p, d)->got, 1}, {NULL, 0}, NULL, states_of(p, d));
 }
 
 /* ------------------------------------------------------------------------------------------------ apply */
@@ -573,7 +600,7 @@ __device__ static void pass_outputs(const layer &y, const place &at, int channel
                                     const small *states, const rows &out)
 {
     const walk w = along(at, u, direction, 0);
-    const column in = column_of(u, w, at.h), to = column_of(out, w, channel * y.E + at.h);
+    column in = column_of(u, w, at.h), to = column_of(out, w, channel * y.E + at.h);
     const ls_real skip = y.D[channel * y.E + at.h];
     small a[MODES], c[MODES], x[MODES];
     read_modes<MODES>(y, states, at, m, x);
@@ -585,8 +612,8 @@ __device__ static void pass_outputs(const layer &y, const place &at, int channel
         constexpr int n = decltype(part)::count;
         const unsigned live = shown<n>(w, k);
         ls_real put[n], sum[n];
-        load<n>(in, k, live, put);
-        if (!first) load<n>(to, k, live, sum);
+        load<n>(in, live, put);
+        if (!first) load<n>(to, live, sum);
 #pragma unroll
         for (int i = 0; i < n; i++) {
             if (first) sum[i] = skip * put[i];
@@ -594,13 +621,16 @@ __device__ static void pass_outputs(const layer &y, const place &at, int channel
             advance<MODES>(a, put[i], x);
             if (direction == FROM_LEFT) sum[i] = seen<MODES>(sum[i], c, x);
         }
-        store<n>(to, k, live, sum);
+        store<n>(to, live, sum);
+        pass<n>(&in);
+        pass<n>(&to);
     });
 }
 
-__global__ static void make_outputs(layer y, rows u, const small *left, const small *right, rows out)
+__global__ static void __launch_bounds__(FEATURES, 4)
+    make_outputs(layer y, rows u, const small *left, const small *right, rows out)
 {
-    const place at = place_of(y, y.chunks);
+    const place at = place_of(y, y.chunks, blockIdx.x);
     if (at.h >= y.E) return;
     for (int c = 0; c < y.channels; c++)
         for (int m = 0; m < y.modes; m += MODES) {
@@ -615,7 +645,7 @@ static ls_status apply(ls_pass *p, int phase)
     const layer y = layer_of(p);
     const rows out = {p->out, p->pad_q, p->T};
     if (count_blocks(y, y.chunks) == 0) return LS_OK;
-    for (int d = 0; d < directions(p); d++) make_states(p, d, summary_of(p, d)->got, NULL, NULL);
+    make_states(p);
     LS_LAUNCH(p->queue, make_outputs, count_blocks(y, y.chunks), FEATURES, 0, y, inputs_of(p), states_of(p, FROM_LEFT),
               directions(p) == 2 ? states_of(p, FROM_RIGHT) : (small *)NULL, out);
     return ls_launched(p->queue, "s4d: apply");
@@ -630,7 +660,7 @@ __device__ static void pass_inputs(const layer &y, const place &at, int channel,
                                    const rows &dy, const small *grads, const rows &du)
 {
     const walk w = along(at, dy, direction, 1);
-    const column from = column_of(dy, w, channel * y.E + at.h), to = column_of(du, w, at.h);
+    column from = column_of(dy, w, channel * y.E + at.h), to = column_of(du, w, at.h);
     const ls_real skip = skips ? y.D[channel * y.E + at.h] : 0;
     small a[MODES], c[MODES] = {}, g[MODES];
     read_modes<MODES>(y, grads, at, m, g);
@@ -642,8 +672,8 @@ __device__ static void pass_inputs(const layer &y, const place &at, int channel,
         constexpr int n = decltype(part)::count;
         const unsigned live = shown<n>(w, k);
         ls_real want[n] = {}, sum[n] = {};
-        if (channel >= 0) load<n>(from, k, live, want);
-        if (!first) load<n>(to, k, live, sum);
+        if (channel >= 0) load<n>(from, live, want);
+        if (!first) load<n>(to, live, sum);
 #pragma unroll
         for (int i = 0; i < n; i++) {
             sum[i] += skip * want[i];
@@ -651,20 +681,22 @@ __device__ static void pass_inputs(const layer &y, const place &at, int channel,
             for (int j = 0; j < MODES; j++) {
                 if (direction == FROM_LEFT) g[j] = add(g[j], want[i], c[j]);
                 sum[i] += g[j].re;
-                g[j] = step(a[j], g[j], 0);
+                g[j] = step(a[j], g[j], {0, 0});
                 if (direction == FROM_RIGHT) g[j] = add(g[j], want[i], c[j]);
             }
         }
-        store<n>(to, k, live, sum);
+        store<n>(to, live, sum);
+        pass<n>(&from);
+        pass<n>(&to);
     });
 }
 
 /* left, right: γ' of what leaves the chunks. with_outputs 0: du += what later ranks want, of the direction that is not
  * NULL. */
-__global__ static void make_input_gradients(layer y, int with_outputs, rows dy, const small *left, const small *right,
-                                            rows du)
+__global__ static void __launch_bounds__(FEATURES, 4)
+    make_input_gradients(layer y, int with_outputs, rows dy, const small *left, const small *right, rows du)
 {
-    const place at = place_of(y, y.chunks);
+    const place at = place_of(y, y.chunks, blockIdx.x);
     if (at.h >= y.E) return;
     for (int c = with_outputs ? 0 : -1; c < (with_outputs ? y.channels : 0); c++)
         for (int m = 0; m < y.modes; m += MODES) {
@@ -681,14 +713,14 @@ __device__ static int weight_sum(const layer &y, int direction, int channel, int
     return (direction * y.channels + channel) * y.modes + m;
 }
 
-__device__ static int lambda_sum(const layer &y, int m)
+__device__ static int lambda_sum(const layer &y, int direction, int m)
 {
-    return y.directions * y.channels * y.modes + m;
+    return (y.directions * y.channels + direction) * y.modes + m;
 }
 
 __device__ static int skip_sum(const layer &y, int channel)
 {
-    return y.directions * y.channels * y.modes + y.modes + channel;
+    return y.directions * (y.channels + 1) * y.modes + channel;
 }
 
 /* Chunks lo .. hi, and one channel of their outputs (-1: no outputs) for modes m ..: γ_W and Σ dy u go to sums, γ_λ is
@@ -698,16 +730,13 @@ __device__ static void pass_strip(const layer &y, place at, int64_t hi, int chan
                                   const rows &dy, const small *states, const small *grads, number *dlambda,
                                   number *sums)
 {
-    small a[SLOPES], c[SLOPES] = {};
+    small a[SLOPES];
     number dweight[SLOPES] = {};
     double dskip = 0;
-    for (int i = 0; i < SLOPES; i++) {
-        a[i] = power_at(y, at.h, m + i);
-        if (channel >= 0) c[i] = weight_of(y, direction, channel, at.h, m + i);
-    }
+    for (int i = 0; i < SLOPES; i++) a[i] = power_at(y, at.h, m + i);
     for (; at.part < hi; at = chunk_at(y, at.b, at.part + 1, at.h)) {
         const walk w = along(at, u, direction, 0);
-        const column in = column_of(u, w, at.h), out = column_of(dy, w, channel * y.E + at.h);
+        column in = column_of(u, w, at.h), out = column_of(dy, w, channel * y.E + at.h);
         small x[SLOPES], z[SLOPES] = {}, seen_x[SLOPES] = {}, seen_z[SLOPES] = {}, after[SLOPES];
         ls_real product = 0;
         read_modes<SLOPES>(y, states, at, m, x);
@@ -715,16 +744,18 @@ __device__ static void pass_strip(const layer &y, place at, int64_t hi, int chan
             constexpr int n = decltype(part)::count;
             const unsigned live = shown<n>(w, k);
             ls_real put[n], want[n] = {};
-            load<n>(in, k, live, put);
-            if (channel >= 0) load<n>(out, k, live, want);
+            load<n>(in, live, put);
+            if (channel >= 0) load<n>(out, live, want);
+            pass<n>(&in);
+            pass<n>(&out);
 #pragma unroll
             for (int i = 0; i < n; i++) {
                 product += want[i] * put[i];
 #pragma unroll
                 for (int j = 0; j < SLOPES; j++) {
                     const small x_before = x[j], z_before = z[j];
-                    x[j] = step(a[j], x[j], put[i]);
-                    z[j] = add(step(a[j], z[j], x_before.re), x_before.im, {0, 1});
+                    x[j] = step(a[j], x[j], {put[i], 0});
+                    z[j] = step(a[j], z[j], x_before);
                     seen_x[j] = add(seen_x[j], want[i], direction == FROM_LEFT ? x[j] : x_before);
                     seen_z[j] = add(seen_z[j], want[i], direction == FROM_LEFT ? z[j] : z_before);
                 }
@@ -734,7 +765,8 @@ __device__ static void pass_strip(const layer &y, place at, int64_t hi, int chan
         dskip += (double)product;
 #pragma unroll
         for (int i = 0; i < SLOPES; i++) {
-            const number slope = plus(times(wide(c[i]), wide(seen_z[i])), times(wide(after[i]), wide(z[i])));
+            const small c = channel < 0 ? small{0, 0} : weight_of(y, direction, channel, at.h, m + i);
+            const number slope = plus(times(wide(c), wide(seen_z[i])), times(wide(after[i]), wide(z[i])));
             dlambda[i] = plus(dlambda[i], times(wide(a[i]), slope));
             dweight[i] = plus(dweight[i], wide(seen_x[i]));
         }
@@ -745,30 +777,33 @@ __device__ static void pass_strip(const layer &y, place at, int64_t hi, int chan
     if (m == 0 && direction == FROM_LEFT) sums[skip_sum(y, channel) * y.E + at.h] = {dskip, 0};
 }
 
-/* A state that enters and γ' of what leaves, of all chunks. states NULL: this direction has no part. */
+/* A state that enters and γ' of what leaves, of all chunks. */
 struct meeting {
     const small *states, *grads;
 };
 
-/* A thread for each strip, feature and SLOPES modes (blockIdx.y). */
-__global__ static void sum_strips(layer y, int with_outputs, int64_t strips, int64_t chunks, int64_t count, rows u,
-                                  rows dy, meeting left, meeting right, number *sums)
+/* A thread for each strip, feature, and SLOPES modes of a direction; those of a strip are neighbouring blocks, since
+ * they read the same. Directions are first and, of two, its successor. */
+__global__ static void __launch_bounds__(FEATURES, 4)
+    sum_strips(layer y, int with_outputs, int first, int directions, int64_t strips, int64_t chunks, int64_t count,
+               rows u, rows dy, meeting left, meeting right, number *sums)
 {
-    const place strip = place_of(y, strips);
+    const int passes = (y.modes + SLOPES - 1) / SLOPES, i = (int)(blockIdx.x % (unsigned)(passes * directions));
+    const int direction = first + i / passes, m = i % passes * SLOPES;
+    const place strip = place_of(y, strips, blockIdx.x / (unsigned)(passes * directions));
     if (strip.h >= y.E) return;
     const place at = chunk_at(y, strip.b, strip.part * chunks, strip.h);
     const int64_t hi = ls_min(at.part + chunks, y.chunks);
-    const int m = (int)blockIdx.y * SLOPES;
     number dlambda[SLOPES] = {};
     sums += (1 + strip.b * strips + strip.part) * count * y.E;
-    for (int c = with_outputs ? 0 : -1; c < (with_outputs ? y.channels : 0); c++) {
-        if (left.states != NULL) pass_strip<FROM_LEFT>(y, at, hi, c, m, u, dy, left.states, left.grads, dlambda, sums);
-        if (right.states != NULL)
+    for (int c = with_outputs ? 0 : -1; c < (with_outputs ? y.channels : 0); c++)
+        if (direction == FROM_LEFT)
+            pass_strip<FROM_LEFT>(y, at, hi, c, m, u, dy, left.states, left.grads, dlambda, sums);
+        else
             pass_strip<FROM_RIGHT>(y, at, hi, c, m, u, dy, right.states, right.grads, dlambda, sums);
-    }
 #pragma unroll
-    for (int i = 0; i < SLOPES; i++)
-        if (m + i < y.modes) sums[lambda_sum(y, m + i) * y.E + at.h] = dlambda[i];
+    for (int j = 0; j < SLOPES; j++)
+        if (m + j < y.modes) sums[lambda_sum(y, direction, m + j) * y.E + at.h] = dlambda[j];
 }
 
 /* sums (1 + strips,n): the sum over strips, in order, to the first row. Blocks are 32 columns, of which SLICES threads
@@ -807,30 +842,33 @@ __global__ static void settle(layer y, const number *sums, number *dlambda, numb
                 dC[in_c(y, d, c, h, m) + 1] -= (ls_real)dc.im;
             }
         const number through = over(dbeta, w);
-        dlambda[at] = plus(sums[lambda_sum(y, m) * y.E + h], times(through, power_of(y.lambda[at], 1)));
+        dlambda[at] = times(through, power_of(y.lambda[at], 1));
+        for (int d = 0; d < y.directions; d++) dlambda[at] = plus(dlambda[at], sums[lambda_sum(y, d, m) * y.E + h]);
         dw[at] = times(-1, times(through, beta));
         for (int c = 0; m == 0 && c < y.channels; c++) dD[c * y.E + h] += (ls_real)sums[skip_sum(y, c) * y.E + h].re;
     }
 }
 
-__global__ static void add_slopes(layer y, const number *sums, number *dlambda)
+__global__ static void add_slopes(layer y, int direction, const number *sums, number *dlambda)
 {
     LS_EACH(i, y.E * y.modes)
     {
         const int64_t h = i % y.E, at = h * y.modes + i / y.E;
-        dlambda[at] = plus(dlambda[at], sums[lambda_sum(y, (int)(i / y.E)) * y.E + h]);
+        dlambda[at] = plus(dlambda[at], sums[lambda_sum(y, direction, (int)(i / y.E)) * y.E + h]);
     }
 }
 
-static void make_strips(ls_pass *p, int with_outputs, meeting left, meeting right)
+/* Of so many directions, from `first` on. */
+static void make_strips(ls_pass *p, int with_outputs, int first, int some)
 {
     const layer y = layer_of(p);
     const rows dy = {p->dout, p->pad_q, p->T};
-    const int blocks = count_blocks(y, count_strips(p));
+    const int blocks = count_blocks(y, count_strips(p)) * some * ((y.modes + SLOPES - 1) / SLOPES);
     if (blocks > 0)
-        LS_LAUNCH(p->queue, sum_strips, dim3((unsigned)blocks, (unsigned)((y.modes + SLOPES - 1) / SLOPES)), FEATURES,
-                  0, y, with_outputs, count_strips(p), strip_chunks(p), count_sums(p), inputs_of(p), dy, left, right,
-                  numbers(p->work[STRIPS]));
+        LS_LAUNCH(p->queue, sum_strips, blocks, FEATURES, 0, y, with_outputs, first, some, count_strips(p),
+                  strip_chunks(p), count_sums(p), inputs_of(p), dy,
+                  meeting{states_of(p, FROM_LEFT), grads_of(p, FROM_LEFT)},
+                  meeting{states_of(p, FROM_RIGHT), grads_of(p, FROM_RIGHT)}, numbers(p->work[STRIPS]));
     LS_LAUNCH(p->queue, add_strips, (int)((count_sums(p) * y.E + LS_WARP - 1) / LS_WARP), SLICES * LS_WARP, 0,
               y.B * count_strips(p), count_sums(p) * y.E, numbers(p->work[STRIPS]));
 }
@@ -841,17 +879,14 @@ static ls_status apply_backward(ls_pass *p, int phase)
     const layer y = layer_of(p);
     const int blocks = count_blocks(y, y.chunks), both = directions(p) == 2;
     const rows dy = {p->dout, p->pad_q, p->T}, du = {p->dq, p->pad_q, p->T};
-    for (int d = 0; d < directions(p); d++) {
-        make_states(p, d, summary_of(p, d)->got, NULL, NULL);
-        if (blocks > 0) LS_LAUNCH(p->queue, make_ends, blocks, FEATURES, 0, y, d, 1, dy, grads_of(p, d));
+    make_states(p);
+    launch_ends(p, both ? 3 : 1, 1, dy, GRADS);
+    for (int d = 0; d < directions(p); d++)
         scan(p, d == FROM_LEFT, 0, {NULL, 0}, {summary_of(p, d)->dgot, -1}, NULL, grads_of(p, d));
-    }
-    const meeting left = {states_of(p, FROM_LEFT), grads_of(p, FROM_LEFT)};
-    meeting right = {NULL, NULL};
-    if (both) right = {states_of(p, FROM_RIGHT), grads_of(p, FROM_RIGHT)};
     if (blocks > 0)
-        LS_LAUNCH(p->queue, make_input_gradients, blocks, FEATURES, 0, y, 1, dy, left.grads, right.grads, du);
-    make_strips(p, 1, left, right);
+        LS_LAUNCH(p->queue, make_input_gradients, blocks, FEATURES, 0, y, 1, dy, grads_of(p, FROM_LEFT),
+                  both ? grads_of(p, FROM_RIGHT) : (small *)NULL, du);
+    make_strips(p, 1, FROM_LEFT, directions(p));
     LS_LAUNCH(p->queue, settle, ls_blocks(y.E * y.modes, 128), 128, 0, y, numbers(p->work[STRIPS]),
               numbers(p->work[DLAMBDA]), numbers(p->work[DW]), dparam(p, C_), dparam(p, D_));
     return ls_launched(p->queue, "s4d: apply backward");
@@ -863,13 +898,12 @@ static ls_status ends_backward(ls_pass *p, int phase)
     const layer y = layer_of(p);
     const int blocks = count_blocks(y, y.chunks), d = direction_of(phase);
     const rows dy = {p->dout, p->pad_q, p->T}, du = {p->dq, p->pad_q, p->T};
-    const meeting none = {NULL, NULL}, mine = {states_of(p, d), grads_of(p, d)};
     if (blocks == 0) return LS_OK;
     scan(p, d == FROM_LEFT, 1, {summary_of(p, d)->dsent, -1}, {NULL, 0}, NULL, grads_of(p, d));
-    LS_LAUNCH(p->queue, make_input_gradients, blocks, FEATURES, 0, y, 0, dy, d == FROM_LEFT ? mine.grads : none.grads,
-              d == FROM_LEFT ? none.grads : mine.grads, du);
-    make_strips(p, 0, d == FROM_LEFT ? mine : none, d == FROM_LEFT ? none : mine);
-    LS_LAUNCH(p->queue, add_slopes, ls_blocks(y.E * y.modes, 128), 128, 0, y, numbers(p->work[STRIPS]),
+    LS_LAUNCH(p->queue, make_input_gradients, blocks, FEATURES, 0, y, 0, dy,
+              d == FROM_LEFT ? grads_of(p, d) : (small *)NULL, d == FROM_RIGHT ? grads_of(p, d) : (small *)NULL, du);
+    make_strips(p, 0, d, 1);
+    LS_LAUNCH(p->queue, add_slopes, ls_blocks(y.E * y.modes, 128), 128, 0, y, d, numbers(p->work[STRIPS]),
               numbers(p->work[DLAMBDA]));
     return ls_launched(p->queue, "s4d: ends backward");
 }
