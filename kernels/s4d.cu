@@ -1,7 +1,7 @@
-/* S4D on a GPU. The formulas, γ and the "gradient form" are those of s4d.c, as is what is in double: powers, and what
- * goes from chunk to chunk. Within a chunk of positions the recurrences simply run: a thread has one feature, its modes
- * in registers, and neighbouring threads neighbouring features. Chunks are independent once the states between them are
- * known:
+/* S4D on a GPU. The formulas, γ and the "gradient form" are those of s4d.c, and so is what is in double: powers, and
+ * what goes from chunk to chunk. Within a chunk of positions the recurrences simply run: a thread has one feature, its
+ * modes in registers, and neighbouring threads neighbouring features. Chunks are independent once the states between
+ * them are known:
  *
  *   ends      of every chunk alone, the state it makes from nothing
  *   scan      over chunks, from what came of other ranks: the states that enter chunks; at its end, what leaves
@@ -9,19 +9,20 @@
  *
  * and backward, against the states, the same with γ: what a chunk's outputs want of the state that enters, a scan, then
  * du. A chunk has 64 positions. A state x, s from the left or r from the right, meets them in its own order, and g, its
- * gradient, against it. s takes the step of a position before it is seen there, r after:
+ * gradient, against it. s takes the step of a position before it is seen there, r after. With V = a W for s and V = W
+ * for r, both are seen before:
  *
- *   step: x = a x + u    seen: y += Re W x    and of g, in reverse    seen: g += W dy    step: du += Re g, g = a g
+ *   y += Re V x,  x = a x + u        and in reverse    du += Re g,  g = a g + V dy
  *
- * so that what is wanted is W times the end of dy, walked along in reverse, and of s once more a.
+ * if K_0 = Re Σ W of s goes to D. What is wanted of a state is V times the end of dy, walked along in reverse.
  *
  * Parameters. In a chunk, z = ∂x/∂a runs along with x from 0, z = a z + x before the step, and
  *
  *   γ_W = Σ dy x,   γ_λ = a (W Σ dy z + γ' z at the end),  γ' of the state that leaves the chunk
  *
- * so that nothing of the way back is needed but γ'. A thread adds up a strip, a few chunks in a row, and strips are
- * summed in order. More modes than fit registers, and more channels than one, are passes of the same thread one after
- * the other. */
+ * of x and z as they are seen, which of s is a x + u and a z + x; so nothing of the way back is needed but γ'. A thread
+ * adds up a strip, a few chunks in a row, and strips are summed in order. More modes than fit registers, and more
+ * channels than one, are passes of the same thread one after the other. */
 #include "cuda.h"
 
 extern "C" {
@@ -38,15 +39,9 @@ enum { FEATURES = 128, MODES = 8, SLOPES = 4 }; /* of a block; of a pass; of one
 enum { SEGMENTS = 16, SLICES = 8 };             /* of the chunks in a scan, of the strips in a sum: threads */
 enum { MOST_STRIPS = 64 };                      /* about, of all batch rows together */
 enum { FROM_LEFT, FROM_RIGHT };                 /* directions */
-enum { LAMBDA, BETA, POWERS, WEIGHT }; /* saved[]: (E,N/2) λ, β in double; (LEAP,N/2,E) a ..; W, see weight_of */
-enum {
-    STATES,
-    GRADS,
-    DLAMBDA,
-    DW,
-    STRIPS
-};                                  /* work[]: (directions,B,chunks,N/2,E); (E,N/2), twice; (1 + strips,sums,E) */
-enum { ENDS_LEFT = 1, ENDS_RIGHT }; /* phases, see summary_of */
+enum { LAMBDA, BETA, POWERS, WEIGHT };          /* saved[]: (E,N/2) λ, β; (LEAP,N/2,E) a^1 ..; W, see read_modes */
+enum { STATES, GRADS, DLAMBDA, DW, STRIPS };    /* work[]: states, see state_row; (E,N/2), twice; (1 + strips,sums) */
+enum { ENDS_LEFT = 1, ENDS_RIGHT };             /* phases, see summary_of */
 
 /* ------------------------------------------------------------------------------------------------ complex numbers */
 
@@ -106,14 +101,9 @@ struct layer {
     const uint8_t *pad;
 };
 
-static number *numbers(ls_real *x)
+template <typename T> static T *as(ls_real *x)
 {
-    return (number *)(void *)x;
-}
-
-static small *smalls(ls_real *x)
-{
-    return (small *)(void *)x;
+    return (T *)(void *)x;
 }
 
 static const ls_real *param(const ls_pass *p, int which)
@@ -148,8 +138,7 @@ static int64_t count_strips(const ls_pass *p)
     return (count_chunks(p) + strip_chunks(p) - 1) / strip_chunks(p);
 }
 
-/* Sums of a strip: γ_W of every direction, channel and mode, γ_λ of every direction and mode, Σ dy u of every channel.
- */
+/* Sums of a strip: a table of γ_W (directions,channels), then γ_λ (directions), then Σ dy u (channels,E). */
 static int64_t count_sums(const ls_pass *p)
 {
     const int64_t modes = (int64_t)p->option[STATE_SIZE] / 2, channels = (int64_t)p->option[CHANNELS];
@@ -173,15 +162,15 @@ static layer layer_of(const ls_pass *p)
             .w_im = param(p, W_IM),
             .C = param(p, C_),
             .D = param(p, D_),
-            .lambda = numbers(p->saved[LAMBDA]),
-            .beta = numbers(p->saved[BETA]),
-            .dlambda = numbers(p->work[DLAMBDA]),
-            .dw = numbers(p->work[DW]),
-            .strip = numbers(p->work[STRIPS]),
-            .powers = smalls(p->saved[POWERS]),
-            .weight = smalls(p->saved[WEIGHT]),
-            .states = smalls(p->work[STATES]),
-            .grads = smalls(p->work[GRADS]),
+            .lambda = as<number>(p->saved[LAMBDA]),
+            .beta = as<number>(p->saved[BETA]),
+            .dlambda = as<number>(p->work[DLAMBDA]),
+            .dw = as<number>(p->work[DW]),
+            .strip = as<number>(p->work[STRIPS]),
+            .powers = as<small>(p->saved[POWERS]),
+            .weight = as<small>(p->saved[WEIGHT]),
+            .states = as<small>(p->work[STATES]),
+            .grads = as<small>(p->work[GRADS]),
             .u = p->q,
             .out = p->out,
             .dy = p->dout,
@@ -213,14 +202,9 @@ static int count_blocks(const layer &y, int64_t parts)
 
 /* ------------------------------------------------------------------------------------------------ parameters */
 
-__device__ static int64_t in_set(const layer &y, int64_t h, int m)
-{
-    return h % y.sets * y.modes + m;
-}
-
 __device__ static number frequency(const layer &y, int64_t h, int m)
 {
-    const int64_t i = in_set(y, h, m);
+    const int64_t i = h % y.sets * y.modes + m;
     return {-exp((double)y.log_w_re[i]), (double)y.w_im[i]};
 }
 
@@ -236,21 +220,24 @@ __device__ static number c_of(const layer &y, int direction, int channel, int64_
     return {(double)c[0], (double)c[1]};
 }
 
-/* Where mode m is in W (directions,channels,N/2,E). */
-__device__ static int64_t in_weight(const layer &y, int direction, int channel, int64_t h, int m)
+/* Where mode m is in tables (rows,N/2,E); and the row of states (directions,B,chunks). */
+__device__ static int64_t in_table(const layer &y, int64_t row, int m, int64_t h)
 {
-    return ((direction * y.channels + channel) * y.modes + m) * y.E + h;
+    return (row * y.modes + m) * y.E + h;
 }
 
-/* W, and a^(1 + e); 0 for modes that are not. */
-__device__ static small weight_of(const layer &y, int direction, int channel, int64_t h, int m)
+__device__ static int64_t state_row(const layer &y, int direction, int64_t b, int64_t chunk)
 {
-    return m < y.modes ? y.weight[in_weight(y, direction, channel, h, m)] : small{0, 0};
+    return (direction * y.B + b) * y.chunks + chunk;
 }
 
-__device__ static small power_at(const layer &y, int64_t h, int m, int e)
+/* Modes m .. of a row; 0 for those that are not. */
+template <int n>
+__device__ static void read_modes(const layer &y, const small *table, int64_t row, int m, int64_t h, small *to)
 {
-    return m < y.modes ? y.powers[(e * y.modes + m) * y.E + h] : small{0, 0};
+    const small *from = table + in_table(y, row, m, h);
+#pragma unroll
+    for (int i = 0; i < n; i++) to[i] = m + i < y.modes ? from[(int64_t)i * (int)y.E] : small{0, 0};
 }
 
 /* λ, which the scans of the ranks need as well; a - 1 is made so that no digits are lost where λ is small. */
@@ -267,10 +254,10 @@ __global__ static void make_decays(layer y)
         y.lambda[h * y.modes + m] = lambda;
         y.beta[h * y.modes + m] = beta;
         number power = a;
-        for (int e = 0; e < LEAP; e++, power = times(a, power)) y.powers[e * y.E * y.modes + i] = narrow(power);
+        for (int e = 0; e < LEAP; e++, power = times(a, power)) y.powers[in_table(y, e, m, h)] = narrow(power);
         for (int d = 0; d < y.directions; d++)
             for (int c = 0; c < y.channels; c++)
-                y.weight[in_weight(y, d, c, h, m)] = narrow(times(2, times(beta, c_of(y, d, c, h, m))));
+                y.weight[in_table(y, d * y.channels + c, m, h)] = narrow(times(2, times(beta, c_of(y, d, c, h, m))));
     }
 }
 
@@ -323,26 +310,19 @@ static ls_status decays_backward(ls_pass *p, int phase)
 
 /* ------------------------------------------------------------------------------------------------ in a thread */
 
-/* A thread's feature, and the positions of its block: [t, t + n) of b. */
+/* A thread's feature, and its chunk or strip of b. */
 struct place {
-    int64_t b, part, h, t;
-    int n;
+    int64_t b, part, h;
 };
-
-/* Chunk `part` of b. */
-__device__ static place chunk_at(const layer &y, int64_t b, int64_t part, int64_t h)
-{
-    return {b, part, h, part * CHUNK, (int)ls_min(CHUNK, y.T - part * CHUNK)};
-}
 
 /* Blocks are (b, part, features). */
 __device__ static place place_of(const layer &y, int64_t parts, unsigned block)
 {
     const unsigned blocks = (unsigned)((y.E + FEATURES - 1) / FEATURES), i = block / blocks;
-    return chunk_at(y, i / (unsigned)parts, i % (unsigned)parts, (int64_t)(block % blocks) * FEATURES + threadIdx.x);
+    return {i / (unsigned)parts, i % (unsigned)parts, (int64_t)(block % blocks) * FEATURES + threadIdx.x};
 }
 
-/* Positions in the order in which a state meets them; back: against it. */
+/* A chunk's positions in the order in which a state meets them; back: against it. */
 struct walk {
     int64_t b, first;
     int n, step;
@@ -351,9 +331,9 @@ struct walk {
 
 __device__ static walk along(const layer &y, const place &at, int direction, int back)
 {
-    const int descends = (direction == FROM_RIGHT) != back;
-    const int64_t first = descends ? at.t + at.n - 1 : at.t;
-    return {at.b, first, at.n, descends ? -1 : 1, y.pad == NULL ? NULL : y.pad + at.b * y.T + first};
+    const int descends = (direction == FROM_RIGHT) != back, n = (int)ls_min(CHUNK, y.T - at.part * CHUNK);
+    const int64_t first = at.part * CHUNK + (descends ? n - 1 : 0);
+    return {at.b, first, n, descends ? -1 : 1, y.pad == NULL ? NULL : y.pad + at.b * y.T + first};
 }
 
 /* A column's number at the first position of a walk; they are `step` apart. */
@@ -407,20 +387,6 @@ template <int n> __device__ static void store(column *x, unsigned shown, const l
     x->p += (int64_t)n * x->step;
 }
 
-/* Where mode m of feature h is in states. */
-__device__ static int64_t in_states(const layer &y, int direction, int64_t b, int64_t chunk, int m, int64_t h)
-{
-    return (((direction * y.B + b) * y.chunks + chunk) * y.modes + m) * y.E + h;
-}
-
-template <int n>
-__device__ static void read_modes(const layer &y, const small *from, int direction, const place &at, int m, small *to)
-{
-#pragma unroll
-    for (int i = 0; i < n; i++)
-        to[i] = m + i < y.modes ? from[in_states(y, direction, at.b, at.part, m + i, at.h)] : small{0, 0};
-}
-
 /* a x + u, and x + u c. */
 __device__ static small step(small a, small x, small u)
 {
@@ -432,16 +398,30 @@ __device__ static small add(small x, ls_real u, small c)
     return {x.re + u * c.re, x.im + u * c.im};
 }
 
-/* sum + Re Σ w x, in two halves that do not wait for each other. */
-template <int n> __device__ static ls_real seen(ls_real sum, const small *w, const small *x)
+/* sum + Re w x. */
+__device__ static ls_real seen(ls_real sum, small w, small x)
 {
-    ls_real rest = 0;
+    return sum + w.re * x.re - w.im * x.im;
+}
+
+/* y = a x; returns Re Σ x. */
+__device__ static ls_real times_all(const small *a, const small *x, small *y)
+{
+    ls_real sum = 0;
 #pragma unroll
-    for (int i = 0; i < n; i++) {
-        sum += w[i].re * x[i].re;
-        rest += w[i].im * x[i].im;
+    for (int i = 0; i < MODES; i++) {
+        sum += x[i].re;
+        y[i] = step(a[i], x[i], {0, 0});
     }
-    return sum - rest;
+    return sum;
+}
+
+/* V; returns K_0 of these modes, from the left. */
+__device__ static ls_real seen_with(const layer &y, int direction, int channel, int m, int64_t h, const small *a,
+                                    small *v)
+{
+    read_modes<MODES>(y, y.weight, direction * y.channels + channel, m, h, v);
+    return direction == FROM_LEFT ? times_all(a, v, v) : 0;
 }
 
 /* The states that chunks of u make from nothing; back: what chunks of dy want of the state that enters. Directions are
@@ -452,14 +432,13 @@ __global__ static void __launch_bounds__(FEATURES, 4) make_ends(layer y, int fir
     if (at.h >= y.E) return;
     for (int m = 0; m < y.modes; m += MODES) {
         small a[LEAP][MODES];
-        for (int e = 0; e < LEAP; e++)
-            for (int i = 0; i < MODES; i++) a[e][i] = power_at(y, at.h, m + i, e);
+        for (int e = 0; e < LEAP; e++) read_modes<MODES>(y, y.powers, e, m, at.h, a[e]);
         for (int d = first; d < end; d++) {
             const walk w = along(y, at, d, back);
             small sum[MODES] = {};
             for (int channel = 0; channel < (back ? y.channels : 1); channel++) {
                 column from = column_of(back ? y.dy : y.u, w, channel * y.E + at.h);
-                small x[MODES] = {};
+                small x[MODES] = {}, v[MODES];
                 each_some(w, [&](auto part, unsigned shown) {
                     constexpr int n = decltype(part)::count, leap = n < LEAP ? 1 : LEAP;
                     ls_real put[n];
@@ -473,15 +452,12 @@ __global__ static void __launch_bounds__(FEATURES, 4) make_ends(layer y, int fir
                             x[i] = step(a[leap - 1][i], x[i], own);
                         }
                 });
+                if (back) seen_with(y, d, channel, m, at.h, a[0], v);
 #pragma unroll
-                for (int i = 0; i < MODES; i++) {
-                    if (back && d == FROM_LEFT) x[i] = step(a[0][i], x[i], {0, 0});
-                    if (back) x[i] = step(weight_of(y, d, channel, at.h, m + i), x[i], {0, 0});
-                    sum[i] = add(sum[i], 1, x[i]);
-                }
+                for (int i = 0; i < MODES; i++) sum[i] = back ? step(v[i], x[i], sum[i]) : x[i];
             }
             for (int i = 0; i < MODES && m + i < y.modes; i++)
-                ends[in_states(y, d, at.b, at.part, m + i, at.h)] = sum[i];
+                ends[in_table(y, state_row(y, d, at.b, at.part), m + i, at.h)] = sum[i];
         }
     }
 }
@@ -506,6 +482,8 @@ __global__ static void __launch_bounds__(SEGMENTS *LS_WARP, 2)
                   h = ls_min(feature, y.E - 1); /* spare ones only wait */
     const int64_t length = (y.chunks + SEGMENTS - 1) / SEGMENTS, last = y.T - (y.chunks - 1) * CHUNK;
     const int64_t lo = mine * length, hi = feature < y.E ? ls_min(lo + length, y.chunks) : 0;
+    const int64_t stride = (descends ? -1 : 1) * y.modes * y.E, short_one = descends ? 0 : y.chunks - 1;
+    small *chunk = states + in_table(y, state_row(y, direction, b, descends ? y.chunks - 1 : 0), m, h);
     if (mine < 2) powers[mine][lane] = power_of(y.lambda[h * y.modes + m], (double)(mine == 0 ? CHUNK : last));
     __syncthreads();
     const number a = powers[0][lane], rest = powers[1][lane];
@@ -514,16 +492,12 @@ __global__ static void __launch_bounds__(SEGMENTS *LS_WARP, 2)
         for (int64_t c0 = lo; c0 < hi; c0 += AHEAD) {
             small own[AHEAD];
 #pragma unroll
-            for (int c = 0; c < AHEAD; c++) {
-                const int64_t at = descends ? y.chunks - 1 - c0 - c : c0 + c;
-                own[c] = c0 + c < hi && !empty ? states[in_states(y, direction, b, at, m, h)] : small{0, 0};
-            }
+            for (int c = 0; c < AHEAD; c++) own[c] = c0 + c < hi && !empty ? chunk[(c0 + c) * stride] : small{0, 0};
 #pragma unroll
             for (int c = 0; c < AHEAD; c++) {
-                const int64_t at = descends ? y.chunks - 1 - c0 - c : c0 + c;
                 if (c0 + c >= hi) break;
-                const number over_it = at == y.chunks - 1 ? rest : a;
-                if (enters) states[in_states(y, direction, b, at, m, h)] = narrow(x);
+                const number over_it = c0 + c == short_one ? rest : a;
+                if (enters) chunk[(c0 + c) * stride] = narrow(x);
                 if (!enters) fade = times(over_it, fade);
                 x = plus(times(over_it, x), wide(own[c]));
             }
@@ -588,32 +562,35 @@ static void make_states(ls_pass *p)
 
 /* ------------------------------------------------------------------------------------------------ apply */
 
-/* Adds to what stands in out, or, with `first`, to D u. */
-template <int direction>
-__device__ static void pass_outputs(const layer &y, const place &at, int channel, int m, int first)
+/* Adds to what stands in out, or, with `first`, to D u. Two at a time, K_1 = Re Σ V:
+ * y_0 = Re Σ V x + K_0 u_0,  y_1 = Re Σ a V x + K_1 u_0 + K_0 u_1,  x = a² x + a u_0 + u_1. */
+__device__ static void pass_outputs(const layer &y, const place &at, int direction, int channel, int m, int first)
 {
     const walk w = along(y, at, direction, 0);
     const int64_t i_out = channel * y.E + at.h;
     column in = column_of(y.u, w, at.h), was = column_of(y.out, w, i_out), to = was;
-    const ls_real skip = y.D[i_out];
-    small a[MODES], c[MODES], x[MODES];
-    read_modes<MODES>(y, y.states, direction, at, m, x);
-    for (int i = 0; i < MODES; i++) {
-        a[i] = power_at(y, at.h, m + i, 0);
-        c[i] = weight_of(y, direction, channel, at.h, m + i);
-    }
+    small a[MODES], a2[MODES], v[MODES], av[MODES], x[MODES];
+    read_modes<MODES>(y, y.powers, 0, m, at.h, a);
+    read_modes<MODES>(y, y.powers, 1, m, at.h, a2);
+    read_modes<MODES>(y, y.states, state_row(y, direction, at.b, at.part), m, at.h, x);
+    const ls_real k0 = seen_with(y, direction, channel, m, at.h, a, v) + (first ? y.D[i_out] : 0);
+    const ls_real k1 = times_all(a, v, av);
     each_some(w, [&](auto part, unsigned shown) {
-        constexpr int n = decltype(part)::count;
-        ls_real put[n], sum[n];
+        constexpr int n = decltype(part)::count, pair = n < 2 ? 1 : 2;
+        ls_real put[n], sum[n] = {};
         load<n>(&in, shown, put);
         if (!first) load<n>(&was, shown, sum);
 #pragma unroll
-        for (int i = 0; i < n; i++) {
-            if (first) sum[i] = skip * put[i];
-            if (direction == FROM_RIGHT) sum[i] = seen<MODES>(sum[i], c, x);
+        for (int i = 0; i < n; i += pair) {
+            const ls_real one = put[i], other = put[i + pair - 1];
+            sum[i] += k0 * one;
+            if (pair == 2) sum[i + pair - 1] += k1 * one + k0 * other;
 #pragma unroll
-            for (int j = 0; j < MODES; j++) x[j] = step(a[j], x[j], {put[i], 0});
-            if (direction == FROM_LEFT) sum[i] = seen<MODES>(sum[i], c, x);
+            for (int j = 0; j < MODES; j++) {
+                sum[i] = seen(sum[i], v[j], x[j]);
+                if (pair == 2) sum[i + pair - 1] = seen(sum[i + pair - 1], av[j], x[j]);
+                x[j] = pair == 2 ? step(a2[j], x[j], add({other, 0}, one, a[j])) : step(a[j], x[j], {one, 0});
+            }
         }
         store<n>(&to, shown, sum);
     });
@@ -624,10 +601,8 @@ __global__ static void __launch_bounds__(FEATURES, 4) make_outputs(layer y)
     const place at = place_of(y, y.chunks, blockIdx.x);
     if (at.h >= y.E) return;
     for (int c = 0; c < y.channels; c++)
-        for (int m = 0; m < y.modes; m += MODES) {
-            pass_outputs<FROM_LEFT>(y, at, c, m, m == 0);
-            if (y.directions == 2) pass_outputs<FROM_RIGHT>(y, at, c, m, 0);
-        }
+        for (int m = 0; m < y.modes; m += MODES)
+            for (int d = 0; d < y.directions; d++) pass_outputs(y, at, d, c, m, m == 0 && d == 0);
 }
 
 static ls_status apply(ls_pass *p, int phase)
@@ -642,34 +617,37 @@ static ls_status apply(ls_pass *p, int phase)
 
 /* ------------------------------------------------------------------------------------------------ backward */
 
-/* du of one channel and some modes, with g from what leaves the chunk, for the first channel: it leaves once. channel <
- * 0: no outputs. Adds, or, with `first`, overwrites; `skips`: D dy is not there yet. */
-template <int direction>
-__device__ static void pass_inputs(const layer &y, const place &at, int channel, int m, int first, int skips)
+/* du of one channel (-1: no outputs) and some modes, with g from what leaves the chunk, once. Adds, or, with `first`,
+ * overwrites; `skips`: D dy is not there yet. Two at a time:
+ * du_0 = Re Σ g + K_0 dy_0,  du_1 = Re Σ a g + K_1 dy_0 + K_0 dy_1,  g = a² g + a V dy_0 + V dy_1. */
+__device__ static void pass_inputs(const layer &y, const place &at, int direction, int channel, int m, int first,
+                                   int skips)
 {
     const walk w = along(y, at, direction, 1);
     column from = column_of(y.dy, w, channel * y.E + at.h), was = column_of(y.du, w, at.h), to = was;
-    const ls_real skip = skips ? y.D[channel * y.E + at.h] : 0;
-    small a[MODES], c[MODES] = {}, g[MODES] = {};
-    if (channel <= 0) read_modes<MODES>(y, y.grads, direction, at, m, g);
-    for (int i = 0; i < MODES; i++) {
-        a[i] = power_at(y, at.h, m + i, 0);
-        if (channel >= 0) c[i] = weight_of(y, direction, channel, at.h, m + i);
-    }
+    small a[MODES], a2[MODES], v[MODES] = {}, av[MODES], g[MODES] = {};
+    ls_real k0 = skips ? y.D[channel * y.E + at.h] : 0;
+    read_modes<MODES>(y, y.powers, 0, m, at.h, a);
+    read_modes<MODES>(y, y.powers, 1, m, at.h, a2);
+    if (channel <= 0) read_modes<MODES>(y, y.grads, state_row(y, direction, at.b, at.part), m, at.h, g);
+    if (channel >= 0) k0 += seen_with(y, direction, channel, m, at.h, a, v);
+    const ls_real k1 = times_all(a, v, av);
     each_some(w, [&](auto part, unsigned shown) {
-        constexpr int n = decltype(part)::count;
+        constexpr int n = decltype(part)::count, pair = n < 2 ? 1 : 2;
         ls_real want[n] = {}, sum[n] = {};
         if (channel >= 0) load<n>(&from, shown, want);
         if (!first) load<n>(&was, shown, sum);
 #pragma unroll
-        for (int i = 0; i < n; i++) {
-            sum[i] += skip * want[i];
+        for (int i = 0; i < n; i += pair) {
+            const ls_real one = want[i], other = want[i + pair - 1];
+            sum[i] += k0 * one;
+            if (pair == 2) sum[i + pair - 1] += k1 * one + k0 * other;
 #pragma unroll
             for (int j = 0; j < MODES; j++) {
-                if (direction == FROM_LEFT) g[j] = add(g[j], want[i], c[j]);
                 sum[i] += g[j].re;
-                g[j] = step(a[j], g[j], {0, 0});
-                if (direction == FROM_RIGHT) g[j] = add(g[j], want[i], c[j]);
+                if (pair == 2) sum[i + pair - 1] = seen(sum[i + pair - 1], a[j], g[j]);
+                g[j] = pair == 2 ? step(a2[j], g[j], add(add({0, 0}, one, av[j]), other, v[j]))
+                                 : step(a[j], g[j], add({0, 0}, one, v[j]));
             }
         }
         store<n>(&to, shown, sum);
@@ -683,45 +661,30 @@ __global__ static void __launch_bounds__(FEATURES, 4)
     const place at = place_of(y, y.chunks, blockIdx.x);
     if (at.h >= y.E) return;
     for (int c = with_outputs ? 0 : -1; c < (with_outputs ? y.channels : 0); c++)
-        for (int m = 0; m < y.modes; m += MODES) {
-            const int skips = with_outputs && m == 0;
-            if (first == FROM_LEFT) pass_inputs<FROM_LEFT>(y, at, c, m, skips && c == 0, skips);
-            if (end > FROM_RIGHT) pass_inputs<FROM_RIGHT>(y, at, c, m, 0, 0);
-        }
+        for (int m = 0; m < y.modes; m += MODES)
+            for (int d = first; d < end; d++) {
+                const int skips = with_outputs && m == 0 && d == 0;
+                pass_inputs(y, at, d, c, m, skips && c == 0, skips);
+            }
 }
 
-/* Where a strip's sums of a feature are, `E` numbers from one to the next: γ_W, γ_λ, Σ dy u. */
-__device__ static int weight_sum(const layer &y, int direction, int channel, int m)
-{
-    return (direction * y.channels + channel) * y.modes + m;
-}
-
-__device__ static int lambda_sum(const layer &y, int direction, int m)
-{
-    return (y.directions * y.channels + direction) * y.modes + m;
-}
-
-__device__ static int skip_sum(const layer &y, int channel)
-{
-    return y.directions * (y.channels + 1) * y.modes + channel;
-}
-
-/* Chunks lo .. hi, and one channel of their outputs (-1: no outputs) for modes m ..: γ_W and Σ dy u go to sums, γ_λ is
+/* Chunks at .. hi, and one channel of their outputs (-1: no outputs) for modes m ..: γ_W and Σ dy u go to sums, γ_λ is
  * added to dlambda. */
-template <int direction>
-__device__ static void pass_strip(const layer &y, place at, int64_t hi, int channel, int m, number *dlambda,
-                                  number *sums)
+__device__ static void pass_strip(const layer &y, place at, int64_t hi, int direction, int channel, int m,
+                                  number *dlambda, number *sums)
 {
-    small a[SLOPES];
+    small a[SLOPES], c[SLOPES] = {};
     number dweight[SLOPES] = {};
+    const int left = direction == FROM_LEFT;
     double dskip = 0;
-    for (int i = 0; i < SLOPES; i++) a[i] = power_at(y, at.h, m + i, 0);
-    for (; at.part < hi; at = chunk_at(y, at.b, at.part + 1, at.h)) {
+    read_modes<SLOPES>(y, y.powers, 0, m, at.h, a);
+    for (; at.part < hi; at.part++) {
         const walk w = along(y, at, direction, 0);
+        const int64_t row = state_row(y, direction, at.b, at.part);
         column in = column_of(y.u, w, at.h), out = column_of(y.dy, w, channel * y.E + at.h);
-        small x[SLOPES], z[SLOPES] = {}, seen_x[SLOPES] = {}, seen_z[SLOPES] = {}, after[SLOPES] = {};
+        small x[SLOPES], z[SLOPES] = {}, met_x[SLOPES] = {}, met_z[SLOPES] = {}, after[SLOPES] = {};
         ls_real product = 0;
-        read_modes<SLOPES>(y, y.states, direction, at, m, x);
+        read_modes<SLOPES>(y, y.states, row, m, at.h, x);
         each_some(w, [&](auto part, unsigned shown) {
             constexpr int n = decltype(part)::count;
             ls_real put[n], want[n] = {};
@@ -732,28 +695,30 @@ __device__ static void pass_strip(const layer &y, place at, int64_t hi, int chan
                 product += want[i] * put[i];
 #pragma unroll
                 for (int j = 0; j < SLOPES; j++) {
-                    const small x_before = x[j], z_before = z[j];
+                    met_x[j] = add(met_x[j], want[i], x[j]);
+                    met_z[j] = add(met_z[j], want[i], z[j]);
+                    z[j] = step(a[j], z[j], x[j]);
                     x[j] = step(a[j], x[j], {put[i], 0});
-                    z[j] = step(a[j], z[j], x_before);
-                    seen_x[j] = add(seen_x[j], want[i], direction == FROM_LEFT ? x[j] : x_before);
-                    seen_z[j] = add(seen_z[j], want[i], direction == FROM_LEFT ? z[j] : z_before);
                 }
             }
         });
-        if (channel <= 0) read_modes<SLOPES>(y, y.grads, direction, at, m, after); /* it leaves once */
+        if (channel <= 0) read_modes<SLOPES>(y, y.grads, row, m, at.h, after); /* it leaves once */
+        if (channel >= 0) read_modes<SLOPES>(y, y.weight, direction * y.channels + channel, m, at.h, c);
         dskip += (double)product;
 #pragma unroll
         for (int i = 0; i < SLOPES; i++) {
-            const small c = channel < 0 ? small{0, 0} : weight_of(y, direction, channel, at.h, m + i);
-            const number slope = plus(times(wide(c), wide(seen_z[i])), times(wide(after[i]), wide(z[i])));
-            dlambda[i] = plus(dlambda[i], times(wide(a[i]), slope));
-            dweight[i] = plus(dweight[i], wide(seen_x[i]));
+            const number power = wide(a[i]), mx = wide(met_x[i]), mz = wide(met_z[i]), ax = times(power, mx);
+            const number seen_x = left ? plus(ax, {(double)product, 0}) : mx,
+                         seen_z = left ? plus(times(power, mz), mx) : mz;
+            const number slope = plus(times(wide(c[i]), seen_z), times(wide(after[i]), wide(z[i])));
+            dweight[i] = plus(dweight[i], seen_x);
+            dlambda[i] = plus(dlambda[i], times(power, slope));
         }
     }
     if (channel < 0) return;
     for (int i = 0; i < SLOPES && m + i < y.modes; i++)
-        sums[weight_sum(y, direction, channel, m + i) * y.E + at.h] = dweight[i];
-    if (m == 0 && direction == FROM_LEFT) sums[skip_sum(y, channel) * y.E + at.h] = {dskip, 0};
+        sums[in_table(y, direction * y.channels + channel, m + i, at.h)] = dweight[i];
+    if (m == 0 && left) sums[in_table(y, y.directions * (y.channels + 1), channel, at.h)] = {dskip, 0};
 }
 
 /* A thread for each strip of some chunks, feature, and SLOPES modes of a direction; those of a strip are neighbouring
@@ -763,19 +728,15 @@ __global__ static void __launch_bounds__(FEATURES, 4)
 {
     const unsigned passes = (unsigned)((y.modes + SLOPES - 1) / SLOPES), all = passes * (unsigned)(end - first);
     const int direction = first + (int)(blockIdx.x % all / passes), m = (int)(blockIdx.x % passes) * SLOPES;
-    const place strip = place_of(y, y.strips, blockIdx.x / all);
+    const place strip = place_of(y, y.strips, blockIdx.x / all), at = {strip.b, strip.part * chunks, strip.h};
     if (strip.h >= y.E) return;
-    const place at = chunk_at(y, strip.b, strip.part * chunks, strip.h);
     const int64_t hi = ls_min(at.part + chunks, y.chunks);
     number dlambda[SLOPES] = {}, *sums = y.strip + (1 + strip.b * y.strips + strip.part) * y.sums * y.E;
     for (int c = with_outputs ? 0 : -1; c < (with_outputs ? y.channels : 0); c++)
-        if (direction == FROM_LEFT)
-            pass_strip<FROM_LEFT>(y, at, hi, c, m, dlambda, sums);
-        else
-            pass_strip<FROM_RIGHT>(y, at, hi, c, m, dlambda, sums);
+        pass_strip(y, at, hi, direction, c, m, dlambda, sums);
 #pragma unroll
     for (int j = 0; j < SLOPES; j++)
-        if (m + j < y.modes) sums[lambda_sum(y, direction, m + j) * y.E + at.h] = dlambda[j];
+        if (m + j < y.modes) sums[in_table(y, y.directions * y.channels + direction, m + j, at.h)] = dlambda[j];
 }
 
 /* sums (1 + strips,n): the sum over strips, in order, to the first row. Blocks are 32 columns, of which SLICES threads
@@ -807,9 +768,10 @@ __global__ static void settle(layer y, ls_real *dC, ls_real *dD)
         const number beta = y.beta[at], w = frequency(y, h, m);
         number dbeta = {0, 0}, dlambda = {0, 0};
         for (int d = 0; d < y.directions; d++) {
-            dlambda = plus(dlambda, y.strip[lambda_sum(y, d, m) * y.E + h]);
+            dlambda = plus(dlambda, y.strip[in_table(y, y.directions * y.channels + d, m, h)]);
             for (int c = 0; c < y.channels; c++) {
-                const number dweight = y.strip[weight_sum(y, d, c, m) * y.E + h], dc = times(2, times(beta, dweight));
+                const number dweight = y.strip[in_table(y, d * y.channels + c, m, h)],
+                             dc = times(2, times(beta, dweight));
                 dbeta = plus(dbeta, times(2, times(c_of(y, d, c, h, m), dweight)));
                 dC[in_c(y, d, c, h, m)] += (ls_real)dc.re;
                 dC[in_c(y, d, c, h, m) + 1] -= (ls_real)dc.im;
@@ -818,7 +780,8 @@ __global__ static void settle(layer y, ls_real *dC, ls_real *dD)
         const number through = over(dbeta, w);
         y.dlambda[at] = plus(dlambda, times(through, power_of(y.lambda[at], 1)));
         y.dw[at] = times(-1, times(through, beta));
-        for (int c = 0; m == 0 && c < y.channels; c++) dD[c * y.E + h] += (ls_real)y.strip[skip_sum(y, c) * y.E + h].re;
+        for (int c = 0; m == 0 && c < y.channels; c++)
+            dD[c * y.E + h] += (ls_real)y.strip[in_table(y, y.directions * (y.channels + 1), c, h)].re;
     }
 }
 
@@ -826,8 +789,8 @@ __global__ static void add_slopes(layer y, int direction)
 {
     LS_EACH(i, y.E * y.modes)
     {
-        number *sum = y.dlambda + i % y.E * y.modes + i / y.E;
-        *sum = plus(*sum, y.strip[lambda_sum(y, direction, (int)(i / y.E)) * y.E + i % y.E]);
+        const int64_t h = i / y.modes, m = i % y.modes;
+        y.dlambda[i] = plus(y.dlambda[i], y.strip[in_table(y, y.directions * y.channels + direction, (int)m, h)]);
     }
 }
 
