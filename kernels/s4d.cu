@@ -32,16 +32,16 @@ extern "C" {
 namespace
 {
 
-enum { STATE_SIZE, CHANNELS, SETS };            /* option[] */
-enum { LOG_DT, LOG_W_RE, W_IM, C_, D_ };        /* param[] */
-enum { CHUNK = 64, AHEAD = 8, LEAP = 4 };       /* positions; read at a time; that an end takes in one step */
-enum { FEATURES = 128, MODES = 8, SLOPES = 4 }; /* of a block; of a pass; of one where z runs along */
-enum { SEGMENTS = 16, SLICES = 8 };             /* of the chunks in a scan, of the strips in a sum: threads */
-enum { MOST_STRIPS = 64 };                      /* about, of all batch rows together */
-enum { FROM_LEFT, FROM_RIGHT };                 /* directions */
-enum { LAMBDA, BETA, POWERS, WEIGHT };          /* saved[]: (E,N/2) λ, β; (LEAP,N/2,E) a^1 ..; W, see read_modes */
-enum { STATES, GRADS, DLAMBDA, DW, STRIPS };    /* work[]: states, see state_row; (E,N/2), twice; (1 + strips,sums) */
-enum { ENDS_LEFT = 1, ENDS_RIGHT };             /* phases, see summary_of */
+enum { STATE_SIZE, CHANNELS, SETS };         /* option[] */
+enum { LOG_DT, LOG_W_RE, W_IM, C_, D_ };     /* param[] */
+enum { CHUNK = 64, AHEAD = 8, LEAP = 4 };    /* positions; read at a time; that an end takes in one step */
+enum { FEATURES = 128, MODES = 8 };          /* of a block; of a pass */
+enum { SEGMENTS = 16, SLICES = 8 };          /* of the chunks in a scan, of the strips in a sum: threads */
+enum { MOST_STRIPS = 64 };                   /* about, of all batch rows together */
+enum { FROM_LEFT, FROM_RIGHT };              /* directions */
+enum { LAMBDA, BETA, POWERS, WEIGHT };       /* saved[]: (E,N/2) λ, β; (LEAP,N/2,E) a^1 ..; W, see read_modes */
+enum { STATES, GRADS, DLAMBDA, DW, STRIPS }; /* work[]: states, see state_row; (E,N/2), twice; (1 + strips,sums) */
+enum { ENDS_LEFT = 1, ENDS_RIGHT };          /* phases, see summary_of */
 
 /* ------------------------------------------------------------------------------------------------ complex numbers */
 
@@ -232,12 +232,11 @@ __device__ static int64_t state_row(const layer &y, int direction, int64_t b, in
 }
 
 /* Modes m .. of a row; 0 for those that are not. */
-template <int n>
 __device__ static void read_modes(const layer &y, const small *table, int64_t row, int m, int64_t h, small *to)
 {
     const small *from = table + in_table(y, row, m, h);
 #pragma unroll
-    for (int i = 0; i < n; i++) to[i] = m + i < y.modes ? from[(int64_t)i * (int)y.E] : small{0, 0};
+    for (int i = 0; i < MODES; i++) to[i] = m + i < y.modes ? from[(int64_t)i * (int)y.E] : small{0, 0};
 }
 
 /* λ, which the scans of the ranks need as well; a - 1 is made so that no digits are lost where λ is small. */
@@ -420,7 +419,7 @@ __device__ static ls_real times_all(const small *a, const small *x, small *y)
 __device__ static ls_real seen_with(const layer &y, int direction, int channel, int m, int64_t h, const small *a,
                                     small *v)
 {
-    read_modes<MODES>(y, y.weight, direction * y.channels + channel, m, h, v);
+    read_modes(y, y.weight, direction * y.channels + channel, m, h, v);
     return direction == FROM_LEFT ? times_all(a, v, v) : 0;
 }
 
@@ -432,7 +431,7 @@ __global__ static void __launch_bounds__(FEATURES, 4) make_ends(layer y, int fir
     if (at.h >= y.E) return;
     for (int m = 0; m < y.modes; m += MODES) {
         small a[LEAP][MODES];
-        for (int e = 0; e < LEAP; e++) read_modes<MODES>(y, y.powers, e, m, at.h, a[e]);
+        for (int e = 0; e < LEAP; e++) read_modes(y, y.powers, e, m, at.h, a[e]);
         for (int d = first; d < end; d++) {
             const walk w = along(y, at, d, back);
             small sum[MODES] = {};
@@ -570,9 +569,9 @@ __device__ static void pass_outputs(const layer &y, const place &at, int directi
     const int64_t i_out = channel * y.E + at.h;
     column in = column_of(y.u, w, at.h), was = column_of(y.out, w, i_out), to = was;
     small a[MODES], a2[MODES], v[MODES], av[MODES], x[MODES];
-    read_modes<MODES>(y, y.powers, 0, m, at.h, a);
-    read_modes<MODES>(y, y.powers, 1, m, at.h, a2);
-    read_modes<MODES>(y, y.states, state_row(y, direction, at.b, at.part), m, at.h, x);
+    read_modes(y, y.powers, 0, m, at.h, a);
+    read_modes(y, y.powers, 1, m, at.h, a2);
+    read_modes(y, y.states, state_row(y, direction, at.b, at.part), m, at.h, x);
     const ls_real k0 = seen_with(y, direction, channel, m, at.h, a, v) + (first ? y.D[i_out] : 0);
     const ls_real k1 = times_all(a, v, av);
     each_some(w, [&](auto part, unsigned shown) {
@@ -627,9 +626,9 @@ __device__ static void pass_inputs(const layer &y, const place &at, int directio
     column from = column_of(y.dy, w, channel * y.E + at.h), was = column_of(y.du, w, at.h), to = was;
     small a[MODES], a2[MODES], v[MODES] = {}, av[MODES], g[MODES] = {};
     ls_real k0 = skips ? y.D[channel * y.E + at.h] : 0;
-    read_modes<MODES>(y, y.powers, 0, m, at.h, a);
-    read_modes<MODES>(y, y.powers, 1, m, at.h, a2);
-    if (channel <= 0) read_modes<MODES>(y, y.grads, state_row(y, direction, at.b, at.part), m, at.h, g);
+    read_modes(y, y.powers, 0, m, at.h, a);
+    read_modes(y, y.powers, 1, m, at.h, a2);
+    if (channel <= 0) read_modes(y, y.grads, state_row(y, direction, at.b, at.part), m, at.h, g);
     if (channel >= 0) k0 += seen_with(y, direction, channel, m, at.h, a, v);
     const ls_real k1 = times_all(a, v, av);
     each_some(w, [&](auto part, unsigned shown) {
@@ -673,18 +672,18 @@ __global__ static void __launch_bounds__(FEATURES, 4)
 __device__ static void pass_strip(const layer &y, place at, int64_t hi, int direction, int channel, int m,
                                   number *dlambda, number *sums)
 {
-    small a[SLOPES], c[SLOPES] = {};
-    number dweight[SLOPES] = {};
+    small a[MODES], c[MODES] = {};
+    number dweight[MODES] = {};
     const int left = direction == FROM_LEFT;
     double dskip = 0;
-    read_modes<SLOPES>(y, y.powers, 0, m, at.h, a);
+    read_modes(y, y.powers, 0, m, at.h, a);
     for (; at.part < hi; at.part++) {
         const walk w = along(y, at, direction, 0);
         const int64_t row = state_row(y, direction, at.b, at.part);
         column in = column_of(y.u, w, at.h), out = column_of(y.dy, w, channel * y.E + at.h);
-        small x[SLOPES], z[SLOPES] = {}, met_x[SLOPES] = {}, met_z[SLOPES] = {}, after[SLOPES] = {};
+        small x[MODES], z[MODES] = {}, met_x[MODES] = {}, met_z[MODES] = {}, after[MODES] = {};
         ls_real product = 0;
-        read_modes<SLOPES>(y, y.states, row, m, at.h, x);
+        read_modes(y, y.states, row, m, at.h, x);
         each_some(w, [&](auto part, unsigned shown) {
             constexpr int n = decltype(part)::count;
             ls_real put[n], want[n] = {};
@@ -694,7 +693,7 @@ __device__ static void pass_strip(const layer &y, place at, int64_t hi, int dire
             for (int i = 0; i < n; i++) {
                 product += want[i] * put[i];
 #pragma unroll
-                for (int j = 0; j < SLOPES; j++) {
+                for (int j = 0; j < MODES; j++) {
                     met_x[j] = add(met_x[j], want[i], x[j]);
                     met_z[j] = add(met_z[j], want[i], z[j]);
                     z[j] = step(a[j], z[j], x[j]);
@@ -702,40 +701,39 @@ __device__ static void pass_strip(const layer &y, place at, int64_t hi, int dire
                 }
             }
         });
-        if (channel <= 0) read_modes<SLOPES>(y, y.grads, row, m, at.h, after); /* it leaves once */
-        if (channel >= 0) read_modes<SLOPES>(y, y.weight, direction * y.channels + channel, m, at.h, c);
+        if (channel <= 0) read_modes(y, y.grads, row, m, at.h, after); /* it leaves once */
+        if (channel >= 0) read_modes(y, y.weight, direction * y.channels + channel, m, at.h, c);
         dskip += (double)product;
 #pragma unroll
-        for (int i = 0; i < SLOPES; i++) {
-            const number power = wide(a[i]), mx = wide(met_x[i]), mz = wide(met_z[i]), ax = times(power, mx);
-            const number seen_x = left ? plus(ax, {(double)product, 0}) : mx,
-                         seen_z = left ? plus(times(power, mz), mx) : mz;
-            const number slope = plus(times(wide(c[i]), seen_z), times(wide(after[i]), wide(z[i])));
-            dweight[i] = plus(dweight[i], seen_x);
-            dlambda[i] = plus(dlambda[i], times(power, slope));
+        for (int i = 0; i < MODES; i++) {
+            const small seen_x = left ? step(a[i], met_x[i], {product, 0}) : met_x[i];
+            const small seen_z = left ? step(a[i], met_z[i], met_x[i]) : met_z[i];
+            const small slope = step(c[i], seen_z, step(after[i], z[i], {0, 0}));
+            dweight[i] = plus(dweight[i], wide(seen_x));
+            dlambda[i] = plus(dlambda[i], wide(step(a[i], slope, {0, 0})));
         }
     }
     if (channel < 0) return;
-    for (int i = 0; i < SLOPES && m + i < y.modes; i++)
+    for (int i = 0; i < MODES && m + i < y.modes; i++)
         sums[in_table(y, direction * y.channels + channel, m + i, at.h)] = dweight[i];
     if (m == 0 && left) sums[in_table(y, y.directions * (y.channels + 1), channel, at.h)] = {dskip, 0};
 }
 
-/* A thread for each strip of some chunks, feature, and SLOPES modes of a direction; those of a strip are neighbouring
+/* A thread for each strip of some chunks, feature, and MODES modes of a direction; those of a strip are neighbouring
  * blocks, since they read the same. */
-__global__ static void __launch_bounds__(FEATURES, 4)
+__global__ static void __launch_bounds__(FEATURES, 3)
     sum_strips(layer y, int first, int end, int with_outputs, int64_t chunks)
 {
-    const unsigned passes = (unsigned)((y.modes + SLOPES - 1) / SLOPES), all = passes * (unsigned)(end - first);
-    const int direction = first + (int)(blockIdx.x % all / passes), m = (int)(blockIdx.x % passes) * SLOPES;
+    const unsigned passes = (unsigned)((y.modes + MODES - 1) / MODES), all = passes * (unsigned)(end - first);
+    const int direction = first + (int)(blockIdx.x % all / passes), m = (int)(blockIdx.x % passes) * MODES;
     const place strip = place_of(y, y.strips, blockIdx.x / all), at = {strip.b, strip.part * chunks, strip.h};
     if (strip.h >= y.E) return;
     const int64_t hi = ls_min(at.part + chunks, y.chunks);
-    number dlambda[SLOPES] = {}, *sums = y.strip + (1 + strip.b * y.strips + strip.part) * y.sums * y.E;
+    number dlambda[MODES] = {}, *sums = y.strip + (1 + strip.b * y.strips + strip.part) * y.sums * y.E;
     for (int c = with_outputs ? 0 : -1; c < (with_outputs ? y.channels : 0); c++)
         pass_strip(y, at, hi, direction, c, m, dlambda, sums);
 #pragma unroll
-    for (int j = 0; j < SLOPES; j++)
+    for (int j = 0; j < MODES; j++)
         if (m + j < y.modes) sums[in_table(y, y.directions * y.channels + direction, m + j, at.h)] = dlambda[j];
 }
 
@@ -798,7 +796,7 @@ __global__ static void add_slopes(layer y, int direction)
 static void turn_back(ls_pass *p, int first, int end, int with_outputs)
 {
     const layer y = layer_of(p);
-    const int blocks = count_blocks(y, y.strips) * (end - first) * ((y.modes + SLOPES - 1) / SLOPES);
+    const int blocks = count_blocks(y, y.strips) * (end - first) * ((y.modes + MODES - 1) / MODES);
     if (blocks > 0) {
         LS_LAUNCH(p->queue, make_input_gradients, count_blocks(y, y.chunks), FEATURES, 0, y, first, end, with_outputs);
         LS_LAUNCH(p->queue, sum_strips, blocks, FEATURES, 0, y, first, end, with_outputs, strip_chunks(p));
