@@ -350,13 +350,20 @@ template <int n> struct some {
     enum { count = n };
 };
 
+/* What is shown when nothing is padded: a type of its own, so that loops are compiled without the question as well. */
+struct everything {
+    __device__ operator unsigned() const
+    {
+        return ~0u;
+    }
+};
+
 /* Bit i: position k + i is not padded. */
 template <int n> __device__ static unsigned shown(const walk &w, int k)
 {
-    if (w.pad == NULL) return ~0u;
     unsigned bits = 0;
 #pragma unroll
-    for (int i = 0; i < n; i++) bits |= (unsigned)(w.pad[(k + i) * w.step] == 0) << i;
+    for (int i = 0; i < n; i++) bits |= (unsigned)(w.pad == NULL || w.pad[(k + i) * w.step] == 0) << i;
     return bits;
 }
 
@@ -364,6 +371,7 @@ template <int n> __device__ static unsigned shown(const walk &w, int k)
 template <typename F> __device__ static void each_some(const walk &w, F f)
 {
     int k = 0;
+    for (; w.pad == NULL && k + AHEAD <= w.n; k += AHEAD) f(some<AHEAD>(), everything());
     for (; k + AHEAD <= w.n; k += AHEAD) f(some<AHEAD>(), shown<AHEAD>(w, k));
     for (; k < w.n; k++) f(some<1>(), shown<1>(w, k));
 }
@@ -438,7 +446,7 @@ __global__ static void __launch_bounds__(FEATURES, 4) make_ends(layer y, int fir
             for (int channel = 0; channel < (back ? y.channels : 1); channel++) {
                 column from = column_of(back ? y.dy : y.u, w, channel * y.E + at.h);
                 small x[MODES] = {}, v[MODES];
-                each_some(w, [&](auto part, unsigned shown) {
+                each_some(w, [&](auto part, auto shown) {
                     constexpr int n = decltype(part)::count, leap = n < LEAP ? 1 : LEAP;
                     ls_real put[n];
                     load<n>(&from, shown, put);
@@ -574,7 +582,7 @@ __device__ static void pass_outputs(const layer &y, const place &at, int directi
     read_modes(y, y.states, state_row(y, direction, at.b, at.part), m, at.h, x);
     const ls_real k0 = seen_with(y, direction, channel, m, at.h, a, v) + (first ? y.D[i_out] : 0);
     const ls_real k1 = times_all(a, v, av);
-    each_some(w, [&](auto part, unsigned shown) {
+    each_some(w, [&](auto part, auto shown) {
         constexpr int n = decltype(part)::count, pair = n < 2 ? 1 : 2;
         ls_real put[n], sum[n] = {};
         load<n>(&in, shown, put);
@@ -631,7 +639,7 @@ __device__ static void pass_inputs(const layer &y, const place &at, int directio
     if (channel <= 0) read_modes(y, y.grads, state_row(y, direction, at.b, at.part), m, at.h, g);
     if (channel >= 0) k0 += seen_with(y, direction, channel, m, at.h, a, v);
     const ls_real k1 = times_all(a, v, av);
-    each_some(w, [&](auto part, unsigned shown) {
+    each_some(w, [&](auto part, auto shown) {
         constexpr int n = decltype(part)::count, pair = n < 2 ? 1 : 2;
         ls_real want[n] = {}, sum[n] = {};
         if (channel >= 0) load<n>(&from, shown, want);
@@ -684,7 +692,7 @@ __device__ static void pass_strip(const layer &y, place at, int64_t hi, int dire
         small x[MODES], z[MODES] = {}, met_x[MODES] = {}, met_z[MODES] = {}, after[MODES] = {};
         ls_real product = 0;
         read_modes(y, y.states, row, m, at.h, x);
-        each_some(w, [&](auto part, unsigned shown) {
+        each_some(w, [&](auto part, auto shown) {
             constexpr int n = decltype(part)::count;
             ls_real put[n], want[n] = {};
             load<n>(&in, shown, put);
