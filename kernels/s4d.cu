@@ -569,47 +569,45 @@ static void make_states(ls_pass *p)
 
 /* ------------------------------------------------------------------------------------------------ apply */
 
-/* Adds to what stands in out, or, with `first`, to D u. Two at a time, K_1 = Re Σ V:
+/* Two positions at a time, K_1 = Re Σ V:
  * y_0 = Re Σ V x + K_0 u_0,  y_1 = Re Σ a V x + K_1 u_0 + K_0 u_1,  x = a² x + a u_0 + u_1. */
-__device__ static void pass_outputs(const layer &y, const place &at, int direction, int channel, int m, int first)
-{
-    const walk w = along(y, at, direction, 0);
-    const int64_t i_out = channel * y.E + at.h;
-    column in = column_of(y.u, w, at.h), was = column_of(y.out, w, i_out), to = was;
-    small a[MODES], a2[MODES], v[MODES], av[MODES], x[MODES];
-    read_modes(y, y.powers, 0, m, at.h, a);
-    read_modes(y, y.powers, 1, m, at.h, a2);
-    read_modes(y, y.states, state_row(y, direction, at.b, at.part), m, at.h, x);
-    const ls_real k0 = seen_with(y, direction, channel, m, at.h, a, v) + (first ? y.D[i_out] : 0);
-    const ls_real k1 = times_all(a, v, av);
-    each_some(w, [&](auto part, auto shown) {
-        constexpr int n = decltype(part)::count, pair = n < 2 ? 1 : 2;
-        ls_real put[n], sum[n] = {};
-        load<n>(&in, shown, put);
-        if (!first) load<n>(&was, shown, sum);
-#pragma unroll
-        for (int i = 0; i < n; i += pair) {
-            const ls_real one = put[i], other = put[i + pair - 1];
-            sum[i] += k0 * one;
-            if (pair == 2) sum[i + pair - 1] += k1 * one + k0 * other;
-#pragma unroll
-            for (int j = 0; j < MODES; j++) {
-                sum[i] = seen(sum[i], v[j], x[j]);
-                if (pair == 2) sum[i + pair - 1] = seen(sum[i + pair - 1], av[j], x[j]);
-                x[j] = pair == 2 ? step(a2[j], x[j], add({other, 0}, one, a[j])) : step(a[j], x[j], {one, 0});
-            }
-        }
-        store<n>(&to, shown, sum);
-    });
-}
-
 __global__ static void __launch_bounds__(FEATURES, 4) make_outputs(layer y)
 {
     const place at = place_of(y, y.chunks, blockIdx.x);
     if (at.h >= y.E) return;
-    for (int c = 0; c < y.channels; c++)
-        for (int m = 0; m < y.modes; m += MODES)
-            for (int d = 0; d < y.directions; d++) pass_outputs(y, at, d, c, m, m == 0 && d == 0);
+    for (int m = 0; m < y.modes; m += MODES) {
+        small a[MODES], a2[MODES], v[MODES], av[MODES], x[MODES];
+        read_modes(y, y.powers, 0, m, at.h, a);
+        read_modes(y, y.powers, 1, m, at.h, a2);
+        for (int pass = 0; pass < y.channels * y.directions; pass++) {
+            const int d = pass % y.directions, channel = pass / y.directions, first = m == 0 && d == 0;
+            const int64_t i_out = channel * y.E + at.h;
+            const walk w = along(y, at, d, 0);
+            column in = column_of(y.u, w, at.h), was = column_of(y.out, w, i_out), to = was;
+            const ls_real k0 = seen_with(y, d, channel, m, at.h, a, v) + (first ? y.D[i_out] : 0);
+            const ls_real k1 = times_all(a, v, av);
+            read_modes(y, y.states, state_row(y, d, at.b, at.part), m, at.h, x);
+            each_some(w, [&](auto part, auto shown) {
+                constexpr int n = decltype(part)::count, pair = n < 2 ? 1 : 2;
+                ls_real put[n], sum[n] = {};
+                load<n>(&in, shown, put);
+                if (!first) load<n>(&was, shown, sum);
+#pragma unroll
+                for (int i = 0; i < n; i += pair) {
+                    const ls_real one = put[i], other = put[i + pair - 1];
+                    sum[i] += k0 * one;
+                    if (pair == 2) sum[i + pair - 1] += k1 * one + k0 * other;
+#pragma unroll
+                    for (int j = 0; j < MODES; j++) {
+                        sum[i] = seen(sum[i], v[j], x[j]);
+                        if (pair == 2) sum[i + pair - 1] = seen(sum[i + pair - 1], av[j], x[j]);
+                        x[j] = pair == 2 ? step(a2[j], x[j], add({other, 0}, one, a[j])) : step(a[j], x[j], {one, 0});
+                    }
+                }
+                store<n>(&to, shown, sum);
+            });
+        }
+    }
 }
 
 static ls_status apply(ls_pass *p, int phase)
@@ -624,55 +622,50 @@ static ls_status apply(ls_pass *p, int phase)
 
 /* ------------------------------------------------------------------------------------------------ backward */
 
-/* du of one channel (-1: no outputs) and some modes, with g from what leaves the chunk, once. Adds, or, with `first`,
- * overwrites; `skips`: D dy is not there yet. Two at a time:
- * du_0 = Re Σ g + K_0 dy_0,  du_1 = Re Σ a g + K_1 dy_0 + K_0 dy_1,  g = a² g + a V dy_0 + V dy_1. */
-__device__ static void pass_inputs(const layer &y, const place &at, int direction, int channel, int m, int first,
-                                   int skips)
-{
-    const walk w = along(y, at, direction, 1);
-    column from = column_of(y.dy, w, channel * y.E + at.h), was = column_of(y.du, w, at.h), to = was;
-    small a[MODES], a2[MODES], v[MODES] = {}, av[MODES], g[MODES] = {};
-    ls_real k0 = skips ? y.D[channel * y.E + at.h] : 0;
-    read_modes(y, y.powers, 0, m, at.h, a);
-    read_modes(y, y.powers, 1, m, at.h, a2);
-    if (channel <= 0) read_modes(y, y.grads, state_row(y, direction, at.b, at.part), m, at.h, g);
-    if (channel >= 0) k0 += seen_with(y, direction, channel, m, at.h, a, v);
-    const ls_real k1 = times_all(a, v, av);
-    each_some(w, [&](auto part, auto shown) {
-        constexpr int n = decltype(part)::count, pair = n < 2 ? 1 : 2;
-        ls_real want[n] = {}, sum[n] = {};
-        if (channel >= 0) load<n>(&from, shown, want);
-        if (!first) load<n>(&was, shown, sum);
-#pragma unroll
-        for (int i = 0; i < n; i += pair) {
-            const ls_real one = want[i], other = want[i + pair - 1];
-            sum[i] += k0 * one;
-            if (pair == 2) sum[i + pair - 1] += k1 * one + k0 * other;
-#pragma unroll
-            for (int j = 0; j < MODES; j++) {
-                sum[i] += g[j].re;
-                if (pair == 2) sum[i + pair - 1] = seen(sum[i + pair - 1], a[j], g[j]);
-                g[j] = pair == 2 ? step(a2[j], g[j], add(add({0, 0}, one, av[j]), other, v[j]))
-                                 : step(a[j], g[j], add({0, 0}, one, v[j]));
-            }
-        }
-        store<n>(&to, shown, sum);
-    });
-}
-
-/* with_outputs 0: du += what later ranks want. */
+/* Two positions at a time: du_0 = Re Σ g + K_0 dy_0,  du_1 = Re Σ a g + K_1 dy_0 + K_0 dy_1,  g = a² g + a V dy_0 +
+ * V dy_1. What leaves the chunk does so once, with the first channel. with_outputs 0: du += what later ranks want; its
+ * channel is -1. */
 __global__ static void __launch_bounds__(FEATURES, 4)
-    make_input_gradients(layer y, int first, int end, int with_outputs)
+    make_input_gradients(layer y, int start, int end, int with_outputs)
 {
     const place at = place_of(y, y.chunks, blockIdx.x);
     if (at.h >= y.E) return;
-    for (int c = with_outputs ? 0 : -1; c < (with_outputs ? y.channels : 0); c++)
-        for (int m = 0; m < y.modes; m += MODES)
-            for (int d = first; d < end; d++) {
-                const int skips = with_outputs && m == 0 && d == 0;
-                pass_inputs(y, at, d, c, m, skips && c == 0, skips);
-            }
+    for (int m = 0; m < y.modes; m += MODES) {
+        small a[MODES], a2[MODES];
+        read_modes(y, y.powers, 0, m, at.h, a);
+        read_modes(y, y.powers, 1, m, at.h, a2);
+        for (int pass = 0; pass < (with_outputs ? y.channels : 1) * (end - start); pass++) {
+            const int d = start + pass % (end - start), channel = with_outputs ? pass / (end - start) : -1;
+            const int skips = with_outputs && m == 0 && d == 0, first = skips && channel == 0;
+            const walk w = along(y, at, d, 1);
+            column from = column_of(y.dy, w, channel * y.E + at.h), was = column_of(y.du, w, at.h), to = was;
+            small v[MODES] = {}, av[MODES], g[MODES] = {};
+            ls_real k0 = skips ? y.D[channel * y.E + at.h] : 0;
+            if (channel >= 0) k0 += seen_with(y, d, channel, m, at.h, a, v);
+            if (channel <= 0) read_modes(y, y.grads, state_row(y, d, at.b, at.part), m, at.h, g);
+            const ls_real k1 = times_all(a, v, av);
+            each_some(w, [&](auto part, auto shown) {
+                constexpr int n = decltype(part)::count, pair = n < 2 ? 1 : 2;
+                ls_real want[n] = {}, sum[n] = {};
+                if (channel >= 0) load<n>(&from, shown, want);
+                if (!first) load<n>(&was, shown, sum);
+#pragma unroll
+                for (int i = 0; i < n; i += pair) {
+                    const ls_real one = want[i], other = want[i + pair - 1];
+                    sum[i] += k0 * one;
+                    if (pair == 2) sum[i + pair - 1] += k1 * one + k0 * other;
+#pragma unroll
+                    for (int j = 0; j < MODES; j++) {
+                        sum[i] += g[j].re;
+                        if (pair == 2) sum[i + pair - 1] = seen(sum[i + pair - 1], a[j], g[j]);
+                        g[j] = pair == 2 ? step(a2[j], g[j], add(add({0, 0}, one, av[j]), other, v[j]))
+                                         : step(a[j], g[j], add({0, 0}, one, v[j]));
+                    }
+                }
+                store<n>(&to, shown, sum);
+            });
+        }
+    }
 }
 
 /* Chunks at .. hi, and one channel of their outputs (-1: no outputs) for modes m ..: γ_W and Σ dy u go to sums, γ_λ is
