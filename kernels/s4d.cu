@@ -98,6 +98,7 @@ struct layer {
     number *lambda, *beta, *dlambda, *dw, *strip;
     small *powers, *weight, *states, *grads;
     ls_view u, out, dy, du;
+    ls_summary carried[2]; /* by direction */
     const uint8_t *pad;
 };
 
@@ -145,6 +146,16 @@ static int64_t count_sums(const ls_pass *p)
     return directions(p) * (channels + 1) * modes + channels;
 }
 
+static int direction_of(int phase)
+{
+    return phase == ENDS_RIGHT ? FROM_RIGHT : FROM_LEFT;
+}
+
+static const ls_summary *summary_of(const ls_pass *p, int direction)
+{
+    return &p->summary[directions(p) == 2 ? ENDS_RIGHT + 1 + direction : ENDS_LEFT + 1];
+}
+
 static layer layer_of(const ls_pass *p)
 {
     return {.B = p->B,
@@ -175,6 +186,7 @@ static layer layer_of(const ls_pass *p)
             .out = p->out,
             .dy = p->dout,
             .du = p->dq,
+            .carried = {*summary_of(p, FROM_LEFT), *summary_of(p, directions(p) - 1)},
             .pad = p->pad_q};
 }
 
@@ -469,43 +481,43 @@ __global__ static void __launch_bounds__(FEATURES, 4) make_ends(layer y, int fir
     }
 }
 
-/* One end of a scan: a summary's states, as they are (sign 1) or in gradient form (-1). NULL: nothing there. */
-struct border {
-    ls_real *at;
-    int sign;
-};
-
-/* What chunks make alone becomes what enters them. `empty`: they make nothing. count, where not NULL: the positions.
- * Blocks are 32 features of a mode; a thread has a segment of their chunks and passes it twice: from nothing, and again
- * when what the segments before it make, in order, has come to what enters it. */
+/* What chunks make alone becomes what enters them. `whole`: for apply, with what came of other ranks; 0: for ends,
+ * which begin with nothing, and backward with what later ranks want, when chunks make nothing. count, where not NULL:
+ * the positions. Blocks are 32 features of a mode; a thread has a segment of their chunks and passes it twice: from
+ * nothing, and again when what the segments before it make, in order, has come to what enters it. */
 __global__ static void __launch_bounds__(SEGMENTS *LS_WARP, 2)
-    scan_states(layer y, int direction, int back, int empty, border from, border to, ls_real *count, small *states)
+    scan_states(layer y, int first, int back, int whole, ls_real *count)
 {
     __shared__ number powers[2][LS_WARP], fades[SEGMENTS][LS_WARP], ends[SEGMENTS][LS_WARP];
     const int lane = threadIdx.x % LS_WARP, mine = threadIdx.x / LS_WARP, m = (int)blockIdx.y;
-    const int descends = (direction == FROM_RIGHT) != back;
+    const int direction = first + (int)blockIdx.z, descends = (direction == FROM_RIGHT) != back, sign = back ? -1 : 1;
     const int64_t blocks = (y.E + LS_WARP - 1) / LS_WARP, b = blockIdx.x / blocks;
-    const int64_t feature = blockIdx.x % blocks * LS_WARP + lane,
-                  h = ls_min(feature, y.E - 1); /* spare ones only wait */
+    const int64_t feature = blockIdx.x % blocks * LS_WARP + lane, h = ls_min(feature, y.E - 1); /* spare ones wait */
     const int64_t length = (y.chunks + SEGMENTS - 1) / SEGMENTS, last = y.T - (y.chunks - 1) * CHUNK;
     const int64_t lo = mine * length, hi = feature < y.E ? ls_min(lo + length, y.chunks) : 0;
     const int64_t stride = (descends ? -1 : 1) * y.modes * y.E, short_one = descends ? 0 : y.chunks - 1;
-    small *chunk = states + in_table(y, state_row(y, direction, b, descends ? y.chunks - 1 : 0), m, h);
+    const int64_t outside = 2 * ((b * y.E + h) * y.modes + m);
+    const ls_summary &carried = y.carried[direction];
+    const ls_real *enters = back == whole ? NULL : back ? carried.dsent : carried.got;
+    ls_real *leaves = back != whole ? NULL : back ? carried.dgot : carried.sent;
+    small *chunk =
+        (back ? y.grads : y.states) + in_table(y, state_row(y, direction, b, descends ? y.chunks - 1 : 0), m, h);
     if (mine < 2) powers[mine][lane] = power_of(y.lambda[h * y.modes + m], (double)(mine == 0 ? CHUNK : last));
     __syncthreads();
     const number a = powers[0][lane], rest = powers[1][lane];
     number x = {0, 0}, fade = {1, 0};
-    const auto follow = [&](int enters) {
+    const auto follow = [&](int again) {
         for (int64_t c0 = lo; c0 < hi; c0 += AHEAD) {
             small own[AHEAD];
 #pragma unroll
-            for (int c = 0; c < AHEAD; c++) own[c] = c0 + c < hi && !empty ? chunk[(c0 + c) * stride] : small{0, 0};
+            for (int c = 0; c < AHEAD; c++)
+                own[c] = c0 + c < hi && (whole || !back) ? chunk[(c0 + c) * stride] : small{0, 0};
 #pragma unroll
             for (int c = 0; c < AHEAD; c++) {
                 if (c0 + c >= hi) break;
                 const number over_it = c0 + c == short_one ? rest : a;
-                if (enters) chunk[(c0 + c) * stride] = narrow(x);
-                if (!enters) fade = times(over_it, fade);
+                if (again) chunk[(c0 + c) * stride] = narrow(x);
+                if (!again) fade = times(over_it, fade);
                 x = plus(times(over_it, x), wide(own[c]));
             }
         }
@@ -514,23 +526,23 @@ __global__ static void __launch_bounds__(SEGMENTS *LS_WARP, 2)
     fades[mine][lane] = fade;
     ends[mine][lane] = x;
     __syncthreads();
-    const int64_t outside = 2 * ((b * y.E + h) * y.modes + m);
     x = {0, 0};
-    if (from.at != NULL) x = {(double)from.at[outside], from.sign * (double)from.at[outside + 1]};
+    if (enters != NULL) x = {(double)enters[outside], sign * (double)enters[outside + 1]};
     for (int i = 0; i < mine; i++) x = plus(times(fades[i][lane], x), ends[i][lane]);
     follow(1);
     if (mine < SEGMENTS - 1 || feature >= y.E) return;
-    if (to.at != NULL) to.at[outside] = (ls_real)x.re, to.at[outside + 1] = (ls_real)(to.sign * x.im);
+    if (leaves != NULL) leaves[outside] = (ls_real)x.re, leaves[outside + 1] = (ls_real)(sign * x.im);
     if (count != NULL && blockIdx.x == 0 && m == 0 && lane == 0) *count = (ls_real)y.T;
 }
 
-static void scan(ls_pass *p, int direction, int back, int empty, border from, border to, ls_real *count)
+static void scan(ls_pass *p, int first, int end, int back, int whole)
 {
     const layer y = layer_of(p);
-    const dim3 blocks((unsigned)(y.B * ((y.E + LS_WARP - 1) / LS_WARP)), (unsigned)y.modes);
+    const ls_summary *s = summary_of(p, first);
+    const dim3 blocks((unsigned)(y.B * ((y.E + LS_WARP - 1) / LS_WARP)), (unsigned)y.modes, (unsigned)(end - first));
     if (y.B > 0)
-        LS_LAUNCH(p->queue, scan_states, blocks, SEGMENTS * LS_WARP, 0, y, direction, back, empty, from, to, count,
-                  back ? y.grads : y.states);
+        LS_LAUNCH(p->queue, scan_states, blocks, SEGMENTS * LS_WARP, 0, y, first, back, whole,
+                  back || whole ? (ls_real *)NULL : s->sent + ls_monoid_size(s->monoid) - 1);
 }
 
 static void launch_ends(ls_pass *p, int first, int end, int back)
@@ -541,22 +553,11 @@ static void launch_ends(ls_pass *p, int first, int end, int back)
                   back ? y.grads : y.states);
 }
 
-static int direction_of(int phase)
-{
-    return phase == ENDS_RIGHT ? FROM_RIGHT : FROM_LEFT;
-}
-
-static ls_summary *summary_of(ls_pass *p, int direction)
-{
-    return &p->summary[directions(p) == 2 ? ENDS_RIGHT + 1 + direction : ENDS_LEFT + 1];
-}
-
 static ls_status ends(ls_pass *p, int phase)
 {
     const int d = direction_of(phase);
-    const ls_summary *s = summary_of(p, d);
     launch_ends(p, d, d + 1, 0);
-    scan(p, d, 0, 0, {NULL, 0}, {s->sent, 1}, s->sent + ls_monoid_size(s->monoid) - 1);
+    scan(p, d, d + 1, 0, 0);
     return ls_launched(p->queue, "s4d: ends");
 }
 
@@ -564,7 +565,7 @@ static ls_status ends(ls_pass *p, int phase)
 static void make_states(ls_pass *p)
 {
     launch_ends(p, 0, directions(p), 0);
-    for (int d = 0; d < directions(p); d++) scan(p, d, 0, 0, {summary_of(p, d)->got, 1}, {NULL, 0}, NULL);
+    scan(p, 0, directions(p), 0, 1);
 }
 
 /* ------------------------------------------------------------------------------------------------ apply */
@@ -812,7 +813,7 @@ static ls_status apply_backward(ls_pass *p, int phase)
     const layer y = layer_of(p);
     make_states(p);
     launch_ends(p, 0, y.directions, 1);
-    for (int d = 0; d < y.directions; d++) scan(p, d, 1, 0, {NULL, 0}, {summary_of(p, d)->dgot, -1}, NULL);
+    scan(p, 0, y.directions, 1, 1);
     turn_back(p, 0, y.directions, 1);
     LS_LAUNCH(p->queue, settle, ls_blocks(y.E * y.modes, 128), 128, 0, y, dparam(p, C_), dparam(p, D_));
     return ls_launched(p->queue, "s4d: apply backward");
@@ -824,7 +825,7 @@ static ls_status ends_backward(ls_pass *p, int phase)
     const layer y = layer_of(p);
     const int d = direction_of(phase);
     if (count_blocks(y, y.chunks) == 0) return LS_OK;
-    scan(p, d, 1, 1, {summary_of(p, d)->dsent, -1}, {NULL, 0}, NULL);
+    scan(p, d, d + 1, 1, 0);
     turn_back(p, d, d + 1, 0);
     LS_LAUNCH(p->queue, add_slopes, ls_blocks(y.E * y.modes, 128), 128, 0, y, d);
     return ls_launched(p->queue, "s4d: ends backward");
