@@ -445,10 +445,11 @@ __device__ static ls_real seen_with(const layer &y, int direction, int channel, 
 
 /* The states that chunks of u make from nothing; back: what chunks of dy want of the state that enters. Directions are
  * first .. end. LEAP positions at a time: x = a⁴ x + a³ u_0 + a² u_1 + a u_2 + u_3. */
-__global__ static void __launch_bounds__(FEATURES, 4) make_ends(layer y, int first, int end, int back, small *ends)
+__global__ static void __launch_bounds__(FEATURES, 4) make_ends(layer y, int first, int end, int back)
 {
     const place at = place_of(y, y.chunks, blockIdx.x);
     if (at.h >= y.E) return;
+    small *ends = back ? y.grads : y.states;
     for (int m = 0; m < y.modes; m += MODES) {
         small a[LEAP][MODES];
         for (int e = 0; e < LEAP; e++) read_modes(y, y.powers, e, m, at.h, a[e]);
@@ -535,37 +536,23 @@ __global__ static void __launch_bounds__(SEGMENTS *LS_WARP, 2)
     if (count != NULL && blockIdx.x == 0 && m == 0 && lane == 0) *count = (ls_real)y.T;
 }
 
-static void scan(ls_pass *p, int first, int end, int back, int whole)
+/* The states that enter chunks, of directions first .. end; back: what is wanted of those that leave. */
+static void make_states(ls_pass *p, int first, int end, int back, int whole)
 {
     const layer y = layer_of(p);
     const ls_summary *s = summary_of(p, first);
     const dim3 blocks((unsigned)(y.B * ((y.E + LS_WARP - 1) / LS_WARP)), (unsigned)y.modes, (unsigned)(end - first));
+    if ((whole || !back) && count_blocks(y, y.chunks) > 0)
+        LS_LAUNCH(p->queue, make_ends, count_blocks(y, y.chunks), FEATURES, 0, y, first, end, back);
     if (y.B > 0)
         LS_LAUNCH(p->queue, scan_states, blocks, SEGMENTS * LS_WARP, 0, y, first, back, whole,
                   back || whole ? (ls_real *)NULL : s->sent + ls_monoid_size(s->monoid) - 1);
 }
 
-static void launch_ends(ls_pass *p, int first, int end, int back)
-{
-    const layer y = layer_of(p);
-    if (count_blocks(y, y.chunks) > 0)
-        LS_LAUNCH(p->queue, make_ends, count_blocks(y, y.chunks), FEATURES, 0, y, first, end, back,
-                  back ? y.grads : y.states);
-}
-
 static ls_status ends(ls_pass *p, int phase)
 {
-    const int d = direction_of(phase);
-    launch_ends(p, d, d + 1, 0);
-    scan(p, d, d + 1, 0, 0);
+    make_states(p, direction_of(phase), direction_of(phase) + 1, 0, 0);
     return ls_launched(p->queue, "s4d: ends");
-}
-
-/* The states that enter chunks, with what came of other ranks. */
-static void make_states(ls_pass *p)
-{
-    launch_ends(p, 0, directions(p), 0);
-    scan(p, 0, directions(p), 0, 1);
 }
 
 /* ------------------------------------------------------------------------------------------------ apply */
@@ -616,7 +603,7 @@ static ls_status apply(ls_pass *p, int phase)
     (void)phase;
     const layer y = layer_of(p);
     if (count_blocks(y, y.chunks) == 0) return LS_OK;
-    make_states(p);
+    make_states(p, 0, y.directions, 0, 1);
     LS_LAUNCH(p->queue, make_outputs, count_blocks(y, y.chunks), FEATURES, 0, y);
     return ls_launched(p->queue, "s4d: apply");
 }
@@ -811,9 +798,7 @@ static ls_status apply_backward(ls_pass *p, int phase)
 {
     (void)phase;
     const layer y = layer_of(p);
-    make_states(p);
-    launch_ends(p, 0, y.directions, 1);
-    scan(p, 0, y.directions, 1, 1);
+    for (int back = 0; back < 2; back++) make_states(p, 0, y.directions, back, 1);
     turn_back(p, 0, y.directions, 1);
     LS_LAUNCH(p->queue, settle, ls_blocks(y.E * y.modes, 128), 128, 0, y, dparam(p, C_), dparam(p, D_));
     return ls_launched(p->queue, "s4d: apply backward");
@@ -825,7 +810,7 @@ static ls_status ends_backward(ls_pass *p, int phase)
     const layer y = layer_of(p);
     const int d = direction_of(phase);
     if (count_blocks(y, y.chunks) == 0) return LS_OK;
-    scan(p, d, d + 1, 1, 0);
+    make_states(p, d, d + 1, 1, 0);
     turn_back(p, d, d + 1, 0);
     LS_LAUNCH(p->queue, add_slopes, ls_blocks(y.E * y.modes, 128), 128, 0, y, d);
     return ls_launched(p->queue, "s4d: ends backward");
