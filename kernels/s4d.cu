@@ -435,7 +435,7 @@ __device__ static ls_real times_all(const small *a, const small *x, small *y)
     return sum;
 }
 
-/* V; returns K_0 of these modes, from the left. */
+/* v = V of these modes; returns their K_0, which is 0 from the right. */
 __device__ static ls_real seen_with(const layer &y, int direction, int channel, int m, int64_t h, const small *a,
                                     small *v)
 {
@@ -503,7 +503,7 @@ __global__ static void __launch_bounds__(SEGMENTS *LS_WARP, 2)
     ls_real *leaves = back != whole ? NULL : back ? carried.dgot : carried.sent;
     small *chunk =
         (back ? y.grads : y.states) + in_table(y, state_row(y, direction, b, descends ? y.chunks - 1 : 0), m, h);
-    if (mine < 2) powers[mine][lane] = power_of(y.lambda[h * y.modes + m], (double)(mine == 0 ? CHUNK : last));
+    if (mine < 2) powers[mine][lane] = power_of(y.lambda[h * y.modes + m], mine == 0 ? (double)CHUNK : (double)last);
     __syncthreads();
     const number a = powers[0][lane], rest = powers[1][lane];
     number x = {0, 0}, fade = {1, 0};
