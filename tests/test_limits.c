@@ -12,8 +12,9 @@ static ls_context *cpu;
 
 static setting setting_of(const case_row *row, int64_t B, int64_t H, int64_t d, int64_t T)
 {
+    const unsigned traits = mechanism_of(row->mechanism)->traits;
     return (setting){.row = row,
-                     .level = mechanism_of(row->mechanism)->traits & LAYER_ONLY ? LS_LEVEL_LAYER : LS_LEVEL_CORE,
+                     .level = traits & LAYER_ONLY ? LS_LEVEL_LAYER : LS_LEVEL_CORE,
                      .layout = LS_BTHD,
                      .B = B,
                      .H = H,
@@ -21,7 +22,7 @@ static setting setting_of(const case_row *row, int64_t B, int64_t H, int64_t d, 
                      .T = T,
                      .S = T,
                      .pad = PAD_RANDOM,
-                     .alias = ALIAS_NONE,
+                     .alias = traits & LAYER_ONLY || !(traits & ONE_INPUT) ? ALIAS_NONE : ALIAS_ALL,
                      .seed = (uint64_t)d};
 }
 
@@ -147,6 +148,9 @@ int main(int argc, char **argv)
         compare("longshort", LS_CS, "r=2,w=70,c=5", 1, 2, 36, 300);
         compare("longshort", LS_CS, "r=4,w=9,c=4", 2, 1, 20, 200);
         compare("cosformer", LS_CS, "act=1,max_len=250", 1, 2, 33, 200);
+        /* several chunks in a thread's segment of a scan, and in a strip that is summed up */
+        compare("s4d", LS_NS, "N=4", 2, 1, 3, 2500);
+        compare("s4d", LS_CS, "N=20,channels=2", 2, 1, 2, 2500);
         if (getenv("LONGSPAN_TEST_EVERY") == NULL) { /* minutes on the emulated GPU */
             compare("probsparse", LS_CS, "f=1", 33000, 2, 2, 1);
             compare("longshort", LS_CS, "r=2,w=3,c=2", 33000, 2, 2, 3);
