@@ -39,7 +39,8 @@ enum { FEATURES = 128, MODES = 8 };          /* of a block; of a pass */
 enum { SEGMENTS = 16, SLICES = 8 };          /* of the chunks in a scan, of the strips in a sum: threads */
 enum { MOST_STRIPS = 64 };                   /* about, of all batch rows together */
 enum { FROM_LEFT, FROM_RIGHT };              /* directions */
-enum { LAMBDA, BETA, POWERS, WEIGHT };       /* saved[]: (E,N/2) λ, β; (LEAP,N/2,E) a^1 ..; W, see read_modes */
+enum { LAMBDA, BETA, POWERS, WEIGHT };       /* saved[]: (E,N/2) λ, β; (POWERS_KEPT,N/2,E); W, see read_modes */
+enum { LOST = LEAP, POWERS_KEPT };           /* a^1 .. a^LEAP; what AHEAD steps with the first, rounded, lose */
 enum { STATES, GRADS, DLAMBDA, DW, STRIPS }; /* work[]: states, see state_row; (E,N/2), twice; (1 + strips,sums) */
 enum { ENDS_LEFT = 1, ENDS_RIGHT };          /* phases, see summary_of */
 
@@ -139,11 +140,12 @@ static int64_t count_strips(const ls_pass *p)
     return (count_chunks(p) + strip_chunks(p) - 1) / strip_chunks(p);
 }
 
-/* Sums of a strip: a table of γ_W (directions,channels), then γ_λ (directions), then Σ dy u (channels,E). */
+/* Sums of a strip: a table of Σ dy x, Σ dy z (directions,channels,2), of γ' z (directions), then Σ dy u (channels,E).
+ */
 static int64_t count_sums(const ls_pass *p)
 {
     const int64_t modes = (int64_t)p->option[STATE_SIZE] / 2, channels = (int64_t)p->option[CHANNELS];
-    return directions(p) * (channels + 1) * modes + channels;
+    return directions(p) * (2 * channels + 1) * modes + channels;
 }
 
 static int direction_of(int phase)
@@ -197,7 +199,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     const int64_t weights = directions(p) * (int64_t)p->option[CHANNELS] * all;
     p->saved[LAMBDA] = (ls_real *)ls_arena_take(saved, (size_t)all * sizeof(number));
     p->saved[BETA] = (ls_real *)ls_arena_take(saved, (size_t)all * sizeof(number));
-    p->saved[POWERS] = (ls_real *)ls_arena_take(saved, (size_t)(LEAP * all) * sizeof(small));
+    p->saved[POWERS] = (ls_real *)ls_arena_take(saved, (size_t)(POWERS_KEPT * all) * sizeof(small));
     p->saved[WEIGHT] = (ls_real *)ls_arena_take(saved, (size_t)weights * sizeof(small));
     p->work[STATES] = (ls_real *)ls_arena_take(work, (size_t)states * sizeof(small));
     p->work[GRADS] = (ls_real *)ls_arena_take(work, (size_t)(back * states) * sizeof(small));
@@ -243,6 +245,17 @@ __device__ static int64_t state_row(const layer &y, int direction, int64_t b, in
     return (direction * y.B + b) * y.chunks + chunk;
 }
 
+/* Of a strip's sums: the row of γ' z, and where Σ dy u begins. */
+__device__ static int64_t row_of_owed(const layer &y, int direction)
+{
+    return 2 * y.directions * y.channels + direction;
+}
+
+__device__ static int64_t row_of_skips(const layer &y)
+{
+    return in_table(y, row_of_owed(y, y.directions), 0, 0);
+}
+
 /* Modes m .. of a row; 0 for those that are not. */
 __device__ static void read_modes(const layer &y, const small *table, int64_t row, int m, int64_t h, small *to)
 {
@@ -266,6 +279,9 @@ __global__ static void make_decays(layer y)
         y.beta[h * y.modes + m] = beta;
         number power = a;
         for (int e = 0; e < LEAP; e++, power = times(a, power)) y.powers[in_table(y, e, m, h)] = narrow(power);
+        const number rounded = wide(narrow(a)), lost = over(plus(a, times(-1, rounded)), rounded);
+        const int lasts = exp(lambda.re) > 0.5; /* what fades sooner loses nothing, and may be rounded to 0 */
+        y.powers[in_table(y, LOST, m, h)] = lasts ? narrow(times(AHEAD, lost)) : small{0, 0};
         for (int d = 0; d < y.directions; d++)
             for (int c = 0; c < y.channels; c++)
                 y.weight[in_table(y, d * y.channels + c, m, h)] = narrow(times(2, times(beta, c_of(y, d, c, h, m))));
@@ -656,14 +672,13 @@ __global__ static void __launch_bounds__(FEATURES, 4)
     }
 }
 
-/* Chunks at .. hi, and one channel of their outputs (-1: no outputs) for modes m ..: γ_W and Σ dy u go to sums, γ_λ is
- * added to dlambda. */
-__device__ static void pass_strip(const layer &y, place at, int64_t hi, int direction, int channel, int m,
-                                  number *dlambda, number *sums)
+/* Chunks at .. hi, and one channel of their outputs (-1: no outputs) for modes m ..: Σ dy x, Σ dy z and Σ dy u go to
+ * sums, γ' z is added to owed. a and W meet them where all are double: what is left of it all may be a small part. */
+__device__ static void pass_strip(const layer &y, place at, int64_t hi, int direction, int channel, int m, number *owed,
+                                  number *sums)
 {
-    small a[MODES], c[MODES] = {};
-    number dweight[MODES] = {};
-    const int left = direction == FROM_LEFT;
+    small a[MODES];
+    number all_x[MODES] = {}, all_z[MODES] = {};
     double dskip = 0;
     read_modes(y, y.powers, 0, m, at.h, a);
     for (; at.part < hi; at.part++) {
@@ -671,11 +686,10 @@ __device__ static void pass_strip(const layer &y, place at, int64_t hi, int dire
         const int64_t row = state_row(y, direction, at.b, at.part);
         column in = column_of(y.u, w, at.h), out = column_of(y.dy, w, channel * y.E + at.h);
         small x[MODES], z[MODES] = {}, met_x[MODES] = {}, met_z[MODES] = {}, after[MODES] = {};
-        ls_real product = 0;
         read_modes(y, y.states, row, m, at.h, x);
         each_some(w, [&](auto part, auto shown) {
             constexpr int n = decltype(part)::count;
-            ls_real put[n], want[n] = {};
+            ls_real put[n], want[n] = {}, product = 0;
             load<n>(&in, shown, put);
             if (channel >= 0) load<n>(&out, shown, want);
 #pragma unroll
@@ -689,23 +703,31 @@ __device__ static void pass_strip(const layer &y, place at, int64_t hi, int dire
                     x[j] = step(a[j], x[j], {put[i], 0});
                 }
             }
+            dskip += (double)product;
+            if (n < AHEAD) return;
+            small lost[MODES];
+            read_modes(y, y.powers, LOST, m, at.h, lost);
+#pragma unroll
+            for (int j = 0; j < MODES; j++) {
+                z[j] = step(lost[j], z[j], z[j]);
+                x[j] = step(lost[j], x[j], x[j]);
+            }
         });
         if (channel <= 0) read_modes(y, y.grads, row, m, at.h, after); /* it leaves once */
-        if (channel >= 0) read_modes(y, y.weight, direction * y.channels + channel, m, at.h, c);
-        dskip += (double)product;
 #pragma unroll
         for (int i = 0; i < MODES; i++) {
-            const small seen_x = left ? step(a[i], met_x[i], {product, 0}) : met_x[i];
-            const small seen_z = left ? step(a[i], met_z[i], met_x[i]) : met_z[i];
-            const small slope = step(c[i], seen_z, step(after[i], z[i], {0, 0}));
-            dweight[i] = plus(dweight[i], wide(seen_x));
-            dlambda[i] = plus(dlambda[i], wide(step(a[i], slope, {0, 0})));
+            all_x[i] = plus(all_x[i], wide(met_x[i]));
+            all_z[i] = plus(all_z[i], wide(met_z[i]));
+            owed[i] = plus(owed[i], wide(step(after[i], z[i], {0, 0})));
         }
     }
     if (channel < 0) return;
-    for (int i = 0; i < MODES && m + i < y.modes; i++)
-        sums[in_table(y, direction * y.channels + channel, m + i, at.h)] = dweight[i];
-    if (m == 0 && left) sums[in_table(y, y.directions * (y.channels + 1), channel, at.h)] = {dskip, 0};
+    const int64_t row = 2 * (direction * y.channels + channel);
+    for (int i = 0; i < MODES && m + i < y.modes; i++) {
+        sums[in_table(y, row, m + i, at.h)] = all_x[i];
+        sums[in_table(y, row + 1, m + i, at.h)] = all_z[i];
+    }
+    if (m == 0 && direction == FROM_LEFT) sums[row_of_skips(y) + channel * y.E + at.h] = {dskip, 0};
 }
 
 /* A thread for each strip of some chunks, feature, and MODES modes of a direction; those of a strip are neighbouring
@@ -718,12 +740,12 @@ __global__ static void __launch_bounds__(FEATURES, 3)
     const place strip = place_of(y, y.strips, blockIdx.x / all), at = {strip.b, strip.part * chunks, strip.h};
     if (strip.h >= y.E) return;
     const int64_t hi = ls_min(at.part + chunks, y.chunks);
-    number dlambda[MODES] = {}, *sums = y.strip + (1 + strip.b * y.strips + strip.part) * y.sums * y.E;
+    number owed[MODES] = {}, *sums = y.strip + (1 + strip.b * y.strips + strip.part) * y.sums * y.E;
     for (int c = with_outputs ? 0 : -1; c < (with_outputs ? y.channels : 0); c++)
-        pass_strip(y, at, hi, direction, c, m, dlambda, sums);
+        pass_strip(y, at, hi, direction, c, m, owed, sums);
 #pragma unroll
     for (int j = 0; j < MODES; j++)
-        if (m + j < y.modes) sums[in_table(y, y.directions * y.channels + direction, m + j, at.h)] = dlambda[j];
+        if (m + j < y.modes) sums[in_table(y, row_of_owed(y, direction), m + j, at.h)] = owed[j];
 }
 
 /* sums (1 + strips,n): the sum over strips, in order, to the first row. Blocks are 32 columns, of which SLICES threads
@@ -752,32 +774,38 @@ __global__ static void settle(layer y, ls_real *dC, ls_real *dD)
         const int64_t h = i % y.E;
         const int m = (int)(i / y.E);
         const int64_t at = h * y.modes + m;
-        const number beta = y.beta[at], w = frequency(y, h, m);
-        number dbeta = {0, 0}, dlambda = {0, 0};
+        const number beta = y.beta[at], w = frequency(y, h, m), a = power_of(y.lambda[at], 1);
+        number dbeta = {0, 0}, slope = {0, 0};
         for (int d = 0; d < y.directions; d++) {
-            dlambda = plus(dlambda, y.strip[in_table(y, y.directions * y.channels + d, m, h)]);
+            slope = plus(slope, y.strip[in_table(y, row_of_owed(y, d), m, h)]);
             for (int c = 0; c < y.channels; c++) {
-                const number dweight = y.strip[in_table(y, d * y.channels + c, m, h)],
-                             dc = times(2, times(beta, dweight));
-                dbeta = plus(dbeta, times(2, times(c_of(y, d, c, h, m), dweight)));
+                const number of_c = times(2, c_of(y, d, c, h, m)), *skip = y.strip + row_of_skips(y) + c * y.E + h;
+                number x = y.strip[in_table(y, 2 * (d * y.channels + c), m, h)];
+                number z = y.strip[in_table(y, 2 * (d * y.channels + c) + 1, m, h)];
+                if (d == FROM_LEFT) z = plus(times(a, z), x), x = plus(times(a, x), *skip); /* as they are seen */
+                const number dc = times(2, times(beta, x));
+                dbeta = plus(dbeta, times(of_c, x));
+                slope = plus(slope, times(times(beta, of_c), z));
                 dC[in_c(y, d, c, h, m)] += (ls_real)dc.re;
                 dC[in_c(y, d, c, h, m) + 1] -= (ls_real)dc.im;
             }
         }
         const number through = over(dbeta, w);
-        y.dlambda[at] = plus(dlambda, times(through, power_of(y.lambda[at], 1)));
+        y.dlambda[at] = times(a, plus(slope, through));
         y.dw[at] = times(-1, times(through, beta));
         for (int c = 0; m == 0 && c < y.channels; c++)
-            dD[c * y.E + h] += (ls_real)y.strip[in_table(y, y.directions * (y.channels + 1), c, h)].re;
+            dD[c * y.E + h] += (ls_real)y.strip[row_of_skips(y) + c * y.E + h].re;
     }
 }
 
+/* Of a state that goes on to other ranks. */
 __global__ static void add_slopes(layer y, int direction)
 {
     LS_EACH(i, y.E * y.modes)
     {
         const int64_t h = i / y.modes, m = i % y.modes;
-        y.dlambda[i] = plus(y.dlambda[i], y.strip[in_table(y, y.directions * y.channels + direction, (int)m, h)]);
+        const number slope = y.strip[in_table(y, row_of_owed(y, direction), (int)m, h)];
+        y.dlambda[i] = plus(y.dlambda[i], times(power_of(y.lambda[i], 1), slope));
     }
 }
 
