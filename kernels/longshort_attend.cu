@@ -67,7 +67,7 @@ static scene scene_of(const ls_pass *p, int phase)
 /* ------------------------------------------------------------------------------------------------ forward */
 
 /* Four threads have a row of pairs. */
-enum { SHARERS = LS_THREADS / SIDE };
+enum { SHARERS = (int)LS_THREADS / SIDE };
 
 /* A block: a tile of queries of a (b,h), and 64 columns of what comes out. */
 template <class M>
