@@ -502,7 +502,7 @@ __global__ static void __launch_bounds__(FEATURES, 4) make_ends(layer y, int fir
  * which begin with nothing, and backward with what later ranks want, when chunks make nothing. count, where not NULL:
  * the positions. Blocks are 32 features of a mode; a thread has a segment of their chunks and passes it twice: from
  * nothing, and again when what the segments before it make, in order, has come to what enters it. */
-__global__ static void __launch_bounds__(SEGMENTS *LS_WARP, 2)
+__global__ static void __launch_bounds__((int)SEGMENTS *LS_WARP, 2)
     scan_states(layer y, int first, int back, int whole, ls_real *count)
 {
     __shared__ number powers[2][LS_WARP], fades[SEGMENTS][LS_WARP], ends[SEGMENTS][LS_WARP];
@@ -561,7 +561,7 @@ static void make_states(ls_pass *p, int first, int end, int back, int whole)
     if ((whole || !back) && count_blocks(y, y.chunks) > 0)
         LS_LAUNCH(p->queue, make_ends, count_blocks(y, y.chunks), FEATURES, 0, y, first, end, back);
     if (y.B > 0)
-        LS_LAUNCH(p->queue, scan_states, blocks, SEGMENTS * LS_WARP, 0, y, first, back, whole,
+        LS_LAUNCH(p->queue, scan_states, blocks, (int)SEGMENTS * LS_WARP, 0, y, first, back, whole,
                   back || whole ? (ls_real *)NULL : s->sent + ls_monoid_size(s->monoid) - 1);
 }
 
@@ -818,8 +818,8 @@ static void turn_back(ls_pass *p, int first, int end, int with_outputs)
         LS_LAUNCH(p->queue, make_input_gradients, count_blocks(y, y.chunks), FEATURES, 0, y, first, end, with_outputs);
         LS_LAUNCH(p->queue, sum_strips, blocks, FEATURES, 0, y, first, end, with_outputs, strip_chunks(p));
     }
-    LS_LAUNCH(p->queue, add_strips, (int)((y.sums * y.E + LS_WARP - 1) / LS_WARP), SLICES * LS_WARP, 0, y.B * y.strips,
-              y.sums * y.E, y.strip);
+    LS_LAUNCH(p->queue, add_strips, (int)((y.sums * y.E + LS_WARP - 1) / LS_WARP), (int)SLICES * LS_WARP, 0,
+              y.B * y.strips, y.sums * y.E, y.strip);
 }
 
 static ls_status apply_backward(ls_pass *p, int phase)
