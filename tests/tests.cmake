@@ -26,7 +26,8 @@ function(longspan_emulated name)
   # and so little memory for operands in bfloat16 that products are cut
   target_compile_definitions(${name} PUBLIC LS_CUDA_BACKEND LS_NARROW_SIDE=32)
   target_include_directories(${name} BEFORE PUBLIC ${PROJECT_SOURCE_DIR}/tests/emulator)
-  target_compile_options(${name} PRIVATE
+  # of the CPU's code little runs there
+  target_compile_options(${name} PRIVATE "$<$<COMPILE_LANGUAGE:C>:-O1>"
     "$<$<COMPILE_LANGUAGE:CXX>:-O2;-Wno-unknown-pragmas;-Wno-deprecated-enum-enum-conversion>")
 endfunction()
 longspan_emulated(longspan_emulated ${emulated_wrappers})

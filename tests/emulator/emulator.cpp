@@ -117,6 +117,32 @@ emulator::device_access::~device_access()
     if (--access_depth == 0) open_memory(false);
 }
 
+namespace
+{
+/* The pages of one allocation are open while this lives, where all are by mprotect: it walks over few of them then. */
+struct allocation_access {
+    const size_t from, to;
+    const bool alone;
+    allocation_access(size_t at, size_t bytes)
+        : from(at / PAGE * PAGE), to(round_up(at + whole(bytes), PAGE)), alone(key < 0 && access_depth == 0)
+    {
+        if (alone)
+            protect(from, to, PROT_READ | PROT_WRITE);
+        else if (access_depth++ == 0)
+            open_memory(true);
+    }
+    ~allocation_access()
+    {
+        if (alone)
+            protect(from, to, PROT_NONE);
+        else if (--access_depth == 0)
+            open_memory(false);
+    }
+    allocation_access(const allocation_access &) = delete;
+    allocation_access &operator=(const allocation_access &) = delete;
+};
+} // namespace
+
 int emulator::is_device(const void *p)
 {
     const unsigned char *x = static_cast<const unsigned char *>(p);
@@ -282,7 +308,7 @@ cudaError_t cudaMalloc(void **p, size_t bytes)
     if (REGION - at < whole(bytes)) return keep(cudaErrorMemoryAllocation);
     allocated[at] = bytes;
     set_top();
-    emulator::device_access open;
+    const allocation_access open(at, bytes);
     memset(region + at, FRESH, bytes);
     memset(region + at + bytes, GUARD, whole(bytes) - bytes);
     *p = region + at;
@@ -297,7 +323,7 @@ cudaError_t cudaFree(void *p)
     if (one == allocated.end()) return keep(cudaErrorInvalidValue);
     wait_for_all_streams();
     {
-        emulator::device_access open;
+        const allocation_access open(one->first, one->second);
         for (size_t i = one->second; i < whole(one->second); i++)
             if (region[one->first + i] != GUARD) die("a kernel wrote behind the end of an allocation");
     }
