@@ -69,7 +69,8 @@ static scene scene_of(const ls_pass *p, int phase)
 /* Four threads have a row of pairs. */
 enum { SHARERS = (int)LS_THREADS / SIDE };
 
-/* A block: a tile of queries of a (b,h), and 64 columns of what comes out. */
+/* A block: a tile of queries of a (b,h), and 64 columns of what comes out: wider heads make their scores again for each
+ * 64. */
 template <class M>
 static __global__ void __launch_bounds__(LS_THREADS, 2) attend(const __grid_constant__ scene x, ls_view out)
 {
@@ -362,13 +363,10 @@ static __global__ void __launch_bounds__(LS_THREADS, 2)
     for (int64_t t = blockIdx.y * length; t < end; t += SIDE) {
         __syncthreads();
         y.seat_queries(g, t, (int)ls_min(SIDE, end - t), WITH_DELTA);
-        y.kind = kind, y.first = 0;
-        const ls_span guests = y.guests_of(kind); /* of them, those so far back of the first query, and of the last */
-        const int64_t lo = ls_max(guests.lo, y.row_of_table(0) - (first + count - 1));
-        const int64_t stop = ls_min(guests.lo + guests.n, y.row_of_table(y.n - 1) - first + 1);
-        for (int64_t i = lo; i < stop; i += SIDE) {
+        const ls_span guests = y.guests_at(kind, first, count);
+        for (int64_t i = 0; i < guests.n; i += SIDE) {
             pairs score, gain;
-            y.seat_guests_at(kind, i, (int)ls_min(SIDE, stop - i), first, count);
+            y.seat_guests_at(kind, guests.lo + i, (int)ls_min(SIDE, guests.n - i), first, count);
             y.score(score);
             y.weigh(score, gain);
             y.differentiate(score, gain);
@@ -484,28 +482,20 @@ template <class M> static void backward_of_far(ls_pass *p, const scene *x, int64
               ditems);
 }
 
-static void table_backward(ls_pass *p, int64_t n, const ls_real *positions, const ls_real *dtable, ls_real *dweight,
-                           ls_real *dbias)
-{
-    const int64_t H = p->H, d = p->d, E = H * d;
-    if (n == 0) return;
-    ls_gemm_batch(p->queue, 1, 0, d, E, n, 1, dtable, d, n * d, positions, E, 0, 1, dweight, E, d * E, H);
-    const dim3 blocks((unsigned)((d + LS_WARP - 1) / LS_WARP), (unsigned)H);
-    if (dbias != NULL) LS_LAUNCH(p->queue, add_rows, blocks, LS_THREADS, 0, n, d, dtable, dbias);
-}
-
 /* Gradient of a kind's table, of so many rows, and of what it is made of. */
 template <class M>
 static void backward_of_table(ls_pass *p, const scene *x, int kind, ls_real *dtable, ls_real *dweight, ls_real *dbias)
 {
     const tables t = tables_of(p);
-    const int64_t rows = kind == FAR ? x->N : x->D, E = p->H * p->d, slices = slices_for(p, rows);
+    const int64_t rows = kind == FAR ? x->N : x->D, d = p->d, E = p->H * d, slices = slices_for(p, rows);
     if (rows == 0 || p->T == 0) return;
     LS_LAUNCH(p->queue, table_gradients<M>, sliced(p, rows, kind == FAR ? x->vectors : SIDE, slices), LS_THREADS,
               bytes_of<M>(), *x, kind, tiles_in(p->T, slices), p->work[SLICES]);
     LS_LAUNCH(p->queue, sum_table, ls_blocks(rows * E, LS_THREADS), LS_THREADS, 0, slices * p->B, rows * E,
               p->work[SLICES], dtable);
-    table_backward(p, rows, t.positions, dtable, dweight, dbias);
+    ls_gemm_batch(p->queue, 1, 0, d, E, rows, 1, dtable, d, rows * d, t.positions, E, 0, 1, dweight, E, d * E, p->H);
+    const dim3 blocks((unsigned)tiles_in(d, LS_WARP), (unsigned)p->H);
+    if (dbias != NULL) LS_LAUNCH(p->queue, add_rows, blocks, LS_THREADS, 0, rows, d, dtable, dbias);
 }
 
 template <class M> static void backward(ls_pass *p, const scene *x, int phase)

@@ -130,20 +130,26 @@ template <class M> struct meeting {
         return which == FAR ? x.vectors : SIDE;
     }
 
-    /* The table's row for row r of the queries with guest 0, and those before for guests after it. */
-    __device__ inline int64_t row_of_table(int r) const
+    /* The table's row for row r of the queries with guest 0 of a kind, and those before for guests after it. */
+    __device__ inline int64_t row_of_table(int which, int r) const
     {
         const int64_t i = x.first + t + r;
-        return (kind == FAR ? far_seen(x, i) - 1 : i - x.lo) - first;
+        return which == FAR ? far_seen(x, i) - 1 : i - x.lo;
+    }
+    /* Of the guests of a kind those for which some query has one of rows [row, row + rows) of the table. */
+    __device__ inline ls_span guests_at(int which, int64_t row, int rows) const
+    {
+        const ls_span all = guests_of(which);
+        const int64_t lo = ls_max(all.lo, row_of_table(which, 0) - (row + rows - 1));
+        return ls_span{0, lo, ls_max(0, ls_min(all.lo + all.n, row_of_table(which, n - 1) - row + 1) - lo)};
     }
 
     /* Guests [from, from + number); the window is that of all pairs' rows of the table. */
     __device__ inline void seat_guests(int which, int64_t from, int number_of)
     {
         kind = which, first = from, count = number_of;
-        const int64_t newest = row_of_table(n - 1);
-        window = row_of_table(0) - (count - 1);
-        reach = (int)(newest - window);
+        window = row_of_table(kind, 0) - first - (count - 1);
+        reach = (int)(row_of_table(kind, n - 1) - first - window);
         seat();
     }
     /* The window is [row, row + rows) of the table. */
@@ -284,7 +290,7 @@ template <class M> struct meeting {
             const ls_span far = {0, 0, far_seen(x, x.first + t + i)};
             ls_span z = kind == FAR ? far : ls_longshort_window(x.causal, x.w, x.first + t + i);
             if (kind == NEARBY) z.lo -= x.lo;
-            s.shift[i] = (int)ls_max(INT32_MIN / 2, ls_min(INT32_MAX / 2, row_of_table(i) - window));
+            s.shift[i] = (int)ls_max(INT32_MIN / 2, ls_min(INT32_MAX / 2, row_of_table(kind, i) - first - window));
             s.from[i] = (int)ls_max(0, ls_min(count, z.lo - first));
             s.to[i] = s.q[i] == NULL ? 0 : (int)ls_max(0, ls_min(count, z.lo + z.n - first));
         } else if (threadIdx.x < 2 * SIDE) {
