@@ -13,7 +13,7 @@
  * given up, which ends what waits on the GPU. */
 #include "comm.h"
 
-#include <cuda_runtime.h>
+#include <cuda_runtime_api.h>
 #include <nccl.h>
 #include <sched.h>
 #include <stdio.h>

@@ -562,14 +562,18 @@ void world_open(int *argc, char ***argv)
     here.comm = MPI_COMM_WORLD;
     MPI_Comm_rank(here.comm, &here.rank);
     MPI_Comm_size(here.comm, &here.size);
-    if (!test_has_device()) {
+    if (!test_has_device(here.size)) {
         MPI_Finalize();
         exit(TEST_SKIPPED);
     }
-    const ls_context_options all = {
-        .comm = here.comm, .device = test_device(), .precision = test_precision(), .seed = 2024};
-    const ls_context_options one = {
-        .comm = MPI_COMM_SELF, .device = test_device(), .precision = test_precision(), .seed = 2024};
+    const ls_context_options all = {.comm = here.comm,
+                                    .device = test_device(),
+                                    .device_number = test_number(here.rank),
+                                    .transport = test_transport(),
+                                    .precision = test_precision(),
+                                    .seed = 2024};
+    ls_context_options one = all;
+    one.comm = MPI_COMM_SELF;
     if (ls_context_create(&all, &here.all) != LS_OK || ls_context_create(&one, &here.one) != LS_OK) {
         printf("rank %d: no context: %s\n", here.rank, ls_last_error());
         MPI_Abort(here.comm, 1);

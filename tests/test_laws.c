@@ -17,6 +17,7 @@
  * --all runs the full product of law 1 instead of a part in which every value still meets every mechanism and pattern.
  * --random N: N random problems against one rank (300 by default); --seed S makes the first of them problem S. */
 #include "harness.h"
+#include "where.h"
 
 #include <math.h>
 #include <stdarg.h>
@@ -1008,9 +1009,10 @@ static void memory_is_linear(const case_row *row)
 /* A context without a communicator is one rank. */
 static void works_without_mpi(const case_row *row)
 {
-    const ls_context_options options = {
-        .comm = MPI_COMM_NULL, .device = test_device(), .precision = test_precision(), .seed = 2024};
-    const ls_context_options zero = {.device = test_device(), .precision = test_precision(), .seed = 2024};
+    const ls_context_options zero = {
+        .device = test_device(), .device_number = test_number(here.rank), .precision = test_precision(), .seed = 2024};
+    ls_context_options options = zero;
+    options.comm = MPI_COMM_NULL;
     setting s = small_setting(row, LS_LEVEL_LAYER, 12, 10, PAD_TAIL, 4);
     problem p;
     answer a = {0}, b = {0}, c = {0};

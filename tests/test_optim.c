@@ -380,7 +380,7 @@ static void piece_by_piece(void **state)
 int main(void)
 {
     const ls_device where = test_where();
-    if (!test_has_device()) return TEST_SKIPPED;
+    if (!test_has_device(1)) return TEST_SKIPPED;
     ops = ls_adam_of(where);
     device = ls_device_find(where);
     if (device->open(0, LS_FLOAT32, &queue) != LS_OK) {

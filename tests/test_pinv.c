@@ -206,7 +206,7 @@ static void test_device(void **state)
 int main(void)
 {
     const ls_device where = test_where();
-    if (!test_has_device()) return TEST_SKIPPED;
+    if (!test_has_device(1)) return TEST_SKIPPED;
     device = ls_device_find(where);
     if (device->open(0, LS_FLOAT32, &queue) != LS_OK) {
         fprintf(stderr, "test_pinv: no device: %s\n", ls_last_error());

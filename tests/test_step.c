@@ -66,6 +66,8 @@ static void begin_run(run *x, trio of, int accumulation, int sharing)
                                "train.clip_norm=0.5",
                                "train.batch=8",
                                test_where() == LS_CUDA ? "device=cuda" : "device=cpu",
+                               test_transport() == LS_TRANSPORT_NCCL ? "parallel.transport=nccl"
+                                                                     : "parallel.transport=auto",
                                micro,
                                share};
     snprintf(width, sizeof width, "model.embed_dim=%d", of.width);
@@ -338,13 +340,13 @@ int main(int argc, char **argv)
         cmocka_unit_test(steps_are_rows),
     };
     MPI_Init(&argc, &argv);
-    if (!test_has_device()) {
-        MPI_Finalize();
-        return TEST_SKIPPED;
-    }
     here = (ranks){.groups = 1, .comm = MPI_COMM_WORLD};
     MPI_Comm_rank(here.comm, &here.rank);
     MPI_Comm_size(here.comm, &here.size);
+    if (!test_has_device(here.size)) {
+        MPI_Finalize();
+        return TEST_SKIPPED;
+    }
     const ls_context_options options = {.comm = here.comm, .device = LS_CPU};
     if (ls_context_create(&options, &here.world) != LS_OK) MPI_Abort(here.comm, 1);
     here.gradients = here.world;

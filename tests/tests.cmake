@@ -20,11 +20,12 @@ endforeach()
 set_source_files_properties(${PROJECT_BINARY_DIR}/emulated/kernels/linear_slabs.cu.cpp PROPERTIES
   COMPILE_DEFINITIONS LS_LINEAR_SLAB=512)
 function(longspan_emulated name)
-  add_library(${name} STATIC EXCLUDE_FROM_ALL ${sources} ${ARGN} ${PROJECT_SOURCE_DIR}/tests/emulator/emulator.cpp)
+  add_library(${name} STATIC EXCLUDE_FROM_ALL ${sources} ${nccl_source} ${ARGN}
+    ${PROJECT_SOURCE_DIR}/tests/emulator/emulator.cpp ${PROJECT_SOURCE_DIR}/tests/emulator/nccl.cpp)
   longspan_library(${name})
   set_target_properties(${name} PROPERTIES CXX_STANDARD 20 CXX_STANDARD_REQUIRED ON CXX_EXTENSIONS OFF)
   # and so little memory for operands in bfloat16 that products are cut
-  target_compile_definitions(${name} PUBLIC LS_CUDA_BACKEND LS_NARROW_SIDE=32)
+  target_compile_definitions(${name} PUBLIC LS_CUDA_BACKEND LS_NCCL_BACKEND LS_NARROW_SIDE=32)
   target_include_directories(${name} BEFORE PUBLIC ${PROJECT_SOURCE_DIR}/tests/emulator)
   # of the CPU's code little runs there
   target_compile_options(${name} PRIVATE "$<$<COMPILE_LANGUAGE:C>:-O1>"
@@ -48,6 +49,9 @@ if(LONGSPAN_SANITIZE)
   set(every 45)
 endif()
 set(emulated_environment LONGSPAN_TEST_DEVICE=cuda LONGSPAN_TEST_EVERY=${every} OMPI_MCA_btl_vader_single_copy_mechanism=none)
+
+math(EXPR every_rounded "3 * ${every}")
+set(nccl_environment LONGSPAN_TEST_TRANSPORT=nccl LONGSPAN_EMULATOR_GPUS=1 LONGSPAN_TEST_EVERY=${every_rounded})
 
 # longspan_test(NAME [DOUBLE] [HDF5] [RANKS 1 2 ...] [ARGS ...] [EMULATED 1 2 ...] [EMULATED_DOUBLE 1 2 ...]): programs
 # test_NAME and, with DOUBLE, test_NAME_double, each run once for every rank count. EMULATED: test_NAME_emulated, and
@@ -134,7 +138,6 @@ foreach(run bf16_1 bf16_3 tf32_1)
 endforeach()
 
 # laws with operands rounded, of fewer settings; probsparse's selection, which must not be rounded
-math(EXPR every_rounded "3 * ${every}")
 foreach(run laws_bf16_1 laws_bf16_2 probsparse_bf16_3)
   string(REGEX MATCH "([a-z]+)_bf16_([0-9])" match ${run})
   set(ranks ${CMAKE_MATCH_2})
@@ -189,18 +192,37 @@ foreach(run poisoned_3 order_3 threads_1)
     TIMEOUT 1500 PROCESSORS ${ranks})
 endforeach()
 
+# ranks that have a GPU each and speak by NCCL: laws of fewer settings
+foreach(run golden_3 laws_2)
+  string(REGEX MATCH "([a-z]+)_([0-9])" match ${run})
+  set(test ${CMAKE_MATCH_1}_emulated_nccl_${CMAKE_MATCH_2})
+  set(ranks ${CMAKE_MATCH_2})
+  set(command $<TARGET_FILE:test_${CMAKE_MATCH_1}_emulated>)
+  if(run MATCHES golden)
+    list(APPEND command ${golden})
+  endif()
+  add_test(NAME ${test} COMMAND ${mpirun} -n ${ranks} ${command})
+  set_tests_properties(${test} PROPERTIES ENVIRONMENT "${test_environment};${emulated_environment};${nccl_environment}"
+    TIMEOUT 1500 PROCESSORS ${ranks})
+endforeach()
+
 # ---- the same programs on a GPU, where this build has CUDA and there is one: otherwise they are skipped. Several ranks
-# share it by way of host memory.
+# share it by way of host memory, or speak by NCCL where each has one.
 if(LONGSPAN_HAS_CUDA)
   foreach(run golden golden_bf16 golden_tf32 golden_poisoned precision limits probsparse probsparse_bf16 step
-      step_bf16 laws laws_bf16 laws_poisoned)
+      step_bf16 laws laws_bf16 laws_poisoned golden_nccl laws_nccl step_nccl)
     foreach(ranks 1 2 4)
+      if(run MATCHES nccl AND ranks EQUAL 1)
+        continue()
+      endif()
       set(test ${run}_gpu_${ranks})
       string(REGEX MATCH "^([a-z]+)_?(.*)$" match ${run})
       set(name ${CMAKE_MATCH_1})
       set(environment ${test_environment} LONGSPAN_TEST_DEVICE=cuda LONGSPAN_TEST_GPU=1)
       if(CMAKE_MATCH_2 STREQUAL poisoned) # each buffer waits for the GPU then: one setting in nine
         list(APPEND environment LONGSPAN_POISON=1 LONGSPAN_TEST_EVERY=9)
+      elseif(CMAKE_MATCH_2 STREQUAL nccl)
+        list(APPEND environment LONGSPAN_TEST_TRANSPORT=nccl)
       elseif(CMAKE_MATCH_2)
         list(APPEND environment LONGSPAN_TEST_PRECISION=${CMAKE_MATCH_2})
       endif()
@@ -253,7 +275,8 @@ longspan_test(model TRAINER RANKS 1 2 3 5)
 longspan_test(step TRAINER RANKS 1 2 3 EMULATED 1 2)
 
 # steps with work memory full of NaN, with streams that run at any time that their events allow, with operands rounded
-foreach(run poisoned_1 order_2 bf16_1 bf16_2)
+# and by NCCL
+foreach(run poisoned_1 order_2 bf16_1 bf16_2 nccl_2)
   string(REGEX MATCH "[0-9]$" ranks ${run})
   set(test step_emulated_${run})
   set(setting LONGSPAN_POISON=1)
@@ -262,6 +285,9 @@ foreach(run poisoned_1 order_2 bf16_1 bf16_2)
   endif()
   if(run MATCHES order)
     set(setting LONGSPAN_EMULATOR_ORDER=11)
+  endif()
+  if(run MATCHES nccl)
+    set(setting ${nccl_environment})
   endif()
   add_test(NAME ${test} COMMAND ${mpirun} -n ${ranks} $<TARGET_FILE:test_step_emulated>)
   set_tests_properties(${test} PROPERTIES ENVIRONMENT "${test_environment};${emulated_environment};${setting}"

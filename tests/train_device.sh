@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains a small model on the CPU and on a GPU (the second program; in the suite one that emulates it): the same losses up
-# to rounding, on one rank and on two that share the GPU, and checkpoints that move from one to the other and back. With
-# LONGSPAN_TEST_GPU=1 the GPU is a real one: 100 steps more; where there is none the status is 77.
+# to rounding, on one rank, on two that share the GPU and on two that speak by NCCL, and checkpoints that move from one to
+# the other and back. With LONGSPAN_TEST_GPU=1 the GPU is a real one: 100 steps more, without NCCL; where there is none the
+# status is 77.
 set -euo pipefail
 if [ $# -ne 3 ]; then
   echo "usage: tests/train_device.sh LONGSPAN LONGSPAN_WITH_GPU SCRATCH_FOLDER" >&2
@@ -92,6 +93,27 @@ grep -q 'train.precision: bf16 is for GPUs' refused.log || fail "bf16 on the CPU
 "$cpu" eval bf16/best.h5 --split valid | grep '^result' >/dev/null || fail "eval of a bf16 checkpoint without a GPU"
 "$gpu" eval bf16/best.h5 --split valid --set device=cpu | grep '^result' >/dev/null || fail "eval of a bf16 checkpoint on the CPU"
 "$gpu" eval bf16/best.h5 --split valid | grep '^result' >/dev/null || fail "eval in bf16"
+
+# ---- NCCL, emulated: ranks that share a sequence, and ranks that do not; a connection that is lost, and one that takes
+# too long, in the midst of a step. Those who share a GPU are told so.
+if [ "${LONGSPAN_TEST_GPU-}" != 1 ]; then
+  nccl=(--set device=cuda --set parallel.transport=nccl)
+  for sharing in 2 1; do
+    LONGSPAN_EMULATOR_GPUS=1 train 2 "$gpu" "nccl_$sharing" "${nccl[@]}" --set parallel.sequence=$sharing
+    same cpu "nccl_$sharing"
+  done
+  breaks() { # NAME EXIT_CODE FRAGMENT: on 2 ranks
+    local code=0
+    timeout 60 $mpirun -n 2 "$gpu" train run.yaml --set run.directory="$1" "${nccl[@]}" >"$1.log" 2>&1 || code=$?
+    [ $code -eq "$2" ] || fail "$1: exit code $code, not $2: $(cat "$1.log")"
+    [ "$(grep -c "^longspan: .*$3" "$1.log")" -eq 1 ] || fail "$1: no single \"$3\": $(cat "$1.log")"
+  }
+  breaks shared 2 "two ranks share GPU"
+  export LONGSPAN_EMULATOR_GPUS=1 LONGSPAN_NCCL_TIMEOUT=1
+  LONGSPAN_EMULATOR_NCCL=1:20:lost breaks lost 7 "failed on rank 1 of 2: remote process exited.*connection is lost"
+  LONGSPAN_EMULATOR_NCCL=1:20:stuck breaks stuck 7 "took more than 1 s on rank 1 of 2"
+  unset LONGSPAN_EMULATOR_GPUS LONGSPAN_NCCL_TIMEOUT
+fi
 
 # ---- a checkpoint of one device goes on on the other
 for way in "cpu cpu gpu cuda" "gpu gpu cpu cpu"; do

@@ -27,13 +27,30 @@ static inline ls_precision test_rounding(void)
     exit(2);
 }
 
-/* 0: the test is to be skipped, which this says. */
-static inline int test_has_device(void)
+/* LONGSPAN_TEST_TRANSPORT=nccl: between ranks that have a GPU each. Otherwise what can be had. */
+static inline ls_transport test_transport(void)
+{
+    const char *name = getenv("LONGSPAN_TEST_TRANSPORT");
+    return name != NULL && strcmp(name, "nccl") == 0 ? LS_TRANSPORT_NCCL : LS_TRANSPORT_AUTO;
+}
+
+/* The GPU of this rank: one for all, or, where they speak by NCCL, its own. */
+static inline int test_number(int rank)
 {
     int devices = 0;
     const ls_device_ops *ops = ls_device_find(test_where());
-    if (ops != NULL && (ops->count(&devices) != LS_OK || devices > 0)) return 1;
-    printf("skipped: there is no GPU here, or this build cannot use it\n");
+    if (test_transport() != LS_TRANSPORT_NCCL || ops == NULL || ops->count(&devices) != LS_OK || devices == 0) return 0;
+    return rank % devices;
+}
+
+/* 0: the test is to be skipped, which this says: there is no GPU, or not one for each rank that needs its own. */
+static inline int test_has_device(int processes)
+{
+    int devices = 0;
+    const ls_device_ops *ops = ls_device_find(test_where());
+    const int needed = test_transport() == LS_TRANSPORT_NCCL && getenv("LONGSPAN_TEST_GPU") != NULL ? processes : 1;
+    if (ops != NULL && (ops->count(&devices) != LS_OK || devices >= needed)) return 1;
+    printf("skipped: there are %d GPUs here that this build can use, and %d are needed\n", devices, needed);
     return 0;
 }
 

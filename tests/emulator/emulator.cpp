@@ -7,12 +7,15 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include "streams.h"
+
 #include <cblas.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <deque>
@@ -31,8 +34,16 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
+void emulator::die(const char *what)
+{
+    fprintf(stderr, "emulator: %s\n", what);
+    abort();
+}
+
 namespace
 {
+using emulator::die;
+
 /* ------------------------------------------------------------------------------------------------ device memory */
 
 const size_t REGION = (size_t)16 << 30; /* of addresses; pages are the system's as they are used */
@@ -44,12 +55,6 @@ unsigned char *region;
 std::map<size_t, size_t> &allocated = *new std::map<size_t, size_t>; /* offset: bytes asked for. Lasts to the end */
 int access_depth;
 size_t top; /* the first page that holds nothing */
-
-void die(const char *what)
-{
-    fprintf(stderr, "emulator: %s\n", what);
-    abort();
-}
 
 size_t round_up(size_t x, size_t to)
 {
@@ -173,12 +178,14 @@ struct CUevent_st {
 
 namespace
 {
-/* What a stream has still to do; `after`: it must be past before. Host memory that a copy reads or writes meanwhile. */
+/* What a stream has still to do; `after`: it must be past before. Host memory that a copy reads or writes meanwhile.
+ * `may`: see streams.h. */
 struct work_item {
     std::function<void()> act;
     std::shared_ptr<mark> after;
     const unsigned char *host;
     size_t host_bytes;
+    std::function<bool()> may;
 };
 } // namespace
 
@@ -264,6 +271,11 @@ bool at_once_by_chance()
     return chance >= 0 && (chance >> 30 & 1);
 }
 
+bool may_go_on(cudaStream_t stream)
+{
+    return !stream->items.empty() && (!stream->items.front().may || stream->items.front().may());
+}
+
 /* Some streams go on by some steps, those that wait for nobody. */
 void go_on_by_chance()
 {
@@ -271,7 +283,7 @@ void go_on_by_chance()
     if (chance < 0) return;
     for (uint64_t bits = (uint64_t)chance >> 24; bits & 3; bits >>= 6) {
         cudaStream_t one = streams[(bits >> 2 & 15) % streams.size()];
-        for (uint64_t steps = bits >> 4 & 7; steps > 0 && !one->items.empty(); steps--) {
+        for (uint64_t steps = bits >> 4 & 7; steps > 0 && may_go_on(one); steps--) {
             if (one->items.front().after != NULL && !one->items.front().after->past) break;
             run_one(one);
         }
@@ -280,7 +292,7 @@ void go_on_by_chance()
 
 void give(cudaStream_t stream, std::function<void()> act, const void *memory = NULL, size_t bytes = 0)
 {
-    stream_of(stream)->items.push_back({std::move(act), NULL, static_cast<const unsigned char *>(memory), bytes});
+    stream_of(stream)->items.push_back({std::move(act), NULL, static_cast<const unsigned char *>(memory), bytes, {}});
     go_on_by_chance();
 }
 
@@ -293,6 +305,27 @@ bool is_pinned(const void *p, size_t bytes)
     return bytes <= one->second && (size_t)(x - one->first) <= one->second - bytes;
 }
 } // namespace
+
+void emulator::give_work(cudaStream_t stream, std::function<void()> act, std::function<bool()> may)
+{
+    stream_of(stream)->items.push_back({std::move(act), NULL, NULL, 0, std::move(may)});
+    go_on_by_chance();
+}
+
+void emulator::run_given(cudaStream_t stream)
+{
+    run_all(stream_of(stream));
+}
+
+bool emulator::step(cudaStream_t stream)
+{
+    if (!may_go_on(stream)) return false;
+    const std::shared_ptr<mark> after = stream->items.front().after;
+    if (after != NULL && !after->past) return step(after->stream);
+    const device_access open;
+    run_one(stream);
+    return true;
+}
 
 cudaError_t cudaMalloc(void **p, size_t bytes)
 {
@@ -949,6 +982,14 @@ cudaError_t cudaGetDevice(int *device)
     return cudaSuccess;
 }
 
+/* One for all processes, or each its own. */
+cudaError_t cudaDeviceGetPCIBusId(char *name, int bytes, int device)
+{
+    if (device != 0) return keep(cudaErrorInvalidDevice);
+    snprintf(name, (size_t)bytes, "%08x:00:00.0", getenv("LONGSPAN_EMULATOR_GPUS") != NULL ? (unsigned)getpid() : 0u);
+    return cudaSuccess;
+}
+
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device)
 {
     if (device != 0) return keep(cudaErrorInvalidDevice);
@@ -1070,7 +1111,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned)
 {
-    if (event->last != NULL) stream_of(stream)->items.push_back({NULL, event->last, NULL, 0});
+    if (event->last != NULL) stream_of(stream)->items.push_back({NULL, event->last, NULL, 0, {}});
     go_on_by_chance();
     return cudaSuccess;
 }
@@ -1115,7 +1156,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event)
 cudaError_t cudaEventQuery(cudaEvent_t event)
 {
     if (event->last == NULL || event->last->past) return cudaSuccess;
-    run_one(event->last->stream);
+    emulator::step(event->last->stream);
     return event->last->past ? cudaSuccess : cudaErrorNotReady;
 }
 
