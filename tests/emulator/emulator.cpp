@@ -237,8 +237,11 @@ void run_all_streams()
     for (cudaStream_t one : streams) run_all(one);
 }
 
-/* What the host waits in, see emulator_host_waits. */
+/* What the host waits in, see emulator_host_waits. Who asks for an event again, and has given nothing since, waits,
+ * too. */
 uint64_t waits;
+const mark *questioned;
+bool questioned_again;
 void wait_for(cudaStream_t stream)
 {
     waits += !stream->items.empty();
@@ -292,6 +295,7 @@ void go_on_by_chance()
 
 void give(cudaStream_t stream, std::function<void()> act, const void *memory = NULL, size_t bytes = 0)
 {
+    questioned = NULL;
     stream_of(stream)->items.push_back({std::move(act), NULL, static_cast<const unsigned char *>(memory), bytes, {}});
     go_on_by_chance();
 }
@@ -1156,6 +1160,9 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event)
 cudaError_t cudaEventQuery(cudaEvent_t event)
 {
     if (event->last == NULL || event->last->past) return cudaSuccess;
+    waits += questioned == event->last.get() && !questioned_again;
+    questioned_again = questioned == event->last.get();
+    questioned = event->last.get();
     emulator::step(event->last->stream);
     return event->last->past ? cudaSuccess : cudaErrorNotReady;
 }
