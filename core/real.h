@@ -17,13 +17,17 @@
 #ifdef LS_REAL_DOUBLE
 #define LS_REAL_EPS 2.220446049250313e-16
 #define LS_REAL_MIN 2.2250738585072014e-308
+#else
+#define LS_REAL_EPS 1.1920929e-7f
+#define LS_REAL_MIN 1.17549435e-38f
+#endif
+#if defined LS_REAL_DOUBLE || defined __CUDACC__
+/* A GPU's own, of float likewise within 2 ulp, is a third of the instructions below. */
 LS_BOTH_SIDES ls_real ls_exp(ls_real x)
 {
     return exp(x);
 }
 #else
-#define LS_REAL_EPS 1.1920929e-7f
-#define LS_REAL_MIN 1.17549435e-38f
 /* exp(x) = 2^n exp(r), n = rint(x / ln 2), |r| <= ln 2 / 2. Without branches or tables, so that the compiler makes
  * vector code of the loops around it; within 2 ulp; below -87.3 it is exactly 0 (also at -inf), above 88.7 inf.
  * NaN stays NaN. */

@@ -98,8 +98,8 @@ __device__ static void multiply_pairs(const linear &x, const pairs &p, const str
     sum.clear();
     for (int f = 0; f < x.r; f += SIDE) {
         __syncthreads();
-        load_features<M>(x, p.q, s, *p.of_q, f, 0, a);
-        load_features<M>(x, p.k, s, *p.of_k, f, 0, b);
+        load_features<M, OF_QUERIES>(x, p.q, s, *p.of_q, f, 0, a);
+        load_features<M, OF_KEYS>(x, p.k, s, *p.of_k, f, 0, b);
         __syncthreads();
         sum.add(whole<M>(x.r - f), a, b);
     }
@@ -131,7 +131,7 @@ __device__ static void pairs_to_queries(const linear &x, const pairs &p, const s
         sums<M, ROWS_COLUMNS> sum;
         sum.clear();
         __syncthreads();
-        load_features<M>(x, p.k, s, *p.of_k, f0, 0, tile);
+        load_features<M, OF_KEYS>(x, p.k, s, *p.of_k, f0, 0, tile);
         __syncthreads();
         sum.add(SIDE, dw, tile);
 #pragma unroll
@@ -168,7 +168,7 @@ __device__ static void pairs_to_keys(const linear &x, const pairs &p, const stri
         sums<M, COLUMNS_COLUMNS> sum;
         sum.clear();
         __syncthreads();
-        load_features<M>(x, p.q, s, *p.of_q, f0, 0, tile);
+        load_features<M, OF_QUERIES>(x, p.q, s, *p.of_q, f0, 0, tile);
         __syncthreads();
         sum.add(SIDE, dw, tile);
 #pragma unroll
@@ -237,7 +237,7 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
             }
             for (int f = 0; f < x.F; f += SIDE) {
                 __syncthreads();
-                load_features<M>(x, q, s, of_q, f, 1, a);
+                load_features<M, OF_QUERIES>(x, q, s, of_q, f, 1, a);
                 load_state<M>(x, mine, f, e0, b);
                 __syncthreads();
                 sum.add(whole<M>(x.F - f), a, b);
@@ -461,7 +461,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
                 gain.clear();
                 __syncthreads();
                 if (f == 0) load_rows<M>(x, s, e0, v, k.at.pad, fours, rows);
-                load_features<M>(x, k, s, of_k, f, 1, B);
+                load_features<M, OF_KEYS>(x, k, s, of_k, f, 1, B);
                 load_state<M>(x, S + state * x.F * x.d, f, e0, tile);
                 __syncthreads();
                 sum.add(whole<M>(x.F - f), B, tile);

@@ -6,7 +6,7 @@
 
 /* S, z of each chunk: a block for each piece of SIDE columns, which goes through its features, PIECES times SIDE at a
  * time, and for these through its rows. weight (R): of features in z, NULL: 1. */
-template <class M, int PIECES>
+template <class M, int SEEN, int PIECES>
 __global__ static void __launch_bounds__(LS_THREADS, 2)
     gather(linear x, features of, ls_view matrix, int fours, const ls_real *weight)
 {
@@ -35,7 +35,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
 #pragma unroll 1
                 for (int q = 0; q < PIECES; q++)
                     if (f0 + q * SIDE < x.F)
-                        load_features<M>(x, of, s, rows, f0 + q * SIDE, 1, tile_number<M>(memory, 1 + q));
+                        load_features<M, SEEN>(x, of, s, rows, f0 + q * SIDE, 1, tile_number<M>(memory, 1 + q));
                 __syncthreads();
 #pragma unroll
                 for (int q = 0; q < PIECES; q++) {
@@ -80,33 +80,35 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
     }
 }
 
-template <class M>
+template <class M, int SEEN>
 static void launch_gather(ls_pass *p, const linear *x, const features &of, ls_view matrix, const ls_real *weight)
 {
     const int pieces = x->F <= SIDE ? 1 : 2;
-    const auto kernel = pieces == 1 ? gather<M, 1> : gather<M, 2>;
+    const auto kernel = pieces == 1 ? gather<M, SEEN, 1> : gather<M, SEEN, 2>;
     const int64_t blocks = chunks_of(x) * ((x->d + SIDE - 1) / SIDE);
     LS_LAUNCH(p->queue, kernel, ls_blocks(blocks, 1), LS_THREADS, tiles_bytes<M>(1 + pieces), *x, of, matrix,
               ls_rows_are_fours(matrix, x->d), weight);
 }
 
+template <int SEEN>
 static void gather_either(ls_pass *p, const linear *x, const features &of, ls_view matrix, const ls_real *weight)
 {
     /* Exponentials let few keys outweigh the others, the same ones in many features: what a query gets from S is then a
      * small difference of numbers that must be exact. */
-    const auto launch = on_tensor_cores(p) && x->exponentials == 0 ? launch_gather<tensor> : launch_gather<plain>;
+    const auto launch =
+        on_tensor_cores(p) && x->exponentials == 0 ? launch_gather<tensor, SEEN> : launch_gather<plain, SEEN>;
     launch(p, x, of, matrix, weight);
 }
 
 void ls_linear_gather_keys(ls_pass *p, const linear *x)
 {
-    gather_either(p, x, keys_as_seen(p, x, after_chunks(x)), p->own.v, NULL);
+    gather_either<OF_KEYS>(p, x, keys_as_seen(p, x, after_chunks(x)), p->own.v, NULL);
 }
 
 void ls_linear_gather_gradients(ls_pass *p, const linear *x)
 {
     const level before = x->causal ? before_chunks(x) : nowhere;
-    gather_either(p, x, queries_as_seen(p, x, before, x->inverse), p->dout, x->delta);
+    gather_either<OF_QUERIES>(p, x, queries_as_seen(p, x, before, x->inverse), p->dout, x->delta);
 }
 
 /* ------------------------------------------------------------------------------------------------ scan */

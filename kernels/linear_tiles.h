@@ -111,6 +111,8 @@ __device__ static void load_state(const linear &x, const ls_real *S, int f0, int
 
 /* ------------------------------------------------------------------------------------------------ features */
 
+enum { OF_QUERIES, OF_KEYS };
+
 /* Features of queries, or of keys, and how those that nobody has made are: by `act` of the rows. */
 typedef struct features {
     const ls_real *made; /* (R,r), NULL: not made; those of keys may be exponents */
@@ -201,82 +203,90 @@ __device__ static inline ls_real feature_of(const linear &x, const features &y, 
     return of.by[i] * of.past[i] * raw;
 }
 
-/* N times four features, from f(n) on, of the strip's rows row(n), as they were made; 0 where there are none. */
+/* N times four numbers that features are made of, from f(n) on, of the strip's rows row(n); 0 where there are none: of
+ * r, or, where all = F, of those and then the same ones again. */
+template <int N, typename R, typename F>
+__device__ static inline void read_raw(const linear &x, const features &y, const strip &s, const facts &of, R row, F f,
+                                       int all, ls_four (&z)[N])
+{
+    const int made = y.act == LS_LINEAR_MADE, last = most(0, s.exist - 1);
+    const ls_real *first = made ? y.made + s.R * x.r : row_to_read(x, s, y.rows, 0);
+    const int64_t step = made ? x.r : y.rows.st;
+    const auto column = [&](int g) { return g < x.r ? g : g - x.r; };
+    if (y.fours && (all == x.r || x.r % 4 == 0)) {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            z[n] = ls_four_at(first + least(row(n), last) * step + (f(n) < all ? column(f(n)) : 0));
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            if (f(n) >= all || of.by[row(n)] == 0) z[n] = {};
+        return;
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            z[n].v[k] = f(n) + k < all && of.by[row(n)] != 0 ? first[least(row(n), last) * step + column(f(n) + k)] : 0;
+}
+
+/* The same of r as features, but for those that were made elsewhere, which may be exponents. */
 template <int N, typename R, typename F>
 __device__ static inline void read_features(const linear &x, const features &y, const strip &s, const facts &of, R row,
                                             F f, ls_four (&z)[N])
 {
-    const int made = y.act == LS_LINEAR_MADE;
-    const ls_real *first = made ? y.made + s.R * x.r : row_to_read(x, s, y.rows, 0);
-    const int64_t step = made ? x.r : y.rows.st;
-    const int last = most(0, s.exist - 1);
-    read_fours<N>(
-        y.fours, [&](int n) { return first + least(row(n), last) * step + (f(n) < x.r ? f(n) : 0); },
-        [&](int n) { return of.by[row(n)] != 0 ? x.r - f(n) : 0; }, z);
-    const auto activate = [&](int act) {
+    read_raw<N>(x, y, s, of, row, f, x.r, z);
+    if (y.act == LS_LINEAR_MADE) return;
 #pragma unroll
-        for (int n = 0; n < N; n++)
+    for (int n = 0; n < N; n++)
 #pragma unroll
-            for (int k = 0; k < 4; k++)
-                z[n].v[k] = k < x.r - f(n) && of.by[row(n)] != 0 ? ls_linear_act(act, z[n].v[k]) : 0;
-    };
-    if (y.act == LS_LINEAR_RELU) activate(LS_LINEAR_RELU);
-    if (y.act == LS_LINEAR_ONE_PLUS_ELU) activate(LS_LINEAR_ONE_PLUS_ELU);
+        for (int k = 0; k < 4; k++)
+            z[n].v[k] = f(n) + k < x.r && of.by[row(n)] != 0 ? ls_linear_act(y.act, z[n].v[k]) : 0;
 }
 
 /* The features of load_features, which has a choice of widths: of what is narrow threads would find nothing. */
-template <class M, int W>
+template <class M, int SEEN, int W>
 __device__ static inline void load_some_features(const linear &x, const features &y, const strip &s, const facts &of,
                                                  int f0, int turned, typename M::number *to)
 {
     typedef filling<W> fill;
-    const int turns = turned && x.turns, all = turned ? x.F : x.r;
-    const int f = f0 + fill::column(), mine = turns && f >= x.r ? f - x.r : f;
-    ls_four z[fill::EACH];
-    if (!turns || x.r % 4 == 0) { /* no four has sines and cosines */
-        read_features<fill::EACH>(
-            x, y, s, of, fill::row, [&](int) { return f < all ? mine : x.r; }, z);
-    } else {
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            ls_four one[fill::EACH];
-            const int g = f + k >= all ? x.r : f + k < x.r ? f + k : f + k - x.r;
-            read_features<fill::EACH>(
-                x, y, s, of, fill::row, [&](int) { return g; }, one);
-#pragma unroll
-            for (int n = 0; n < fill::EACH; n++) z[n].v[k] = one[n].v[0];
-        }
-    }
+    const int turns = turned && x.turns, all = turned ? x.F : x.r, f = f0 + fill::column();
+    const int elu = y.act == LS_LINEAR_ONE_PLUS_ELU;
     const int exponentials = x.exponentials - f; /* of the four; what turns has none */
+    ls_four z[fill::EACH];
+    read_raw<fill::EACH>(
+        x, y, s, of, fill::row, [&](int) { return f; }, all, z);
+    const auto each = [&](auto made) {
 #pragma unroll
-    for (int n = 0; n < fill::EACH; n++) {
-        const int r = fill::row(n);
-        const ls_real by = of.by[r], past = of.past[r];
+        for (int n = 0; n < fill::EACH; n++)
 #pragma unroll
-        for (int k = 0; k < 4 && x.exponentials > 0; k++) {
-            ls_real e = past * z[n].v[k];
-            if (y.keys)
-                e = ls_exp(z[n].v[k] > past ? 0 : z[n].v[k] - past); /* above c are only keys that nobody sees */
-            if (k < exponentials) z[n].v[k] = e;
-        }
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            z[n].v[k] *= by;
-            if (turns) z[n].v[k] *= f + k < x.r ? of.sine[r] : of.cosine[r];
-        }
-    }
+            for (int k = 0; k < 4; k++) z[n].v[k] = made(z[n].v[k], fill::row(n), k);
+    };
+    if (elu || (SEEN == OF_KEYS && x.exponentials > 0))
+        each([&](ls_real raw, int r, int k) {
+            const int exponent = SEEN == OF_KEYS && k < exponentials;
+            const ls_real shifted = exponent ? raw - of.past[r] : raw;
+            const ls_real e = ls_exp(shifted > 0 ? 0 : shifted); /* above c are only keys that nobody sees */
+            return exponent ? e : !elu ? raw : f + k >= all ? 0 : raw > 0 ? 1 + raw : e;
+        });
+    else if (y.act == LS_LINEAR_RELU)
+        each([](ls_real raw, int, int) { return raw > 0 ? raw : 0; });
+    if (SEEN == OF_QUERIES && x.exponentials > 0)
+        each([&](ls_real a, int r, int k) { return k < exponentials ? of.past[r] * a : a; });
+    if (turns) each([&](ls_real a, int r, int k) { return a * (f + k < x.r ? of.sine[r] : of.cosine[r]); });
+    each([&](ls_real a, int r, int) { return a * of.by[r]; });
     fill::template tile<M>(z, whole<M>(all - f0), to);
 }
 
-/* A tile = features [f0, f0 + SIDE) of the strip's rows; turned: of F, otherwise of r. */
-template <class M>
+/* A tile = features [f0, f0 + SIDE) of the strip's rows, which SEEN says are queries' or keys'; turned: of F, otherwise
+ * of r. */
+template <class M, int SEEN>
 __device__ static void load_features(const linear &x, const features &y, const strip &s, const facts &of, int f0,
                                      int turned, typename M::number *to)
 {
     if ((turned ? x.F : x.r) - f0 > SIDE / 2)
-        load_some_features<M, SIDE>(x, y, s, of, f0, turned, to);
+        load_some_features<M, SEEN, SIDE>(x, y, s, of, f0, turned, to);
     else
-        load_some_features<M, SIDE / 2>(x, y, s, of, f0, turned, to);
+        load_some_features<M, SEEN, SIDE / 2>(x, y, s, of, f0, turned, to);
 }
 
 /* Gradients of features [f, f + N) of row i, as they were made, 0 where the row is not there: to `gradient`; those that
