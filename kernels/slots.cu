@@ -396,21 +396,28 @@ static __global__ void write_gradients(ls_slot_sizes s, ls_slot_rows keys, const
     ls_real l[4][EACH], de[4][EACH];
     scores<SLOTS>(s, keys, at, t, t0 + n, slots + at.g * s.R * s.d, s.d, at.slot, a, b, half == 0 ? NULL : norm, l);
     scores<SLOTS>(s, values, at, t, t0 + n, dsent + elements + 2, stride, at.slot, a, b, NULL, de);
+    const int slots_left = (int)(s.R - at.slot) - SLOT;
+    ls_real m[EACH], owed[EACH]; /* of the thread's slots; m: -inf only where all keys here are padded */
+    sent += elements + (at.slot + SLOT) * stride, constant += at.g * s.R + at.slot + SLOT;
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        m[j] = 8 * j < slots_left ? sent[8 * j * stride] : 0;
+        owed[j] = 8 * j < slots_left ? constant[8 * j] : 0;
+    }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int row = ROW + 16 * i;
         if (first + row >= n) continue;
         const int hidden = ls_is_padded(keys.pad, at.b * keys.n + t + row);
+        const ls_real length = half == 0 ? 0 : half * norm[row];
+        const int64_t to = (at.g * n + first + row) * s.R + at.slot + SLOT;
+        ls_real *of_e = e + to, *of_dlogits = dlogits + to;
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
-            const int64_t slot = at.slot + SLOT + 8 * j;
-            if (slot >= s.R) continue;
-            const ls_real m = sent[elements + slot * stride]; /* -inf only where all keys here are padded */
-            const ls_real logit = half == 0 ? l[i][j] : l[i][j] - half * norm[row];
-            const ls_real y = hidden ? 0 : ls_exp(logit - m);
-            const int64_t to = (at.g * n + first + row) * s.R + slot;
-            e[to] = y;
-            dlogits[to] = y * (constant[at.g * s.R + slot] + de[i][j]);
+            if (8 * j >= slots_left) continue;
+            const ls_real y = hidden ? 0 : ls_exp(l[i][j] - length - m[j]);
+            of_e[8 * j] = y;
+            of_dlogits[8 * j] = y * (owed[j] + de[i][j]);
         }
     }
 }
@@ -580,7 +587,8 @@ __device__ static void read_logits(ls_slot_sizes s, const place &at, const ls_re
 
 template <int SLOTS>
 static __global__ void read_slots(ls_slot_sizes s, ls_slot_rows queries, const ls_real *slots, const ls_real *constant,
-                                  const ls_real *values, const ls_real *centre, ls_view out, int64_t feature_tiles)
+                                  const ls_real *values, const ls_real *centre, ls_view out, int fours,
+                                  int64_t feature_tiles)
 {
     constexpr int EACH = SLOTS / 8, PITCH_W = SLOTS + 4, STEP = SLOTS < CHUNK ? SLOTS : CHUNK;
     __shared__ __align__(sizeof(ls_four)) ls_real a[TILE * PITCH], b[SLOTS * PITCH], weight[TILE * PITCH_W];
@@ -614,14 +622,25 @@ static __global__ void read_slots(ls_slot_sizes s, ls_slot_rows queries, const l
         }
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int64_t row = t + ROW + 16 * i;
-        if (row >= queries.n) continue;
-        const int padded = ls_is_padded(queries.pad, at.b * queries.n + row);
+    for (int half = 0; half < 2; half++) { /* of the thread's columns: four side by side */
+        const int64_t e = at.feature + half * (WIDTH / 2) + 4 * SLOT;
+        const int left = (int)(s.d - e);
+        ls_four middle = {};
+        for (int k = 0; k < 4 && k < left; k++) middle.v[k] = centre[at.g * s.d + e + k];
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const int64_t e = at.feature + j / 4 * (WIDTH / 2) + 4 * SLOT + j % 4;
-            if (e < s.d) ls_row(out, at.b, at.h, row)[e] = padded ? 0 : centre[at.g * s.d + e] + x[i][j] / sum[i];
+        for (int i = 0; i < 4; i++) {
+            const int64_t row = t + ROW + 16 * i;
+            if (row >= queries.n || left <= 0) continue;
+            const int padded = ls_is_padded(queries.pad, at.b * queries.n + row);
+            const ls_real inverse = 1 / sum[i];
+            ls_real *to = ls_row(out, at.b, at.h, row) + e;
+            ls_four y;
+#pragma unroll
+            for (int k = 0; k < 4; k++) y.v[k] = padded ? 0 : middle.v[k] + x[i][4 * half + k] * inverse;
+            if (fours && left >= 4)
+                *(ls_four *)to = y;
+            else
+                for (int k = 0; k < 4 && k < left; k++) to[k] = y.v[k];
         }
     }
 }
@@ -631,7 +650,8 @@ void ls_slots_read_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows queries, cons
 {
     const int64_t feature_tiles = parts_of(s.d, WIDTH), blocks = s.B * s.H * parts_of(queries.n, TILE) * feature_tiles;
     if (blocks == 0) return;
-    LAUNCH_SLOTS(q, read_slots, s.R, blocks, s, queries, slots, constant, values, centre, out, feature_tiles);
+    LAUNCH_SLOTS(q, read_slots, s.R, blocks, s, queries, slots, constant, values, centre, out,
+                 ls_rows_are_fours(out, s.d), feature_tiles);
 }
 
 /* For queries [t, t + n), 64 to a block: first the logits and dp = do·(V - c) of all tiles of slots, with the sums of
@@ -655,13 +675,15 @@ static __global__ void read_gradients(ls_slot_sizes s, ls_slot_rows queries, con
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             ls_real here = 0, product_here = 0;
+            const int64_t row = first + ROW + 16 * i, to = (at.g * n + row) * s.R + slot + SLOT;
+            const int left = row < n ? (int)(s.R - slot) - SLOT : 0;
+            ls_real *of_p = p + to, *of_dlogits = dlogits + to;
 #pragma unroll
             for (int j = 0; j < EACH; j++) {
                 const ls_real e = ls_exp(l[i][j] - m[i]);
                 here += e;
                 product_here += e * dp[i][j];
-                const int64_t row = first + ROW + 16 * i, r = slot + SLOT + 8 * j, to = (at.g * n + row) * s.R + r;
-                if (row < n && r < s.R) p[to] = l[i][j], dlogits[to] = dp[i][j];
+                if (8 * j < left) of_p[8 * j] = l[i][j], of_dlogits[8 * j] = dp[i][j];
             }
             sum[i] = sum[i] * shrink[i] + row_sum(here);
             mean[i] = mean[i] * shrink[i] + row_sum(product_here);
@@ -670,10 +692,11 @@ static __global__ void read_gradients(ls_slot_sizes s, ls_slot_rows queries, con
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int64_t row = first + ROW + 16 * i, to = (at.g * n + row) * s.R;
+        const ls_real inverse = 1 / sum[i], delta = mean[i] * inverse;
         for (int64_t r = SLOT; row < n && r < s.R; r += 8) {
-            const ls_real y = ls_exp(p[to + r] - m[i]) / sum[i];
+            const ls_real y = ls_exp(p[to + r] - m[i]) * inverse;
             p[to + r] = y;
-            dlogits[to + r] = y * (dlogits[to + r] - mean[i] / sum[i]);
+            dlogits[to + r] = y * (dlogits[to + r] - delta);
         }
     }
 }
