@@ -95,6 +95,7 @@ function(longspan_test name)
     set_target_properties(test_${variant} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests)
     target_include_directories(test_${variant} PRIVATE ${PROJECT_SOURCE_DIR}/tests)
     target_link_libraries(test_${variant} PRIVATE ${library} PkgConfig::CMOCKA longspan_flags m)
+    target_compile_options(test_${variant} PRIVATE -O1) # compiled up to four times, and what they wait for is the library
     if(T_HDF5)
       target_include_directories(test_${variant} SYSTEM PRIVATE ${HDF5_C_INCLUDE_DIRS})
       target_link_libraries(test_${variant} PRIVATE ${HDF5_C_LIBRARIES})
