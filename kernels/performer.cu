@@ -220,46 +220,68 @@ __device__ static void load_projection(shape x, const ls_real *W, int64_t f0, in
 
 /* ------------------------------------------------------------------------------------------------ features */
 
-/* The threads of a row have each the logits f = column, column + COLUMNS, ... in memory, and make features of them.
- * half: |row|²/2 of the scaled row. there: 0: the row is left alone. */
-__device__ static inline ls_real highest_logit(shape x, const ls_real *row, int there)
+/* act(i, f) for the features f = column + i COLUMNS of a thread: N of them, 0: as many as there are. */
+template <int N, typename F> __device__ static inline void each_of_mine(shape x, F act)
+{
+    const int column = threadIdx.x % COLUMNS;
+    if constexpr (N > 0) {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            if (column + i * COLUMNS < x.m) act(i, column + i * COLUMNS);
+    } else {
+        for (int i = 0; column + (int64_t)i * COLUMNS < x.m; i++) act(i, column + i * COLUMNS);
+    }
+}
+
+template <int N, typename L> __device__ static inline ls_real highest_logit(shape x, int there, L logit)
 {
     ls_real top = -INFINITY;
-    for (int64_t f = threadIdx.x % COLUMNS; f < x.m && there; f += COLUMNS) top = row[f] > top ? row[f] : top;
+    each_of_mine<N>(x, [&](int i, int) { top = there && logit(i) > top ? logit(i) : top; });
     return ls_warp_max(top, COLUMNS);
 }
 
-/* a (m+1); e (m): exponentials, NULL: not wanted. */
-__device__ static inline void finish_query(shape x, ls_real half, int there, ls_real *a, ls_real *e)
+/* What the threads of a row make of its logits, each of its own, logit(i). a (m+1), 0 where the row is not there; e
+ * (m): exponentials, NULL: not wanted. half: |row|²/2 of the scaled row. in_tile: 0: there is no memory for the row. */
+template <int N, typename L>
+__device__ static inline void finish_query(shape x, ls_real half, int in_tile, int there, L logit, ls_real *a,
+                                           ls_real *e)
 {
-    const ls_real top = highest_logit(x, a, there) + (x.any ? 0 : half);
+    const ls_real top = highest_logit<N>(x, there, logit) + (x.any ? 0 : half);
     ls_real sum = 0;
-    for (int64_t f = threadIdx.x % COLUMNS; f < x.m && there; f += COLUMNS) {
-        const ls_real y = ls_exp(a[f] - top);
-        if (e != NULL) e[f] = y;
-        a[f] = y + x.eps;
+    each_of_mine<N>(x, [&](int i, int f) {
+        const ls_real y = there ? ls_exp(logit(i) - top) : 0;
+        if (e != NULL && in_tile) e[f] = y;
+        if (in_tile) a[f] = there ? y + x.eps : 0;
         sum += y;
-    }
+    });
     sum = ls_warp_sum(sum, COLUMNS);
-    if (there && threadIdx.x % COLUMNS == 0) a[x.m] = x.eps * (sum + (ls_real)x.m * x.eps);
+    if (in_tile && threadIdx.x % COLUMNS == 0) a[x.m] = there ? x.eps * (sum + (ls_real)x.m * x.eps) : 0;
 }
 
 /* b (m+1): exponents, and a 1. */
-__device__ static inline void finish_key(shape x, ls_real half, int there, ls_real *b, ls_real *top)
+template <int N, typename L>
+__device__ static inline void finish_key(shape x, ls_real half, int in_tile, int there, L logit, ls_real *b,
+                                         ls_real *top)
 {
-    const ls_real most = highest_logit(x, b, there);
-    for (int64_t f = threadIdx.x % COLUMNS; f < x.m && there; f += COLUMNS) b[f] -= half;
-    if (!there || threadIdx.x % COLUMNS != 0) return;
-    b[x.m] = 1;
-    *top = most - (x.any ? half : 0);
+    const ls_real most = highest_logit<N>(x, there, logit);
+    each_of_mine<N>(x, [&](int i, int f) {
+        if (in_tile) b[f] = there ? logit(i) - half : 0;
+    });
+    if (!in_tile || threadIdx.x % COLUMNS != 0) return;
+    b[x.m] = (ls_real)there;
+    if (there) *top = most - (x.any ? half : 0);
 }
 
 /* y (R,m+1) = the features of rows. Products are those of floats, whatever the precision: they become exponents. Keys
- * have top, queries not. */
-__global__ static void __launch_bounds__(LS_THREADS, 3)
+ * have top, queries not. PIECES times WIDE logits of a row, and no more, stay in its threads' registers; 0: they wait
+ * in memory. */
+template <int PIECES>
+__global__ static void __launch_bounds__(LS_THREADS, PIECES > 1 ? 2 : 3)
     make_features(slab s, shape x, ls_view rows, const uint8_t *pad, int fours, const ls_real *W, int64_t tiles,
                   ls_real *y, ls_real *e, ls_real *top)
 {
+    enum { HELD = PIECES > 0 ? PIECES : 1, MINE = 2 * PIECES };
+    static_assert(WIDE == 2 * COLUMNS, "a thread has two logits of a piece");
     __shared__ __align__(32) ls_real of_rows[TILE * PITCH];
     __shared__ __align__(32) ls_real of_w[WIDE * PITCH];
     const int group = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
@@ -267,9 +289,8 @@ __global__ static void __launch_bounds__(LS_THREADS, 3)
         const tile t = tile_of(s, i);
         const rows_of_tile from = rows_there(s, t, rows, pad, fours);
         ls_real *to = y + t.R * (x.m + 1);
-        ls_real half[EACH] = {0};
-        for (int64_t f0 = 0; f0 < x.m; f0 += WIDE) {
-            ls_real sum[EACH][2] = {{0}};
+        ls_real half[EACH] = {0}, logits[EACH][2 * HELD] = {{0}};
+        const auto multiply = [&](int64_t f0, int piece) {
             for (int64_t e0 = 0; e0 < x.d; e0 += DEEP) {
                 __syncthreads();
                 if (f0 == 0 || x.d > DEEP) load_rows(from, x.d, e0, of_rows);
@@ -282,7 +303,9 @@ __global__ static void __launch_bounds__(LS_THREADS, 3)
                     for (int u = 0; u < EACH; u++) {
                         const ls_four z = ls_four_at(of_rows + (group + u * GROUPS) * PITCH + k);
 #pragma unroll
-                        for (int j = 0; j < 4; j++) sum[u][0] += z.v[j] * w[0].v[j], sum[u][1] += z.v[j] * w[1].v[j];
+                        for (int v = 0; v < 2; v++)
+#pragma unroll
+                            for (int j = 0; j < 4; j++) logits[u][2 * piece + v] += z.v[j] * w[v].v[j];
                     }
                 }
                 for (int u = 0; u < EACH && f0 == 0; u++) /* each thread of a row has two fours of it */
@@ -291,33 +314,54 @@ __global__ static void __launch_bounds__(LS_THREADS, 3)
                         for (int j = 0; j < 4; j++) half[u] += z.v[j] * z.v[j];
                     }
             }
+        };
+        if constexpr (PIECES > 0) {
 #pragma unroll
-            for (int u = 0; u < EACH; u++)
+            for (int piece = 0; piece < PIECES; piece++)
+                if (piece * WIDE < x.m) multiply(piece * WIDE, piece);
+        } else {
+            for (int64_t f0 = 0; f0 < x.m; f0 += WIDE) {
+                multiply(f0, 0);
 #pragma unroll
-                for (int v = 0; v < 2; v++) {
-                    const int64_t r = group + u * GROUPS, f = f0 + column + v * COLUMNS;
-                    if (r < t.count && f < x.m) to[r * (x.m + 1) + f] = sum[u][v];
-                }
+                for (int u = 0; u < EACH; u++)
+#pragma unroll
+                    for (int v = 0; v < 2; v++) {
+                        const int64_t r = group + u * GROUPS, f = f0 + column + v * COLUMNS;
+                        if (r < t.count && f < x.m) to[r * (x.m + 1) + f] = logits[u][v];
+                        logits[u][v] = 0;
+                    }
+            }
         }
 #pragma unroll
         for (int u = 0; u < EACH; u++) {
-            const int64_t r = group + u * GROUPS;
-            const int there = is_there(from, (int)r);
+            const int r = group + u * GROUPS, in_tile = r < t.count, there = is_there(from, r);
             ls_real *row = to + r * (x.m + 1);
+            ls_real *of_e = e == NULL ? NULL : e + (t.R + r) * x.m;
+            const auto logit = [&](int n) {
+                if constexpr (PIECES > 0)
+                    return logits[u][n];
+                else
+                    return row[column + n * COLUMNS];
+            };
             half[u] = x.scale / 2 * ls_warp_sum(half[u], COLUMNS);
             if (top == NULL)
-                finish_query(x, half[u], there, row, e == NULL ? NULL : e + (t.R + r) * x.m);
+                finish_query<MINE>(x, half[u], in_tile, there, logit, row, of_e);
             else
-                finish_key(x, half[u], there, row, top + t.R + r);
+                finish_key<MINE>(x, half[u], in_tile, there, logit, row, top + t.R + r);
         }
     }
 }
 
 static void features(ls_pass *p, slab s, ls_view rows, const uint8_t *pad, ls_real *y, ls_real *e, ls_real *top)
 {
+    const shape x = shape_of(p);
     const int64_t tiles = s.H * s.B * tiles_of_each(s);
-    LS_LAUNCH(p->queue, make_features, ls_blocks(tiles, 1), LS_THREADS, 0, s, shape_of(p), rows, pad,
-              ls_rows_are_fours(rows, p->d), p->saved[PROJECTION], tiles, y, e, top);
+    const auto kernel = x.m <= WIDE       ? make_features<1>
+                        : x.m <= 2 * WIDE ? make_features<2>
+                        : x.m <= 4 * WIDE ? make_features<4>
+                                          : make_features<0>;
+    LS_LAUNCH(p->queue, kernel, ls_blocks(tiles, 1), LS_THREADS, 0, s, x, rows, pad, ls_rows_are_fours(rows, p->d),
+              p->saved[PROJECTION], tiles, y, e, top);
 }
 
 static void queries(ls_pass *p, slab s, ls_real *a)
