@@ -210,6 +210,9 @@ endforeach()
 # ---- the same programs on a GPU, where this build has CUDA and there is one: otherwise they are skipped. Several ranks
 # share it by way of host memory, or speak by NCCL where each has one.
 if(LONGSPAN_HAS_CUDA)
+  add_executable(on_gpu ${PROJECT_SOURCE_DIR}/tests/on_gpu.c)
+  set_target_properties(on_gpu PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests)
+  target_link_libraries(on_gpu PRIVATE longspan_inside longspan_flags)
   foreach(run golden golden_bf16 golden_tf32 golden_poisoned precision limits probsparse probsparse_bf16 step
       step_bf16 laws laws_bf16 laws_poisoned golden_nccl laws_nccl step_nccl)
     foreach(ranks 1 2 4)
@@ -220,10 +223,12 @@ if(LONGSPAN_HAS_CUDA)
       string(REGEX MATCH "^([a-z]+)_?(.*)$" match ${run})
       set(name ${CMAKE_MATCH_1})
       set(environment ${test_environment} LONGSPAN_TEST_DEVICE=cuda LONGSPAN_TEST_GPU=1)
+      set(gpus 1)
       if(CMAKE_MATCH_2 STREQUAL poisoned) # each buffer waits for the GPU then: one setting in nine
         list(APPEND environment LONGSPAN_POISON=1 LONGSPAN_TEST_EVERY=9)
       elseif(CMAKE_MATCH_2 STREQUAL nccl)
         list(APPEND environment LONGSPAN_TEST_TRANSPORT=nccl)
+        set(gpus ${ranks})
       elseif(CMAKE_MATCH_2)
         list(APPEND environment LONGSPAN_TEST_PRECISION=${CMAKE_MATCH_2})
       endif()
@@ -231,7 +236,7 @@ if(LONGSPAN_HAS_CUDA)
       if(name STREQUAL golden)
         set(arguments ${golden})
       endif()
-      add_test(NAME ${test} COMMAND ${mpirun} -n ${ranks} $<TARGET_FILE:test_${name}> ${arguments})
+      add_test(NAME ${test} COMMAND on_gpu ${gpus} ${mpirun} -n ${ranks} $<TARGET_FILE:test_${name}> ${arguments})
       set_tests_properties(${test} PROPERTIES ENVIRONMENT "${environment}" TIMEOUT 1500
         PROCESSORS ${ranks} LABELS gpu SKIP_RETURN_CODE 77)
     endforeach()
@@ -246,7 +251,7 @@ if(LONGSPAN_HAS_CUDA)
     if(NOT COMPUTE_SANITIZER)
       continue()
     endif()
-    add_test(NAME ${tool}_gpu COMMAND ${COMPUTE_SANITIZER} --tool ${tool} --error-exitcode 1
+    add_test(NAME ${tool}_gpu COMMAND on_gpu 1 ${COMPUTE_SANITIZER} --tool ${tool} --error-exitcode 1
       $<TARGET_FILE:test_golden> ${golden} 3)
     # some machines lend their GPU to programs, but not to this tool
     set_tests_properties(${tool}_gpu PROPERTIES TIMEOUT 3000 LABELS gpu SKIP_RETURN_CODE 77
@@ -306,7 +311,7 @@ target_link_libraries(longspan_program_emulated PRIVATE trainer_emulated longspa
 add_test(NAME train_device COMMAND ${PROJECT_SOURCE_DIR}/tests/train_device.sh $<TARGET_FILE:longspan_program>
   $<TARGET_FILE:longspan_program_emulated> ${PROJECT_BINARY_DIR}/tests/train_device)
 if(LONGSPAN_HAS_CUDA)
-  add_test(NAME train_device_gpu COMMAND ${PROJECT_SOURCE_DIR}/tests/train_device.sh $<TARGET_FILE:longspan_program>
+  add_test(NAME train_device_gpu COMMAND on_gpu 1 ${PROJECT_SOURCE_DIR}/tests/train_device.sh $<TARGET_FILE:longspan_program>
     $<TARGET_FILE:longspan_program> ${PROJECT_BINARY_DIR}/tests/train_device_gpu)
   set_tests_properties(train_device_gpu PROPERTIES ENVIRONMENT "${test_environment};LONGSPAN_TEST_GPU=1" TIMEOUT 1500
     LABELS gpu SKIP_RETURN_CODE 77)
