@@ -181,7 +181,7 @@ __device__ static void pairs_to_keys(const linear &x, const pairs &p, const stri
                 for (int k = 0; k < M::TOGETHER; k++) {
                     g.v[k] = sum.at(u, v + k);
                     if (f + k < x.exponentials && p.of_k->by[j] != 0)
-                        g.v[k] *= feature_of(x, p.k, *p.of_k, j, f + k, p.k.made[(s.R + j) * x.r + f + k]);
+                        g.v[k] *= exponential_of(*p.of_k, j, p.k.made[(s.R + j) * x.r + f + k]);
                 }
                 put_gradients(x, p.k, s, *p.of_k, j, f, 0, g);
             }
@@ -487,7 +487,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
                 const ls_real *from = dB + row * pitch + f;
                 ls_real y = from[0] + of_z[f];
                 if (x.turns) y = of_k.sine[row] * y + of_k.cosine[row] * (from[x.r] + of_z[x.r + f]);
-                if (f < x.exponentials) y *= feature_of(x, k, of_k, row, f, raw[i].v[e]);
+                if (f < x.exponentials) y *= exponential_of(of_k, row, raw[i].v[e]);
                 g[i].v[e] = y;
             }
             for (int i = 0; i < PIECES; i++) put_gradients(x, k, s, of_k, row, f0 + of_share(i), add, g[i]);

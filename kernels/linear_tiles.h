@@ -193,14 +193,10 @@ __device__ static void find_facts(const linear &x, const features &f, const stri
     to->cosine[r] = turn.cosine;
 }
 
-/* Feature f of row i, as it was made, and before it is turned. */
-__device__ static inline ls_real feature_of(const linear &x, const features &y, const facts &of, int i, int f,
-                                            ls_real raw)
+/* What the exponent of a key's feature is worth. Above c are only keys that nobody sees. */
+__device__ static inline ls_real exponential_of(const facts &of, int i, ls_real exponent)
 {
-    if (f >= x.exponentials) return of.by[i] * raw;
-    /* above 0 are only keys that nobody sees */
-    if (y.keys) return ls_exp(raw - of.past[i] > 0 ? 0 : raw - of.past[i]);
-    return of.by[i] * of.past[i] * raw;
+    return ls_exp(exponent - of.past[i] > 0 ? 0 : exponent - of.past[i]);
 }
 
 /* N times four numbers that features are made of, from f(n) on, of the strip's rows row(n); 0 where there are none: of

@@ -223,12 +223,10 @@ if(LONGSPAN_HAS_CUDA)
       string(REGEX MATCH "^([a-z]+)_?(.*)$" match ${run})
       set(name ${CMAKE_MATCH_1})
       set(environment ${test_environment} LONGSPAN_TEST_DEVICE=cuda LONGSPAN_TEST_GPU=1)
-      set(gpus 1)
       if(CMAKE_MATCH_2 STREQUAL poisoned) # each buffer waits for the GPU then: one setting in nine
         list(APPEND environment LONGSPAN_POISON=1 LONGSPAN_TEST_EVERY=9)
       elseif(CMAKE_MATCH_2 STREQUAL nccl)
         list(APPEND environment LONGSPAN_TEST_TRANSPORT=nccl)
-        set(gpus ${ranks})
       elseif(CMAKE_MATCH_2)
         list(APPEND environment LONGSPAN_TEST_PRECISION=${CMAKE_MATCH_2})
       endif()
@@ -236,7 +234,7 @@ if(LONGSPAN_HAS_CUDA)
       if(name STREQUAL golden)
         set(arguments ${golden})
       endif()
-      add_test(NAME ${test} COMMAND on_gpu ${gpus} ${mpirun} -n ${ranks} $<TARGET_FILE:test_${name}> ${arguments})
+      add_test(NAME ${test} COMMAND on_gpu ${ranks} ${mpirun} -n ${ranks} $<TARGET_FILE:test_${name}> ${arguments})
       set_tests_properties(${test} PROPERTIES ENVIRONMENT "${environment}" TIMEOUT 1500
         PROCESSORS ${ranks} LABELS gpu SKIP_RETURN_CODE 77)
     endforeach()
@@ -311,7 +309,7 @@ target_link_libraries(longspan_program_emulated PRIVATE trainer_emulated longspa
 add_test(NAME train_device COMMAND ${PROJECT_SOURCE_DIR}/tests/train_device.sh $<TARGET_FILE:longspan_program>
   $<TARGET_FILE:longspan_program_emulated> ${PROJECT_BINARY_DIR}/tests/train_device)
 if(LONGSPAN_HAS_CUDA)
-  add_test(NAME train_device_gpu COMMAND on_gpu 1 ${PROJECT_SOURCE_DIR}/tests/train_device.sh $<TARGET_FILE:longspan_program>
+  add_test(NAME train_device_gpu COMMAND ${PROJECT_SOURCE_DIR}/tests/train_device.sh $<TARGET_FILE:longspan_program>
     $<TARGET_FILE:longspan_program> ${PROJECT_BINARY_DIR}/tests/train_device_gpu)
   set_tests_properties(train_device_gpu PROPERTIES ENVIRONMENT "${test_environment};LONGSPAN_TEST_GPU=1" TIMEOUT 1500
     LABELS gpu SKIP_RETURN_CODE 77)
