@@ -206,7 +206,8 @@ __device__ static void find_steep(desk *x, int make)
             if (make) y.m[j * y.R + r] = ls_exp(above);
         }
     }
-    if (steep) x->mine.steep = 1;
+    steep = __syncthreads_or(steep);
+    if (threadIdx.x == 0) x->mine.steep = steep;
     __syncthreads();
 }
 

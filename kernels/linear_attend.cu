@@ -219,7 +219,7 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
         __syncthreads();
         find_facts(x, q, s, PAST, &of_q);
         if (NEAR) {
-            const pairs p = {q_near, k_near, &near_q, &near_k, is_steep(x, s.P, end_of(x, s.P, k_near.from))};
+            const pairs p = {q_near, k_near, &near_q, &near_k, is_steep(x, s.P, k_near.from)};
             find_facts(x, q_near, s, p.steep ? ALONE : NEAR_BY, &near_q);
             find_facts(x, k_near, s, PAST, &near_k);
             multiply_pairs<M>(x, p, s, a, b, w);
@@ -372,7 +372,7 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
         const strip s = strip_number(x, n);
         const int64_t state = state_of(s, NEAR);
         ls_real *dA = fits ? beside : x.dA + s.R * pitch;
-        const pairs p = {q_near, k_near, &near_q, &near_k, NEAR && is_steep(x, s.P, end_of(x, s.P, k_near.from))};
+        const pairs p = {q_near, k_near, &near_q, &near_k, NEAR && is_steep(x, s.P, k_near.from)};
         __syncthreads();
         find_facts(x, q, s, PAST, &of_q);
         if (NEAR) {

@@ -127,7 +127,7 @@ __global__ static void weigh_backward(linear x)
 /* Steep problems pair by pair, a block for each: w, da, and db, which is that of x. */
 #define EACH_STEEP(i, x, end, problems)                                                                                \
     for (int64_t i = blockIdx.x; i < (problems); i += gridDim.x)                                                       \
-        if (is_steep(x, i, end_of(x, i, end)))
+        if (is_steep(x, i, end))
 
 __global__ static void steep_weights(linear x, level end, int64_t problems)
 {
@@ -182,7 +182,7 @@ __global__ static void finish_near_keys(linear x, level end, int64_t rows, int64
     LS_EACH_ROW(R, rows)
     {
         const int64_t i = R / (x.n * repeats), row = i * x.n + R % x.n;
-        if (is_steep(x, i, end_of(x, i, end))) continue;
+        if (is_steep(x, i, end)) continue;
         LS_EACH_LANE(f, x.exponentials) db[R * x.r + f] *= x.b[row * x.r + f];
     }
 }
@@ -298,8 +298,7 @@ __global__ static void see_from(linear x, level c)
 __device__ static inline ls_real near_by(const linear &x, int64_t R, level end)
 {
     if (x.exponentials == 0) return 1;
-    const ls_real last = level_of(end, x.s, place_of(x.s, R));
-    return x.c[R] == -INFINITY || is_steep(x, R / x.M, last) ? 1 : ls_exp(last - x.c[R]);
+    return x.c[R] == -INFINITY || is_steep(x, R / x.M, end) ? 1 : ls_exp(end_of(x, R / x.M, end) - x.c[R]);
 }
 
 /* a is 0 where no query is; a_near. */

@@ -165,17 +165,18 @@ __device__ static inline angle angle_of(const linear &x, const side &s, int64_t 
     return y;
 }
 
-/* Does c rise too much in problem number i for its keys to be seen from c at its end? */
-__device__ static inline int is_steep(const linear &x, int64_t i, ls_real end)
-{
-    return x.exponentials > 0 &&
-           end - x.c[i * x.M] > (ls_real)LS_LINEAR_RISE; /* also from -inf on, not if all is -inf */
-}
-
 /* c at the end of problem i. */
 __device__ static inline ls_real end_of(const linear &x, int64_t i, level end)
 {
     return level_of(end, x.s, place_of(x.s, i * x.M + x.M - 1));
+}
+
+/* Does c rise too much in problem number i for its keys to be seen from c at its end? Without exponentials there is no
+ * c. */
+__device__ static inline int is_steep(const linear &x, int64_t i, level end)
+{
+    return x.exponentials > 0 &&
+           end_of(x, i, end) - x.c[i * x.M] > (ls_real)LS_LINEAR_RISE; /* also from -inf on, not if all is -inf */
 }
 
 /* The exponentials of a key row seen from c, or its other features. */

@@ -4,6 +4,8 @@
 #include "cuda.h"
 #include "rng_inline.h"
 
+#include <cuda_copy.h>
+
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -202,7 +204,7 @@ template <typename T> static void check_reductions(int n)
     std::vector<T> in((size_t)n);
     for (int i = 0; i < n; i++) in[(size_t)i] = (T)((i * 37) % 101 - 60);
     const on_device<T> x(in), y(std::vector<T>((size_t)n * 4));
-    LS_LAUNCH(q, reductions<T>, 2, n, 0, y.p, x.p);
+    LS_LAUNCH(q, reductions<T>, 1, n, 0, y.p, x.p);
     launched();
     const std::vector<T> out = y.host();
     T sum = 0, most = in[0];
@@ -547,12 +549,14 @@ static void test_allocations(void **)
     }
     for (void *one : p) ls_cuda_device.release(one);
     assert_null(ls_cuda_device.alloc((size_t)1 << 40));
-    launched(); /* no error is left behind */
+    launched();         /* no error is left behind */
+#ifndef EMULATOR_CHECKS /* otherwise nobody can see it */
     float fresh;
     void *one = ls_cuda_device.alloc(4);
     assert_int_equal(cudaMemcpy(&fresh, one, 4, cudaMemcpyDeviceToHost), cudaSuccess);
     assert_true(isnan(fresh));
     ls_cuda_device.release(one);
+#endif
 }
 
 /* ------------------------------------------------------------------------------------------------ what must crash */
@@ -617,6 +621,14 @@ __global__ static void not_in_mask()
     __syncwarp(1);
 }
 
+#ifdef EMULATOR_CHECKS /* seen before it happens */
+static const int outside = SIGABRT;
+static const char behind[] = "which is not allocated";
+#else
+static const int outside = SIGSEGV;
+static const char behind[] = "behind the end";
+#endif
+
 static void test_crashes(void **)
 {
     char said[4096];
@@ -625,7 +637,7 @@ static void test_crashes(void **)
     assert_int_equal(ends_by([] { device_memory[3] = 1; }, said, sizeof said), SIGSEGV);
     assert_int_equal(ends_by([] { LS_LAUNCH(q, touch, 1, 1, 0, (float *)device_memory, 99); }, said, sizeof said), -1);
     assert_int_equal(ends_by([] { LS_LAUNCH(q, touch, 1, 1, 0, (float *)device_memory, 1 << 26); }, said, sizeof said),
-                     SIGSEGV);
+                     outside);
     assert_int_equal(ends_by(
                          [] {
                              LS_LAUNCH(q, touch, 1, 1, 0, (float *)device_memory, 100);
@@ -633,7 +645,7 @@ static void test_crashes(void **)
                          },
                          said, sizeof said),
                      SIGABRT);
-    assert_non_null(strstr(said, "behind the end"));
+    assert_non_null(strstr(said, behind));
     assert_int_equal(ends_by([] { LS_LAUNCH(q, touch_shared, 1, 1, 32, 7); }, said, sizeof said), -1);
     assert_int_equal(ends_by([] { LS_LAUNCH(q, touch_shared, 1, 1, 32, 8); }, said, sizeof said), SIGSEGV);
     assert_int_equal(ends_by([] { LS_LAUNCH(q, divergent, 1, 64, 0, 40); }, said, sizeof said), SIGABRT);
@@ -646,6 +658,112 @@ static void test_crashes(void **)
     assert_int_equal(ends_by([] { LS_LAUNCH(q, not_in_mask, 1, 2, 0); }, said, sizeof said), SIGABRT);
     ls_cuda_device.release((void *)device_memory);
 }
+
+#ifdef EMULATOR_CHECKS
+/* Each thread leaves a number in shared memory and takes that of thread t ^ apart; between, the threads meet. */
+enum meeting { NOWHERE, SHUFFLE, SYNCWARP, SYNCTHREADS };
+__global__ static void exchanges(int *out, int apart, int where)
+{
+    __shared__ int x[64];
+    const int t = (int)threadIdx.x;
+    x[t] = t;
+    if (where == SHUFFLE) out[t] = __shfl_xor_sync(0xffffffffu, t, 1);
+    if (where == SYNCWARP) __syncwarp();
+    if (where == SYNCTHREADS) __syncthreads();
+    out[t] = x[t ^ apart];
+}
+
+/* The same in memory that all blocks have, a number for each thread, and `beside` numbers apart. */
+__global__ static void takes(int *memory, int *out, int beside)
+{
+    const int t = (int)(threadIdx.x + blockIdx.x * blockDim.x), n = (int)(blockDim.x * gridDim.x);
+    memory[t] = t;
+    __syncthreads();
+    out[t] = memory[(t + beside) % n];
+}
+
+__global__ static void reads(const float *x, int64_t at, float *out)
+{
+    out[threadIdx.x] = x[at];
+}
+
+__global__ static void reads_two(const float *x, int64_t at, float2 *out)
+{
+    out[threadIdx.x] = *reinterpret_cast<const float2 *>(x + at);
+}
+
+__global__ static void copies_and_reads(const float *x, float *out, int waits)
+{
+    __shared__ float to[32];
+    ls_copy<4>(to + threadIdx.x, x, true);
+    ls_copy_close();
+    if (waits) ls_copy_wait<0>();
+    out[threadIdx.x] = to[threadIdx.x];
+    ls_copy_wait<0>();
+}
+
+static float *checked;
+static int *numbers;
+
+/* Whether a child that does this is stopped with these words; NULL: it is not stopped. */
+static void stops(void (*act)(), const char *word)
+{
+    char said[4096];
+    const int signal = ends_by(act, said, sizeof said);
+    if (signal != (word == NULL ? -1 : SIGABRT) || (word != NULL && strstr(said, word) == NULL))
+        fail_msg("signal %d, expected to hear: %s, heard: %s", signal, word == NULL ? "nothing" : word, said);
+}
+
+static void test_checks(void **)
+{
+    const on_device<float> some(std::vector<float>(4)), fresh_room(std::vector<float>(64));
+    const on_device<int> a(std::vector<int>(64)), b(std::vector<int>(64));
+    static int *memory;
+    checked = some.p, numbers = a.p, memory = b.p;
+    static float *room;
+    room = fresh_room.p;
+
+    const char *const race = "with no barrier between";
+    stops([] { LS_LAUNCH(q, exchanges, 1, 64, 0, numbers, 0, NOWHERE); }, NULL);
+    stops([] { LS_LAUNCH(q, exchanges, 1, 64, 0, numbers, 1, NOWHERE); }, race);
+    stops([] { LS_LAUNCH(q, exchanges, 1, 64, 0, numbers, 1, SHUFFLE); }, race);
+    stops([] { LS_LAUNCH(q, exchanges, 1, 64, 0, numbers, 1, SYNCWARP); }, NULL);
+    stops([] { LS_LAUNCH(q, exchanges, 1, 64, 0, numbers, 32, SYNCWARP); }, race);
+    stops([] { LS_LAUNCH(q, exchanges, 2, 64, 0, numbers, 32, SYNCTHREADS); }, "which another block has written");
+    stops([] { LS_LAUNCH(q, exchanges, 1, 64, 0, numbers, 32, SYNCTHREADS); }, NULL);
+    stops([] { LS_LAUNCH(q, takes, 2, 32, 0, memory, numbers, 0); }, NULL);
+    stops([] { LS_LAUNCH(q, takes, 1, 64, 0, memory, numbers, 1); }, NULL);
+    stops([] { LS_LAUNCH(q, takes, 2, 32, 0, memory, numbers, 1); }, "which another block has");
+
+    stops([] { LS_LAUNCH(q, copies_and_reads, 1, 32, 0, checked, room, 1); }, NULL);
+    stops([] { LS_LAUNCH(q, copies_and_reads, 1, 32, 0, checked, room, 0); }, "has copied to, and not waited for");
+
+    stops([] { LS_LAUNCH(q, reads, 1, 1, 0, checked, 3, room); }, NULL);
+    stops([] { LS_LAUNCH(q, reads, 1, 1, 0, checked, 4, room); }, "which is not allocated");
+    stops([] { LS_LAUNCH(q, reads_two, 1, 1, 0, checked, 2, reinterpret_cast<float2 *>(room)); }, NULL);
+    stops([] { LS_LAUNCH(q, reads_two, 1, 1, 0, checked, 1, reinterpret_cast<float2 *>(room)); },
+          "on no boundary of 8");
+    stops(
+        [] {
+            const float *fresh = static_cast<float *>(ls_cuda_device.alloc(4));
+            LS_LAUNCH(q, reads, 1, 1, 0, fresh, 0, room);
+        },
+        "which nobody has written");
+    stops(
+        [] {
+            ls_cuda_device.poison(checked, 4);
+            LS_LAUNCH(q, reads, 1, 1, 0, checked, 0, room);
+        },
+        "which nobody has written");
+    stops(
+        [] {
+            ls_cuda_device.poison(checked, 4);
+            ls_gemm_batch(q, 0, 0, 1, 1, 1, 1, reinterpret_cast<ls_real *>(checked), 1, 0,
+                          reinterpret_cast<ls_real *>(room), 1, 0, 0, reinterpret_cast<ls_real *>(room + 8), 1, 0, 1);
+        },
+        "cuBLAS reads");
+}
+#endif
 
 static void test_devices(void **)
 {
@@ -674,14 +792,24 @@ static int close_queue(void **)
 int main()
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_shuffles),          cmocka_unit_test(test_parts_of_warps),
-        cmocka_unit_test(test_barriers),          cmocka_unit_test(test_reductions),
-        cmocka_unit_test(test_launches),          cmocka_unit_test(test_products),
-        cmocka_unit_test(test_many_products),     cmocka_unit_test(test_copies),
-        cmocka_unit_test(test_products_of_heads), cmocka_unit_test(test_allocations),
-        cmocka_unit_test(test_crashes),           cmocka_unit_test(test_devices),
-        cmocka_unit_test(test_products_rounded),  cmocka_unit_test(test_copies_ahead),
+        cmocka_unit_test(test_shuffles),
+        cmocka_unit_test(test_parts_of_warps),
+        cmocka_unit_test(test_barriers),
+        cmocka_unit_test(test_reductions),
+        cmocka_unit_test(test_launches),
+        cmocka_unit_test(test_products),
+        cmocka_unit_test(test_many_products),
+        cmocka_unit_test(test_copies),
+        cmocka_unit_test(test_products_of_heads),
+        cmocka_unit_test(test_allocations),
+        cmocka_unit_test(test_crashes),
+        cmocka_unit_test(test_devices),
+        cmocka_unit_test(test_products_rounded),
+        cmocka_unit_test(test_copies_ahead),
         cmocka_unit_test(test_watched_waits),
+#ifdef EMULATOR_CHECKS
+        cmocka_unit_test(test_checks),
+#endif
     };
     return cmocka_run_group_tests(tests, open_queue, close_queue);
 }

@@ -23,16 +23,16 @@ struct mma_table {
 static mma_table mma_tables[32][2]; /* of the warps of a block */
 static bool mma_turn[32][32];       /* of the lanes of the warps */
 
-static inline mma_table &mma_next_table()
+EMULATOR_UNCHECKED static inline mma_table &mma_next_table()
 {
     const unsigned warp = threadIdx.x / 32;
     return mma_tables[warp][mma_turn[warp][threadIdx.x % 32] ^= true];
 }
 
 /* All have written their part of the table when this returns. */
-static inline void mma_meet(const mma_table &table)
+EMULATOR_UNCHECKED static inline void mma_meet(const mma_table &table)
 {
-    __syncwarp();
+    emulator::collect(MEET, 0xffffffffu, 0, 0, 32, __FILE__, __LINE__);
     const int mine = table.line[threadIdx.x % 32];
     if (mine != table.line[0]) {
         fprintf(stderr, "emulator: lanes of a warp are at matrix instructions of lines %d and %d\n", table.line[0],
@@ -41,26 +41,26 @@ static inline void mma_meet(const mma_table &table)
     }
 }
 
-static inline float mma_number(uint32_t two, int which)
+EMULATOR_UNCHECKED static inline float mma_number(uint32_t two, int which)
 {
     return __bfloat162float({(uint16_t)(which == 0 ? two & 0xffff : two >> 16)});
 }
 /* The float next to x on the side of 0. */
-static inline float mma_towards_0(double x)
+EMULATOR_UNCHECKED static inline float mma_towards_0(double x)
 {
     const float near = (float)x;
     return std::fabs((double)near) > std::fabs(x) ? std::nextafterf(near, 0) : near;
 }
-static inline float mma_a(const mma_table &table, int row, int column)
+EMULATOR_UNCHECKED static inline float mma_a(const mma_table &table, int row, int column)
 {
     return mma_number(table.a[row % 8 * 4 + column % 8 / 2][row / 8 + column / 8 * 2], column % 2);
 }
-static inline float mma_b(const mma_table &table, int row, int column)
+EMULATOR_UNCHECKED static inline float mma_b(const mma_table &table, int row, int column)
 {
     return mma_number(table.b[column * 4 + row % 8 / 2][row / 8], row % 2);
 }
 
-static inline void mma_load(uint32_t x[4], const __nv_bfloat16 *row, bool transposed, int line)
+EMULATOR_UNCHECKED static inline void mma_load(uint32_t x[4], const __nv_bfloat16 *row, bool transposed, int line)
 {
     const int lane = (int)threadIdx.x % 32;
     mma_table &table = mma_next_table();
@@ -68,6 +68,7 @@ static inline void mma_load(uint32_t x[4], const __nv_bfloat16 *row, bool transp
         fprintf(stderr, "emulator: a row of a matrix instruction is not aligned\n");
         abort();
     }
+    check_read(row, sizeof table.row[lane]);
     memcpy(table.row[lane], row, sizeof table.row[lane]);
     table.line[lane] = line;
     mma_meet(table);
@@ -81,17 +82,19 @@ static inline void mma_load(uint32_t x[4], const __nv_bfloat16 *row, bool transp
 }
 } // namespace emulator
 
-static inline void ls_mma_load(uint32_t x[4], const __nv_bfloat16 *row, int line = __builtin_LINE())
+EMULATOR_UNCHECKED static inline void ls_mma_load(uint32_t x[4], const __nv_bfloat16 *row, int line = __builtin_LINE())
 {
     emulator::mma_load(x, row, false, line);
 }
 
-static inline void ls_mma_load_transposed(uint32_t x[4], const __nv_bfloat16 *row, int line = __builtin_LINE())
+EMULATOR_UNCHECKED static inline void ls_mma_load_transposed(uint32_t x[4], const __nv_bfloat16 *row,
+                                                             int line = __builtin_LINE())
 {
     emulator::mma_load(x, row, true, line);
 }
 
-static inline void ls_mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, int line = __builtin_LINE())
+EMULATOR_UNCHECKED static inline void ls_mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1,
+                                             int line = __builtin_LINE())
 {
     const int lane = (int)threadIdx.x % 32;
     emulator::mma_table &table = emulator::mma_next_table();
@@ -108,8 +111,8 @@ static inline void ls_mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t
 }
 
 /* In double a lane names its numbers by where they stand: PTX ISA, mma.m16n8k8 with .f64. */
-static inline void ls_mma_double(double (&c)[4], const double (&a)[4], const double (&b)[2],
-                                 int line = __builtin_LINE())
+EMULATOR_UNCHECKED static inline void ls_mma_double(double (&c)[4], const double (&a)[4], const double (&b)[2],
+                                                    int line = __builtin_LINE())
 {
     const int lane = (int)threadIdx.x % 32, group = lane >> 2, in_group = lane % 4;
     emulator::mma_table &table = emulator::mma_next_table();

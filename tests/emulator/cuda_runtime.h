@@ -25,6 +25,7 @@
 #define EMULATOR_CUDA_RUNTIME_H
 
 #include "cuda_runtime_api.h"
+#include "checks.h"
 
 #include <math.h>
 #include <string.h>
@@ -103,10 +104,11 @@ static const int warpSize = 32;
 /* ---- what threads of a block say to each other */
 namespace emulator
 {
-enum collective { SYNC, SHUFFLE, SHUFFLE_XOR, SHUFFLE_UP, SHUFFLE_DOWN, BALLOT, ANY, ALL };
+[[noreturn]] void die(const char *what);
+enum collective { SYNC, MEET, SHUFFLE, SHUFFLE_XOR, SHUFFLE_UP, SHUFFLE_DOWN, BALLOT, ANY, ALL };
 /* The calling thread waits for the lanes of mask, and gets what it is to know: 8 bytes of value, or a vote. */
 uint64_t collect(collective, unsigned mask, uint64_t value, int argument, int width, const char *file, int line);
-void barrier(const char *file, int line);
+int barrier(const char *file, int line, int vote);
 unsigned char *shared_memory();
 
 template <typename T>
@@ -125,7 +127,11 @@ static inline T shuffle(collective what, unsigned mask, T x, int argument, int w
 #define EMULATOR_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 static inline void __syncthreads(EMULATOR_HERE)
 {
-    emulator::barrier(file, line);
+    emulator::barrier(file, line, 0);
+}
+static inline int __syncthreads_or(int predicate, EMULATOR_HERE)
+{
+    return emulator::barrier(file, line, predicate != 0);
 }
 static inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATOR_HERE)
 {
@@ -164,31 +170,31 @@ static inline void __threadfence() {}
 
 /* ---- arithmetic; no atomics on floating numbers, whose sums would depend on an order */
 #define EMULATOR_ATOMICS(T)                                                                                            \
-    static inline T atomicAdd(T *at, T x)                                                                              \
+    EMULATOR_UNCHECKED static inline T atomicAdd(T *at, T x)                                                           \
     {                                                                                                                  \
         const T old = *at;                                                                                             \
         *at = (T)(old + x);                                                                                            \
         return old;                                                                                                    \
     }                                                                                                                  \
-    static inline T atomicMax(T *at, T x)                                                                              \
+    EMULATOR_UNCHECKED static inline T atomicMax(T *at, T x)                                                           \
     {                                                                                                                  \
         const T old = *at;                                                                                             \
         if (x > old) *at = x;                                                                                          \
         return old;                                                                                                    \
     }                                                                                                                  \
-    static inline T atomicMin(T *at, T x)                                                                              \
+    EMULATOR_UNCHECKED static inline T atomicMin(T *at, T x)                                                           \
     {                                                                                                                  \
         const T old = *at;                                                                                             \
         if (x < old) *at = x;                                                                                          \
         return old;                                                                                                    \
     }                                                                                                                  \
-    static inline T atomicExch(T *at, T x)                                                                             \
+    EMULATOR_UNCHECKED static inline T atomicExch(T *at, T x)                                                          \
     {                                                                                                                  \
         const T old = *at;                                                                                             \
         *at = x;                                                                                                       \
         return old;                                                                                                    \
     }                                                                                                                  \
-    static inline T atomicCAS(T *at, T compare, T x)                                                                   \
+    EMULATOR_UNCHECKED static inline T atomicCAS(T *at, T compare, T x)                                                \
     {                                                                                                                  \
         const T old = *at;                                                                                             \
         if (old == compare) *at = x;                                                                                   \

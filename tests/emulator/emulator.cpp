@@ -7,6 +7,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include "checks.h"
 #include "streams.h"
 
 #include <cblas.h>
@@ -90,6 +91,7 @@ cudaError_t reserve_region()
     region = reinterpret_cast<unsigned char *>(round_up(reinterpret_cast<size_t>(got), HUGE_PAGE));
     madvise(region, REGION, MADV_HUGEPAGE); /* the fewer pages, the shorter mprotect's walk */
     key = pkey_alloc(0, PKEY_DISABLE_ACCESS);
+    emulator::check_memory(region, region + REGION);
     if (key >= 0 && pkey_mprotect(region, REGION, PROT_NONE, key) != 0) die("pkey_mprotect of device memory failed");
     return cudaSuccess;
 }
@@ -349,6 +351,7 @@ cudaError_t cudaMalloc(void **p, size_t bytes)
     memset(region + at, FRESH, bytes);
     memset(region + at + bytes, GUARD, whole(bytes) - bytes);
     *p = region + at;
+    emulator::check_allocated(*p, bytes);
     return cudaSuccess;
 }
 
@@ -364,6 +367,7 @@ cudaError_t cudaFree(void *p)
         for (size_t i = one->second; i < whole(one->second); i++)
             if (region[one->first + i] != GUARD) die("a kernel wrote behind the end of an allocation");
     }
+    emulator::check_freed(p, one->second);
     allocated.erase(one);
     set_top();
     return cudaSuccess;
@@ -399,7 +403,11 @@ void copy_rows(unsigned char *to, size_t to_pitch, const unsigned char *from, si
                size_t height)
 {
     emulator::device_access open;
-    for (size_t i = 0; i < height; i++) memmove(to + i * to_pitch, from + i * from_pitch, width);
+    for (size_t i = 0; i < height; i++) {
+        if (!emulator::is_device(to)) emulator::check_taken("a copy", from + i * from_pitch, width);
+        memmove(to + i * to_pitch, from + i * from_pitch, width);
+        emulator::check_copied(to + i * to_pitch, from + i * from_pitch, width);
+    }
 }
 } // namespace
 
@@ -452,6 +460,10 @@ cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t strea
     give(stream, [=] {
         emulator::device_access open;
         memset(p, value, bytes);
+        if (value == FRESH) /* work memory is said to be nobody's again */
+            emulator::check_allocated(p, bytes);
+        else
+            emulator::check_filled(p, bytes);
     });
     return cudaSuccess;
 }
@@ -527,7 +539,8 @@ thread_state thread[MOST];
 warp_state warp[WARPS];
 int count, started, ended, waiting; /* of the block; waiting: at __syncthreads */
 bool at_barrier[MOST];
-uint32_t warps_ready; /* bits of warps with ready lanes */
+int barrier_votes, barrier_vote; /* of those who wait; of the last barrier that all have come to */
+uint32_t warps_ready;            /* bits of warps with ready lanes */
 int current;
 const char *kernel_name;
 void (*kernel_thread)(void *);
@@ -581,7 +594,7 @@ __attribute__((noinline)) void switch_to(worker *to)
 
 void set_thread(int t)
 {
-    current = t;
+    current = emulator::checked_thread = t;
     const unsigned i = (unsigned)t;
     if (blockDim.y == 1 && blockDim.z == 1)
         threadIdx = {i, 0, 0};
@@ -755,11 +768,15 @@ void complete(int w, unsigned mask)
             lane[i].value = votes == here;
             continue;
         case emulator::SYNC:
+        case emulator::MEET:
             continue;
         }
         if (from >= first + width || (lane[i].what == emulator::SHUFFLE_UP && from < first)) from = i;
         lane[i].value = here >> from & 1 ? given[from] : ~(uint64_t)0;
     }
+    const thread_state &any = lane[__builtin_ctz(here)];
+    if (any.what == emulator::SYNC && here == (warp[w].exists & ~warp[w].ended))
+        emulator::check_warp(w, any.file, any.line);
     warp[w].collecting &= ~here;
     warp[w].ready |= here;
     warps_ready |= 1u << w;
@@ -792,6 +809,8 @@ void try_barrier()
     for (int t = 0; t < count; t++)
         if (at_barrier[t]) at_barrier[t] = false, make_ready(t);
     waiting = 0;
+    barrier_vote = barrier_votes, barrier_votes = 0;
+    emulator::check_barrier(thread[first].file, thread[first].line);
 }
 
 void run_threads()
@@ -837,14 +856,17 @@ uint64_t emulator::collect(collective what, unsigned mask, uint64_t value, int a
     return me.value;
 }
 
-void emulator::barrier(const char *file, int line)
+/* Returns whether any thread votes for it. */
+int emulator::barrier(const char *file, int line, int vote)
 {
     const int t = current;
     thread[t].file = file, thread[t].line = line;
     at_barrier[t] = true;
     waiting++;
+    barrier_votes |= vote;
     try_barrier();
     wait_here();
+    return barrier_vote;
 }
 
 unsigned char *emulator::shared_memory()
@@ -870,6 +892,7 @@ int late_threads; /* none behind this one has any */
 
 void make(const late_copy &copy)
 {
+    emulator::check_copy_end(copy.to, copy.bytes);
     if (copy.exists)
         memcpy(copy.to, copy.from, copy.bytes);
     else
@@ -897,6 +920,7 @@ void run_grid(const char *kernel, void (*call)(void *), void *arguments, dim3 gr
     emulator::device_access open;
     host.begun = true;
     self = &host;
+    emulator::check_kernel(kernel, shared_pages, shared_pages + SHARED_END);
     for (unsigned z = 0; z < grid.z; z++)
         for (unsigned y = 0; y < grid.y; y++)
             for (unsigned x = 0; x < grid.x; x++) {
@@ -904,6 +928,7 @@ void run_grid(const char *kernel, void (*call)(void *), void *arguments, dim3 gr
                 memset(shared_now, FRESH, shared);
                 started = ended = waiting = current = 0;
                 warps_ready = 0;
+                emulator::check_block();
                 draw_beginning();
                 for (int w = 0; w * WARP < count; w++) {
                     const int lanes = count - w * WARP;
@@ -913,6 +938,7 @@ void run_grid(const char *kernel, void (*call)(void *), void *arguments, dim3 gr
                 switch_to(take_worker());
                 end_copies();
             }
+    emulator::check_end();
 }
 } // namespace
 
@@ -921,6 +947,7 @@ void emulator::copy_late(void *to, const void *from, size_t bytes, bool exists)
     if ((uintptr_t)to % bytes != 0 || (uintptr_t)from % bytes != 0 || !is_allocated(from, exists ? bytes : 1))
         die("an asynchronous copy is not aligned, or not from device memory");
     const late_copy copy = {to, from, bytes, exists};
+    check_copy(to, exists ? from : NULL, bytes);
     if (at_once_by_chance())
         make(copy);
     else
@@ -1241,6 +1268,11 @@ template <typename T> bool fits(const T *x, int64_t rows, int64_t columns, int64
            emulator::is_allocated(x + (batch - 1) * stride, (size_t)((columns - 1) * ld + rows) * sizeof *x);
 }
 
+template <typename T> void check_columns(const T *x, int rows, int columns, int ld)
+{
+    for (int j = 0; j < columns; j++) emulator::check_taken("cuBLAS", x + (int64_t)j * ld, (size_t)rows * sizeof *x);
+}
+
 /* A matrix as OpenBLAS takes it: as it is, or rounded, in memory that lives as long as the batch. */
 struct as_it_is {
     template <typename T> const T *operator()(const T *x, int, int, int, std::vector<T> &) const
@@ -1317,8 +1349,14 @@ cublasStatus_t batch_of(cublasHandle_t handle, cublasOperation_t op_a, cublasOpe
         std::vector<T> room_a, room_b, room_c;
         for (int i = 0; i < batch; i++) {
             C *ci = c + i * stride_c;
-            if (keeps == 0)
-                for (int j = 0; j < n; j++) memset(ci + (int64_t)j * ldc, 0, (size_t)m * sizeof *ci);
+            if (k > 0) check_columns(a + i * stride_a, a_rows, op_a == CUBLAS_OP_N ? k : m, lda);
+            if (k > 0) check_columns(b + i * stride_b, b_rows, op_b == CUBLAS_OP_N ? n : k, ldb);
+            if (keeps != 0) check_columns(ci, m, n, ldc);
+            for (int j = 0; j < n; j++) {
+                C *column = ci + (int64_t)j * ldc;
+                if (keeps == 0) memset(column, 0, (size_t)m * sizeof *ci);
+                emulator::check_filled(column, (size_t)m * sizeof *ci);
+            }
             T *to = open_matrix(ci, m, n, ldc, room_c);
             gemm(op_a == CUBLAS_OP_N ? CblasNoTrans : CblasTrans, op_b == CUBLAS_OP_N ? CblasNoTrans : CblasTrans, m, n,
                  k, by, taken(a + i * stride_a, a_rows, op_a == CUBLAS_OP_N ? k : m, lda, room_a), lda,

@@ -159,8 +159,11 @@ void check_sent(const messages &sent)
 void deliver(const messages &all)
 {
     const emulator::device_access open;
-    for (const message &m : all)
-        if (m.receive) memcpy(m.memory, m.bytes.data(), m.bytes.size());
+    for (const message &m : all) {
+        if (!m.receive) continue;
+        memcpy(m.memory, m.bytes.data(), m.bytes.size());
+        emulator::check_filled(m.memory, m.bytes.size());
+    }
 }
 
 template <typename T> void add_up(const connection &c, const messages &all, T *to, size_t count)
@@ -175,6 +178,7 @@ template <typename T> void add_up(const connection &c, const messages &all, T *t
         for (size_t r = 1; r < (size_t)c.size; r++) sum += from[(first + r) % (size_t)c.size][i];
         to[i] = sum;
     }
+    emulator::check_filled(to, count * sizeof *to);
 }
 
 /* The messages of calls on one stream leave, and the stream gets the rest of the work. */
@@ -185,8 +189,11 @@ void give(const std::shared_ptr<connection> &c, cudaStream_t stream, messages &&
     emulator::run_given(stream); /* what is sent is there now */
     {
         const emulator::device_access open;
-        for (message &m : *kept)
-            if (!m.receive) memcpy(m.bytes.data(), m.memory, m.bytes.size());
+        for (message &m : *kept) {
+            if (m.receive) continue;
+            emulator::check_taken("ncclSend", m.memory, m.bytes.size());
+            memcpy(m.bytes.data(), m.memory, m.bytes.size());
+        }
     }
     for (message &m : *kept) start(*c, m);
     c->under_way++;

@@ -14,7 +14,7 @@ void give_work(cudaStream_t stream, std::function<void()> act, std::function<boo
 void run_given(cudaStream_t stream);
 /* One step of the stream, or of what it waits for. False: there is none, or it would wait for another process. */
 bool step(cudaStream_t stream);
-void die(const char *what);
+
 } // namespace emulator
 
 #endif
