@@ -1,6 +1,7 @@
 /* Shapes that meet a GPU's limits, against the CPU: heads so wide that a block needs more shared memory than it has
  * unasked, and heads so many that a grid has no second dimension for them. What no block can have is refused by name.
- * And heads that several blocks make, all the same; features that a block makes piece by piece. */
+ * And heads that several blocks make, all the same; features that a block makes piece by piece.
+ *   test_limits [--pieces]   those alone */
 #include "harness.h"
 #include "where.h"
 
@@ -116,14 +117,17 @@ int main(int argc, char **argv)
     verdict(ls_context_create(&options, &cpu) == LS_OK, "%s", ls_last_error());
     const int small =
         getenv("LONGSPAN_EMULATOR_SHARED") != NULL; /* elsewhere heads that are too large are too large to test */
+    const int all = argc < 2 || strcmp(argv[1], "--pieces") != 0;
     if (cpu != NULL && small) refuse("longshort", LS_NS, "r=2,w=3", 2600);
-    if (cpu != NULL && !small) {
+    if (cpu != NULL && !small && all) {
         compare("local", LS_NC, "w=2,align=1", 1, 1, 1040, 4);
         compare("local", LS_NS, "w=2", 1, 1, 2600, 4);
         compare("longshort", LS_CS, "r=2,w=3,c=4", 1, 1, 1040, 12);
         compare("longshort", LS_NS, "r=2,w=3", 1, 1, 2000, 10);
         compare("local", LS_NS, "w=2", 1, 1, 40000, 3);
         slices();
+    }
+    if (cpu != NULL && !small) {
         /* features of several tiles and pieces, rows that can be read by fours and rows that cannot */
         compare("performer", LS_NS, "m=40", 2, 2, 80, 300);
         compare("performer", LS_CS, "m=17", 1, 3, 66, 200);

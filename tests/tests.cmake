@@ -77,10 +77,10 @@ set(nccl_environment LONGSPAN_TEST_TRANSPORT=nccl LONGSPAN_EMULATOR_GPUS=1 LONGS
 # longspan_test(NAME [DOUBLE] [HDF5] [RANKS 1 2 ...] [ARGS ...] [EMULATED 1 2 ...] [EMULATED_DOUBLE 1 2 ...]): programs
 # test_NAME and, with DOUBLE, test_NAME_double, each run once for every rank count. EMULATED: test_NAME_emulated, and
 # EMULATED_DOUBLE: test_NAME_emulated_double, the same test on the emulated GPU, for these rank counts; CHECKED: on one
-# that looks at every access, with work memory that is nobody's until it is written. OUTSIDE: with the library as it is
-# installed, which shows the public header's functions alone.
+# that looks at every access, with work memory that is nobody's until it is written, with CHECKED_ARGS besides. OUTSIDE:
+# with the library as it is installed, which shows the public header's functions alone.
 function(longspan_test name)
-  cmake_parse_arguments(T "DOUBLE;HDF5;TRAINER;OUTSIDE" "" "RANKS;ARGS;SOURCES;EMULATED;EMULATED_DOUBLE;CHECKED" ${ARGN})
+  cmake_parse_arguments(T "DOUBLE;HDF5;TRAINER;OUTSIDE" "" "RANKS;ARGS;SOURCES;EMULATED;EMULATED_DOUBLE;CHECKED;CHECKED_ARGS" ${ARGN})
   set(variants ${name})
   if(T_DOUBLE)
     list(APPEND variants ${name}_double)
@@ -96,6 +96,7 @@ function(longspan_test name)
   endif()
   foreach(variant ${variants})
     set(variant_ranks ${T_RANKS})
+    set(arguments ${T_ARGS})
     set(environment ${test_environment})
     if(variant MATCHES "_(emulated|emulated_double|checked)$")
       set(library ${CMAKE_MATCH_1})
@@ -109,6 +110,7 @@ function(longspan_test name)
       list(APPEND environment ${emulated_environment})
       if(variant MATCHES "checked$")
         list(APPEND environment ${checked_environment})
+        list(APPEND arguments ${T_CHECKED_ARGS})
       endif()
     elseif(variant MATCHES "_double$")
       set(library longspan_double)
@@ -129,11 +131,11 @@ function(longspan_test name)
       target_link_libraries(test_${variant} PRIVATE ${HDF5_C_LIBRARIES})
     endif()
     if(NOT variant_ranks)
-      add_test(NAME ${variant} COMMAND test_${variant} ${T_ARGS})
+      add_test(NAME ${variant} COMMAND test_${variant} ${arguments})
       set_tests_properties(${variant} PROPERTIES ENVIRONMENT "${environment}" TIMEOUT 1500)
     endif()
     foreach(ranks ${variant_ranks})
-      add_test(NAME ${variant}_${ranks} COMMAND ${mpirun} -n ${ranks} $<TARGET_FILE:test_${variant}> ${T_ARGS})
+      add_test(NAME ${variant}_${ranks} COMMAND ${mpirun} -n ${ranks} $<TARGET_FILE:test_${variant}> ${arguments})
       set_tests_properties(${variant}_${ranks} PROPERTIES ENVIRONMENT "${environment}" TIMEOUT 1500
         PROCESSORS ${ranks})
     endforeach()
@@ -152,7 +154,7 @@ longspan_test(golden DOUBLE CHECKED 1 HDF5 SOURCES ${harness} RANKS 1 2 3 5 ARGS
 longspan_test(gradients DOUBLE SOURCES ${harness} RANKS 1 2 EMULATED_DOUBLE 1)
 longspan_test(probsparse DOUBLE SOURCES ${harness} RANKS 1 3 EMULATED 1 3 EMULATED_DOUBLE 1 3)
 longspan_test(laws DOUBLE CHECKED 2 SOURCES ${harness} RANKS 1 2 3 4 5 7 EMULATED 1 2 3)
-longspan_test(limits SOURCES ${harness} RANKS 1 EMULATED 1 2 EMULATED_DOUBLE 1)
+longspan_test(limits SOURCES ${harness} RANKS 1 EMULATED 1 2 EMULATED_DOUBLE 1 CHECKED 1 CHECKED_ARGS --pieces)
 set_tests_properties(limits_1 PROPERTIES SKIP_RETURN_CODE 77) # there is nothing to limit on the CPU
 longspan_test(precision DOUBLE CHECKED 1 SOURCES ${harness} RANKS 1 EMULATED 1 2 EMULATED_DOUBLE 1)
 

@@ -1,7 +1,8 @@
 /* The emulator: enough of CUDA to compile the .cu files as C++ and run them on the CPU, for tests where there is no
  * GPU. It stands before the real header (-I tests/emulator); what it runs is as the hardware would, only in one fixed
  * order: blocks one after the other, and each thread of a block until it waits. That order is one of those a GPU may
- * choose, so what passes here may still have a race; what waits for what never comes is found, and stops the program.
+ * choose, so what passes here may still have a race, unless it was looked for (checks.h); what waits for what never
+ * comes is found, and stops the program.
  *
  *   - Each CUDA thread is a fiber with a stack of its own. A kernel whose threads never wait runs on one stack.
  *   - Device memory is one region of addresses that nobody may touch but while a kernel, a copy or a cuBLAS call runs:
