@@ -216,6 +216,22 @@ LS_BOTH_SIDES int ls_is_four(const ls_real *x)
     return (uintptr_t)x % sizeof(ls_four) == 0;
 }
 
+/* N numbers of a row of which only n are left; aligned: all can be read or written at once. What is not there is 0. */
+template <int N> __device__ static inline ls_few<N> ls_read_some(const ls_real *from, int n, int aligned)
+{
+    ls_few<N> y = {};
+    if (n >= N && aligned) return ls_few_at<N>(from);
+    for (int k = 0; k < N && k < n; k++) y.v[k] = from[k];
+    return y;
+}
+template <int N> __device__ static inline void ls_write_some(const ls_few<N> &y, ls_real *to, int n, int aligned)
+{
+    if (n >= N && aligned)
+        ls_put_few<N>(to, y);
+    else
+        for (int k = 0; k < N && k < n; k++) to[k] = y.v[k];
+}
+
 /* Whether rows of a view, d numbers each, can be read by fours. */
 static inline int ls_rows_are_fours(ls_view v, int64_t d)
 {

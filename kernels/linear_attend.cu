@@ -48,9 +48,9 @@ __device__ static inline void put_rows(const linear &x, const strip &s, sums<M, 
         for (int c = 0; c < sum.V; c += M::TOGETHER) {
             const int left = x.d - e0 - sum.column(c);
             ls_few<M::TOGETHER> y = {};
-            if (add) y = read_some<M::TOGETHER>(to + sum.column(c), left, fours);
+            if (add) y = ls_read_some<M::TOGETHER>(to + sum.column(c), left, fours);
             for (int k = 0; k < M::TOGETHER; k++) y.v[k] += made(i, sum.at(u, c + k));
-            write_some<M::TOGETHER>(y, to + sum.column(c), left, fours);
+            ls_write_some<M::TOGETHER>(y, to + sum.column(c), left, fours);
         }
     }
 }
@@ -142,7 +142,7 @@ __device__ static void pairs_to_queries(const linear &x, const pairs &p, const s
                 if (i >= s.count || f >= x.r) continue;
                 ls_few<M::TOGETHER> g;
                 for (int k = 0; k < M::TOGETHER; k++) g.v[k] = sum.at(u, v + k);
-                write_some<M::TOGETHER>(g, x.da + (s.R + i) * x.r + f, x.r - f, x.r % 4 == 0);
+                ls_write_some<M::TOGETHER>(g, x.da + (s.R + i) * x.r + f, x.r - f, x.r % 4 == 0);
             }
     }
 }
@@ -217,11 +217,11 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
         const ls_real *mine = S + state * x.F * x.d;
         typename M::exact D = 0;
         __syncthreads();
-        find_facts(x, q, s, PAST, &of_q);
+        find_facts<OF_QUERIES>(x, q, s, PAST, &of_q);
         if (NEAR) {
             const pairs p = {q_near, k_near, &near_q, &near_k, is_steep(x, s.P, k_near.from)};
-            find_facts(x, q_near, s, p.steep ? ALONE : NEAR_BY, &near_q);
-            find_facts(x, k_near, s, PAST, &near_k);
+            find_facts<OF_QUERIES>(x, q_near, s, p.steep ? ALONE : NEAR_BY, &near_q);
+            find_facts<OF_KEYS>(x, k_near, s, PAST, &near_k);
             multiply_pairs<M>(x, p, s, a, b, w);
             __syncthreads();
             add_row_times<M>(w + row * M::PITCH, NULL, SIDE, D);
@@ -374,10 +374,10 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
         ls_real *dA = fits ? beside : x.dA + s.R * pitch;
         const pairs p = {q_near, k_near, &near_q, &near_k, NEAR && is_steep(x, s.P, k_near.from)};
         __syncthreads();
-        find_facts(x, q, s, PAST, &of_q);
+        find_facts<OF_QUERIES>(x, q, s, PAST, &of_q);
         if (NEAR) {
-            find_facts(x, q_near, s, p.steep ? ALONE : NEAR_BY, &near_q);
-            find_facts(x, k_near, s, PAST, &near_k);
+            find_facts<OF_QUERIES>(x, q_near, s, p.steep ? ALONE : NEAR_BY, &near_q);
+            find_facts<OF_KEYS>(x, k_near, s, PAST, &near_k);
             multiply_pairs<M>(x, p, s, a, b, w);
             sums<M, ROWS_ROWS> gain;
             gain.clear();
@@ -452,7 +452,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
         const int64_t state = state_of(s, of_chunks);
         ls_real *dB = fits ? beside : x.dA + s.R * pitch;
         __syncthreads();
-        find_facts(x, k, s, PAST, &of_k);
+        find_facts<OF_KEYS>(x, k, s, PAST, &of_k);
         for (int e0 = 0; e0 < x.d; e0 += SIDE) {
             sums<M, ROWS_COLUMNS> sum;
             sum.clear();

@@ -29,7 +29,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
             for (int u = 0; u < rows_each; u += SIDE) {
                 const strip s = strip_of(x, P, u);
                 __syncthreads();
-                find_facts(x, of, s, PAST, &rows);
+                find_facts<SEEN>(x, of, s, PAST, &rows);
                 load_rows<M>(x, s, e0, matrix, of.at.pad, fours, of_matrix);
                 __syncthreads();
 #pragma unroll 1
@@ -65,7 +65,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
                         ls_few<M::TOGETHER> y;
                         for (int k = 0; k < M::TOGETHER; k++) y.v[k] = sum[q].at(a, c + k);
                         if (f < x.F && e < x.d)
-                            write_some<M::TOGETHER>(y, x.S + (P * x.F + f) * x.d + e, x.d - e, x.d % 4 == 0);
+                            ls_write_some<M::TOGETHER>(y, x.S + (P * x.F + f) * x.d + e, x.d - e, x.d % 4 == 0);
                     }
                 if (e0 > 0 || f0 + q * SIDE >= x.F) continue;
                 __syncthreads();

@@ -54,23 +54,6 @@ __device__ static inline ls_real *row_in(const strip &y, ls_view v, int r)
     return ls_row(v, y.at.b, y.at.h, y.at.t + r);
 }
 
-/* N numbers from `from` on, those before the end of a row of n; aligned: they can be read at once. */
-template <int N> __device__ static inline ls_few<N> read_some(const ls_real *from, int n, int aligned)
-{
-    ls_few<N> y = {};
-    if (n >= N && aligned) return ls_few_at<N>(from);
-    for (int k = 0; k < N && k < n; k++) y.v[k] = from[k];
-    return y;
-}
-template <int N> __device__ static inline void write_some(const ls_few<N> &y, ls_real *to, int n, int aligned)
-{
-    if (n >= N && aligned) {
-        *(ls_few<N> *)to = y;
-        return;
-    }
-    for (int k = 0; k < N && k < n; k++) to[k] = y.v[k];
-}
-
 /* Row r of the strip, or its last one that exists, or, where none does, the shard's last: its memory may be read. */
 __device__ static inline const ls_real *row_to_read(const linear &x, const strip &y, ls_view v, int r)
 {
@@ -119,7 +102,7 @@ typedef struct features {
     ls_view rows, drows;
     ls_real *gradient; /* (R,r), of made ones */
     side at;
-    int act, keys;
+    int act;
     int fours, dfours;    /* those of a row can be read, their gradients written by fours */
     level from;           /* keys: c that exponentials are seen from; queries: c of the state that they see */
     const ls_real *scale; /* (R) that features are multiplied by, NULL: 1 */
@@ -147,7 +130,6 @@ static inline features keys_as_seen(const ls_pass *p, const linear *x, level fro
 {
     features y = {};
     y.act = act_of_map(p);
-    y.keys = 1;
     y.made = x->x, y.gradient = x->db;
     y.rows = p->own.k, y.drows = p->own.dk;
     y.at = keys_of(p);
@@ -167,6 +149,7 @@ typedef struct facts {
 /* To be waited for. What queries see: a state before them, keys of their own chunk from c at its end, or from their own
  * c. */
 enum { PAST, NEAR_BY, ALONE };
+template <int SEEN>
 __device__ static void find_facts(const linear &x, const features &f, const strip &y, int sees, facts *to)
 {
     const int r = threadIdx.x;
@@ -174,12 +157,12 @@ __device__ static void find_facts(const linear &x, const features &f, const stri
     const place at = place_in(y, r);
     const int there = r < y.count && is_there(x.s, f.at.pad, at);
     angle turn = {0, 1};
-    ls_real past = f.keys ? 0 : 1;
+    ls_real past = SEEN == OF_KEYS ? 0 : 1;
     if (there) {
         turn = angle_of(x, f.at, at.t);
         if (x.exponentials > 0 && f.from.p != NULL) {
             const ls_real c = level_of(f.from, x.s, at);
-            if (f.keys)
+            if (SEEN == OF_KEYS)
                 past = c == -INFINITY ? 0 : c;
             else if (sees == NEAR_BY)
                 past = x.c[y.R + r] == -INFINITY ? 1 : ls_exp(c - x.c[y.R + r]);
@@ -295,17 +278,17 @@ __device__ static inline void put_gradients(const linear &x, const features &y, 
     const int there = of.by[i] != 0;
     if (y.act == LS_LINEAR_MADE) {
         for (int k = 0; k < N && !there; k++) g.v[k] = 0;
-        write_some<N>(g, y.gradient + (s.R + i) * x.r + f, x.r - f, x.r % 4 == 0);
+        ls_write_some<N>(g, y.gradient + (s.R + i) * x.r + f, x.r - f, x.r % 4 == 0);
         return;
     }
     if (s.at.t + i >= x.s.rows) return;
     ls_real *to = row_in(s, y.drows, i) + f;
     ls_few<N> z = {};
-    if (there) z = read_some<N>(row_in(s, y.rows, i) + f, x.r - f, y.fours);
+    if (there) z = ls_read_some<N>(row_in(s, y.rows, i) + f, x.r - f, y.fours);
     for (int k = 0; k < N; k++) g.v[k] = there ? ls_linear_act_backward(y.act, z.v[k], g.v[k]) : 0;
-    if (add) z = read_some<N>(to, x.r - f, y.dfours);
+    if (add) z = ls_read_some<N>(to, x.r - f, y.dfours);
     for (int k = 0; k < N && add; k++) g.v[k] += z.v[k];
-    write_some<N>(g, to, x.r - f, y.dfours);
+    ls_write_some<N>(g, to, x.r - f, y.dfours);
 }
 } // namespace ls_linear
 

@@ -194,12 +194,7 @@ __device__ static void load_rows(const rows_of_tile &x, int64_t d, int64_t e0, l
     for (int n = 0; n < TIMES; n++) {
         const int r = threadIdx.x / FILLERS + n * (LS_THREADS / FILLERS);
         z[n] = {};
-        if (left <= 0 || !is_there(x, r)) continue;
-        if (x.fours) {
-            z[n] = ls_four_at(from + r * x.step);
-            continue;
-        }
-        for (int k = 0; k < 4 && k < left; k++) z[n].v[k] = from[r * x.step + k];
+        if (left > 0 && is_there(x, r)) z[n] = ls_read_some<4>(from + r * x.step, (int)left, x.fours);
     }
 #pragma unroll
     for (int n = 0; n < TIMES; n++)

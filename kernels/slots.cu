@@ -625,8 +625,7 @@ static __global__ void read_slots(ls_slot_sizes s, ls_slot_rows queries, const l
     for (int half = 0; half < 2; half++) { /* of the thread's columns: four side by side */
         const int64_t e = at.feature + half * (WIDTH / 2) + 4 * SLOT;
         const int left = (int)(s.d - e);
-        ls_four middle = {};
-        for (int k = 0; k < 4 && k < left; k++) middle.v[k] = centre[at.g * s.d + e + k];
+        const ls_four middle = ls_read_some<4>(centre + at.g * s.d + e, left, 0);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int64_t row = t + ROW + 16 * i;
@@ -637,10 +636,7 @@ static __global__ void read_slots(ls_slot_sizes s, ls_slot_rows queries, const l
             ls_four y;
 #pragma unroll
             for (int k = 0; k < 4; k++) y.v[k] = padded ? 0 : middle.v[k] + x[i][4 * half + k] * inverse;
-            if (fours && left >= 4)
-                *(ls_four *)to = y;
-            else
-                for (int k = 0; k < 4 && k < left; k++) to[k] = y.v[k];
+            ls_write_some<4>(y, to, left, fours);
         }
     }
 }

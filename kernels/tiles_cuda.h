@@ -282,10 +282,7 @@ __device__ static inline void load_tile(P row, int d, int e, ls_real scale, cons
         const ls_real *from = row(fill::row(n));
         z[n] = {};
         if (from == NULL || left <= 0) continue;
-        if (left >= 4 && ls_is_four(from + at))
-            z[n] = ls_four_at(from + at);
-        else
-            for (int k = 0; k < 4 && k < left; k++) z[n].v[k] = from[at + k];
+        z[n] = ls_read_some<4>(from + at, left, ls_is_four(from + at));
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             z[n].v[k] *= scale;
