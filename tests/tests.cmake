@@ -192,26 +192,17 @@ endforeach()
 
 # central differences call a core hundreds of times
 set_tests_properties(gradients_emulated_double_1 PROPERTIES ENVIRONMENT
-  "${test_environment};${emulated_environment};LONGSPAN_TEST_EVERY=${every_rounded}")
+  "${test_environment};${emulated_environment};LONGSPAN_TEST_EVERY=${every_checked}")
 
 # a GPU whose blocks have little memory: what does not fit is refused
 add_test(NAME limits_emulated_shared COMMAND $<TARGET_FILE:test_limits_emulated>)
 set_tests_properties(limits_emulated_shared PROPERTIES ENVIRONMENT
   "${test_environment};${emulated_environment};LONGSPAN_EMULATOR_SHARED=64" TIMEOUT 1500)
 
-# golden files with streams that run at any time that their events allow, and with threads that go on in any order that
-# barriers allow
-foreach(run order_3 threads_1)
-  string(REGEX MATCH "[0-9]" ranks ${run})
-  set(test golden_emulated_${run})
-  set(setting LONGSPAN_EMULATOR_ORDER=7)
-  if(run MATCHES threads)
-    set(setting LONGSPAN_EMULATOR_THREADS=${ranks})
-  endif()
-  add_test(NAME ${test} COMMAND ${mpirun} -n ${ranks} $<TARGET_FILE:test_golden_emulated> ${golden})
-  set_tests_properties(${test} PROPERTIES ENVIRONMENT "${test_environment};${emulated_environment};${setting}"
-    TIMEOUT 1500 PROCESSORS ${ranks})
-endforeach()
+# golden files with streams that run at any time that their events allow
+add_test(NAME golden_emulated_order_3 COMMAND ${mpirun} -n 3 $<TARGET_FILE:test_golden_emulated> ${golden})
+set_tests_properties(golden_emulated_order_3 PROPERTIES ENVIRONMENT
+  "${test_environment};${emulated_environment};LONGSPAN_EMULATOR_ORDER=7" TIMEOUT 1500 PROCESSORS 3)
 
 # ranks that have a GPU each and speak by NCCL: laws of fewer settings
 foreach(run golden_3 laws_2)

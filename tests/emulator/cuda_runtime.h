@@ -13,8 +13,6 @@
  *     KiB, or 227 (LONGSPAN_EMULATOR_SHARED=KiB) of a kernel that has asked, 8 are left for them.
  *   - __syncthreads waits for all threads that have not returned, which must stand at the same line. Shuffles and votes
  *     wait for the lanes of their mask that have not returned; what they read of any other lane is all ones: NaN, -1.
- *     Which thread goes on meanwhile is said by their numbers, with LONGSPAN_EMULATOR_THREADS=NUMBER by random ones
- * from that seed: what a barrier is missing for comes out differently then, as a rule.
  *   - Streams are queues: work is done as late as may be, when somebody waits for it, so that who does not wait sees
  *     what was there before. A stream that waits for an event has the other stream run up to it, and no further; memory
  *     of the device is freed, and copies to pageable host memory return, after all that was given before. With

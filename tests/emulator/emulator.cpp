@@ -99,7 +99,7 @@ cudaError_t reserve_region()
 void set_top()
 {
     const size_t end = allocated.empty() ? 0 : allocated.rbegin()->first + whole(allocated.rbegin()->second);
-    const size_t now = round_up(end, PAGE);
+    const size_t now = round_up(end, HUGE_PAGE);
     if (now < top) madvise(region + now, top - now, MADV_DONTNEED);
     if (key >= 0 || access_depth > 0) protect(top, now, PROT_READ | PROT_WRITE);
     protect(now, top, PROT_NONE);
@@ -126,12 +126,14 @@ emulator::device_access::~device_access()
 
 namespace
 {
-/* The pages of one allocation are open while this lives, where all are by mprotect: it walks over few of them then. */
+/* The large pages of one allocation are open while this lives, where all are by mprotect: it walks over few of them
+ * then. Were parts of them open, the system would have to cut them up, and every walk would be long. */
 struct allocation_access {
     const size_t from, to;
     const bool alone;
     allocation_access(size_t at, size_t bytes)
-        : from(at / PAGE * PAGE), to(round_up(at + whole(bytes), PAGE)), alone(key < 0 && access_depth == 0)
+        : from(at / HUGE_PAGE * HUGE_PAGE), to(round_up(at + whole(bytes), HUGE_PAGE)),
+          alone(key < 0 && access_depth == 0)
     {
         if (alone)
             protect(from, to, PROT_READ | PROT_WRITE);
@@ -602,56 +604,6 @@ void set_thread(int t)
         threadIdx = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
 }
 
-/* LONGSPAN_EMULATOR_THREADS: a number from which the order of threads is drawn, as far as barriers leave it open, so
- * that a barrier that is missing shows. Otherwise they go on in the order of their numbers. A number below n. */
-int64_t thread_order()
-{
-    const char *text = getenv("LONGSPAN_EMULATOR_THREADS");
-    return text == NULL ? -1 : (int64_t)(strtoull(text, NULL, 10) & 0xffffffff);
-}
-
-int64_t drawn = thread_order();
-
-inline unsigned by_chance(unsigned n)
-{
-    if (drawn < 0) return 0;
-    drawn = (int64_t)(((uint64_t)drawn * 6364136223846793005u + 1442695040888963407u) >> 1);
-    return (unsigned)((uint64_t)drawn >> 32) % n;
-}
-
-/* The number of a bit that is set. */
-inline int bit_by_chance(unsigned bits)
-{
-    if (drawn < 0) return __builtin_ctz(bits);
-    for (unsigned skip = by_chance((unsigned)__builtin_popcount(bits)); skip > 0; skip--) bits &= bits - 1;
-    return __builtin_ctz(bits);
-}
-
-/* Threads begin warp by warp: which, and which lane of it is the first. */
-struct beginning {
-    int warp[MOST / WARP], lane[MOST / WARP];
-} begins;
-
-void draw_beginning()
-{
-    const int warps = (count + WARP - 1) / WARP;
-    for (int w = 0; w < warps; w++) {
-        const int other = w - (int)by_chance((unsigned)w + 1); /* before, or this one: no change without chance */
-        begins.warp[w] = w;
-        std::swap(begins.warp[w], begins.warp[other]);
-        begins.lane[w] = (int)by_chance(WARP);
-    }
-    if (count % WARP == 0) return;
-    for (int w = 0; w < warps; w++) begins.warp[w] = w, begins.lane[w] = 0; /* the last warp is not whole */
-}
-
-/* Which thread begins as number i. */
-int thread_number(int i)
-{
-    const int w = begins.warp[i / WARP];
-    return w * WARP + (i + begins.lane[w]) % WARP;
-}
-
 void make_ready(int t)
 {
     warp[t / WARP].ready |= 1u << t % WARP;
@@ -660,7 +612,7 @@ void make_ready(int t)
 
 int take_ready(int w)
 {
-    const int lane = bit_by_chance(warp[w].ready);
+    const int lane = __builtin_ctz(warp[w].ready);
     warp[w].ready &= ~(1u << lane);
     if (warp[w].ready == 0) warps_ready &= ~(1u << w);
     return w * WARP + lane;
@@ -699,14 +651,13 @@ worker *take_worker()
 void go_on()
 {
     const int w = current / WARP;
-    const bool here = warp[w].ready != 0, may_begin = started < count; /* which of the two, and of any: by chance */
     int next = -1;
-    if (here && !((may_begin || warps_ready != 1u << w) && by_chance(2) > 0))
+    if (warp[w].ready != 0)
         next = take_ready(w);
-    else if (may_begin && !(warps_ready != 0 && by_chance(2) > 0))
+    else if (started < count)
         switch_to(take_worker());
     else if (warps_ready != 0)
-        next = take_ready(bit_by_chance(warps_ready));
+        next = take_ready(__builtin_ctz(warps_ready));
     else if (ended == count)
         switch_to(&host);
     else
@@ -816,7 +767,7 @@ void try_barrier()
 void run_threads()
 {
     while (started < count) {
-        set_thread(thread_number(started++));
+        set_thread(started++);
         kernel_thread(kernel_arguments);
         ended++;
         const int w = current / WARP;
@@ -929,7 +880,6 @@ void run_grid(const char *kernel, void (*call)(void *), void *arguments, dim3 gr
                 started = ended = waiting = current = 0;
                 warps_ready = 0;
                 emulator::check_block();
-                draw_beginning();
                 for (int w = 0; w * WARP < count; w++) {
                     const int lanes = count - w * WARP;
                     warp[w] = {};
