@@ -190,8 +190,7 @@ __device__ static void make_maxima(const side &y)
     __syncthreads();
 }
 
-/* Finds out whether the chunk is steep, which it is not said to be as yet, and, with `make`, F: where maxima would be.
- */
+/* Finds out whether the chunk is steep, and, with `make`, F: where maxima would be. */
 __device__ static void find_steep(desk *x, int make)
 {
     const side &y = x->mine;

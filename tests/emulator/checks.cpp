@@ -41,7 +41,7 @@ struct part {
     uintptr_t from, end;
     history *word, *byte;
     uint8_t *apart; /* of words: what is kept is that of bytes */
-    uint8_t *state; /* of bytes of device memory */
+    uint8_t *state; /* of bytes; only that of device memory is asked for */
 };
 part device = {"device", 0, 0, NULL, NULL, NULL, NULL}, dynamic = {"dynamic shared", 0, 0, NULL, NULL, NULL, NULL},
      fixed = {"static shared", 0, 0, NULL, NULL, NULL, NULL};

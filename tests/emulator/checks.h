@@ -1,4 +1,4 @@
-/* Every access of kernels to memory is looked at, with EMULATOR_CHECKS (LONGSPAN_CHECK_KERNELS of CMake): the .cu files
+/* Every access of kernels to memory is looked at, with EMULATOR_CHECKS (longspan_checked of tests.cmake): the .cu files
  * are compiled with -fsanitize=thread, and the calls that this puts before each access are answered by checks.cpp. It
  * keeps of each byte of device and shared memory who wrote it last and who has read it since, and stops the program at
  * the first of
