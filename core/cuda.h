@@ -248,17 +248,33 @@ __device__ static inline double ls_multiply(double x, double y)
     return __dmul_rn(x, y);
 }
 
-/* The sum, the maximum over the 32 threads of a warp, or over each `lanes` side by side, a power of 2; all of the warp
- * call, and every thread gets it. */
-template <typename T> __device__ static inline T ls_warp_sum(T x, int lanes = LS_WARP)
+/* A warp as ROWS (2 or 4) rows of COLUMNS. Shared memory serves 16 lanes at once that read 16 bytes each, where all
+ * lanes one apart, or all two apart, read the same, and 8 otherwise: so lanes one apart are of one column, and those
+ * two apart of one row. Columns of a row are 2 lanes apart. */
+template <int ROWS> struct ls_warp_grid {
+    static constexpr int COLUMNS = LS_WARP / ROWS, APART = 2;
+    static_assert(ROWS == 2 || ROWS == 4, "the first bit of a row is the lane's first, its second the lane's last");
+    __device__ static inline int row()
+    {
+        return threadIdx.x % 2 + threadIdx.x / (LS_WARP / 2) % (ROWS / 2) * 2;
+    }
+    __device__ static inline int column()
+    {
+        return threadIdx.x / 2 % COLUMNS;
+    }
+};
+
+/* The sum, the maximum over the 32 threads of a warp, or over `lanes` of them, a power of 2, that are `apart` from one
+ * another; all of the warp call, and every thread gets it. */
+template <typename T> __device__ static inline T ls_warp_sum(T x, int lanes = LS_WARP, int apart = 1)
 {
-    for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step * apart);
     return x;
 }
-template <typename T> __device__ static inline T ls_warp_max(T x, int lanes = LS_WARP)
+template <typename T> __device__ static inline T ls_warp_max(T x, int lanes = LS_WARP, int apart = 1)
 {
     for (int step = lanes / 2; step > 0; step /= 2) {
-        const T y = __shfl_xor_sync(0xffffffffu, x, step);
+        const T y = __shfl_xor_sync(0xffffffffu, x, step * apart);
         x = y > x ? y : x;
     }
     return x;

@@ -140,7 +140,9 @@ static __device__ ls_span find_slots(const windows *x, const keys *s, int64_t g,
 /* ------------------------------------------------------------------------------------------------ tiles */
 
 /* Rows of a tile, of a warp, of a thread; visitors side by side before a warp; reals of a thread's sums of a row. */
-enum { OWN = 64, OF_WARP = OWN / WARPS, MINE = 4, SIDE = LS_WARP / MINE, SUMS = PIECE / SIDE };
+typedef ls_warp_grid<4> grid;
+enum { OWN = 64, OF_WARP = OWN / WARPS, MINE = 4, SIDE = grid::COLUMNS, SUMS = PIECE / SIDE };
+static_assert((int)MINE * (int)SIDE == LS_WARP, "rows of a warp are a multiple apart");
 
 /* What comes in one visit: the warps' bands, 16 apart, where windows are those of neighbours. */
 template <int K> constexpr int guests = OWN - OF_WARP + SIDE *K;
@@ -203,11 +205,11 @@ static __device__ void wait_for_rows()
 /* A thread's place: its first row of the tile, and its first visitor of the band. */
 static __device__ int my_row()
 {
-    return threadIdx.x / LS_WARP * OF_WARP + threadIdx.x % LS_WARP / SIDE;
+    return threadIdx.x / LS_WARP * OF_WARP + grid::row();
 }
 static __device__ int my_guest()
 {
-    return threadIdx.x % SIDE;
+    return grid::column();
 }
 
 /* s_ik += own_(row + 4i) · visitor_(start + guest + 8k), n features, an even number of fours. */
@@ -252,7 +254,7 @@ static __device__ void multiply(rows x, rows y, int d, int met, int start, ls_re
 /* Weights of a warp's rows, by visitor, in that part of `own` that only this warp reads: its dots have been made. */
 static __device__ ls_real *my_weights(ls_real *own)
 {
-    return own + threadIdx.x / LS_WARP * OF_WARP * PITCH + threadIdx.x % LS_WARP / SIDE * MINE;
+    return own + threadIdx.x / LS_WARP * OF_WARP * PITCH + grid::row() * MINE;
 }
 
 template <int K> static __device__ void put_weights(const ls_real (&w)[MINE][K], ls_real *own)
@@ -448,7 +450,7 @@ static __global__ void __launch_bounds__(THREADS, 5)
                 w[i][k] = sees(seen, key[k]) ? ls_multiply(scale, w[i][k]) : -INFINITY;
                 most = w[i][k] > most ? w[i][k] : most;
             }
-            most = ls_warp_max(most, SIDE);
+            most = ls_warp_max(most, SIDE, grid::APART);
             const ls_real next = most > top[i] ? most : top[i], base = next == -INFINITY ? 0 : next;
             shrink[i] = ls_exp(top[i] - base);
             total[i] *= shrink[i];
@@ -470,7 +472,7 @@ static __global__ void __launch_bounds__(THREADS, 5)
         ls_real factor[MINE];
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
-            if (last) total[i] = ls_warp_sum(total[i], SIDE);
+            if (last) total[i] = ls_warp_sum(total[i], SIDE, grid::APART);
             factor[i] = !last || sent != NULL ? 1 : total[i] > 0 ? 1 / total[i] : 0;
         }
         for (int e0 = 0; e0 < d; e0 += PIECE) {
@@ -625,7 +627,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
             }
         }
         for (int i = 0; i < MINE && pass == 0; i++)
-            delta[i] = ls_warp_sum(delta[i], SIDE), slope[i] = ls_warp_sum(slope[i], SIDE);
+            delta[i] = ls_warp_sum(delta[i], SIDE, grid::APART), slope[i] = ls_warp_sum(slope[i], SIDE, grid::APART);
     }
     for (int i = 0; i < MINE; i++) {
         const int r = my_row() + i * MINE;

@@ -115,8 +115,13 @@ static void project(ls_pass *p)
 /* ------------------------------------------------------------------------------------------------ rows */
 
 /* A block has TILE rows of one (b,h) at a time: thread (group, column) the rows group, group + GROUPS, ... The threads
- * of a row are side by side in a warp. */
-enum { TILE = 128, COLUMNS = 8, GROUPS = LS_THREADS / COLUMNS, EACH = TILE / GROUPS };
+ * of a row are in one warp. */
+typedef ls_warp_grid<4> grid;
+enum { TILE = 128, COLUMNS = grid::COLUMNS, GROUPS = LS_THREADS / COLUMNS, EACH = TILE / GROUPS };
+__device__ static inline int my_group()
+{
+    return threadIdx.x / LS_WARP * 4 + grid::row();
+}
 /* Numbers of a row, and features, that are in shared memory at a time, and from one row to the next, so that rows side
  * by side begin in other banks. */
 enum { DEEP = 64, PITCH = DEEP + 4, WIDE = 16, NARROW = WIDE + 4 };
@@ -218,7 +223,7 @@ __device__ static void load_projection(shape x, const ls_real *W, int64_t f0, in
 /* act(i, f) for the features f = column + i COLUMNS of a thread: N of them, 0: as many as there are. */
 template <int N, typename F> __device__ static inline void each_of_mine(shape x, F act)
 {
-    const int column = threadIdx.x % COLUMNS;
+    const int column = grid::column();
     if constexpr (N > 0) {
 #pragma unroll
         for (int i = 0; i < N; i++)
@@ -232,7 +237,7 @@ template <int N, typename L> __device__ static inline ls_real highest_logit(shap
 {
     ls_real top = -INFINITY;
     each_of_mine<N>(x, [&](int i, int) { top = there && logit(i) > top ? logit(i) : top; });
-    return ls_warp_max(top, COLUMNS);
+    return ls_warp_max(top, COLUMNS, grid::APART);
 }
 
 /* What the threads of a row make of its logits, each of its own, logit(i). a (m+1), 0 where the row is not there; e
@@ -249,8 +254,8 @@ __device__ static inline void finish_query(shape x, ls_real half, int in_tile, i
         if (in_tile) a[f] = there ? y + x.eps : 0;
         sum += y;
     });
-    sum = ls_warp_sum(sum, COLUMNS);
-    if (in_tile && threadIdx.x % COLUMNS == 0) a[x.m] = there ? x.eps * (sum + (ls_real)x.m * x.eps) : 0;
+    sum = ls_warp_sum(sum, COLUMNS, grid::APART);
+    if (in_tile && grid::column() == 0) a[x.m] = there ? x.eps * (sum + (ls_real)x.m * x.eps) : 0;
 }
 
 /* b (m+1): exponents, and a 1. */
@@ -262,7 +267,7 @@ __device__ static inline void finish_key(shape x, ls_real half, int in_tile, int
     each_of_mine<N>(x, [&](int i, int f) {
         if (in_tile) b[f] = there ? logit(i) - half : 0;
     });
-    if (!in_tile || threadIdx.x % COLUMNS != 0) return;
+    if (!in_tile || grid::column() != 0) return;
     b[x.m] = (ls_real)there;
     if (there) *top = most - (x.any ? half : 0);
 }
@@ -279,7 +284,7 @@ __global__ static void __launch_bounds__(LS_THREADS, PIECES > 1 ? 2 : 3)
     static_assert(WIDE == 2 * COLUMNS, "a thread has two logits of a piece");
     __shared__ __align__(32) ls_real of_rows[TILE * PITCH];
     __shared__ __align__(32) ls_real of_w[WIDE * PITCH];
-    const int group = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
+    const int group = my_group(), column = grid::column();
     for (int64_t i = blockIdx.x; i < tiles; i += gridDim.x) {
         const tile t = tile_of(s, i);
         const rows_of_tile from = rows_there(s, t, rows, pad, fours);
@@ -338,7 +343,7 @@ __global__ static void __launch_bounds__(LS_THREADS, PIECES > 1 ? 2 : 3)
                 else
                     return row[column + n * COLUMNS];
             };
-            half[u] = x.scale / 2 * ls_warp_sum(half[u], COLUMNS);
+            half[u] = x.scale / 2 * ls_warp_sum(half[u], COLUMNS, grid::APART);
             if (top == NULL)
                 finish_query<MINE>(x, half[u], in_tile, there, logit, row, of_e);
             else
@@ -397,7 +402,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 3)
 {
     __shared__ __align__(32) ls_real of_x[TILE * NARROW];
     __shared__ __align__(32) ls_real of_w[WIDE * PITCH];
-    const int group = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
+    const int group = my_group(), column = grid::column();
     for (int64_t i = blockIdx.x; i < tiles * pieces; i += gridDim.x) {
         const int64_t n = quotient(i, pieces), e0 = (i - n * pieces) * DEEP;
         const tile t = tile_of(s, n);

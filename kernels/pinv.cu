@@ -14,10 +14,10 @@
 /* Threads along a side of a matrix; matrices in shared memory. */
 enum { SIDE = 16, HELD = 3, THREADS = SIDE * SIDE };
 
-/* A thread's elements are (ROW + 16 i, COLUMN + 16 j). Lanes in pairs have two rows and one column: what a warp reads
- * of a row, 16 numbers, it then reads at once. */
-#define ROW ((int)(threadIdx.x % 2 + threadIdx.x / LS_WARP * 2))
-#define COLUMN ((int)(threadIdx.x / 2 % SIDE))
+/* A thread's elements are (ROW + 16 i, COLUMN + 16 j). */
+typedef ls_warp_grid<2> grid;
+#define ROW ((int)threadIdx.x / LS_WARP * 2 + grid::row())
+#define COLUMN grid::column()
 #define EACH_OWN(i, j, T)                                                                                              \
     _Pragma("unroll") for (int i = 0; i < (T); i++) _Pragma("unroll") for (int j = 0; j < (T); j++)
 

@@ -212,11 +212,12 @@ __device__ static inline void load_slots(ls_slot_sizes s, const ls_real *x, int6
 }
 
 /* Which rows and slots of a tile a thread holds: rows ROW + 16 i, slots SLOT + 8 j. */
-#define ROW ((int)threadIdx.x / 8)
-#define SLOT ((int)threadIdx.x % 8)
+typedef ls_warp_grid<4> grid;
+#define ROW ((int)threadIdx.x / LS_WARP * 4 + grid::row())
+#define SLOT grid::column()
 /* Where features are made for slots: its slots, a few side by side, and the first of its four columns. */
-#define MINE ((int)threadIdx.x / 16)
-#define COLUMN (4 * ((int)threadIdx.x % 16))
+#define MINE ((int)threadIdx.x / LS_WARP * 2 + ls_warp_grid<2>::row())
+#define COLUMN (4 * ls_warp_grid<2>::column())
 
 /* sum = the products of 64 rows from t with a tile of slots. a (TILE,PITCH), b (SLOTS,PITCH): shared memory, which
  * nobody uses when the block comes here together. norm (TILE) gets |row|², NULL: not wanted. */
@@ -234,7 +235,10 @@ __device__ static void scores(ls_slot_sizes s, const ls_slot_rows &rows, const p
         load_slots<SLOTS, CHUNK>(s, slots, stride, slot, e, PITCH, b);
         __syncthreads();
         product_of_rows(a + ROW * PITCH, 16 * PITCH, b + SLOT * PITCH, 8 * PITCH, sum);
-        for (int i = 0; norm != NULL && me < TILE && i < CHUNK; i++) square += a[me * PITCH + i] * a[me * PITCH + i];
+        for (int i = 0; norm != NULL && me < TILE && i < CHUNK; i += 4) {
+            const ls_four x = ls_four_at(a + me * PITCH + i);
+            for (int c = 0; c < 4; c++) square += x.v[c] * x.v[c];
+        }
     }
     if (norm != NULL && me < TILE) norm[me] = square;
     __syncthreads();
@@ -243,16 +247,11 @@ __device__ static void scores(ls_slot_sizes s, const ls_slot_rows &rows, const p
 /* Sum and maximum over the 8 threads that hold the same rows. */
 __device__ static inline ls_real row_sum(ls_real x)
 {
-    for (int step = 4; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
+    return ls_warp_sum(x, grid::COLUMNS, grid::APART);
 }
 __device__ static inline ls_real row_max(ls_real x)
 {
-    for (int step = 4; step > 0; step /= 2) {
-        const ls_real y = __shfl_xor_sync(0xffffffffu, x, step);
-        x = y > x ? y : x;
-    }
-    return x;
+    return ls_warp_max(x, grid::COLUMNS, grid::APART);
 }
 
 /* ------------------------------------------------------------------------------------------------ writing */

@@ -92,8 +92,9 @@ static inline int on_tensor_cores(const ls_pass *p)
 template <class M, int FORM> struct sums;
 
 /* Threads are 16 x 16: rows of each 16 apart, as columns either side by side, or 16 apart, too; of aᵀ b both side by
- * side. So the threads of a warp read different banks. */
-enum { ACROSS = 16 };
+ * side. So the threads of a warp, two rows of 16, read different banks. */
+typedef ls_warp_grid<2> grid;
+enum { ACROSS = grid::COLUMNS };
 static_assert(ACROSS * ACROSS == LS_THREADS && ACROSS * 4 == SIDE, "each thread has 4 x 4 numbers of a product");
 template <int FORM> struct sums<plain, FORM> {
     enum { U = 4, V = 4 };
@@ -101,12 +102,12 @@ template <int FORM> struct sums<plain, FORM> {
 
     __device__ static inline int row(int u)
     {
-        const int r = threadIdx.x / ACROSS;
+        const int r = threadIdx.x / LS_WARP * 2 + grid::row();
         return FORM == COLUMNS_COLUMNS ? 4 * r + u : r + ACROSS * u;
     }
     __device__ static inline int column(int v)
     {
-        const int c = threadIdx.x % ACROSS;
+        const int c = grid::column();
         return FORM == ROWS_ROWS ? c + ACROSS * v : 4 * c + v;
     }
     __device__ inline ls_real &at(int u, int v)
