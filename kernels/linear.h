@@ -47,6 +47,12 @@ LS_BOTH_SIDES ls_real ls_linear_act_backward(int act, ls_real x, ls_real dy)
     if (act == LS_LINEAR_RELU) return x > 0 ? dy : 0;
     return dy * ls_exp(x < 0 ? x : 0);
 }
+/* The same, from the feature y instead of x. */
+LS_BOTH_SIDES ls_real ls_linear_act_back_from(int act, ls_real y, ls_real dy)
+{
+    if (act == LS_LINEAR_RELU) return y > 0 ? dy : 0;
+    return y < 1 ? dy * y : dy;
+}
 
 /* The inverse of a denominator D, and whether anything flows to it. */
 LS_BOTH_SIDES ls_real ls_linear_inverse(double D, double floor, int *flows)

@@ -8,24 +8,75 @@ __device__ static inline int64_t state_of(const strip &s, int of_chunks)
     return of_chunks ? s.P : s.at.g;
 }
 
-/* The four threads that share row threadIdx.x / 4 of a strip. */
+/* The four threads that share row threadIdx.x / 4 of a strip: of n numbers each has every fourth piece of four. Pieces
+ * of two rows lie in different banks where rows are rows_pitch() apart. f: where one begins. */
 enum { SHARE = (int)LS_THREADS / (int)SIDE };
-
-/* Of every SIDE numbers of a row each of these threads has PIECES times four. */
-enum { PIECES = SIDE / 4 / SHARE };
-__device__ static inline int of_share(int i)
+static_assert(SHARE == 4, "of 32 numbers a thread has the pieces at 4 (t % 2) + 16 (t / 2), and 8 after them");
+#define EACH_PIECE(f, n)                                                                                               \
+    for (int f0 = threadIdx.x % 2 * 4 + threadIdx.x / 2 % 2 * 16; f0 < (n); f0 += 32)                                  \
+    _Pragma("unroll") for (int f = f0; f < f0 + 16; f += 8) if (f < (n))
+LS_BOTH_SIDES int rows_pitch(int n)
 {
-    return 4 * (threadIdx.x % SHARE + i * SHARE);
+    return (n + 23) / 32 * 32 + 8;
 }
-#define EACH_OF_SHARE(i, k, f, n)                                                                                      \
-    _Pragma("unroll") for (int i = 0; i < PIECES; i++)                                                                 \
-        _Pragma("unroll") for (int k = 0; k < 4; k++) if (const int f = f0 + of_share(i) + k; f < (n))
-/* Features of the row, from f0 on, as they were made. */
-__device__ static inline void read_share(const linear &x, const features &y, const strip &s, const facts &of, int f0,
-                                         ls_four (&z)[PIECES])
+
+/* The piece at f of n numbers, 0 after their end. fours: pieces begin at multiples of four, and are whole. */
+__device__ static inline ls_four read_piece(const ls_real *from, int n, int f, int fours)
 {
-    read_features<PIECES>(
-        x, y, s, of, [](int) { return (int)threadIdx.x / SHARE; }, [&](int i) { return f0 + of_share(i); }, z);
+    if (fours) return ls_four_at(from + f);
+    ls_four y;
+    for (int k = 0; k < 4; k++) y.v[k] = f + k < n ? from[f + k] : 0;
+    return y;
+}
+
+/* The row's features, but for those that were made elsewhere, which may be exponents; it must be there. */
+__device__ static inline ls_four read_features(const linear &x, const features &y, const strip &s, int f)
+{
+    const int row = threadIdx.x / SHARE;
+    ls_four z =
+        read_piece(y.act == LS_LINEAR_MADE ? y.made + (s.R + row) * x.r : row_in(s, y.rows, row), x.r, f, y.fours);
+    if (y.act == LS_LINEAR_RELU)
+        for (int k = 0; k < 4; k++) z.v[k] = ls_linear_act(LS_LINEAR_RELU, z.v[k]);
+    else if (y.act == LS_LINEAR_ONE_PLUS_ELU)
+        for (int k = 0; k < 4; k++) z.v[k] = f + k < x.r ? ls_linear_act(LS_LINEAR_ONE_PLUS_ELU, z.v[k]) : 0;
+    return z;
+}
+
+/* Gradients of those features z, as put_gradients; the strip has the row. */
+__device__ static inline void put_features(const linear &x, const features &y, const strip &s, int f, int add,
+                                           const ls_four &z, ls_four g)
+{
+    const int row = threadIdx.x / SHARE;
+    if (y.act == LS_LINEAR_MADE) {
+        ls_write_some<4>(g, y.gradient + (s.R + row) * x.r + f, x.r - f, y.fours);
+        return;
+    }
+    if (s.at.t + row >= x.s.rows) return;
+    ls_real *to = row_in(s, y.drows, row);
+    ls_four before = {};
+    if (add) before = read_piece(to, x.r, f, y.dfours);
+    for (int k = 0; k < 4; k++) g.v[k] = before.v[k] + ls_linear_act_back_from(y.act, z.v[k], g.v[k]);
+    ls_write_some<4>(g, to + f, x.r - f, y.dfours);
+}
+
+/* Products of rows that the strip has, of columns [f, n), to rows of `pitch` numbers; add: +=. */
+template <class M>
+__device__ static inline void put_products(const strip &s, sums<M, ROWS_ROWS> &sum, int f, int n, int add, ls_real *to,
+                                           int pitch)
+{
+    enum { TOGETHER = M::IN_PLACE ? 1 : M::TOGETHER };
+    to += f;
+#pragma unroll
+    for (int u = 0; u < sum.U; u++)
+#pragma unroll
+        for (int v = 0; v < sum.V; v += TOGETHER) {
+            if (sum.row(u) >= s.count || f + sum.column(v) >= n) continue;
+            ls_real *at = to + sum.row(u) * pitch + sum.column(v);
+            ls_few<TOGETHER> y = {};
+            if (add) y = ls_few_at<TOGETHER>(at);
+            for (int k = 0; k < TOGETHER; k++) y.v[k] += sum.at(u, v + k);
+            ls_put_few<TOGETHER>(at, y);
+        }
 }
 
 /* cos ω(i - j), 0 where query i does not see key j. */
@@ -257,12 +308,6 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
 
 /* ------------------------------------------------------------------------------------------------ backward */
 
-/* Numbers from one row of dA to the next. */
-LS_BOTH_SIDES int pitch_of(int F)
-{
-    return (int)ls_fours(F) + 4;
-}
-
 /* What a row's gradients are taken by: 1 / D and δ. */
 namespace
 {
@@ -280,26 +325,26 @@ __device__ static inline taken weigh_row(const linear &x, const features &q, con
                                          typename M::number *dw, const ls_real *gains)
 {
     typedef typename M::exact exact;
-    const int row = threadIdx.x / SHARE, share = threadIdx.x % SHARE, here = row < s.count && of_q.by[row] != 0;
+    const int row = threadIdx.x / SHARE, first = threadIdx.x % SHARE;
+    const int n = row < s.count && of_q.by[row] != 0 ? x.r : 0, fours = x.r % 4 == 0;
+    const int some = x.turns ? x.r : x.exponentials; /* of the features have a factor */
+    const ls_real factor = x.turns ? of_q.sine[row] : of_q.past[row], cosine = of_q.cosine[row];
     exact D = 0, dot = 0;
-    for (int f0 = 0; f0 < x.r; f0 += SIDE) {
-        ls_four a[PIECES];
-        read_share(x, q, s, of_q, f0, a);
-        EACH_OF_SHARE(i, k, f, x.r)
-        {
-            if (!here) continue;
-            ls_real A = f < x.exponentials ? of_q.past[row] * a[i].v[k] : a[i].v[k];
-            if (x.turns) {
-                const ls_real other = of_q.cosine[row] * A;
-                D += (exact)other * (exact)z[f + x.r];
-                dot += (exact)other * (exact)dA[f + x.r];
-                A *= of_q.sine[row];
+    EACH_PIECE(f, n)
+    {
+        const ls_four a = read_features(x, q, s, f);
+        const auto add = [&](int from, auto seen) {
+            const ls_four of_z = read_piece(z + from, n, f, fours), of_dA = read_piece(dA + from, n, f, fours);
+            for (int k = 0; k < 4; k++) {
+                const exact A = (exact)seen(f + k, a.v[k]);
+                D += A * (exact)of_z.v[k];
+                dot += A * (exact)of_dA.v[k];
             }
-            D += (exact)A * (exact)z[f];
-            dot += (exact)A * (exact)dA[f];
-        }
+        };
+        add(0, [&](int g, ls_real y) { return g < some ? factor * y : y; });
+        if (x.turns) add(x.r, [&](int, ls_real y) { return cosine * y; });
     }
-    for (int j = share; NEAR && j < SIDE; j += SHARE) {
+    for (int j = first; NEAR && j < SIDE; j += SHARE) {
         const exact weight = (exact)read_number(w[j]);
         D += weight;
         dot += weight * (exact)gains[j];
@@ -308,8 +353,8 @@ __device__ static inline taken weigh_row(const linear &x, const features &q, con
     taken y;
     y.by = ls_linear_inverse((double)D, x.floor, &y.flows);
     y.delta = y.flows ? (ls_real)(dot / D) : 0;
-    if (share == 0 && row < s.count) x.inverse[s.R + row] = y.by, x.delta[s.R + row] = y.delta;
-    for (int j = share; NEAR && j < SIDE; j += SHARE) {
+    if (first == 0 && row < s.count) x.inverse[s.R + row] = y.by, x.delta[s.R + row] = y.delta;
+    for (int j = first; NEAR && j < SIDE; j += SHARE) {
         const ls_real gain = gains[j]; /* which dw may take the place of */
         write_number(y.by * read_number(w[j]), w + j);
         write_number(y.by * (gain - y.delta) * apart(x, row, j, s.count), dw + j);
@@ -319,35 +364,46 @@ __device__ static inline taken weigh_row(const linear &x, const features &q, con
 
 /* da of a query, straightened (see straighten() of linear_rows.h), and on its way: from dA, where NEAR and x.da. It
  * takes the place of the first r of dA. */
-template <int NEAR>
+template <class M, int NEAR>
 __device__ static inline void finish_row(const linear &x, const features &q, const strip &s, const facts &of_q,
                                          const facts &near_q, const ls_real *z, const taken &y, ls_real *dA)
 {
-    const int row = threadIdx.x / SHARE, here = row < s.count && of_q.by[row] != 0;
-    double square = 0, along = 0;
-    for (int f0 = 0; f0 < x.r; f0 += SIDE) {
-        ls_four a[PIECES];
-        read_share(x, q, s, of_q, f0, a);
-        EACH_OF_SHARE(i, k, f, x.r)
-        {
-            if (!here) continue;
-            const int e = f < x.exponentials;
-            ls_real g = y.by * (dA[f] - y.delta * z[f]);
-            if (x.turns) g = of_q.sine[row] * g + of_q.cosine[row] * y.by * (dA[x.r + f] - y.delta * z[x.r + f]);
-            if (e) g *= of_q.past[row];
-            if (NEAR) g += (e ? near_q.past[row] : 1) * x.da[(s.R + row) * x.r + f];
-            dA[f] = g;
-            square += (double)a[i].v[k] * (double)a[i].v[k];
-            along += (double)a[i].v[k] * (double)g;
+    typedef typename M::exact exact;
+    const int row = threadIdx.x / SHARE, rows = row < s.count ? x.r : 0, here = rows > 0 && of_q.by[row] != 0;
+    const int n = here ? x.r : 0, fours = x.r % 4 == 0;
+    const ls_real past = of_q.past[row], near_past = NEAR ? near_q.past[row] : 0;
+    const ls_real sine = x.turns ? y.by * of_q.sine[row] : y.by, cosine = y.by * of_q.cosine[row];
+    exact square = 0, along = 0;
+    EACH_PIECE(f, n)
+    {
+        const ls_four a = read_features(x, q, s, f);
+        ls_four g = {};
+        const auto add = [&](int from, ls_real by) {
+            const ls_four of_z = read_piece(z + from, n, f, fours), of_dA = read_piece(dA + from, n, f, fours);
+            for (int k = 0; k < 4; k++) g.v[k] += by * (of_dA.v[k] - y.delta * of_z.v[k]);
+        };
+        add(0, sine);
+        if (x.turns) add(x.r, cosine);
+        for (int k = 0; k < 4; k++)
+            if (f + k < x.exponentials) g.v[k] *= past;
+        if (NEAR) {
+            const ls_four more = read_piece(x.da + (s.R + row) * n, n, f, fours);
+            for (int k = 0; k < 4; k++) g.v[k] += (f + k < x.exponentials ? near_past : 1) * more.v[k];
         }
+        for (int k = 0; k < 4; k++) {
+            square += (exact)a.v[k] * (exact)a.v[k];
+            along += (exact)a.v[k] * (exact)g.v[k];
+        }
+        ls_write_some<4>(g, dA + f, n - f, fours);
     }
     square = ls_warp_sum(square, SHARE), along = ls_warp_sum(along, SHARE);
-    const double back = y.flows && square > 0 ? along / square : 0;
-    for (int f0 = 0; f0 < x.r; f0 += SIDE) {
-        ls_four a[PIECES];
-        read_share(x, q, s, of_q, f0, a);
-        EACH_OF_SHARE(i, k, f, x.r) a[i].v[k] = here ? (ls_real)((double)dA[f] - back * (double)a[i].v[k]) : 0;
-        for (int i = 0; i < PIECES; i++) put_gradients(x, q, s, of_q, row, f0 + of_share(i), 0, a[i]);
+    const exact back = y.flows && square > 0 ? along / square : 0;
+    EACH_PIECE(f, rows)
+    {
+        ls_four a = {}, g = {};
+        if (here) a = read_features(x, q, s, f), g = read_piece(dA, n, f, fours);
+        for (int k = 0; k < 4; k++) g.v[k] = (ls_real)((exact)g.v[k] - back * (exact)a.v[k]);
+        put_features(x, q, s, f, 0, a, g);
     }
 }
 
@@ -362,7 +418,7 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
     enum { GAINS = SIDE + 4 };
     LS_SHARED(ls_real, memory);
     __shared__ facts of_q, near_q, near_k;
-    const int pitch = pitch_of(x.F);
+    const int pitch = rows_pitch(x.F);
     const int row = threadIdx.x / SHARE;
     typename M::number *a = tile_number<M>(memory, 0), *b = tile_number<M>(memory, 1);
     typename M::number *w = tile_number<M>(memory, 2), *dw = tile_number<M>(memory, 3);
@@ -404,11 +460,7 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
                 __syncthreads();
                 sum.add(whole<M>(x.d - e0), a, b);
             }
-            for (int u = 0; u < sum.U; u++)
-                for (int c = 0; c < sum.V; c++) {
-                    const int i = sum.row(u);
-                    if (i < s.count && f + sum.column(c) < x.F) dA[i * pitch + f + sum.column(c)] = sum.at(u, c);
-                }
+            put_products(s, sum, f, x.F, 0, dA, pitch);
         }
         __syncthreads(); /* dA of a row is there */
         ls_real *mine = dA + row * pitch;
@@ -429,7 +481,31 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
             }
             __syncthreads(); /* x.da of a row is there */
         }
-        finish_row<NEAR>(x, q, s, of_q, near_q, of_z, by, mine);
+        finish_row<M, NEAR>(x, q, s, of_q, near_q, of_z, by, mine);
+    }
+}
+
+/* What a key's features get, on its way: from dB, which is its row of v dSᵀ. */
+__device__ static inline void pay_row(const linear &x, const features &k, const strip &s, const facts &of_k,
+                                      const ls_real *z, const ls_real *dB, int add)
+{
+    const int row = threadIdx.x / SHARE, here = row < s.count && of_k.by[row] != 0, fours = x.r % 4 == 0;
+    const ls_real sine = x.turns ? of_k.sine[row] : 1, cosine = of_k.cosine[row];
+    EACH_PIECE(f, row < s.count ? x.r : 0)
+    {
+        ls_four y = {}, g = {};
+        const auto add_both = [&](int from, ls_real by) {
+            const ls_four of_z = read_piece(z + from, x.r, f, fours), of_dB = read_piece(dB + from, x.r, f, fours);
+            for (int e = 0; e < 4; e++) g.v[e] += by * (of_dB.v[e] + of_z.v[e]);
+        };
+        if (here) {
+            y = read_features(x, k, s, f);
+            add_both(0, sine);
+            if (x.turns) add_both(x.r, cosine);
+            for (int e = 0; e < 4; e++)
+                if (f + e < x.exponentials) g.v[e] *= exponential_of(of_k, row, y.v[e]);
+        }
+        put_features(x, k, s, f, add, y, g);
     }
 }
 
@@ -442,7 +518,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
 {
     LS_SHARED(ls_real, memory);
     __shared__ facts of_k;
-    const int pitch = pitch_of(x.F);
+    const int pitch = rows_pitch(x.F);
     const int row = threadIdx.x / SHARE;
     typename M::number *rows = tile_number<M>(memory, 0), *B = tile_number<M>(memory, 1),
                        *tile = tile_number<M>(memory, 2);
@@ -466,32 +542,12 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
                 __syncthreads();
                 sum.add(whole<M>(x.F - f), B, tile);
                 gain.add(whole<M>(x.d - e0), rows, tile);
-                for (int u = 0; u < gain.U; u++)
-                    for (int c = 0; c < gain.V; c++) {
-                        const int F = f + gain.column(c);
-                        ls_real *to = dB + gain.row(u) * pitch + F;
-                        if (gain.row(u) < s.count && F < x.F) *to = (e0 == 0 ? 0 : *to) + gain.at(u, c);
-                    }
+                put_products(s, gain, f, x.F, e0 > 0, dB, pitch);
             }
             put_rows<M>(x, s, sum, dv, e0, dv_fours, add, [](int, ls_real y) { return y; });
         }
         __syncthreads(); /* dB of a row is there */
-        const int here = row < s.count && of_k.by[row] != 0;
-        const ls_real *of_z = z + state * x.F;
-        for (int f0 = 0; f0 < x.r; f0 += SIDE) {
-            ls_four g[PIECES] = {}, raw[PIECES] = {};
-            if (x.exponentials > 0) read_share(x, k, s, of_k, f0, raw);
-            EACH_OF_SHARE(i, e, f, x.r)
-            {
-                if (!here) continue;
-                const ls_real *from = dB + row * pitch + f;
-                ls_real y = from[0] + of_z[f];
-                if (x.turns) y = of_k.sine[row] * y + of_k.cosine[row] * (from[x.r] + of_z[x.r + f]);
-                if (f < x.exponentials) y *= exponential_of(of_k, row, raw[i].v[e]);
-                g[i].v[e] = y;
-            }
-            for (int i = 0; i < PIECES; i++) put_gradients(x, k, s, of_k, row, f0 + of_share(i), add, g[i]);
-        }
+        pay_row(x, k, s, of_k, z + state * x.F, dB + row * pitch, add);
     }
 }
 
@@ -500,7 +556,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
 /* What tiles, and gains where there are some, need of shared memory; and with dA. */
 template <class M> static size_t shared_bytes(const linear *x, int tiles, int gains, int with_dA)
 {
-    const size_t floats = (size_t)(gains * SIDE * (SIDE + 4) + with_dA * SIDE * pitch_of(x->F));
+    const size_t floats = (size_t)(gains * SIDE * (SIDE + 4) + with_dA * SIDE * rows_pitch(x->F));
     return tiles_bytes<M>(tiles) + floats * sizeof(ls_real);
 }
 
@@ -511,7 +567,7 @@ int64_t ls_linear_beside(const ls_pass *p, int64_t F)
     const int near = p->pattern == LS_CS;
     const size_t bytes =
         on_tensor_cores(p) ? shared_bytes<tensor>(&x, near ? 4 : 3, near, 1) : shared_bytes<plain>(&x, 3, near, 1);
-    return ls_has_shared(p->queue, bytes) ? 0 : pitch_of((int)F);
+    return ls_has_shared(p->queue, bytes) ? 0 : rows_pitch((int)F);
 }
 
 template <class M, int NEAR> static void launch_attend(ls_pass *p, const linear *x)

@@ -208,20 +208,6 @@ __device__ static inline void read_raw(const linear &x, const features &y, const
             z[n].v[k] = f(n) + k < all && of.by[row(n)] != 0 ? first[least(row(n), last) * step + column(f(n) + k)] : 0;
 }
 
-/* The same of r as features, but for those that were made elsewhere, which may be exponents. */
-template <int N, typename R, typename F>
-__device__ static inline void read_features(const linear &x, const features &y, const strip &s, const facts &of, R row,
-                                            F f, ls_four (&z)[N])
-{
-    read_raw<N>(x, y, s, of, row, f, x.r, z);
-    if (y.act == LS_LINEAR_MADE) return;
-#pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-            z[n].v[k] = f(n) + k < x.r && of.by[row(n)] != 0 ? ls_linear_act(y.act, z[n].v[k]) : 0;
-}
-
 /* The features of load_features, which has a choice of widths: of what is narrow threads would find nothing. */
 template <class M, int SEEN, int W>
 __device__ static inline void load_some_features(const linear &x, const features &y, const strip &s, const facts &of,

@@ -29,7 +29,7 @@ LS_BOTH_SIDES order ordered(ls_real x)
 /* Rows of one batch row that one block has counted. */
 typedef struct tally {
     int64_t rows;
-    ls_real largest;
+    double largest; /* of ls_real: nothing pads a tally, which is read whole */
 } tally;
 
 static int64_t tiles_of(int64_t n)
@@ -153,7 +153,8 @@ __global__ static void add_tallies(const tally *of_keys, int64_t key_tiles, cons
     const tally s = i < sample_tiles ? of_samples[i] : none;
     const int64_t keys = ls_block_sum(k.rows, counted), queries = ls_block_sum(q.rows, counted);
     const int64_t bad = ls_block_sum(s.rows, counted);
-    const ls_real most_k = ls_block_max(k.largest, largest), most_q = ls_block_max(q.largest, largest);
+    const ls_real most_k = ls_block_max((ls_real)k.largest, largest);
+    const ls_real most_q = ls_block_max((ls_real)q.largest, largest);
     if (i != 0) return;
     ls_real *to = piece + b * COUNTED;
     put_integer(keys, &to[0]);

@@ -692,6 +692,12 @@ __global__ static void reads_two(const float *x, int64_t at, float2 *out)
     out[threadIdx.x] = *reinterpret_cast<const float2 *>(x + at);
 }
 
+__global__ static void reads_four(const float *x, int64_t at, float *out)
+{
+    const float4 y = *reinterpret_cast<const float4 *>(x + at);
+    *out = y.x + y.w;
+}
+
 __global__ static void copies_and_reads(const float *x, float *out, int waits)
 {
     __shared__ float to[32];
@@ -743,6 +749,8 @@ static void test_checks(void **)
     stops([] { LS_LAUNCH(q, reads_two, 1, 1, 0, checked, 2, reinterpret_cast<float2 *>(room)); }, NULL);
     stops([] { LS_LAUNCH(q, reads_two, 1, 1, 0, checked, 1, reinterpret_cast<float2 *>(room)); },
           "on no boundary of 8");
+    stops([] { LS_LAUNCH(q, reads_four, 1, 1, 0, checked, 0, room); }, NULL);
+    stops([] { LS_LAUNCH(q, reads_four, 1, 1, 0, checked, 2, room); }, "on no boundary of 16");
     stops(
         [] {
             const float *fresh = static_cast<float *>(ls_cuda_device.alloc(4));

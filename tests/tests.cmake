@@ -38,7 +38,8 @@ longspan_emulated(longspan_emulated ${emulated_wrappers})
 # every access of kernels to memory looked at (tests/emulator/checks.h): the calls that the sanitizer compiles in are
 # answered by checks.cpp, and nothing of the sanitizer's is linked; but two cannot be had together
 if(NOT LONGSPAN_SANITIZE)
-  set(checked_flags -fsanitize=thread --param=tsan-instrument-func-entry-exit=0 -g1)
+  # no scalars in place of aggregates: what a thread reads at once is one access
+  set(checked_flags -fno-tree-sra -fno-ipa-sra -fsanitize=thread --param=tsan-instrument-func-entry-exit=0 -g1)
   add_library(checked_kernels OBJECT EXCLUDE_FROM_ALL ${emulated_wrappers})
   longspan_emulated(longspan_checked $<TARGET_OBJECTS:checked_kernels>
     ${PROJECT_SOURCE_DIR}/tests/emulator/checks.cpp)
