@@ -116,7 +116,7 @@ typedef enum ls_transport {
  *               A100 or H100); in performer and cosformer features, values, weights and states, on tensor cores, too,
  *               but for performer's sums over keys and their gradients; likewise in longshort queries (with what is
  *               added to them), normalised keys and values, vectors, tables of distances, probabilities and gradients
- *               of logits.
+ *               of logits, and in local queries, keys, values, weights, gradients of logits and of the output.
  *               Takes 64 MiB of the GPU for copies of operands; exact softmax there 2 bytes for each number of q, k and
  *               v, and of the output's gradient, while it runs (none in a layer where one rank has all positions).
  *
@@ -130,9 +130,9 @@ typedef enum ls_transport {
  *   - products where the rounding of an operand would be amplified: exponents of performer, nystrom's
  *     pseudo-inverse, gradients of lara's logits, projections whose rows are compared or rounded (queries and keys of
  *     probsparse, predicted positions of local), queries and keys of cosformer with relu, whose gradient jumps at 0;
- *   - what kernels multiply as it is: the windows of local, abc's slots (in double), the sums that make longshort's
- *     vectors, the modes of s4d, the slots of lara and nystrom, features of performer and their gradients, the cores of
- *     decoding steps but those of performer, cosformer and longshort, norms, the loss. */
+ *   - what kernels multiply as it is: abc's slots (in double), the sums that make longshort's vectors, the modes of
+ *     s4d, the slots of lara and nystrom, features of performer and their gradients, the cores of decoding steps but
+ *     those of performer, cosformer, longshort and local, norms, the loss. */
 typedef enum ls_precision { LS_FLOAT32 = 0, LS_TF32, LS_BF16 } ls_precision;
 const char *ls_precision_name(ls_precision precision); /* "float32", "tf32", "bf16" */
 

@@ -1,11 +1,8 @@
 /* Local attention on a GPU; formulas in local.c.
  *
- * A block has a tile of 64 rows, and visitors come into its shared memory: in one visit all whom the tile meets, if
- * they are so few that each warp's are a band of 8 K of them, otherwise 8 K in each. A warp has 16 of the rows, a
- * thread every fourth of these and every eighth visitor of the band: 4 x K pairs, of which it keeps the products in
- * registers while features pass by in pieces of 64. Weights go to the warp's part of shared memory, and what visitors
- * give is made of them, 4 rows x 8 features by a thread; where there are more visits, the sums wait in the output
- * itself.
+ * A block has a tile of 64 rows, see local_tiles.h, and visitors come into its shared memory: in one visit all whom the
+ * tile meets, if they are so few that each warp's are a band of 8 K of them, otherwise 8 K in each. Where there are
+ * more visits, the sums wait in the output itself.
  *
  *   attend           a tile of queries, visited by keys: online softmax; its maximum and sum are saved
  *   query_gradients  a tile of queries, visited by keys twice: first for δ and dp, then for dq
@@ -14,9 +11,7 @@
  * Everything is said of queries in the order of their windows, their slots: so the queries that see a key are a run of
  * slots, whose ends a search finds where they are not known. In local-p that order is made, see local_centres.cu. Every
  * sum has one order, whatever blocks do. */
-#include "local_cuda.h"
-
-#include <cuda_copy.h>
+#include "local_tiles.h"
 
 extern "C" const ls_cuda_mechanism ls_local_cuda;
 
@@ -27,15 +22,15 @@ namespace ls_local
  * the first row of its window. TOP, INVERSE (B,H,T): of the softmax, by query. */
 static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
-    const int64_t rows = all_rows(p), guess = predictive(p) ? rows : 0, back = p->backward;
+    const int64_t all = all_rows(p), guess = predictive(p) ? all : 0, back = p->backward;
     const size_t one = sizeof(int64_t);
     p->saved[CENTRE] = (ls_real *)ls_arena_take(saved, (size_t)guess * sizeof(double));
     for (int i = ORDER; i <= ROW; i++) p->saved[i] = (ls_real *)ls_arena_take(saved, (size_t)guess * one);
-    p->saved[TOP] = ls_take(saved, rows);
-    p->saved[INVERSE] = ls_take(saved, rows);
+    p->saved[TOP] = ls_take(saved, all);
+    p->saved[INVERSE] = ls_take(saved, all);
     p->work[SORT] = (ls_real *)ls_arena_take(work, back ? 0 : 2 * (size_t)guess * one);
     p->work[GAPS] = (ls_real *)ls_arena_take(work, back ? 0 : (size_t)(p->B * p->H * scan_tiles(p)) * one);
-    p->work[DELTA] = ls_take(work, back * rows);
+    p->work[DELTA] = ls_take(work, back * all);
     p->work[DCENTRE] = ls_take(work, back * guess);
     p->work[DHIDDEN] = ls_take(work, back * guess * p->d);
     p->work[CLEAN] = ls_take(work, back * guess * p->d);
@@ -137,183 +132,13 @@ static __device__ ls_span find_slots(const windows *x, const keys *s, int64_t g,
     return ls_span{0, first, last - first};
 }
 
-/* ------------------------------------------------------------------------------------------------ tiles */
-
-/* Rows of a tile, of a warp, of a thread; visitors side by side before a warp; reals of a thread's sums of a row. */
-typedef ls_warp_grid<4> grid;
-enum { OWN = 64, OF_WARP = OWN / WARPS, MINE = 4, SIDE = grid::COLUMNS, SUMS = PIECE / SIDE };
-static_assert((int)MINE * (int)SIDE == LS_WARP, "rows of a warp are a multiple apart");
-
-/* What comes in one visit: the warps' bands, 16 apart, where windows are those of neighbours. */
-template <int K> constexpr int guests = OWN - OF_WARP + SIDE *K;
+/* ------------------------------------------------------------------------------------------------ visits */
 
 /* K = 4 where 16 queries side by side see no more than 32 keys; otherwise 6, which the default windows need. */
 static int few_keys(const ls_pass *p)
 {
     const int64_t w = (int64_t)p->option[WINDOW];
-    return (p->pattern == LS_CS ? w : 2 * w + 1) + OF_WARP - 1 <= 4 * SIDE;
-}
-
-template <int K> static size_t tile_bytes()
-{
-    return (size_t)((OWN + guests<K>)*PITCH) * sizeof(ls_real);
-}
-
-/* Rows at[i] < all from `base`; where that is negative there is none. */
-typedef struct rows {
-    const int *at;
-    const ls_real *base;
-    int64_t st, all;
-} rows;
-
-/* to (N,64) = features [e0, e0 + 64) of the rows; 0 where there is none, and from d on. To be waited for. */
-template <int N> static __device__ void load_rows(rows x, int e0, int d, ls_real *to)
-{
-    enum { FOURS = PIECE / 4, STEP = THREADS / FOURS };
-    const int e = threadIdx.x % FOURS * 4, left = d - e0 - e;
-    /* they can be copied by fours, which 32 bits count */
-    const int fours = d % 4 == 0 && x.st % 4 == 0 && ls_is_four(x.base) && x.all * x.st < (int64_t)1 << 33;
-    x.at += threadIdx.x / FOURS, x.base += e0 + e, to += threadIdx.x / FOURS * PITCH + e;
-    if (fours) {
-        const unsigned apart = (unsigned)(x.st / 4);
-        const ls_four *base = (const ls_four *)x.base;
-#pragma unroll
-        for (int i = 0; i < N; i += STEP) {
-            const int r = x.at[i];
-            if (left > 0 && r >= 0) {
-                const char *from = (const char *)(base + (unsigned)r * apart);
-                for (int byte = 0; byte < (int)sizeof(ls_four); byte += 16)
-                    ls_copy<16>((char *)(to + i * PITCH) + byte, from + byte, true);
-            } else {
-                *(ls_four *)(to + i * PITCH) = ls_four{};
-            }
-        }
-    } else {
-#pragma unroll 1
-        for (int i = 0; i < N; i += STEP)
-            for (int c = 0; c < 4; c++) to[i * PITCH + c] = left > c && x.at[i] >= 0 ? x.base[x.at[i] * x.st + c] : 0;
-    }
-}
-
-static __device__ void wait_for_rows()
-{
-    ls_copy_close();
-    ls_copy_wait<0>();
-    __syncthreads();
-}
-
-/* A thread's place: its first row of the tile, and its first visitor of the band. */
-static __device__ int my_row()
-{
-    return threadIdx.x / LS_WARP * OF_WARP + grid::row();
-}
-static __device__ int my_guest()
-{
-    return grid::column();
-}
-
-/* s_ik += own_(row + 4i) · visitor_(start + guest + 8k), n features, an even number of fours. */
-template <int K>
-static __device__ void add_dots(const ls_real *own, const ls_real *visitor, int start, int n, ls_real (&s)[MINE][K])
-{
-    own += my_row() * PITCH, visitor += (start + my_guest()) * PITCH;
-#pragma unroll 2
-    for (int e = 0; e < n; e += 4) {
-        ls_four a[MINE];
-#pragma unroll
-        for (int i = 0; i < MINE; i++) a[i] = ls_four_at(own + i * MINE * PITCH + e);
-#pragma unroll
-        for (int k = 0; k < K; k++) {
-            const ls_four b = ls_four_at(visitor + k * SIDE * PITCH + e);
-#pragma unroll
-            for (int i = 0; i < MINE; i++)
-#pragma unroll
-                for (int c = 0; c < 4; c++) s[i][k] += a[i].v[c] * b.v[c];
-        }
-    }
-}
-
-/* s = rows of the tile · rows of the visit; 0 where the warp's rows have not `met` them. */
-template <int K>
-static __device__ void multiply(rows x, rows y, int d, int met, int start, ls_real *own, ls_real *visitor,
-                                ls_real (&s)[MINE][K])
-{
-#pragma unroll
-    for (int i = 0; i < MINE; i++)
-#pragma unroll
-        for (int k = 0; k < K; k++) s[i][k] = 0;
-    for (int e0 = 0; e0 < d; e0 += PIECE) {
-        __syncthreads(); /* what was there has been read */
-        load_rows<OWN>(x, e0, d, own);
-        load_rows<guests<K>>(y, e0, d, visitor);
-        wait_for_rows();
-        if (met) add_dots(own, visitor, start, d - e0 < PIECE ? (d - e0 + 7) / 8 * 8 : PIECE, s);
-    }
-}
-
-/* Weights of a warp's rows, by visitor, in that part of `own` that only this warp reads: its dots have been made. */
-static __device__ ls_real *my_weights(ls_real *own)
-{
-    return own + threadIdx.x / LS_WARP * OF_WARP * PITCH + grid::row() * MINE;
-}
-
-template <int K> static __device__ void put_weights(const ls_real (&w)[MINE][K], ls_real *own)
-{
-    ls_real *to = my_weights(own) + my_guest() * OF_WARP;
-    __syncwarp();
-#pragma unroll
-    for (int k = 0; k < K; k++) {
-        ls_four x;
-#pragma unroll
-        for (int i = 0; i < MINE; i++) x.v[i] = w[i][k];
-        *(ls_four *)(to + k * SIDE * OF_WARP) = x;
-    }
-    __syncwarp();
-}
-
-/* x_i = Σ_band weight · visitor, features 4 guest + [0, 4) and as many 32 further on. */
-template <int K>
-static __device__ void weigh_band(ls_real *own, const ls_real *visitor, int start, ls_real (&x)[MINE][SUMS])
-{
-    const ls_real *weight = my_weights(own);
-    visitor += start * PITCH + my_guest() * 4;
-#pragma unroll
-    for (int i = 0; i < MINE; i++)
-#pragma unroll
-        for (int c = 0; c < SUMS; c++) x[i][c] = 0;
-#pragma unroll 8
-    for (int j = 0; j < K * SIDE; j++) {
-        const ls_four w = ls_four_at(weight + j * OF_WARP),
-                      y[2] = {ls_four_at(visitor + j * PITCH), ls_four_at(visitor + j * PITCH + PIECE / 2)};
-#pragma unroll
-        for (int i = 0; i < MINE; i++)
-#pragma unroll
-            for (int c = 0; c < SUMS; c++) x[i][c] += w.v[i] * y[c / 4].v[c % 4];
-    }
-}
-
-/* to = keep to + give x for these features of a row; where there is `more`, something is there. */
-static __device__ void put_sums(ls_real *to, int e0, int d, int more, ls_real keep, ls_real give,
-                                const ls_real (&x)[SUMS])
-{
-    const int e = e0 + my_guest() * 4, fours = d % 4 == 0 && ls_is_four(to);
-    to += e;
-#pragma unroll
-    for (int part = 0; part < SUMS; part += 4, to += PIECE / 2) {
-        const int left = d - e - part * SIDE;
-        if (left <= 0) break;
-        if (fours) {
-            ls_four y = {};
-            if (more) y = ls_four_at(to);
-#pragma unroll
-            for (int c = 0; c < 4; c++) y.v[c] = keep * y.v[c] + give * x[part + c];
-            *(ls_four *)to = y;
-        } else {
-#pragma unroll
-            for (int c = 0; c < 4; c++)
-                if (c < left) to[c] = (more ? keep * to[c] : 0) + give * x[part + c];
-        }
-    }
+    return (p->pattern == LS_CS ? w : 2 * w + 1) + OF_WARP - 1 <= 4 * 8;
 }
 
 /* Visits: `all` visitors come `step` at a time, a warp's band begins at `start`. */
@@ -324,10 +149,10 @@ typedef struct visits {
 /* Visitors [first, last), of which warp w's are [begin[w], end[w]). */
 template <int K> static __device__ visits plan_visits(const int *begin, const int *end, int first, int last)
 {
-    const int mine = begin[threadIdx.x / LS_WARP] - first, latest = guests<K> - K * SIDE;
+    const int mine = begin[threadIdx.x / LS_WARP] - first, latest = guests<K> - 8 * K;
     int few = last - first <= guests<K>;
-    for (int w = 0; w < WARPS; w++) few = few && end[w] - begin[w] <= K * SIDE;
-    return visits{last - first, few ? guests<K> : K * SIDE, few ? (mine < latest ? mine : latest) : 0};
+    for (int w = 0; w < WARPS; w++) few = few && end[w] - begin[w] <= 8 * K;
+    return visits{last - first, few ? guests<K> : 8 * K, few ? (mine < latest ? mine : latest) : 0};
 }
 
 /* Whether this warp's rows meet anybody in the visit from `from` on. */
@@ -419,83 +244,86 @@ static __device__ int sees(sight x, int i)
 /* ------------------------------------------------------------------------------------------------ forward */
 
 /* out = Σ a g v. With sent (B,H,T; m, l, Σ e^(s-m) g v), what these keys are to a softmax over more of them. */
-template <int K>
+template <class M, int K>
 static __global__ void __launch_bounds__(THREADS, 5)
     attend(windows x, keys s, ls_view q, int d, ls_real scale, ls_real narrow, ls_view out, ls_real *tops,
            ls_real *inverses, ls_real *sent)
 {
-    LS_SHARED(ls_real, memory);
+    typedef layout<M> my;
+    LS_SHARED(typename M::number, memory);
     __shared__ query_tile t;
-    ls_real *own = memory, *visitor = own + OWN * PITCH;
+    typename M::number *own = memory, *visitor = own + OWN * M::PITCH;
     const tile_place p = find_queries(&x, &s, &t);
     const visits v = plan_visits<K>(t.begin, t.end, 0, t.end[WARPS - 1]);
-    ls_real top[MINE], total[MINE], shrink[MINE];
-    for (int i = 0; i < MINE; i++) top[i] = -INFINITY, total[i] = 0;
+    ls_real top[my::ROWS], total[my::ROWS], shrink[my::ROWS];
+    for (int i = 0; i < my::ROWS; i++) top[i] = -INFINITY, total[i] = 0;
     for (int from = 0; from == 0 || from < v.all; from += v.step) {
         const int met = is_met(&v, t.begin, t.end, from), last = v.all - from <= v.step;
-        ls_real w[MINE][K];
-        int key[K];
+        of_pairs<M, K> w;
+        int key[pairs<M, K>];
         invite_keys<K>(&s, &p, &v, from, &t);
         const rows keys_here = {t.key, key_row(&s, s.k, p.at, p.first + from), s.k.st, guests<K>};
         const rows values = {t.key, key_row(&s, s.v, p.at, p.first + from), s.v.st, guests<K>};
-        multiply(rows{t.query, ls_row(q, p.at.b, p.at.h, 0), q.st, x.T}, keys_here, d, met, v.start, own, visitor, w);
+        multiply<M, K>(rows{t.query, ls_row(q, p.at.b, p.at.h, 0), q.st, x.T}, keys_here, d, met, v.start, own, visitor,
+                       w);
 #pragma unroll
-        for (int k = 0; k < K; k++) key[k] = t.key[v.start + my_guest() + k * SIDE];
+        for (int k = 0; k < pairs<M, K>; k++) key[k] = t.key[v.start + my::guest(k)];
 #pragma unroll
-        for (int i = 0; i < MINE; i++) {
-            const sight seen = sight_of(&t, my_row() + i * MINE, from);
+        for (int i = 0; i < my::ROWS; i++) {
+            const sight seen = sight_of(&t, my::row(i), from);
             ls_real most = -INFINITY;
 #pragma unroll
-            for (int k = 0; k < K; k++) {
+            for (int k = 0; k < pairs<M, K>; k++) {
                 w[i][k] = sees(seen, key[k]) ? ls_multiply(scale, w[i][k]) : -INFINITY;
                 most = w[i][k] > most ? w[i][k] : most;
             }
-            most = ls_warp_max(most, SIDE, grid::APART);
+            most = row_max<M>(most);
             const ls_real next = most > top[i] ? most : top[i], base = next == -INFINITY ? 0 : next;
             shrink[i] = ls_exp(top[i] - base);
             total[i] *= shrink[i];
             top[i] = next;
 #pragma unroll
-            for (int k = 0; k < K; k++) {
+            for (int k = 0; k < pairs<M, K>; k++) {
                 w[i][k] = ls_exp(w[i][k] - base);
                 total[i] += w[i][k];
             }
         }
         if (x.order != NULL) {
 #pragma unroll
-            for (int i = 0; i < MINE; i++)
+            for (int i = 0; i < my::ROWS; i++)
 #pragma unroll
-                for (int k = 0; k < K; k++)
-                    w[i][k] = narrowed(w[i][k], narrow, distance(t.offset[my_row() + i * MINE], from + key[k]));
+                for (int k = 0; k < pairs<M, K>; k++)
+                    w[i][k] = narrowed(w[i][k], narrow, distance(t.offset[my::row(i)], from + key[k]));
         }
-        put_weights(w, own);
-        ls_real factor[MINE];
+        weights<M, K> made;
+        made.put(w, own);
+        ls_real factor[my::ROWS];
 #pragma unroll
-        for (int i = 0; i < MINE; i++) {
-            if (last) total[i] = ls_warp_sum(total[i], SIDE, grid::APART);
+        for (int i = 0; i < my::ROWS; i++) {
+            if (last) total[i] = row_sum<M>(total[i]);
             factor[i] = !last || sent != NULL ? 1 : total[i] > 0 ? 1 / total[i] : 0;
         }
         for (int e0 = 0; e0 < d; e0 += PIECE) {
-            ls_real sum[MINE][SUMS];
+            of_features<M> sum;
             __syncthreads(); /* what was there has been read */
-            load_rows<guests<K>>(values, e0, d, visitor);
+            load_rows<M, guests<K>>(values, e0, d, visitor);
             wait_for_rows();
             if (from > 0 && !met && !last) continue;
-            weigh_band<K>(own, visitor, v.start, sum);
+            made.weigh(visitor, v.start, sum);
 #pragma unroll
-            for (int i = 0; i < MINE; i++) {
-                const int r = my_row() + i * MINE;
+            for (int i = 0; i < my::ROWS; i++) {
+                const int r = my::row(i);
                 if (r >= p.n) break;
                 const int query = query_of(&t, r);
                 ls_real *to =
                     sent != NULL ? sent + (p.at.g * x.T + query) * (2 + d) + 2 : ls_row(out, p.at.b, p.at.h, query);
-                put_sums(to, e0, d, from > 0, factor[i] * shrink[i], factor[i], sum[i]);
+                put_sums<M>(to, e0, d, from > 0, factor[i] * shrink[i], factor[i], sum[i]);
             }
         }
     }
-    for (int i = 0; i < MINE; i++) {
-        const int r = my_row() + i * MINE;
-        if (r >= p.n || my_guest() > 0) break;
+    for (int i = 0; i < my::ROWS; i++) {
+        const int r = my::row(i);
+        if (r >= p.n || my::guest(0) > 0) break;
         const int64_t row = p.at.g * x.T + query_of(&t, r);
         if (sent != NULL) {
             sent[row * (2 + d)] = top[i];
@@ -517,20 +345,20 @@ static int query_tiles(const ls_pass *p)
     return (int)(p->B * p->H * ((p->T + OWN - 1) / OWN));
 }
 
-template <int K> static void attend_to(ls_pass *p, const ls_block *to, ls_real *sent)
+template <class M, int K> static void attend_to(ls_pass *p, const ls_block *to, ls_real *sent)
 {
     if (all_rows(p) > 0)
-        LS_LAUNCH(p->queue, attend<K>, query_tiles(p), THREADS, tile_bytes<K>(), windows_of(p), keys_of(to), p->q,
-                  (int)p->d, (ls_real)p->scale, narrowness(p), p->out, p->saved[TOP], p->saved[INVERSE], sent);
+        LS_LAUNCH(p->queue, (attend<M, K>), query_tiles(p), THREADS, (tile_bytes<M, K>()), windows_of(p), keys_of(to),
+                  p->q, (int)p->d, (ls_real)p->scale, narrowness(p), p->out, p->saved[TOP], p->saved[INVERSE], sent);
 }
+
+/* The function of a width, for the numbers that this call's products have. */
+#define OF_KIND(p, function, K) (ls_tiles::on_tensor_cores(p) ? function<tensor, K> : function<plain, K>)
 
 static ls_status forward(ls_pass *p, int phase)
 {
     (void)phase;
-    if (few_keys(p))
-        attend_to<4>(p, &p->halo, NULL);
-    else
-        attend_to<6>(p, &p->halo, NULL);
+    (few_keys(p) ? OF_KIND(p, attend_to, 4) : OF_KIND(p, attend_to, 6))(p, &p->halo, NULL);
     return ls_launched(p->queue, "local: windows");
 }
 
@@ -542,56 +370,57 @@ typedef struct softmax_rows {
     ls_real *delta, *dcentre;
 } softmax_rows;
 
-template <int K>
+template <class M, int K>
 static __global__ void __launch_bounds__(THREADS, 4)
     query_gradients(windows x, keys s, ls_view q, ls_view dout, ls_view dq, int d, ls_real scale, ls_real narrow,
                     softmax_rows soft)
 {
-    LS_SHARED(ls_real, memory);
+    typedef layout<M> my;
+    LS_SHARED(typename M::number, memory);
     __shared__ query_tile t;
-    ls_real *own = memory, *visitor = own + OWN * PITCH;
+    typename M::number *own = memory, *visitor = own + OWN * M::PITCH;
     const tile_place p = find_queries(&x, &s, &t);
     const visits v = plan_visits<K>(t.begin, t.end, 0, t.end[WARPS - 1]);
-    ls_real delta[MINE] = {0}, slope[MINE] = {0}, top[MINE], inverse[MINE];
-    for (int i = 0; i < MINE; i++) {
-        const int64_t row = p.at.g * x.T + query_of(&t, my_row() + i * MINE);
+    ls_real delta[my::ROWS] = {0}, slope[my::ROWS] = {0}, top[my::ROWS], inverse[my::ROWS];
+    for (int i = 0; i < my::ROWS; i++) {
+        const int64_t row = p.at.g * x.T + query_of(&t, my::row(i));
         top[i] = soft.top[row], inverse[i] = soft.inverse[row];
     }
     const rows queries = {t.query, ls_row(q, p.at.b, p.at.h, 0), q.st, x.T};
     const rows down = {t.query, ls_row(dout, p.at.b, p.at.h, 0), dout.st, x.T};
-    ls_real given[MINE][K], share[MINE][K]; /* Σ terms of δ, and a; of a single visit, found once */
-    for (int pass = 0; pass < 2; pass++) {  /* 0: δ and dp; 1: dq */
+    of_pairs<M, K> given, share;           /* Σ terms of δ, and a; of a single visit, found once */
+    for (int pass = 0; pass < 2; pass++) { /* 0: δ and dp; 1: dq */
         for (int from = 0; from == 0 || from < v.all; from += v.step) {
             const int met = is_met(&v, t.begin, t.end, from);
             const rows keys_here = {t.key, key_row(&s, s.k, p.at, p.first + from), s.k.st, guests<K>};
             const rows values = {t.key, key_row(&s, s.v, p.at, p.first + from), s.v.st, guests<K>};
             if (pass == 0 || v.all > v.step) {
-                int key[K];
+                int key[pairs<M, K>];
                 invite_keys<K>(&s, &p, &v, from, &t);
-                multiply(down, values, d, met, v.start, own, visitor, given);
-                multiply(queries, keys_here, d, met, v.start, own, visitor, share);
+                multiply<M, K>(down, values, d, met, v.start, own, visitor, given);
+                multiply<M, K>(queries, keys_here, d, met, v.start, own, visitor, share);
 #pragma unroll
-                for (int k = 0; k < K; k++) key[k] = t.key[v.start + my_guest() + k * SIDE];
+                for (int k = 0; k < pairs<M, K>; k++) key[k] = t.key[v.start + my::guest(k)];
 #pragma unroll
-                for (int i = 0; i < MINE; i++) {
-                    const sight seen = sight_of(&t, my_row() + i * MINE, from);
+                for (int i = 0; i < my::ROWS; i++) {
+                    const sight seen = sight_of(&t, my::row(i), from);
 #pragma unroll
-                    for (int k = 0; k < K; k++) {
+                    for (int k = 0; k < pairs<M, K>; k++) {
                         const ls_real a = ls_exp(ls_multiply(scale, share[i][k]) - top[i]) * inverse[i];
                         share[i][k] = sees(seen, key[k]) ? a : 0;
                     }
                 }
                 if (x.order == NULL) {
 #pragma unroll
-                    for (int i = 0; i < MINE; i++)
+                    for (int i = 0; i < my::ROWS; i++)
 #pragma unroll
-                        for (int k = 0; k < K; k++) given[i][k] *= share[i][k];
+                        for (int k = 0; k < pairs<M, K>; k++) given[i][k] *= share[i][k];
                 } else {
 #pragma unroll
-                    for (int i = 0; i < MINE; i++)
+                    for (int i = 0; i < my::ROWS; i++)
 #pragma unroll
-                        for (int k = 0; k < K; k++) {
-                            const ls_real away = distance(t.offset[my_row() + i * MINE], from + key[k]);
+                        for (int k = 0; k < pairs<M, K>; k++) {
+                            const ls_real away = distance(t.offset[my::row(i)], from + key[k]);
                             given[i][k] *= narrowed(share[i][k], narrow, away);
                             if (pass == 0) slope[i] += given[i][k] * away;
                         }
@@ -599,39 +428,40 @@ static __global__ void __launch_bounds__(THREADS, 4)
             }
             if (pass == 0) {
 #pragma unroll
-                for (int i = 0; i < MINE; i++)
+                for (int i = 0; i < my::ROWS; i++)
 #pragma unroll
-                    for (int k = 0; k < K; k++) delta[i] += given[i][k];
+                    for (int k = 0; k < pairs<M, K>; k++) delta[i] += given[i][k];
                 continue;
             }
 #pragma unroll
-            for (int i = 0; i < MINE; i++)
+            for (int i = 0; i < my::ROWS; i++)
 #pragma unroll
-                for (int k = 0; k < K; k++) given[i][k] -= share[i][k] * delta[i];
-            put_weights(given, own);
+                for (int k = 0; k < pairs<M, K>; k++) given[i][k] -= share[i][k] * delta[i];
+            weights<M, K> made;
+            made.put(given, own);
             for (int e0 = 0; e0 < d; e0 += PIECE) {
-                ls_real sum[MINE][SUMS];
+                of_features<M> sum;
                 if (d > PIECE) { /* otherwise they are still there */
                     __syncthreads();
-                    load_rows<guests<K>>(keys_here, e0, d, visitor);
+                    load_rows<M, guests<K>>(keys_here, e0, d, visitor);
                     wait_for_rows();
                 }
                 if (from > 0 && !met) continue;
-                weigh_band<K>(own, visitor, v.start, sum);
+                made.weigh(visitor, v.start, sum);
 #pragma unroll
-                for (int i = 0; i < MINE; i++) {
-                    const int r = my_row() + i * MINE;
+                for (int i = 0; i < my::ROWS; i++) {
+                    const int r = my::row(i);
                     if (r >= p.n) break;
-                    put_sums(ls_row(dq, p.at.b, p.at.h, query_of(&t, r)), e0, d, from > 0, 1, scale, sum[i]);
+                    put_sums<M>(ls_row(dq, p.at.b, p.at.h, query_of(&t, r)), e0, d, from > 0, 1, scale, sum[i]);
                 }
             }
         }
-        for (int i = 0; i < MINE && pass == 0; i++)
-            delta[i] = ls_warp_sum(delta[i], SIDE, grid::APART), slope[i] = ls_warp_sum(slope[i], SIDE, grid::APART);
+        for (int i = 0; i < my::ROWS && pass == 0; i++)
+            delta[i] = row_sum<M>(delta[i]), slope[i] = row_sum<M>(slope[i]);
     }
-    for (int i = 0; i < MINE; i++) {
-        const int r = my_row() + i * MINE;
-        if (r >= p.n || my_guest() > 0) break;
+    for (int i = 0; i < my::ROWS; i++) {
+        const int r = my::row(i);
+        if (r >= p.n || my::guest(0) > 0) break;
         const int64_t row = p.at.g * x.T + query_of(&t, r);
         soft.delta[row] = delta[i];
         if (x.order != NULL) soft.dcentre[row] = -2 * narrow * slope[i]; /* 4 / w² */
@@ -681,12 +511,13 @@ static __device__ void invite_queries(const windows *x, const keys *s, group at,
 }
 
 /* Keys [r, r + n) of (b,h). */
-template <int K>
+template <class M, int K>
 static __device__ void gradients_of_keys(const windows *x, const keys *s, group at, int64_t r, int n, ls_view q,
                                          ls_view dout, ls_view dk, ls_view dv, int d, ls_real scale, ls_real narrow,
-                                         const softmax_rows *soft, key_tile *t, ls_real *own)
+                                         const softmax_rows *soft, key_tile *t, typename M::number *own)
 {
-    ls_real *visitor = own + OWN * PITCH;
+    typedef layout<M> my;
+    typename M::number *visitor = own + OWN * M::PITCH;
     find_visitors(x, s, at, r, n, t);
     const int first = t->begin[0];
     const rows mine = {t->key, key_row(s, s->k, at, r), s->k.st, OWN},
@@ -696,45 +527,46 @@ static __device__ void gradients_of_keys(const windows *x, const keys *s, group 
     const visits v = plan_visits<K>(t->begin, t->end, first, t->end[WARPS - 1]);
     for (int from = 0; from == 0 || from < v.all; from += v.step) {
         const int met = is_met(&v, t->begin, t->end, first + from), to = v.all - from < v.step ? v.all - from : v.step;
-        ls_real weight[MINE][K], dscore[MINE][K];
-        int key[MINE];
+        of_pairs<M, K> weight, dscore;
+        int key[my::ROWS];
         invite_queries<K>(x, s, at, r, first + from, to, soft, t);
-        multiply(values, down, d, met, v.start, own, visitor, dscore);
-        multiply(mine, queries, d, met, v.start, own, visitor, weight);
+        multiply<M, K>(values, down, d, met, v.start, own, visitor, dscore);
+        multiply<M, K>(mine, queries, d, met, v.start, own, visitor, weight);
 #pragma unroll
-        for (int i = 0; i < MINE; i++) key[i] = t->key[my_row() + i * MINE];
+        for (int i = 0; i < my::ROWS; i++) key[i] = t->key[my::row(i)];
 #pragma unroll
-        for (int k = 0; k < K; k++) {
-            const int j = v.start + my_guest() + k * SIDE;
+        for (int k = 0; k < pairs<M, K>; k++) {
+            const int j = v.start + my::guest(k);
             const sight seen = t->seen[j];
             const ls_real top = t->top[j], inverse = t->inverse[j], delta = t->delta[j];
 #pragma unroll
-            for (int i = 0; i < MINE; i++) {
+            for (int i = 0; i < my::ROWS; i++) {
                 const ls_real a = sees(seen, key[i]) ? ls_exp(ls_multiply(scale, weight[i][k]) - top) * inverse : 0;
                 weight[i][k] = x->order == NULL ? a : narrowed(a, narrow, distance(t->offset[j], key[i]));
                 dscore[i][k] = weight[i][k] * dscore[i][k] - a * delta;
             }
         }
         for (int side = 0; side < 2; side++) { /* 0: dk, 1: dv */
+            weights<M, K> made;
             if (side == 0)
-                put_weights(dscore, own);
+                made.put(dscore, own);
             else
-                put_weights(weight, own);
+                made.put(weight, own);
             for (int e0 = 0; e0 < d; e0 += PIECE) {
-                ls_real sum[MINE][SUMS];
+                of_features<M> sum;
                 if (side > 0 || d > PIECE) { /* otherwise they are still there */
                     __syncthreads();
-                    load_rows<guests<K>>(side > 0 ? down : queries, e0, d, visitor);
+                    load_rows<M, guests<K>>(side > 0 ? down : queries, e0, d, visitor);
                     wait_for_rows();
                 }
                 if (from > 0 && !met) continue;
-                weigh_band<K>(own, visitor, v.start, sum);
+                made.weigh(visitor, v.start, sum);
 #pragma unroll
-                for (int i = 0; i < MINE; i++) {
-                    const int row = my_row() + i * MINE;
+                for (int i = 0; i < my::ROWS; i++) {
+                    const int row = my::row(i);
                     if (row >= n) break;
-                    put_sums(key_row(s, side > 0 ? dv : dk, at, r + row), e0, d, from > 0, 1, side > 0 ? 1 : scale,
-                             sum[i]);
+                    put_sums<M>(key_row(s, side > 0 ? dv : dk, at, r + row), e0, d, from > 0, 1, side > 0 ? 1 : scale,
+                                sum[i]);
                 }
             }
         }
@@ -743,12 +575,12 @@ static __device__ void gradients_of_keys(const windows *x, const keys *s, group 
 }
 
 /* A tile of rows, counted over all (b,h): where lists meet it is done in parts. */
-template <int K>
+template <class M, int K>
 static __global__ void __launch_bounds__(THREADS, 4)
     key_gradients(windows x, keys s, int groups, ls_view q, ls_view dout, ls_view dk, ls_view dv, int d, ls_real scale,
                   ls_real narrow, softmax_rows soft)
 {
-    LS_SHARED(ls_real, memory);
+    LS_SHARED(typename M::number, memory);
     __shared__ key_tile t;
     const int64_t begin = (int64_t)blockIdx.x * OWN, all = s.first != NULL ? s.first[groups] : groups * s.n;
     const int64_t end = ls_min(begin + OWN, all);
@@ -763,22 +595,22 @@ static __global__ void __launch_bounds__(THREADS, 4)
         }
         const int64_t first = s.first != NULL ? s.first[g] : g * s.n, last = first + rows_held(&s, g);
         const int n = (int)(ls_min(end, last) - row);
-        gradients_of_keys<K>(&x, &s, group_of(g, x.H), row - first, n, q, dout, dk, dv, d, scale, narrow, &soft, &t,
-                             memory);
+        gradients_of_keys<M, K>(&x, &s, group_of(g, x.H), row - first, n, q, dout, dk, dv, d, scale, narrow, &soft, &t,
+                                memory);
         row += n;
     }
 }
 
-template <int K> static void find_gradients(ls_pass *p)
+template <class M, int K> static void find_gradients(ls_pass *p)
 {
     const ls_real scale = (ls_real)p->scale;
     const softmax_rows soft = {p->saved[TOP], p->saved[INVERSE], p->work[DELTA], p->work[DCENTRE]};
     const int64_t all_keys = p->halo.first != NULL ? p->halo.n : p->B * p->H * p->halo.n;
     if (all_rows(p) > 0)
-        LS_LAUNCH(p->queue, query_gradients<K>, query_tiles(p), THREADS, tile_bytes<K>(), windows_of(p),
+        LS_LAUNCH(p->queue, (query_gradients<M, K>), query_tiles(p), THREADS, (tile_bytes<M, K>()), windows_of(p),
                   keys_of(&p->halo), p->q, p->dout, p->dq, (int)p->d, scale, narrowness(p), soft);
     if (all_keys > 0)
-        LS_LAUNCH(p->queue, key_gradients<K>, (int)((all_keys + OWN - 1) / OWN), THREADS, tile_bytes<K>(),
+        LS_LAUNCH(p->queue, (key_gradients<M, K>), (int)((all_keys + OWN - 1) / OWN), THREADS, (tile_bytes<M, K>()),
                   windows_of(p), keys_of(&p->halo), (int)(p->B * p->H), p->q, p->dout, p->halo.dk, p->halo.dv,
                   (int)p->d, scale, narrowness(p), soft);
 }
@@ -786,10 +618,7 @@ template <int K> static void find_gradients(ls_pass *p)
 static ls_status backward(ls_pass *p, int phase)
 {
     (void)phase;
-    if (few_keys(p))
-        find_gradients<4>(p);
-    else
-        find_gradients<6>(p);
+    (few_keys(p) ? OF_KIND(p, find_gradients, 4) : OF_KIND(p, find_gradients, 6))(p);
     if (predictive(p)) centres_backward(p);
     return ls_launched(p->queue, "local: gradients of windows");
 }
@@ -819,7 +648,7 @@ static ls_status count(ls_pass *p, int phase)
 /* This rank's part of the cache, as a softmax over a part of the keys. */
 static ls_status visit_cache(ls_pass *p, int phase)
 {
-    attend_to<6>(p, &p->visit, p->summary[phase + 1].sent);
+    OF_KIND(p, attend_to, 6)(p, &p->visit, p->summary[phase + 1].sent);
     return ls_launched(p->queue, "local: visit");
 }
 

@@ -139,7 +139,8 @@ static const shape shapes[] = {
 };
 
 /* Of linear attention: pieces of features and of values (64 of each at a time), chunks of 64 and of 256 rows. Of
- * longshort: several tiles of near keys, of vectors, and of distances. */
+ * longshort: several tiles of near keys, of vectors, and of distances. Of local: bands of 48 and of 32 keys, and of
+ * windows that take several visits. */
 static const struct {
     const char *mechanism, *options;
     shape of;
@@ -154,6 +155,9 @@ static const struct {
     {"longshort", "r=70,w=100", {LS_NS, 1, 64, 130, 130, PAD_RANDOM}},
     {"longshort", "r=2,w=9,c=8", {LS_CS, 1, 70, 100, 100, PAD_TAIL}},
     {"longshort", "r=4,w=70,c=4", {LS_CS, 1, 36, 100, 100, PAD_NONE}},
+    {"local", "w=15", {LS_NS, 1, 64, 150, 150, PAD_RANDOM}},
+    {"local", "w=16", {LS_CS, 1, 80, 150, 150, PAD_TAIL}},
+    {"local", "w=40", {LS_NC, 1, 36, 100, 170, PAD_NONE}},
 };
 
 static void twins(ls_context *narrow, const char *mechanism, const char *options, shape of)
