@@ -75,13 +75,15 @@ math(EXPR every_checked "9 * ${every}")
 set(checked_environment LONGSPAN_POISON=1 LONGSPAN_TEST_EVERY=${every_checked})
 set(nccl_environment LONGSPAN_TEST_TRANSPORT=nccl LONGSPAN_EMULATOR_GPUS=1 LONGSPAN_TEST_EVERY=${every_rounded})
 
-# longspan_test(NAME [DOUBLE] [HDF5] [RANKS 1 2 ...] [ARGS ...] [EMULATED 1 2 ...] [EMULATED_DOUBLE 1 2 ...]): programs
-# test_NAME and, with DOUBLE, test_NAME_double, each run once for every rank count. EMULATED: test_NAME_emulated, and
-# EMULATED_DOUBLE: test_NAME_emulated_double, the same test on the emulated GPU, for these rank counts; CHECKED: on one
-# that looks at every access, with work memory that is nobody's until it is written, with CHECKED_ARGS besides. OUTSIDE:
-# with the library as it is installed, which shows the public header's functions alone.
+# longspan_test(NAME [DOUBLE] [HDF5] [RANKS 1 2 ...] [DOUBLE_RANKS 1 3 ...] [ARGS ...] [EMULATED 1 2 ...]
+# [EMULATED_DOUBLE 1 2 ...]): programs test_NAME and, with DOUBLE, test_NAME_double, each run once for every rank count,
+# or in double for DOUBLE_RANKS. EMULATED: test_NAME_emulated, and EMULATED_DOUBLE: test_NAME_emulated_double, the same
+# test on the emulated GPU, for these rank counts; CHECKED: on one that looks at every access, with work memory that is
+# nobody's until it is written, with CHECKED_ARGS besides. OUTSIDE: with the library as it is installed, which shows the
+# public header's functions alone.
 function(longspan_test name)
-  cmake_parse_arguments(T "DOUBLE;HDF5;TRAINER;OUTSIDE" "" "RANKS;ARGS;SOURCES;EMULATED;EMULATED_DOUBLE;CHECKED;CHECKED_ARGS" ${ARGN})
+  cmake_parse_arguments(T "DOUBLE;HDF5;TRAINER;OUTSIDE" ""
+    "RANKS;DOUBLE_RANKS;ARGS;SOURCES;EMULATED;EMULATED_DOUBLE;CHECKED;CHECKED_ARGS" ${ARGN})
   set(variants ${name})
   if(T_DOUBLE)
     list(APPEND variants ${name}_double)
@@ -115,6 +117,9 @@ function(longspan_test name)
       endif()
     elseif(variant MATCHES "_double$")
       set(library longspan_double)
+      if(T_DOUBLE_RANKS)
+        set(variant_ranks ${T_DOUBLE_RANKS})
+      endif()
     elseif(T_TRAINER)
       set(library trainer)
     elseif(T_OUTSIDE)
@@ -154,7 +159,7 @@ longspan_test(golden DOUBLE CHECKED 1 HDF5 SOURCES ${harness} RANKS 1 2 3 5 ARGS
   EMULATED 1 3 EMULATED_DOUBLE 1 3)
 longspan_test(gradients DOUBLE SOURCES ${harness} RANKS 1 2 EMULATED_DOUBLE 1)
 longspan_test(probsparse DOUBLE SOURCES ${harness} RANKS 1 3 EMULATED 1 3 EMULATED_DOUBLE 1 3)
-longspan_test(laws DOUBLE CHECKED 2 SOURCES ${harness} RANKS 1 2 3 4 5 7 EMULATED 1 2 3)
+longspan_test(laws DOUBLE CHECKED 2 SOURCES ${harness} RANKS 1 2 3 4 5 7 DOUBLE_RANKS 1 3 7 EMULATED 1 2 3)
 longspan_test(limits SOURCES ${harness} RANKS 1 EMULATED 1 2 EMULATED_DOUBLE 1 CHECKED 1 CHECKED_ARGS --pieces)
 set_tests_properties(limits_1 PROPERTIES SKIP_RETURN_CODE 77) # there is nothing to limit on the CPU
 longspan_test(precision DOUBLE CHECKED 1 SOURCES ${harness} RANKS 1 EMULATED 1 2 EMULATED_DOUBLE 1)
