@@ -297,12 +297,8 @@ static __global__ void __launch_bounds__(THREADS, 5)
         }
         weights<M, K> made;
         made.put(w, own);
-        ls_real factor[my::ROWS];
 #pragma unroll
-        for (int i = 0; i < my::ROWS; i++) {
-            if (last) total[i] = row_sum<M>(total[i]);
-            factor[i] = !last || sent != NULL ? 1 : total[i] > 0 ? 1 / total[i] : 0;
-        }
+        for (int i = 0; i < my::ROWS && last; i++) total[i] = row_sum<M>(total[i]);
         for (int e0 = 0; e0 < d; e0 += PIECE) {
             of_features<M> sum;
             __syncthreads(); /* what was there has been read */
@@ -317,7 +313,8 @@ static __global__ void __launch_bounds__(THREADS, 5)
                 const int query = query_of(&t, r);
                 ls_real *to =
                     sent != NULL ? sent + (p.at.g * x.T + query) * (2 + d) + 2 : ls_row(out, p.at.b, p.at.h, query);
-                put_sums<M>(to, e0, d, from > 0, factor[i] * shrink[i], factor[i], sum[i]);
+                const ls_real factor = !last || sent != NULL ? 1 : total[i] > 0 ? 1 / total[i] : 0;
+                put_sums<M>(to, e0, d, from > 0, factor * shrink[i], factor, sum[i]);
             }
         }
     }
