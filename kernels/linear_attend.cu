@@ -59,7 +59,8 @@ __device__ static inline void put_features(const linear &x, const features &y, c
     ls_write_some<4>(g, to + f, x.r - f, y.dfours);
 }
 
-/* Products of rows that the strip has, of columns [f, n), to rows of `pitch` numbers; add: +=. */
+/* Products of rows that the strip has, of columns [f, n), to rows of `pitch` numbers, which have room for whole pairs;
+ * add: +=. */
 template <class M>
 __device__ static inline void put_products(const strip &s, sums<M, ROWS_ROWS> &sum, int f, int n, int add, ls_real *to,
                                            int pitch)
