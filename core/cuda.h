@@ -258,6 +258,11 @@ template <int ROWS> struct ls_warp_grid {
     {
         return threadIdx.x % 2 + threadIdx.x / (LS_WARP / 2) % (ROWS / 2) * 2;
     }
+    /* The rows of a block's warps one after another. */
+    __device__ static inline int row_of_block()
+    {
+        return (int)threadIdx.x / LS_WARP * ROWS + row();
+    }
     __device__ static inline int column()
     {
         return threadIdx.x / 2 % COLUMNS;

@@ -282,7 +282,7 @@ __global__ static void product_alike(int64_t rows, int64_t in, int64_t out, cons
     __shared__ __align__(32) ls_real xs[DEPTH][PADDED_SIDE], ws[DEPTH][PADDED_SIDE];
     const int64_t first = (int64_t)blockIdx.x * SIDE, begin = (int64_t)blockIdx.y * SIDE;
     typedef ls_warp_grid<2> grid;
-    const int row = ((int)threadIdx.x / LS_WARP * 2 + grid::row()) * 4, column = grid::column() * 4;
+    const int row = grid::row_of_block() * 4, column = grid::column() * 4;
     ls_real sum[4][4] = {{0}};
     for (int64_t at = 0; at < in; at += DEPTH) {
         fetch_tile(first, rows, at, in, x, xs);

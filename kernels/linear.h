@@ -41,17 +41,15 @@ LS_BOTH_SIDES ls_real ls_linear_act(int act, ls_real x)
     const ls_real e = ls_exp(x < 0 ? x : 0);
     return x > 0 ? 1 + x : e;
 }
-/* dx, from that of the feature. */
-LS_BOTH_SIDES ls_real ls_linear_act_backward(int act, ls_real x, ls_real dy)
-{
-    if (act == LS_LINEAR_RELU) return x > 0 ? dy : 0;
-    return dy * ls_exp(x < 0 ? x : 0);
-}
-/* The same, from the feature y instead of x. */
+/* dx, from the feature y that x became, and its gradient. */
 LS_BOTH_SIDES ls_real ls_linear_act_back_from(int act, ls_real y, ls_real dy)
 {
     if (act == LS_LINEAR_RELU) return y > 0 ? dy : 0;
     return y < 1 ? dy * y : dy;
+}
+LS_BOTH_SIDES ls_real ls_linear_act_backward(int act, ls_real x, ls_real dy)
+{
+    return ls_linear_act_back_from(act, ls_linear_act(act, x), dy);
 }
 
 /* The inverse of a denominator D, and whether anything flows to it. */

@@ -20,43 +20,17 @@ LS_BOTH_SIDES int rows_pitch(int n)
     return (n + 23) / 32 * 32 + 8;
 }
 
-/* The piece at f of n numbers, 0 after their end. fours: pieces begin at multiples of four, and are whole. */
-__device__ static inline ls_four read_piece(const ls_real *from, int n, int f, int fours)
-{
-    if (fours) return ls_four_at(from + f);
-    ls_four y;
-    for (int k = 0; k < 4; k++) y.v[k] = f + k < n ? from[f + k] : 0;
-    return y;
-}
-
 /* The row's features, but for those that were made elsewhere, which may be exponents; it must be there. */
 __device__ static inline ls_four read_features(const linear &x, const features &y, const strip &s, int f)
 {
     const int row = threadIdx.x / SHARE;
-    ls_four z =
-        read_piece(y.act == LS_LINEAR_MADE ? y.made + (s.R + row) * x.r : row_in(s, y.rows, row), x.r, f, y.fours);
+    const ls_real *from = y.act == LS_LINEAR_MADE ? y.made + (s.R + row) * x.r : row_in(s, y.rows, row);
+    ls_four z = ls_read_some<4>(from + f, x.r - f, y.fours);
     if (y.act == LS_LINEAR_RELU)
         for (int k = 0; k < 4; k++) z.v[k] = ls_linear_act(LS_LINEAR_RELU, z.v[k]);
     else if (y.act == LS_LINEAR_ONE_PLUS_ELU)
         for (int k = 0; k < 4; k++) z.v[k] = f + k < x.r ? ls_linear_act(LS_LINEAR_ONE_PLUS_ELU, z.v[k]) : 0;
     return z;
-}
-
-/* Gradients of those features z, as put_gradients; the strip has the row. */
-__device__ static inline void put_features(const linear &x, const features &y, const strip &s, int f, int add,
-                                           const ls_four &z, ls_four g)
-{
-    const int row = threadIdx.x / SHARE;
-    if (y.act == LS_LINEAR_MADE) {
-        ls_write_some<4>(g, y.gradient + (s.R + row) * x.r + f, x.r - f, y.fours);
-        return;
-    }
-    if (s.at.t + row >= x.s.rows) return;
-    ls_real *to = row_in(s, y.drows, row);
-    ls_four before = {};
-    if (add) before = read_piece(to, x.r, f, y.dfours);
-    for (int k = 0; k < 4; k++) g.v[k] = before.v[k] + ls_linear_act_back_from(y.act, z.v[k], g.v[k]);
-    ls_write_some<4>(g, to + f, x.r - f, y.dfours);
 }
 
 /* Products of rows that the strip has, of columns [f, n), to rows of `pitch` numbers, which have room for whole pairs;
@@ -335,7 +309,8 @@ __device__ static inline taken weigh_row(const linear &x, const features &q, con
     {
         const ls_four a = read_features(x, q, s, f);
         const auto add = [&](int from, auto seen) {
-            const ls_four of_z = read_piece(z + from, n, f, fours), of_dA = read_piece(dA + from, n, f, fours);
+            const ls_four of_z = ls_read_some<4>(z + from + f, n - f, fours),
+                          of_dA = ls_read_some<4>(dA + from + f, n - f, fours);
             for (int k = 0; k < 4; k++) {
                 const exact A = (exact)seen(f + k, a.v[k]);
                 D += A * (exact)of_z.v[k];
@@ -380,7 +355,8 @@ __device__ static inline void finish_row(const linear &x, const features &q, con
         const ls_four a = read_features(x, q, s, f);
         ls_four g = {};
         const auto add = [&](int from, ls_real by) {
-            const ls_four of_z = read_piece(z + from, n, f, fours), of_dA = read_piece(dA + from, n, f, fours);
+            const ls_four of_z = ls_read_some<4>(z + from + f, n - f, fours),
+                          of_dA = ls_read_some<4>(dA + from + f, n - f, fours);
             for (int k = 0; k < 4; k++) g.v[k] += by * (of_dA.v[k] - y.delta * of_z.v[k]);
         };
         add(0, sine);
@@ -388,7 +364,7 @@ __device__ static inline void finish_row(const linear &x, const features &q, con
         for (int k = 0; k < 4; k++)
             if (f + k < x.exponentials) g.v[k] *= past;
         if (NEAR) {
-            const ls_four more = read_piece(x.da + (s.R + row) * n, n, f, fours);
+            const ls_four more = ls_read_some<4>(x.da + (s.R + row) * n + f, n - f, fours);
             for (int k = 0; k < 4; k++) g.v[k] += (f + k < x.exponentials ? near_past : 1) * more.v[k];
         }
         for (int k = 0; k < 4; k++) {
@@ -402,9 +378,9 @@ __device__ static inline void finish_row(const linear &x, const features &q, con
     EACH_PIECE(f, rows)
     {
         ls_four a = {}, g = {};
-        if (here) a = read_features(x, q, s, f), g = read_piece(dA, n, f, fours);
+        if (here) a = read_features(x, q, s, f), g = ls_read_some<4>(dA + f, n - f, fours);
         for (int k = 0; k < 4; k++) g.v[k] = (ls_real)((exact)g.v[k] - back * (exact)a.v[k]);
-        put_features(x, q, s, f, 0, a, g);
+        put_features(x, q, s, row, f, 0, a, g);
     }
 }
 
@@ -496,7 +472,8 @@ __device__ static inline void pay_row(const linear &x, const features &k, const 
     {
         ls_four y = {}, g = {};
         const auto add_both = [&](int from, ls_real by) {
-            const ls_four of_z = read_piece(z + from, x.r, f, fours), of_dB = read_piece(dB + from, x.r, f, fours);
+            const ls_four of_z = ls_read_some<4>(z + from + f, x.r - f, fours),
+                          of_dB = ls_read_some<4>(dB + from + f, x.r - f, fours);
             for (int e = 0; e < 4; e++) g.v[e] += by * (of_dB.v[e] + of_z.v[e]);
         };
         if (here) {
@@ -506,7 +483,7 @@ __device__ static inline void pay_row(const linear &x, const features &k, const 
             for (int e = 0; e < 4; e++)
                 if (f + e < x.exponentials) g.v[e] *= exponential_of(of_k, row, y.v[e]);
         }
-        put_features(x, k, s, f, add, y, g);
+        put_features(x, k, s, row, f, add, y, g);
     }
 }
 

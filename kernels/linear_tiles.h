@@ -182,30 +182,32 @@ __device__ static inline ls_real exponential_of(const facts &of, int i, ls_real 
     return ls_exp(exponent - of.past[i] > 0 ? 0 : exponent - of.past[i]);
 }
 
-/* N times four numbers that features are made of, from f(n) on, of the strip's rows row(n); 0 where there are none: of
- * r, or, where all = F, of those and then the same ones again. */
-template <int N, typename R, typename F>
-__device__ static inline void read_raw(const linear &x, const features &y, const strip &s, const facts &of, R row, F f,
-                                       int all, ls_four (&z)[N])
+/* N times four numbers that features are made of, from f on, of the strip's rows fill::row(n); 0 where there are none:
+ * of r, or, where all = F, of those and then the same ones again. */
+template <int W>
+__device__ static inline void read_raw(const linear &x, const features &y, const strip &s, const facts &of, int f,
+                                       int all, ls_four (&z)[filling<W>::EACH])
 {
+    typedef filling<W> fill;
     const int made = y.act == LS_LINEAR_MADE, last = most(0, s.exist - 1);
     const ls_real *first = made ? y.made + s.R * x.r : row_to_read(x, s, y.rows, 0);
     const int64_t step = made ? x.r : y.rows.st;
     const auto column = [&](int g) { return g < x.r ? g : g - x.r; };
     if (y.fours && (all == x.r || x.r % 4 == 0)) {
 #pragma unroll
-        for (int n = 0; n < N; n++)
-            z[n] = ls_four_at(first + least(row(n), last) * step + (f(n) < all ? column(f(n)) : 0));
+        for (int n = 0; n < fill::EACH; n++)
+            z[n] = ls_four_at(first + least(fill::row(n), last) * step + (f < all ? column(f) : 0));
 #pragma unroll
-        for (int n = 0; n < N; n++)
-            if (f(n) >= all || of.by[row(n)] == 0) z[n] = {};
+        for (int n = 0; n < fill::EACH; n++)
+            if (f >= all || of.by[fill::row(n)] == 0) z[n] = {};
         return;
     }
 #pragma unroll
-    for (int n = 0; n < N; n++)
+    for (int n = 0; n < fill::EACH; n++)
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            z[n].v[k] = f(n) + k < all && of.by[row(n)] != 0 ? first[least(row(n), last) * step + column(f(n) + k)] : 0;
+            z[n].v[k] =
+                f + k < all && of.by[fill::row(n)] != 0 ? first[least(fill::row(n), last) * step + column(f + k)] : 0;
 }
 
 /* The features of load_features, which has a choice of widths: of what is narrow threads would find nothing. */
@@ -218,8 +220,7 @@ __device__ static inline void load_some_features(const linear &x, const features
     const int elu = y.act == LS_LINEAR_ONE_PLUS_ELU;
     const int exponentials = x.exponentials - f; /* of the four; what turns has none */
     ls_four z[fill::EACH];
-    read_raw<fill::EACH>(
-        x, y, s, of, fill::row, [&](int) { return f; }, all, z);
+    read_raw<W>(x, y, s, of, f, all, z);
     const auto each = [&](auto made) {
 #pragma unroll
         for (int n = 0; n < fill::EACH; n++)
@@ -254,27 +255,38 @@ __device__ static void load_features(const linear &x, const features &y, const s
         load_some_features<M, SEEN, SIDE / 2>(x, y, s, of, f0, turned, to);
 }
 
-/* Gradients of features [f, f + N) of row i, as they were made, 0 where the row is not there: to `gradient`; those that
- * nobody has made go on to the row, and are added to it where `add` is not 0. */
+/* Gradients g of features z, those [f, f + N) of row i, which the strip has: to `gradient`; those that nobody has made
+ * go on to the row, and are added to it where `add` is not 0. */
+template <int N>
+__device__ static inline void put_features(const linear &x, const features &y, const strip &s, int i, int f, int add,
+                                           const ls_few<N> &z, ls_few<N> g)
+{
+    if (y.act == LS_LINEAR_MADE) {
+        ls_write_some<N>(g, y.gradient + (s.R + i) * x.r + f, x.r - f, y.fours);
+        return;
+    }
+    if (s.at.t + i >= x.s.rows) return;
+    ls_real *to = row_in(s, y.drows, i) + f;
+    ls_few<N> before = {};
+    if (add) before = ls_read_some<N>(to, x.r - f, y.dfours);
+    for (int k = 0; k < N; k++) g.v[k] = before.v[k] + ls_linear_act_back_from(y.act, z.v[k], g.v[k]);
+    ls_write_some<N>(g, to, x.r - f, y.dfours);
+}
+
+/* The same where features are not at hand, 0 where the row is not there. */
 template <int N>
 __device__ static inline void put_gradients(const linear &x, const features &y, const strip &s, const facts &of, int i,
                                             int f, int add, ls_few<N> g)
 {
     if (f >= x.r || i >= s.count) return;
     const int there = of.by[i] != 0;
-    if (y.act == LS_LINEAR_MADE) {
-        for (int k = 0; k < N && !there; k++) g.v[k] = 0;
-        ls_write_some<N>(g, y.gradient + (s.R + i) * x.r + f, x.r - f, x.r % 4 == 0);
-        return;
-    }
-    if (s.at.t + i >= x.s.rows) return;
-    ls_real *to = row_in(s, y.drows, i) + f;
     ls_few<N> z = {};
-    if (there) z = ls_read_some<N>(row_in(s, y.rows, i) + f, x.r - f, y.fours);
-    for (int k = 0; k < N; k++) g.v[k] = there ? ls_linear_act_backward(y.act, z.v[k], g.v[k]) : 0;
-    if (add) z = ls_read_some<N>(to, x.r - f, y.dfours);
-    for (int k = 0; k < N && add; k++) g.v[k] += z.v[k];
-    ls_write_some<N>(g, to, x.r - f, y.dfours);
+    if (!there) g = {};
+    if (there && y.act != LS_LINEAR_MADE) {
+        z = ls_read_some<N>(row_in(s, y.rows, i) + f, x.r - f, y.fours);
+        for (int k = 0; k < N; k++) z.v[k] = ls_linear_act(y.act, z.v[k]);
+    }
+    put_features(x, y, s, i, f, add, z, g);
 }
 } // namespace ls_linear
 

@@ -11,11 +11,11 @@ extern "C" {
 namespace ls_local /* other files have types of these names, too */
 {
 
-/* Four warps make a tile. Features come in pieces of 64, of which a row in shared memory has four more: reading by
+/* Four warps make a tile. Features come in pieces of 64. */
+enum { WARPS = 4, THREADS = WARPS * LS_WARP, PIECE = 64 };
+/* In local-p, of tiles that rows of W visit 32 at a time; a row in shared memory has four numbers more: reading by
  * fours meets no bank twice. */
-enum { WARPS = 4, THREADS = WARPS * LS_WARP, PIECE = 64, PITCH = PIECE + 4 };
-/* In local-p, of tiles that rows of W visit 32 at a time: */
-enum { ROWS = 16, EACH = ROWS / WARPS, GUESTS = LS_WARP, PIECE_REALS = (int)GUESTS * (int)PITCH };
+enum { ROWS = 16, EACH = ROWS / WARPS, GUESTS = LS_WARP, PITCH = PIECE + 4, PIECE_REALS = (int)GUESTS * (int)PITCH };
 enum { SCAN = 4 * LS_THREADS };                               /* slots whose gaps are summed */
 enum { SLICES = 64 };                                         /* partial sums of du */
 enum { CENTRE, ORDER, SORTED, ROW, TOP, INVERSE };            /* saved[] */

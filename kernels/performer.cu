@@ -118,10 +118,6 @@ static void project(ls_pass *p)
  * of a row are in one warp. */
 typedef ls_warp_grid<4> grid;
 enum { TILE = 128, COLUMNS = grid::COLUMNS, GROUPS = LS_THREADS / COLUMNS, EACH = TILE / GROUPS };
-__device__ static inline int my_group()
-{
-    return threadIdx.x / LS_WARP * 4 + grid::row();
-}
 /* Numbers of a row, and features, that are in shared memory at a time, and from one row to the next, so that rows side
  * by side begin in other banks. */
 enum { DEEP = 64, PITCH = DEEP + 4, WIDE = 16, NARROW = WIDE + 4 };
@@ -284,7 +280,7 @@ __global__ static void __launch_bounds__(LS_THREADS, PIECES > 1 ? 2 : 3)
     static_assert(WIDE == 2 * COLUMNS, "a thread has two logits of a piece");
     __shared__ __align__(32) ls_real of_rows[TILE * PITCH];
     __shared__ __align__(32) ls_real of_w[WIDE * PITCH];
-    const int group = my_group(), column = grid::column();
+    const int group = grid::row_of_block(), column = grid::column();
     for (int64_t i = blockIdx.x; i < tiles; i += gridDim.x) {
         const tile t = tile_of(s, i);
         const rows_of_tile from = rows_there(s, t, rows, pad, fours);
@@ -402,7 +398,7 @@ __global__ static void __launch_bounds__(LS_THREADS, 3)
 {
     __shared__ __align__(32) ls_real of_x[TILE * NARROW];
     __shared__ __align__(32) ls_real of_w[WIDE * PITCH];
-    const int group = my_group(), column = grid::column();
+    const int group = grid::row_of_block(), column = grid::column();
     for (int64_t i = blockIdx.x; i < tiles * pieces; i += gridDim.x) {
         const int64_t n = quotient(i, pieces), e0 = (i - n * pieces) * DEEP;
         const tile t = tile_of(s, n);

@@ -16,7 +16,7 @@ enum { SIDE = 16, HELD = 3, THREADS = SIDE * SIDE };
 
 /* A thread's elements are (ROW + 16 i, COLUMN + 16 j). */
 typedef ls_warp_grid<2> grid;
-#define ROW ((int)threadIdx.x / LS_WARP * 2 + grid::row())
+#define ROW grid::row_of_block()
 #define COLUMN grid::column()
 #define EACH_OWN(i, j, T)                                                                                              \
     _Pragma("unroll") for (int i = 0; i < (T); i++) _Pragma("unroll") for (int j = 0; j < (T); j++)

@@ -213,10 +213,10 @@ __device__ static inline void load_slots(ls_slot_sizes s, const ls_real *x, int6
 
 /* Which rows and slots of a tile a thread holds: rows ROW + 16 i, slots SLOT + 8 j. */
 typedef ls_warp_grid<4> grid;
-#define ROW ((int)threadIdx.x / LS_WARP * 4 + grid::row())
+#define ROW grid::row_of_block()
 #define SLOT grid::column()
 /* Where features are made for slots: its slots, a few side by side, and the first of its four columns. */
-#define MINE ((int)threadIdx.x / LS_WARP * 2 + ls_warp_grid<2>::row())
+#define MINE ls_warp_grid<2>::row_of_block()
 #define COLUMN (4 * ls_warp_grid<2>::column())
 
 /* sum = the products of 64 rows from t with a tile of slots. a (TILE,PITCH), b (SLOTS,PITCH): shared memory, which

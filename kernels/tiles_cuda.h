@@ -102,7 +102,7 @@ template <int FORM> struct sums<plain, FORM> {
 
     __device__ static inline int row(int u)
     {
-        const int r = threadIdx.x / LS_WARP * 2 + grid::row();
+        const int r = grid::row_of_block();
         return FORM == COLUMNS_COLUMNS ? 4 * r + u : r + ACROSS * u;
     }
     __device__ static inline int column(int v)
