@@ -343,26 +343,14 @@ static int in_a_row(ls_view v, int64_t H)
     return v.sb == v.sh * H;
 }
 
-static void heads_of(ls_queue *q, int exact, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k,
-                     double alpha, ls_view a, ls_view b, double beta, ls_view c, int64_t B, int64_t H)
+void ls_gemm_heads(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
+                   ls_view a, ls_view b, double beta, ls_view c, int64_t B, int64_t H)
 {
     const int all = (in_a_row(a, H) && in_a_row(b, H) && in_a_row(c, H)) || B == 1; /* numbers b * H + h */
     const int by_row = !all && H > 1 && B <= H;                                     /* else by head: H calls */
     const int64_t calls = all ? 1 : by_row ? B : H, count = all ? B * H : by_row ? H : B;
     for (int64_t i = 0; i < calls; i++)
-        batch_of(q, exact, transpose_a, transpose_b, m, n, k, alpha, a.p + i * (by_row ? a.sb : a.sh), a.st,
+        batch_of(q, 0, transpose_a, transpose_b, m, n, k, alpha, a.p + i * (by_row ? a.sb : a.sh), a.st,
                  all || by_row ? a.sh : a.sb, b.p + i * (by_row ? b.sb : b.sh), b.st, all || by_row ? b.sh : b.sb, beta,
                  c.p + i * (by_row ? c.sb : c.sh), c.st, all || by_row ? c.sh : c.sb, count);
-}
-
-void ls_gemm_heads(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
-                   ls_view a, ls_view b, double beta, ls_view c, int64_t B, int64_t H)
-{
-    heads_of(q, 0, transpose_a, transpose_b, m, n, k, alpha, a, b, beta, c, B, H);
-}
-
-void ls_gemm_heads_exact(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
-                         ls_view a, ls_view b, double beta, ls_view c, int64_t B, int64_t H)
-{
-    heads_of(q, 1, transpose_a, transpose_b, m, n, k, alpha, a, b, beta, c, B, H);
 }

@@ -127,9 +127,9 @@ typedef enum ls_transport {
  * flow between layers, the statistics of softmax, states, summaries, parameters, their gradients, the optimizer. Not
  * rounded at all:
  *
- *   - products where the rounding of an operand would be amplified: exponents of performer, nystrom's
- *     pseudo-inverse, gradients of lara's logits, projections whose rows are compared or rounded (queries and keys of
- *     probsparse, predicted positions of local), queries and keys of cosformer with relu, whose gradient jumps at 0;
+ *   - products where the rounding of an operand would be amplified: exponents of performer, nystrom's pseudo-inverse,
+ *     projections whose rows are compared or rounded (queries and keys of probsparse, predicted positions of local),
+ *     queries and keys of cosformer with relu, whose gradient jumps at 0;
  *   - what kernels multiply as it is: abc's slots (in double), the sums that make longshort's vectors, the modes of
  *     s4d, the slots of lara and nystrom, features of performer and their gradients, the cores of decoding steps but
  *     those of performer, cosformer, longshort and local, norms, the loss. */

@@ -18,9 +18,7 @@ enum {              /* work[] */
        VALUES,
        CENTRE,
        CONSTANT,
-       /* of a number of rows (B*H,n,C), backward */
-       PROBABILITIES,
-       DLOGITS,
+       ROWS, /* of each query, backward */
        /* doubles: q̄, k̄ (2,B*H,c',d); a mean of rows (B*H,d); constants before they are centred (B*H,C); a_r (B*H,C,d)
         */
        MEANS,
@@ -52,16 +50,15 @@ static int is_adaptive(const ls_pass *p)
 static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
     const int64_t d = p->d, G = p->B * p->H, R = count(p), c = landmarks(p), back = p->backward;
-    const int64_t rows = ls_max(p->T, p->S), held = back * G * ls_slots_rows_at_once(sizes(p), rows) * R;
-    const int64_t parts = ls_max(ls_landmark_room(p, landmarks_of(p)), ls_slots_room(sizes(p), rows));
+    const int64_t sums = ls_slots_room(sizes(p), ls_max(p->T, p->S), p->backward);
+    const int64_t parts = ls_max(ls_landmark_room(p, landmarks_of(p)), sums);
     p->saved[MU] = ls_take_doubles(saved, G * c * d);
     p->saved[OMEGA] = ls_take_doubles(saved, G * R * d);
     p->work[KEYS] = ls_take(work, G * R * d);
     p->work[VALUES] = ls_take(work, G * R * d);
     p->work[CENTRE] = ls_take(work, G * d);
     p->work[CONSTANT] = ls_take(work, G * R);
-    p->work[PROBABILITIES] = ls_take(work, held);
-    p->work[DLOGITS] = ls_take(work, held);
+    p->work[ROWS] = ls_take(work, back * p->T * ls_slots_row_reals(sizes(p)));
     p->work[MEANS] = ls_take_doubles(work, 2 * G * c * d);
     p->work[MEAN] = ls_take_doubles(work, ls_max(1, G) * d);
     p->work[WHOLE] = ls_take_doubles(work, G * R);
@@ -246,33 +243,6 @@ static ls_status write(ls_pass *p, int phase)
     return ls_launched(p->queue, "lara: write");
 }
 
-/* For keys [t, t + n): dk_j = -δ k_j Σ_r dλ_jr, 0 where padded. dlogits (B*H,n,R). W numbers are read at once. */
-template <int W>
-static __global__ void begin_keys(ls_slot_sizes s, ls_slot_rows keys, int64_t t, int64_t n, ls_real scale,
-                                  const ls_real *dlogits, ls_view dk, int bits)
-{
-    const int lanes = 1 << bits, lane = (int)threadIdx.x & (lanes - 1), d = (int)s.d, R = (int)s.R;
-    ls_walk_tiles(s.B, n, bits, [&](const ls_tile_rows &mine) {
-        const ls_real *k = ls_row(keys.x, mine.b, mine.h, t + mine.first);
-        const ls_real *from = dlogits + ((mine.b * s.H + mine.h) * n + mine.first) * R;
-        ls_real *to = ls_row(dk, mine.b, mine.h, t + mine.first);
-        for (int i = 0; i < mine.times; i++) {
-            const int64_t row = mine.first + i * mine.step;
-            const bool exists = row < mine.end;
-            const int padded = exists && ls_is_padded(keys.pad, mine.b * keys.n + t + row);
-            ls_real all = 0;
-            for (int r = lane; exists && r < R; r += lanes) all += from[r];
-            all = -scale * ls_warp_sum(all, lanes);
-            for (int e = W * lane; exists && e < d; e += W * lanes) {
-                ls_few<W> y = ls_few_at<W>(k + e);
-                for (int c = 0; c < W; c++) y.v[c] = padded ? 0 : all * y.v[c];
-                ls_put_few(to + e, y);
-            }
-            k += mine.step * keys.x.st, to += mine.step * dk.st, from += mine.step * R;
-        }
-    });
-}
-
 /* DMU += δ dω of the rows of ω that came from it. */
 static __global__ void add_domega(ls_slot_sizes s, int64_t c, double scale, const double *domega, double *dmu)
 {
@@ -285,36 +255,19 @@ static __global__ void add_domega(ls_slot_sizes s, int64_t c, double scale, cons
     }
 }
 
-/* The gradients dl of logits add up to 0 over the keys: what the bias of the keys gets is what is left of their
- * products, which are therefore not rounded, here and in read_backward. */
 static ls_status write_backward(ls_pass *p, int phase)
 {
     ls_queue *q = p->queue;
     const ls_slot_sizes s = sizes(p);
-    const int64_t G = p->B * p->H, R = s.R, d = p->d, c = landmarks(p), stride = d + 2;
-    const int64_t most = ls_slots_rows_at_once(s, p->S);
+    const int64_t G = p->B * p->H, d = p->d, c = landmarks(p);
     const ls_summary *out = &p->summary[phase + 1];
-    const ls_view dx = {out->dsent + 2, p->H * R * stride, R * stride, stride};
-    ls_real *e = p->work[PROBABILITIES], *dl = p->work[DLOGITS];
     double *domega = ls_doubles(p->work[DKEYS]), *room = ls_doubles(p->work[ROOM]);
-    const int wide = ls_rows_are_fours(p->own.k, d) && ls_rows_are_fours(p->own.dk, d);
-    const auto begin = wide ? begin_keys<4> : begin_keys<1>;
     load_omega(p);
     load_sums(p, phase);
     ls_slots_constants_cuda(q, s, out->got, out->dsent, room, ls_doubles(p->work[MEAN]), p->work[CENTRE],
                             p->work[CONSTANT]);
-    for (int64_t t = 0, n; t == 0 || t < p->S; t += n) {
-        n = ls_min(most, p->S - t);
-        ls_slots_write_backward_cuda(q, s, keys_of(p), p->work[KEYS], p->scale / 2, values_of(p), out->sent, out->dsent,
-                                     p->work[CONSTANT], t, n, e, dl);
-        ls_gemm_heads(q, 0, 0, n, d, R, 1, ls_matrices(s, e, n, R), dx, 0, ls_rows_from(p->own.dv, t), p->B, p->H);
-        ls_slots_sum_cuda(q, s, dl, keys_of(p), t, n, room, domega, NULL, t > 0);
-        if (n == 0) break;
-        LS_LAUNCH(q, begin, ls_tile_blocks(p->B, p->H, n), LS_THREADS, 0, s, keys_of(p), t, n, (ls_real)p->scale,
-                  (const ls_real *)dl, p->own.dk, ls_lane_bits(wide ? d / 4 : d));
-        ls_gemm_heads_exact(q, 0, 0, n, d, R, 1, ls_matrices(s, dl, n, R), ls_matrices(s, p->work[KEYS], R, d), 1,
-                            ls_rows_from(p->own.dk, t), p->B, p->H);
-    }
+    ls_slots_write_backward_cuda(q, s, keys_of(p), p->work[KEYS], p->scale / 2, values_of(p), out->sent, out->dsent,
+                                 p->work[CONSTANT], room, p->own.dk, p->own.dv, domega);
     LS_LAUNCH(q, add_domega, ls_blocks(G * c * d, LS_THREADS), LS_THREADS, 0, s, c, p->scale, (const double *)domega,
               ls_doubles(p->work[DMU]));
     landmarks_backward(p, phase);
@@ -412,22 +365,12 @@ static ls_status read_backward(ls_pass *p, int phase)
 {
     ls_queue *q = p->queue;
     const ls_slot_sizes s = sizes(p);
-    const int64_t R = s.R, d = p->d, c = landmarks(p), G = p->B * p->H, most = ls_slots_rows_at_once(s, p->T);
-    const ls_slot_rows dout = rows_of(p->dout, p->pad_q, p->T, NULL);
-    ls_real *prob = p->work[PROBABILITIES], *dl = p->work[DLOGITS];
+    const int64_t R = s.R, d = p->d, c = landmarks(p), G = p->B * p->H;
     double *dvalues = ls_doubles(p->work[DVALUES]), *da = ls_doubles(p->work[DKEYS]), *sum = da + G * R * d;
-    double *room = ls_doubles(p->work[ROOM]);
     load_slots(p, phase);
-    for (int64_t t = 0, n; t == 0 || t < p->T; t += n) {
-        n = ls_min(most, p->T - t);
-        ls_slots_read_backward_cuda(q, s, queries_of(p), p->work[KEYS], p->work[CONSTANT], p->work[VALUES], dout, t, n,
-                                    prob, dl);
-        ls_slots_sum_cuda(q, s, prob, dout, t, n, room, dvalues, NULL, t > 0);
-        ls_slots_sum_cuda(q, s, dl, queries_of(p), t, n, room, da, sum, t > 0);
-        ls_gemm_heads_exact(q, 0, 0, n, d, R, 1, ls_matrices(s, dl, n, R), ls_matrices(s, p->work[KEYS], R, d), 0,
-                            ls_rows_from(p->dq, t), p->B, p->H);
-        if (n == 0) break;
-    }
+    ls_slots_read_backward_cuda(q, s, queries_of(p), p->work[KEYS], p->work[CONSTANT], p->work[VALUES],
+                                rows_of(p->dout, p->pad_q, p->T, NULL), p->work[ROWS], ls_doubles(p->work[ROOM]), p->dq,
+                                dvalues, da, sum);
     LS_LAUNCH(q, share_slots, ls_blocks(G * R * (d + 2), LS_THREADS), LS_THREADS, 0, G * R, d, (const double *)dvalues,
               (const double *)sum, (const ls_real *)p->summary[phase].got, p->summary[phase].dgot);
     LS_LAUNCH(q, begin_dmu, ls_blocks(G * c * d, LS_THREADS), LS_THREADS, 0, s, c, p->scale, (const double *)da,

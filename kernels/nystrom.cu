@@ -23,9 +23,7 @@ enum {               /* work[]; a short sequence has softmax's and ROOM */
        CENTRE,
        KEY_CENTRE,
        CONSTANT,
-       /* of a number of rows (B*H,n,m), backward */
-       PROBABILITIES,
-       DLOGITS,
+       ROWS, /* of each query, backward */
        /* doubles: q̄, k̄ (2,B*H,m,d); a mean of rows (B*H,d); dW or d(σ q̄) (B*H,m,d); gradients of q̄, k̄, from read to
         * write (2,B*H,m,d); F2 and its gradient (B*H,m,m); column sums of F2 (B*H,m), then peaks, then dpeaks */
        MEANS,
@@ -79,15 +77,13 @@ static int64_t room_of_filter(const ls_pass *p)
 static void plan_long(ls_pass *p, ls_arena *saved, ls_arena *work)
 {
     const int64_t d = p->d, G = p->B * p->H, m = landmarks(p), back = p->backward, rows = ls_max(p->T, p->S);
-    const int64_t held = back * G * ls_slots_rows_at_once(sizes(p), rows) * m;
     p->saved[VALUES_OUT] = ls_take_doubles(saved, G * m * d);
     p->work[KEYS] = ls_take(work, G * m * d);
     p->work[VALUES] = ls_take(work, G * m * d);
     p->work[CENTRE] = ls_take(work, G * d);
     p->work[KEY_CENTRE] = ls_take(work, G * d);
     p->work[CONSTANT] = ls_take(work, G * m);
-    p->work[PROBABILITIES] = ls_take(work, held);
-    p->work[DLOGITS] = ls_take(work, held);
+    p->work[ROWS] = ls_take(work, back * p->T * ls_slots_row_reals(sizes(p)));
     p->work[MEANS] = ls_take_doubles(work, 2 * G * m * d);
     p->work[MEAN] = ls_take_doubles(work, G * d);
     p->work[STATE] = ls_take_doubles(work, back * G * m * d);
@@ -96,7 +92,7 @@ static void plan_long(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[DF2] = ls_take_doubles(work, back * G * m * m);
     p->work[PEAKS] = ls_take_doubles(work, G * m + 2 * G);
     p->work[MATRICES] = ls_take_doubles(work, inverses_at_once(p) * matrix_room(p));
-    const int64_t sums = ls_max(ls_landmark_room(p, landmarks_of(p)), ls_slots_room(sizes(p), rows));
+    const int64_t sums = ls_max(ls_landmark_room(p, landmarks_of(p)), ls_slots_room(sizes(p), rows, p->backward));
     p->work[ROOM] = ls_take_doubles(work, ls_max(ls_max(sums, 2 * G * m * d), room_of_filter(p)));
 }
 
@@ -364,27 +360,17 @@ static ls_status write_backward(ls_pass *p, int phase)
     ls_queue *q = p->queue;
     const ls_landmarks l = landmarks_of(p);
     const ls_slot_sizes s = sizes(p);
-    const int64_t G = p->B * p->H, m = s.R, d = p->d, stride = d + 2, most = ls_slots_rows_at_once(s, p->S);
+    const int64_t n = p->B * p->H * s.R * p->d;
     const ls_summary *out = &p->summary[phase + 1];
-    ls_real *e = p->work[PROBABILITIES], *dl = p->work[DLOGITS];
-    double *dkeys = ls_doubles(p->work[STATE]), *dmean = ls_doubles(p->work[DMEANS]);
-    const ls_view dx = {out->dsent + 2, p->H * m * stride, m * stride, stride};
+    double *dkeys = ls_doubles(p->work[STATE]), *dmean = ls_doubles(p->work[DMEANS]), *room = ls_doubles(p->work[ROOM]);
     load_queries(p, phase);
-    ls_slots_constants_cuda(q, s, out->got, out->dsent, ls_doubles(p->work[ROOM]), ls_doubles(p->work[MEAN]),
-                            p->work[CENTRE], p->work[CONSTANT]);
-    for (int64_t t = 0, n; t == 0 || t < p->S; t += n) {
-        n = ls_min(most, p->S - t);
-        ls_slots_write_backward_cuda(q, s, keys_of(p), p->work[KEYS], 0, values_of(p), out->sent, out->dsent,
-                                     p->work[CONSTANT], t, n, e, dl);
-        ls_gemm_heads(q, 0, 0, n, d, m, 1, ls_matrices(s, e, n, m), dx, 0, ls_rows_from(p->own.dv, t), p->B, p->H);
-        ls_gemm_heads(q, 0, 0, n, d, m, 1, ls_matrices(s, dl, n, m), ls_matrices(s, p->work[KEYS], m, d), 0,
-                      ls_rows_from(p->own.dk, t), p->B, p->H);
-        ls_slots_sum_cuda(q, s, dl, keys_of(p), t, n, ls_doubles(p->work[ROOM]), dkeys, NULL, t > 0);
-        if (n == 0) break;
-    }
-    LS_LAUNCH(q, complete_means, ls_blocks(G * m * d, LS_THREADS), LS_THREADS, 0, G * m * d, p->scale,
-              (const double *)dkeys, l.first == 1, dmean);
-    ls_landmark_means_backward_cuda(p, l, l.first == 1 ? dmean + G * m * d : dmean, G * m * d, p->summary[phase].dgot);
+    ls_slots_constants_cuda(q, s, out->got, out->dsent, room, ls_doubles(p->work[MEAN]), p->work[CENTRE],
+                            p->work[CONSTANT]);
+    ls_slots_write_backward_cuda(q, s, keys_of(p), p->work[KEYS], 0, values_of(p), out->sent, out->dsent,
+                                 p->work[CONSTANT], room, p->own.dk, p->own.dv, dkeys);
+    LS_LAUNCH(q, complete_means, ls_blocks(n, LS_THREADS), LS_THREADS, 0, n, p->scale, (const double *)dkeys,
+              l.first == 1, dmean);
+    ls_landmark_means_backward_cuda(p, l, l.first == 1 ? dmean + n : dmean, n, p->summary[phase].dgot);
     return ls_launched(q, "nystrom: backward of write");
 }
 
@@ -586,22 +572,12 @@ static ls_status read_backward(ls_pass *p, int phase)
 {
     ls_queue *q = p->queue;
     const ls_slot_sizes s = sizes(p);
-    const int64_t m = s.R, d = p->d, most = ls_slots_rows_at_once(s, p->T);
-    ls_real *prob = p->work[PROBABILITIES], *dl = p->work[DLOGITS];
-    double *dW = ls_doubles(p->work[STATE]), *dkeys = ls_doubles(p->work[DMEANS]) + p->B * p->H * m * d,
-           *room = ls_doubles(p->work[ROOM]);
-    const ls_slot_rows dout = rows_of(p->dout, p->pad_q, p->T, NULL);
+    double *dmean = ls_doubles(p->work[DMEANS]);
     load_sums(p, phase - 1);
     load_slots(p);
-    for (int64_t t = 0, n; t == 0 || t < p->T; t += n) {
-        n = ls_min(most, p->T - t);
-        ls_slots_read_backward_cuda(q, s, queries_of(p), p->work[KEYS], NULL, p->work[VALUES], dout, t, n, prob, dl);
-        ls_slots_sum_cuda(q, s, prob, dout, t, n, room, dW, NULL, t > 0);
-        ls_slots_sum_cuda(q, s, dl, queries_of(p), t, n, room, dkeys, NULL, t > 0);
-        ls_gemm_heads(q, 0, 0, n, d, m, 1, ls_matrices(s, dl, n, m), ls_matrices(s, p->work[KEYS], m, d), 0,
-                      ls_rows_from(p->dq, t), p->B, p->H);
-        if (n == 0) break;
-    }
+    ls_slots_read_backward_cuda(q, s, queries_of(p), p->work[KEYS], NULL, p->work[VALUES],
+                                rows_of(p->dout, p->pad_q, p->T, NULL), p->work[ROWS], ls_doubles(p->work[ROOM]), p->dq,
+                                ls_doubles(p->work[STATE]), dmean + p->B * p->H * s.R * p->d, NULL);
     load_sums(p, phase - 1); /* the reference again, where c was */
     solve_backward(p, phase);
     means_backward(p);

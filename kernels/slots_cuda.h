@@ -1,7 +1,7 @@
 /* The two halves of attention through few slots (slots.h) on a GPU, for all (b,h) at once: keys write, queries read.
  *
- * Forward nothing of size rows x slots is kept. Backward it is, for as many rows at a time as ls_slots_rows_at_once
- * says: the probabilities and the gradients of the logits are made once, and every product then takes them from there.
+ * Nothing of size rows x slots is kept, neither forward nor backward; and no product is rounded, whatever the queue's
+ * precision: what gradients of slots become are differences.
  *
  * Everything is in device memory; sizes and rows are passed to kernels by value. */
 #ifndef LS_SLOTS_CUDA_H
@@ -25,18 +25,19 @@ typedef struct ls_slot_rows {
     const ls_real *centre;
 } ls_slot_rows;
 
-/* Rows whose probabilities are held at a time; 0 only of 0 rows. */
-int64_t ls_slots_rows_at_once(ls_slot_sizes s, int64_t rows);
-/* Doubles of room for writing, and for sums, over so many rows. */
-int64_t ls_slots_room(ls_slot_sizes s, int64_t rows);
+/* Doubles of room for the sums of a pass over so many rows. */
+int64_t ls_slots_room(ls_slot_sizes s, int64_t rows, int backward);
+/* Reals of each row that reading backward keeps. */
+int64_t ls_slots_row_reals(ls_slot_sizes s);
 
 /* sent (B*H,R,d+2): (m; s, x) of all keys. l_jr = k_j·slots_r - half |k_j|², slots (B*H,R,d); values: v - reference. */
 void ls_slots_write_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows keys, const ls_real *slots, double half,
                          ls_slot_rows values, double *room, ls_real *sent);
-/* For keys [t, t + n): e, dlogits (B*H,n,R). values: v - c; constant (B*H,R), both as ls_slots_constants says. */
+/* Rows of dk and dv, and dslots (B*H,R,d). values: v - c; constant (B*H,R), both as ls_slots_constants says. With half
+ * != 0 keys have no centre. */
 void ls_slots_write_backward_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows keys, const ls_real *slots, double half,
                                   ls_slot_rows values, const ls_real *sent, const ls_real *dsent,
-                                  const ls_real *constant, int64_t t, int64_t n, ls_real *e, ls_real *dlogits);
+                                  const ls_real *constant, double *room, ls_view dk, ls_view dv, double *dslots);
 /* values (B*H,R,d) = V - reference, or V if the reference (B*H,d) is given; 0, or it, where no key was. */
 void ls_slots_values_cuda(ls_queue *q, ls_slot_sizes s, const ls_real *element, const ls_real *reference,
                           double *values);
@@ -56,26 +57,10 @@ void ls_slots_constants_cuda(ls_queue *q, ls_slot_sizes s, const ls_real *got, c
  * (B*H,d), values (B*H,R,d): V - centre. */
 void ls_slots_read_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows queries, const ls_real *slots,
                         const ls_real *constant, const ls_real *values, const ls_real *centre, ls_view out);
-/* For queries [t, t + n): p, dlogits (B*H,n,R). */
+/* Rows of dq, and dvalues, dslots (B*H,R,d), dconstant (B*H,R) or NULL: not wanted. rows: ls_slots_row_reals for each
+ * query. */
 void ls_slots_read_backward_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows queries, const ls_real *slots,
-                                 const ls_real *constant, const ls_real *values, ls_slot_rows dout, int64_t t,
-                                 int64_t n, ls_real *p, ls_real *dlogits);
-
-/* total (B*H,R,d) = Σ_j a_jr x_j over rows [t, t + n), a (B*H,n,R); columns (B*H,R) = Σ_j a_jr, NULL: not wanted.
- * add: += both. */
-void ls_slots_sum_cuda(ls_queue *q, ls_slot_sizes s, const ls_real *a, ls_slot_rows x, int64_t t, int64_t n,
-                       double *room, double *total, double *columns, int add);
-
-/* Rows [t, ..) of a view; matrices (B*H,n,width) as a view. */
-static inline ls_view ls_rows_from(ls_view x, int64_t t)
-{
-    x.p += t * x.st;
-    return x;
-}
-static inline ls_view ls_matrices(ls_slot_sizes s, const ls_real *x, int64_t n, int64_t width)
-{
-    const ls_view view = {const_cast<ls_real *>(x), s.H * n * width, n * width, width};
-    return view;
-}
+                                 const ls_real *constant, const ls_real *values, ls_slot_rows dout, ls_real *rows,
+                                 double *room, ls_view dq, double *dvalues, double *dslots, double *dconstant);
 
 #endif

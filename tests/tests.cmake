@@ -203,7 +203,7 @@ set_tests_properties(gradients_emulated_double_1 PROPERTIES ENVIRONMENT
 # a GPU whose blocks have little memory: what does not fit is refused
 add_test(NAME limits_emulated_shared COMMAND $<TARGET_FILE:test_limits_emulated>)
 set_tests_properties(limits_emulated_shared PROPERTIES ENVIRONMENT
-  "${test_environment};${emulated_environment};LONGSPAN_EMULATOR_SHARED=64" TIMEOUT 1500)
+  "${test_environment};${emulated_environment};LONGSPAN_EMULATOR_SHARED=99" TIMEOUT 1500)
 
 # golden files with streams that run at any time that their events allow
 add_test(NAME golden_emulated_order_3 COMMAND ${mpirun} -n 3 $<TARGET_FILE:test_golden_emulated> ${golden})
