@@ -23,7 +23,7 @@ enum {
 
 /* What a block has in shared memory. */
 template <int SLOTS> struct desk {
-    enum { PITCH_W = SLOTS + 4, BLOCKS_AT_ONCE = SLOTS == 16 ? 4 : SLOTS == 32 ? 3 : 2 };
+    static constexpr int PITCH_W = SLOTS + 4, BLOCKS_AT_ONCE = SLOTS == 16 ? 4 : SLOTS == 32 ? 3 : 2;
     ls_real x[TILE * PITCH], y[TILE * PITCH], of_x[SLOTS * PITCH], of_y[SLOTS * PITCH];
     ls_real a[TILE * PITCH_W], b[TILE * PITCH_W]; /* what Y and X are weighed by */
     ls_real norm[TILE];
@@ -89,7 +89,7 @@ __device__ static void multiply(const operands &z, const place &at, int64_t t, i
 /* Sums over the rows that a block goes through, of a tile of slots and 64 features, and the part that gets them, of
  * slots (R,d). */
 template <int SLOTS> struct sums_of_rows {
-    enum { EACH = SLOTS / 8, PITCH_W = SLOTS + 4 };
+    static constexpr int EACH = SLOTS / 8, PITCH_W = desk<SLOTS>::PITCH_W;
     ls_real x[EACH][4];
 
     __device__ inline void clear()
@@ -124,7 +124,7 @@ __device__ static inline void give(ls_slot_sizes s, const place &at, int64_t t, 
                                    const ls_real *slots, const ls_real *own, const ls_real (&factor)[4], bool more,
                                    ls_view to, int fours)
 {
-    enum { PITCH_W = SLOTS + 4 };
+    constexpr int PITCH_W = desk<SLOTS>::PITCH_W;
     ls_real x[4][8];
     clear(x);
     product(SLOTS, weight + ROW * PITCH_W, 16 * PITCH_W, slots + 4 * SLOT, PITCH, x);
@@ -157,7 +157,7 @@ template <int SLOTS> __device__ static inline void put_weight(const ls_real (&w)
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
-        for (int j = 0; j < SLOTS / 8; j++) to[(ROW + 16 * i) * (SLOTS + 4) + SLOT + 8 * j] = w[i][j];
+        for (int j = 0; j < SLOTS / 8; j++) to[(ROW + 16 * i) * desk<SLOTS>::PITCH_W + SLOT + 8 * j] = w[i][j];
 }
 
 /* total = the parts, which hold `first` numbers, then `second`, then the others; a warp's lanes have neighbouring
@@ -236,7 +236,7 @@ template <int SLOTS, bool SUMS, bool ROWS>
 static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) read_back(reading z)
 {
     LS_SHARED(desk<SLOTS>, my);
-    constexpr int EACH = SLOTS / 8, PITCH_W = SLOTS + 4;
+    constexpr int EACH = SLOTS / 8;
     const ls_slot_sizes s = z.z.s;
     const place at = place_of(s, z.z.splits, z.z.slot_tiles, SLOTS, z.z.feature_tiles);
     const int64_t n = z.z.x.n, tiles = parts_of(n, TILE), last = tiles * (at.part + 1) / z.z.splits;
@@ -295,17 +295,17 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) r
                 dv.add(my->a, my->y);
                 dk.add(my->b, my->x);
                 for (int i = 0; z.constants && threadIdx.x < SLOTS && i < TILE; i++)
-                    column += (double)my->b[i * PITCH_W + threadIdx.x];
+                    column += (double)my->b[i * desk<SLOTS>::PITCH_W + threadIdx.x];
             }
             if (ROWS) give<SLOTS>(s, at, t, n, my->b, my->of_x, NULL, sums.m, slot > first_slot, z.dq, z.fours);
         }
         held++;
-        if (SUMS || at.feature != 0 || SLOT != 0) continue;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int64_t row = t + ROW + 16 * i;
             ls_real *to = z.rows + (at.g * n + row) * 3;
-            if (row < n) to[0] = sums.m[i], to[1] = sums.inverse[i], to[2] = sums.delta[i];
+            if (!SUMS && at.feature == 0 && SLOT == 0 && row < n)
+                to[0] = sums.m[i], to[1] = sums.inverse[i], to[2] = sums.delta[i];
         }
     }
     const int64_t slot = at.slot + threadIdx.x;
@@ -388,9 +388,11 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) w
 
 /* ------------------------------------------------------------------------------------------------ launches */
 
-/* The kernels of a pass, for tiles of 16, 32 and 64 slots where one holds all, of 32 and 64 where not. */
+enum { MANY = 32 }; /* slots of a tile where there are several: three blocks at once, and smaller GPUs have room */
+
+/* The kernels of a pass: for tiles of 16, 32 and 64 slots that hold all, and for several tiles. */
 template <class Z> struct kernels {
-    void (*whole[3])(Z), (*rows[2])(Z), (*sums[2])(Z);
+    void (*whole[3])(Z), (*rows)(Z), (*sums)(Z);
 };
 
 template <int SLOTS, class Z> static void launch(ls_queue *q, void (*slots_backward)(Z), const Z &z)
@@ -402,18 +404,17 @@ template <int SLOTS, class Z> static void launch(ls_queue *q, void (*slots_backw
 template <class Z> static void launch_all(ls_queue *q, const kernels<Z> &k, Z z)
 {
     const int64_t R = z.z.s.R, splits = z.z.splits;
-    const bool small = !ls_has_shared(q, sizeof(desk<64>));
     if (R <= 16) {
         launch<16>(q, k.whole[0], z);
     } else if (R <= 32) {
         launch<32>(q, k.whole[1], z);
-    } else if (R <= 64 && !small) {
+    } else if (R <= 64 && ls_has_shared(q, sizeof(desk<64>))) {
         launch<64>(q, k.whole[2], z);
     } else {
         z.z.splits = parts_of(z.z.x.n, TILE);
-        small ? launch<32>(q, k.rows[0], z) : launch<64>(q, k.rows[1], z);
-        z.z.splits = splits, z.z.slot_tiles = parts_of(R, small ? 32 : 64);
-        small ? launch<32>(q, k.sums[0], z) : launch<64>(q, k.sums[1], z);
+        launch<MANY>(q, k.rows, z);
+        z.z.splits = splits, z.z.slot_tiles = parts_of(R, MANY);
+        launch<MANY>(q, k.sums, z);
     }
 }
 
@@ -434,8 +435,8 @@ void ls_slots_read_backward_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows quer
 {
     static const kernels<reading> k = {
         {read_back<16, true, true>, read_back<32, true, true>, read_back<64, true, true>},
-        {read_back<32, false, true>, read_back<64, false, true>},
-        {read_back<32, true, false>, read_back<64, true, false>},
+        read_back<MANY, false, true>,
+        read_back<MANY, true, false>,
     };
     const reading z = {operands_of(s, queries, slots, dout, values, s.d),
                        constant,
@@ -456,8 +457,8 @@ void ls_slots_write_backward_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows key
 {
     static const kernels<writing> k = {
         {write_back<16, true, true>, write_back<32, true, true>, write_back<64, true, true>},
-        {write_back<32, false, true>, write_back<64, false, true>},
-        {write_back<32, true, false>, write_back<64, true, false>},
+        write_back<MANY, false, true>,
+        write_back<MANY, true, false>,
     };
     const writing z = {operands_of(s, keys, slots, values, dsent + 2, s.d + 2),
                        (ls_real)half,

@@ -13,13 +13,11 @@
 
 namespace ls_slot_tiles
 {
-enum {
-    TILE = 64,     /* rows */
-    THREADS = 128, /* of which 8 neighbours have the same rows */
-    WIDTH = 64,    /* features that a block makes */
-    BLOCKS = 1024, /* wanted where rows are split */
-    MOST_SPLITS = 256,
-};
+constexpr int TILE = 64, /* rows */
+    THREADS = 128,       /* of which 8 neighbours have the same rows */
+    WIDTH = 64,          /* features that a block makes */
+    BLOCKS = 1024,       /* wanted where rows are split */
+    MOST_SPLITS = 256;
 
 LS_BOTH_SIDES int64_t parts_of(int64_t n, int64_t size)
 {

@@ -138,7 +138,7 @@ int main(int argc, char **argv)
         compare("performer", LS_NS, "m=120", 1, 2, 120, 40); /* directions in shared memory, and not */
         compare("performer", LS_NS, "m=180", 1, 2, 180, 40);
         compare("cosformer", LS_NS, "", 2, 2, 68, 300);
-        /* slots in tiles of 16, 32, 64, and in two of 64; features for two blocks; many tiles of rows for a block */
+        /* slots in a tile of 16, 32, 64, and in three of 32; features for two blocks; many tiles of rows for a block */
         compare("nystrom", LS_NS, "m=12", 2, 2, 68, 300);
         compare("nystrom", LS_NC, "m=24", 1, 2, 33, 150);
         compare("nystrom", LS_CC, "m=70", 1, 1, 66, 200);
