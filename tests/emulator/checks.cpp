@@ -16,7 +16,7 @@ int emulator::checked_thread;
 
 namespace
 {
-const int WARP = 32, WARPS = 32;
+const uint32_t WARP = 32, WARPS = 32;
 
 /* Who has read: one thread, or since the last barrier that orders them several of a warp, of a block, of the grid. Who
  * has written: one, or one is about to, by a copy. */
@@ -25,10 +25,10 @@ enum : uint8_t { WRITTEN, UNDER_WAY };
 
 /* block: a number that no other block has, 0: nobody. */
 struct access {
-    uint32_t block, time;
-    uint16_t thread;
-    uint8_t kind;
+    uint32_t block, time : 20, thread : 10, kind : 2;
 };
+const uint32_t MOST_BARRIERS = (1 << 20) - 1;
+static_assert(sizeof(access) == sizeof(uint64_t), "one word is compared with another");
 struct history {
     access write, read; /* the last write, and reads after it */
 };
@@ -75,18 +75,21 @@ void watch(part *s, const void *from, const void *end)
     s->apart = empty_table<uint8_t>(bytes / WORD), s->state = empty_table<uint8_t>(bytes);
 }
 
-const part *part_of(uintptr_t at)
+inline bool is_in(const part &s, uintptr_t at)
 {
-    for (const part *s : {&device, &dynamic, &fixed})
-        if (at >= s->from && at < s->end) return s;
-    return NULL;
+    return at - s.from < s.end - s.from;
+}
+
+/* Most of what is asked for is on a thread's stack, NULL. */
+inline const part *part_of(uintptr_t at)
+{
+    return is_in(dynamic, at) ? &dynamic : is_in(device, at) ? &device : is_in(fixed, at) ? &fixed : NULL;
 }
 
 /* What is known of the bytes of an allocation; NULL of host memory. */
 uint8_t *state_of(const void *p)
 {
-    const uintptr_t at = number(p);
-    return at >= device.from && at < device.end ? device.state + (at - device.from) : NULL;
+    return is_in(device, number(p)) ? device.state + (number(p) - device.from) : NULL;
 }
 
 void tell(const part *s, uintptr_t at, const char *what)
@@ -118,10 +121,10 @@ void tell(const part *s, uintptr_t at, const char *what)
 /* Whether what a thread of this block did is past, as the current thread sees it. */
 bool is_before(const access &a)
 {
-    const int mine = emulator::checked_thread;
+    const uint32_t mine = (uint32_t)emulator::checked_thread;
     if (a.time <= barrier_time) return true;
-    if (a.kind == OF_BLOCK || (int)a.thread / WARP != mine / WARP) return false;
-    return a.time <= warp_time[mine / WARP] || (a.kind == ONE && (int)a.thread == mine);
+    if (a.kind == OF_BLOCK || a.thread / WARP != mine / WARP) return false;
+    return a.time <= warp_time[mine / WARP] || (a.kind == ONE && a.thread == mine);
 }
 
 /* Whether it may happen together with what the current thread does. */
@@ -134,14 +137,19 @@ bool is_beside(const part *s, const access &a)
 
 access now(uint8_t kind)
 {
-    return {block, time_now, (uint16_t)emulator::checked_thread, kind};
+    return {block, time_now & MOST_BARRIERS, (uint32_t)emulator::checked_thread % (WARP * WARPS), kind % 4u};
+}
+
+bool is_same(const access &a, const access &b)
+{
+    return memcmp(&a, &b, sizeof a) == 0;
 }
 
 /* Against the last write. */
 inline void check(const part *s, uintptr_t at, const history *h, const char *mine, const void *where)
 {
-    if (h->write.block < first_block) return;
     access last = h->write;
+    if (last.block < first_block || (last.block == block && last.time <= barrier_time && last.kind == WRITTEN)) return;
     const bool under_way = last.kind == UNDER_WAY && last.block == block;
     last.kind = ONE;
     if (under_way) stop_race(s, at, mine, last, "has copied to, and not waited for", where);
@@ -171,39 +179,42 @@ template <typename F> void for_words(const part *s, uintptr_t at, size_t bytes, 
 
 void check_state(const part *s, uintptr_t at, size_t bytes, uint8_t least, const char *mine, const void *where)
 {
-    for (size_t i = 0; s == &device && i < bytes; i++) {
-        if (s->state[at + i - s->from] >= least) continue;
+    if (s != &device) return;
+    const uint8_t *state = s->state + (at - s->from);
+    const uint32_t all = FULL * 0x01010101u;
+    for (uint32_t four; bytes >= sizeof four; state += sizeof four, at += sizeof four, bytes -= sizeof four) {
+        memcpy(&four, state, sizeof four);
+        if (four != all) break;
+    }
+    for (size_t i = 0; i < bytes; i++) {
+        if (state[i] >= least) continue;
         tell(s, at + i, mine);
-        fputs(s->state[at + i - s->from] == FRESH ? "which nobody has written" : "which is not allocated", stderr);
+        fputs(state[i] == FRESH ? "which nobody has written" : "which is not allocated", stderr);
         stop(where);
     }
 }
 
-void read(uintptr_t at, size_t bytes, const void *where)
+void read(const part *s, uintptr_t at, size_t bytes, const void *where)
 {
-    const part *s = part_of(at);
-    if (s == NULL) return;
     check_state(s, at, bytes, FULL, "reads", where);
+    const access mine = now(ONE);
     for_words(s, at, bytes, [&](history &h, uintptr_t here, size_t) {
-        check(s, here, &h, "reads", where);
         access *last = &h.read;
-        const bool again = last->block == block && last->time == time_now && last->kind == ONE;
-        if (again && (int)last->thread == emulator::checked_thread) return;
+        if (is_same(*last, mine)) return;
+        check(s, here, &h, "reads", where);
         if (s == &device && last->block >= first_block && (last->kind == OF_GRID || last->block != block))
             *last = now(OF_GRID);
         else if (last->block != block || is_before(*last))
-            *last = now(ONE);
-        else if (last->kind <= OF_WARP && (int)last->thread / WARP == emulator::checked_thread / WARP)
+            *last = mine;
+        else if (last->kind <= OF_WARP && last->thread / WARP == mine.thread / WARP)
             *last = now(OF_WARP);
         else
             *last = now(OF_BLOCK);
     });
 }
 
-void write(uintptr_t at, size_t bytes, uint8_t kind, const void *where)
+void write(const part *s, uintptr_t at, size_t bytes, uint8_t kind, const void *where)
 {
-    const part *s = part_of(at);
-    if (s == NULL) return;
     check_state(s, at, bytes, FRESH, "writes", where);
     for_words(s, at, bytes, [&](history &h, uintptr_t here, size_t n) {
         check(s, here, &h, "writes", where);
@@ -212,6 +223,18 @@ void write(uintptr_t at, size_t bytes, uint8_t kind, const void *where)
         h.read = {};
         memset(s->state + (here - s->from), FULL, n);
     });
+}
+
+inline void read(uintptr_t at, size_t bytes, const void *where)
+{
+    const part *s = part_of(at);
+    if (s != NULL) read(s, at, bytes, where);
+}
+
+inline void write(uintptr_t at, size_t bytes, uint8_t kind, const void *where)
+{
+    const part *s = part_of(at);
+    if (s != NULL) write(s, at, bytes, kind, where);
 }
 
 void stop_unaligned(uintptr_t at, size_t bytes, const void *where)
@@ -226,6 +249,12 @@ void stop_unaligned(uintptr_t at, size_t bytes, const void *where)
 template <size_t BYTES> inline void check_aligned(const void *at, const void *where)
 {
     if (number(at) % BYTES != 0) stop_unaligned(number(at), BYTES, where);
+}
+
+uint32_t next_time()
+{
+    if (time_now == MOST_BARRIERS) emulator::die("there were more barriers in a block than can be counted");
+    return time_now++;
 }
 
 /* LONGSPAN_EMULATOR_WITHOUT=FILE:LINE: this barrier orders nothing. What is found then is what it is for; where nothing
@@ -302,13 +331,13 @@ void emulator::check_block()
 void emulator::check_barrier(const char *file, int line)
 {
     if (is_without(file, line)) return;
-    barrier_time = time_now++;
+    barrier_time = next_time();
 }
 
 void emulator::check_warp(int warp, const char *file, int line)
 {
     if (is_without(file, line)) return;
-    warp_time[warp] = time_now++;
+    warp_time[warp] = next_time();
 }
 
 void emulator::check_end()
