@@ -11,12 +11,16 @@
 
 #include "slots_cuda.h"
 
+/* Blocks that are wanted where rows are split. The tests make it small, so that blocks have many tiles of rows. */
+#ifndef LS_SLOT_BLOCKS
+#define LS_SLOT_BLOCKS 1024
+#endif
+
 namespace ls_slot_tiles
 {
 constexpr int TILE = 64, /* rows */
     THREADS = 128,       /* of which 8 neighbours have the same rows */
     WIDTH = 64,          /* features that a block makes */
-    BLOCKS = 1024,       /* wanted where rows are split */
     MOST_SPLITS = 256;
 
 LS_BOTH_SIDES int64_t parts_of(int64_t n, int64_t size)
@@ -28,7 +32,7 @@ LS_BOTH_SIDES int64_t parts_of(int64_t n, int64_t size)
 static inline int64_t splits_of(ls_slot_sizes s, int64_t rows)
 {
     const int64_t blocks = ls_max(1, s.B * s.H * parts_of(s.R, 64) * parts_of(s.d, WIDTH));
-    return ls_max(1, ls_min(ls_min(parts_of(rows, TILE), MOST_SPLITS), BLOCKS / blocks));
+    return ls_max(1, ls_min(ls_min(parts_of(rows, TILE), MOST_SPLITS), LS_SLOT_BLOCKS / blocks));
 }
 
 /* Where a block stands: its (b,h) = g, its first slot, feature and, of n parts of the rows, which. */

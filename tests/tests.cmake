@@ -22,8 +22,8 @@ set_source_files_properties(${PROJECT_BINARY_DIR}/emulated/kernels/linear_slabs.
 function(longspan_emulated_code name)
   longspan_library(${name})
   set_target_properties(${name} PROPERTIES CXX_STANDARD 20 CXX_STANDARD_REQUIRED ON CXX_EXTENSIONS OFF)
-  # and so little memory for operands in bfloat16 that products are cut
-  target_compile_definitions(${name} PUBLIC LS_CUDA_BACKEND LS_NCCL_BACKEND LS_NARROW_SIDE=32)
+  # and so little memory for operands in bfloat16 that products are cut; so few blocks that each has many tiles of rows
+  target_compile_definitions(${name} PUBLIC LS_CUDA_BACKEND LS_NCCL_BACKEND LS_NARROW_SIDE=32 LS_SLOT_BLOCKS=8)
   target_include_directories(${name} BEFORE PUBLIC ${PROJECT_SOURCE_DIR}/tests/emulator)
   # of the CPU's code little runs there
   target_compile_options(${name} PRIVATE "$<$<COMPILE_LANGUAGE:C>:-O1>"
