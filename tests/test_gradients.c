@@ -3,6 +3,9 @@
  *
  *   L(x) = Σ dout · out(x),   dL/dx_i ≈ (8 (L(x+h) - L(x-h)) - (L(x+2h) - L(x-2h))) / 12h,   error O(h⁴)
  *
+ * With LONGSPAN_TEST_EVERY, since the emulated GPU is slow, all elements of an input move at once, each by h or by -h,
+ * and all parameters.
+ *
  * In double, h = 2e-4, they must agree to 1e-6 of the largest element of the tensor; in float the rounding of L leaves
  * two digits, enough to see a wrong formula. On several ranks (mpirun) L is summed over the shards. */
 #include "harness.h"
@@ -51,42 +54,62 @@ static double evaluate(loss *l, const problem *p)
     return sum;
 }
 
-static int every = 1;
+static int together; /* all elements move */
 
-static double difference(loss *l, const problem *p, ls_real *x, double step)
+/* Along `way` (n) from x. */
+static double difference(loss *l, const problem *p, ls_real *x, const ls_real *way, int64_t n, double step)
 {
-    const ls_real at = *x;
+    ls_real *at = NEW(ls_real, n);
     double sum = 0;
+    memcpy(at, x, (size_t)n * sizeof *at);
     for (int k = -2; k <= 2; k++) {
         static const double weight[] = {1, -8, 0, 8, -1};
         if (k == 0) continue;
-        *x = (ls_real)((double)at + k * step);
+        for (int64_t i = 0; i < n; i++) x[i] = (ls_real)((double)at[i] + k * step * (double)way[i]);
         sum += weight[k + 2] * evaluate(l, p);
     }
-    *x = at;
+    memcpy(x, at, (size_t)n * sizeof *at);
+    free(at);
     return sum / (12 * step);
 }
 
-/* The worst disagreement over a tensor, relative to its largest element or to a hundredth of its siblings'. Where the
- * function bends within the step (a kink of relu), or curves too much for it, shorter steps see what is true at x: a
- * wrong formula disagrees with all of them. */
+/* How far the gradient is off along `way`, INFINITY if that cannot be seen. Where the function bends within the step (a
+ * kink of relu), or curves too much for it, shorter steps see what is true at x: a wrong formula disagrees with all of
+ * them. */
+static double error_along(loss *l, const problem *p, ls_real *x, const ls_real *gradient, const ls_real *way, int64_t n,
+                          double enough)
+{
+    double least = INFINITY, step = STEP, want = 0;
+    for (int64_t i = 0; i < n; i++) want += (double)gradient[i] * (double)way[i];
+    for (int k = 0; k < 3 && !(least <= enough); k++, step /= 12) {
+        l->moved = 0;
+        const double e = fabs(difference(l, p, x, way, n, step) - want);
+        if (!l->moved && e <= 1e300) least = fmin(least, e); /* moved: the step crosses a jump of the function */
+    }
+    return least;
+}
+
+/* The worst disagreement over a tensor, relative to its largest element or to a hundredth of its siblings'. */
 static double compare(loss *l, const problem *p, ls_real *x, const ls_real *gradient, int64_t n, double siblings)
 {
     double worst = 0, most = siblings / 100;
-    static int64_t turn; /* one element in so many, another one first each time: the emulated GPU is slow */
     int64_t compared = 0, tried = 0;
     for (int64_t i = 0; i < n; i++) most = fmax(most, fabs((double)gradient[i]));
-    for (int64_t i = n > 0 ? turn++ % (n < every ? n : every) : 0; i < n && l->status == LS_OK; i += every) {
+    if (together && n > 0) {
+        static uint64_t seed;
+        draw signs = draw_from(seed++, 2);
+        ls_real *way = NEW(ls_real, n);
+        for (int64_t i = 0; i < n; i++) way[i] = draw_below(&signs, 2) ? 1 : -1;
+        worst = error_along(l, p, x, gradient, way, n, TOLERANCE * most);
+        free(way);
+    }
+    for (int64_t i = 0; i < n && l->status == LS_OK && !together; i++) {
+        static const ls_real one = 1;
+        const double e = error_along(l, p, x + i, gradient + i, &one, 1, TOLERANCE * most);
         tried++;
-        double least = INFINITY, step = STEP;
-        for (int k = 0; k < 3 && !(least <= TOLERANCE * most); k++, step /= 12) {
-            l->moved = 0;
-            const double e = fabs(difference(l, p, x + i, step) - (double)gradient[i]);
-            if (!l->moved && e <= 1e300) least = fmin(least, e); /* moved: the step crosses a jump of the function */
-        }
-        if (l->moved && least > 1e300) continue;
+        if (l->moved && e > 1e300) continue;
         compared++;
-        worst = fmax(worst, least);
+        worst = fmax(worst, e);
     }
     if (2 * compared < tried) return INFINITY; /* a few jumps are no excuse for comparing nothing */
     return worst <= 0 ? 0 : most > 0 ? worst / most : INFINITY;
@@ -124,7 +147,9 @@ static void gradients_of(const setting *s)
         check(p.text, "query", compare(&l, &p, p.query, a.dquery, a.n_query, all), &l);
         if (p.key != NULL) check(p.text, "key", compare(&l, &p, p.key, a.dkey, a.n_key, all), &l);
         if (p.value != NULL) check(p.text, "value", compare(&l, &p, p.value, a.dvalue, a.n_key, all), &l);
-        for (int i = 0; i < p.parameters; i++) {
+        if (together && a.n_params > 0)
+            check(p.text, "all parameters", compare(&l, &p, p.params, a.dparams, a.n_params, all), &l);
+        for (int i = 0; i < p.parameters && !together; i++) {
             const ls_param_info *info = &p.parameter[i].info;
             check(p.text, p.parameter[i].name,
                   compare(&l, &p, p.params + info->offset, a.dparams + info->offset, info->count, all), &l);
@@ -139,8 +164,7 @@ static void gradients_of(const setting *s)
 int main(int argc, char **argv)
 {
     world_open(&argc, &argv);
-    if (getenv("LONGSPAN_TEST_EVERY") != NULL) every = atoi(getenv("LONGSPAN_TEST_EVERY"));
-    if (every < 1) every = 1;
+    together = getenv("LONGSPAN_TEST_EVERY") != NULL;
     for (const case_row *row = cases; row->mechanism != NULL; row++) {
         const unsigned traits = mechanism_of(row->mechanism)->traits;
         const int cross = row->pattern == LS_NC || row->pattern == LS_CC;

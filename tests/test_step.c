@@ -243,11 +243,11 @@ static void one_wait(void **state)
     if (emulator_host_waits == NULL || getenv("LONGSPAN_EMULATOR_ORDER") != NULL ||
         strcmp(poison != NULL ? poison : usual, "0") != 0)
         skip();
-    for (int accumulation = 1; accumulation <= 8; accumulation *= 2) {
+    for (int accumulation = 1; accumulation <= 8; accumulation *= 8) {
         run x;
         begin_run(&x, plain, accumulation, 1);
         for (int i = 0; i < 2; i++) take_step(&x, NULL); /* memory is as large as it will be */
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 2; i++) {
             const uint64_t before = emulator_host_waits();
             take_step(&x, NULL);
             const uint64_t waits = emulator_host_waits() - before;

@@ -196,7 +196,7 @@ foreach(run ORDER=11 SHARED=99)
     TIMEOUT 1500)
 endforeach()
 
-# central differences call a core hundreds of times
+# central differences call a core hundreds of times: of all elements together
 set_tests_properties(gradients_emulated_double_1 PROPERTIES ENVIRONMENT
   "${test_environment};${emulated_environment};LONGSPAN_TEST_EVERY=${every_checked}")
 
