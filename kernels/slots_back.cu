@@ -42,6 +42,20 @@ typedef struct operands {
     int64_t splits, slot_tiles, feature_tiles;
 } operands;
 
+/* Tiles of rows [tile, last) and slots [slot, end) that a block goes through. */
+struct path {
+    place at;
+    int64_t tile, last, slot, end;
+
+    __device__ inline path(const operands &o, bool one_tile, int slots)
+        : at(place_of(o.s, o.splits, o.slot_tiles, slots, o.feature_tiles))
+    {
+        const int64_t tiles = parts_of(o.x.n, TILE);
+        tile = tiles * at.part / o.splits, last = tiles * (at.part + 1) / o.splits;
+        slot = one_tile ? at.slot : 0, end = one_tile ? at.slot + 1 : o.s.R;
+    }
+};
+
 /* What a block finds done by its last call of `multiply`. */
 typedef struct there {
     bool rows, slots;
@@ -50,28 +64,28 @@ typedef struct there {
 /* sx, sy = the products x·of_x, y·of_y of 64 rows from t with a tile of slots. Of the features the block's own come
  * last and stay on the desk, which nobody uses when the block comes here together. norm: of |x|². */
 template <int SLOTS>
-__device__ static void multiply(const operands &z, const place &at, int64_t t, int64_t slot, there is, bool norm,
+__device__ static void multiply(const operands &o, const place &at, int64_t t, int64_t slot, there is, bool norm,
                                 desk<SLOTS> *my, ls_real (&sx)[4][SLOTS / 8], ls_real (&sy)[4][SLOTS / 8])
 {
-    const int64_t end = z.x.n, matrix = at.g * z.s.R;
-    const bool whole = z.feature_tiles == 1; /* a piece is all there is, and may be kept */
+    const int64_t end = o.x.n, matrix = at.g * o.s.R;
+    const bool whole = o.feature_tiles == 1; /* a piece is all there is, and may be kept */
     ls_real square = 0;
     clear(sx);
     clear(sy);
-    for (int64_t piece = 1; piece <= z.feature_tiles; piece++) {
-        const int64_t e = (at.feature + piece * WIDTH) % (z.feature_tiles * WIDTH);
-        const int n = (int)ls_fours(ls_min(WIDTH, z.s.d - e));
+    for (int64_t piece = 1; piece <= o.feature_tiles; piece++) {
+        const int64_t e = (at.feature + piece * WIDTH) % (o.feature_tiles * WIDTH);
+        const int n = (int)ls_fours(ls_min(WIDTH, o.s.d - e));
         __syncthreads();
         if (!whole || !is.rows) {
 #pragma unroll 1
             for (int r = 0; r < TILE; r += TILE / 2) {
-                load_rows<TILE / 2, WIDTH>(z.s, z.x, at, t + r, end, e, PITCH, my->x + r * PITCH);
-                load_rows<TILE / 2, WIDTH>(z.s, z.y, at, t + r, end, e, PITCH, my->y + r * PITCH);
+                load_rows<TILE / 2, WIDTH>(o.s, o.x, at, t + r, end, e, PITCH, my->x + r * PITCH);
+                load_rows<TILE / 2, WIDTH>(o.s, o.y, at, t + r, end, e, PITCH, my->y + r * PITCH);
             }
         }
         if (!whole || !is.slots) {
-            load_slots<SLOTS, WIDTH>(z.s, z.of_x.p + matrix * z.of_x.stride, z.of_x.stride, slot, e, PITCH, my->of_x);
-            load_slots<SLOTS, WIDTH>(z.s, z.of_y.p + matrix * z.of_y.stride, z.of_y.stride, slot, e, PITCH, my->of_y);
+            load_slots<SLOTS, WIDTH>(o.s, o.of_x.p + matrix * o.of_x.stride, o.of_x.stride, slot, e, PITCH, my->of_x);
+            load_slots<SLOTS, WIDTH>(o.s, o.of_y.p + matrix * o.of_y.stride, o.of_y.stride, slot, e, PITCH, my->of_y);
         }
         __syncthreads();
         product_of_rows(n, my->x + ROW * PITCH, 16 * PITCH, my->of_x + SLOT * PITCH, 8 * PITCH, sx);
@@ -91,17 +105,19 @@ __device__ static void multiply(const operands &z, const place &at, int64_t t, i
 template <int SLOTS> struct sums_of_rows {
     static constexpr int EACH = SLOTS / 8, PITCH_W = desk<SLOTS>::PITCH_W;
     ls_real x[EACH][4];
+    bool none; /* in the part */
 
-    __device__ inline void clear()
+    __device__ inline sums_of_rows() : none(true)
     {
-        ls_slot_tiles::clear(x);
+        clear(x);
     }
     __device__ inline void add(const ls_real *weight, const ls_real *rows)
     {
         product_of_columns(TILE, weight + MINE * EACH, PITCH_W, rows + COLUMN, PITCH, x);
     }
-    __device__ inline void put(ls_slot_sizes s, const place &at, bool first, double *to)
+    __device__ inline void put(ls_slot_sizes s, const place &at, double *to)
     {
+        to += at.g * s.R * s.d;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             const int64_t slot = at.slot + MINE * EACH + i, e = at.feature + COLUMN;
@@ -109,10 +125,11 @@ template <int SLOTS> struct sums_of_rows {
             for (int c = 0; c < 4; c++)
                 if (slot < s.R && e + c < s.d) {
                     double *y = to + slot * s.d + e + c;
-                    *y = (first ? 0 : *y) + (double)x[i][c];
+                    *y = (none ? 0 : *y) + (double)x[i][c];
                 }
         }
-        clear();
+        clear(x);
+        none = false;
     }
 };
 
@@ -203,7 +220,7 @@ typedef struct row_sums {
 } row_sums;
 
 typedef struct reading {
-    operands z; /* X: q, Y: do */
+    operands o; /* X: q, Y: do */
     const ls_real *constant;
     ls_view dq;
     int fours;
@@ -237,24 +254,20 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) r
 {
     LS_SHARED(desk<SLOTS>, my);
     constexpr int EACH = SLOTS / 8;
-    const ls_slot_sizes s = z.z.s;
-    const place at = place_of(s, z.z.splits, z.z.slot_tiles, SLOTS, z.z.feature_tiles);
-    const int64_t n = z.z.x.n, tiles = parts_of(n, TILE), last = tiles * (at.part + 1) / z.z.splits;
-    const int64_t slots = s.B * s.H * s.R, first_slot = SUMS ? at.slot : 0, end_slot = SUMS ? at.slot + 1 : s.R;
+    const ls_slot_sizes s = z.o.s;
+    const path way(z.o, SUMS, SLOTS);
+    const place at = way.at;
+    const int64_t n = z.o.x.n, slots = s.B * s.H * s.R;
     double *parts = z.parts + at.part * (slots * (2 * s.d + z.constants));
     sums_of_rows<SLOTS> dv, dk;
     double column = 0;
-    int held = 0;
-    bool none = true; /* in the part */
-    dv.clear();
-    dk.clear();
-    for (int64_t tile = tiles * at.part / z.z.splits, begin = tile; SUMS ? tile <= last : tile < last; tile++) {
-        if (SUMS && (held == KEPT || tile == last)) {
-            dv.put(s, at, none, parts + at.g * s.R * s.d);
-            dk.put(s, at, none, parts + (slots + at.g * s.R) * s.d);
-            held = 0, none = false;
-        }
-        if (SUMS && tile == last) break;
+    int held = 0; /* tiles */
+    const auto put = [&]() {
+        dv.put(s, at, parts);
+        dk.put(s, at, parts + slots * s.d);
+        held = 0;
+    };
+    for (int64_t tile = way.tile; tile < way.last; tile++) {
         const int64_t t = tile * TILE;
         ls_real l[4][EACH], dp[4][EACH];
         row_sums sums;
@@ -268,17 +281,17 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) r
             sums.delta[i] = given ? from[2] : 0;
         }
         for (int64_t slot = 0; !SUMS && slot < s.R; slot += SLOTS) {
-            multiply<SLOTS>(z.z, at, t, slot, there{slot > 0, false}, false, my, l, dp);
+            multiply<SLOTS>(z.o, at, t, slot, there{slot > 0, false}, false, my, l, dp);
             complete_logits<SLOTS>(s, at, z.constant, slot, l);
             join<SLOTS>(l, dp, sums);
         }
-        for (int64_t slot = first_slot; slot < end_slot; slot += SLOTS) {
-            multiply<SLOTS>(z.z, at, t, slot, there{!SUMS, SUMS && tile > begin}, false, my, l, dp);
+        for (int64_t slot = way.slot; slot < way.end; slot += SLOTS) {
+            multiply<SLOTS>(z.o, at, t, slot, there{!SUMS, SUMS && tile > way.tile}, false, my, l, dp);
             complete_logits<SLOTS>(s, at, z.constant, slot, l);
             if (SUMS && ROWS) join<SLOTS>(l, dp, sums);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                if (ROWS && slot == first_slot) {
+                if (ROWS && slot == way.slot) {
                     sums.inverse[i] = 1 / sums.inverse[i];
                     sums.delta[i] *= sums.inverse[i];
                 }
@@ -297,9 +310,9 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) r
                 for (int i = 0; z.constants && threadIdx.x < SLOTS && i < TILE; i++)
                     column += (double)my->b[i * desk<SLOTS>::PITCH_W + threadIdx.x];
             }
-            if (ROWS) give<SLOTS>(s, at, t, n, my->b, my->of_x, NULL, sums.m, slot > first_slot, z.dq, z.fours);
+            if (ROWS) give<SLOTS>(s, at, t, n, my->b, my->of_x, NULL, sums.m, slot > way.slot, z.dq, z.fours);
         }
-        held++;
+        if (SUMS && ++held == KEPT) put();
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int64_t row = t + ROW + 16 * i;
@@ -308,6 +321,7 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) r
                 to[0] = sums.m[i], to[1] = sums.inverse[i], to[2] = sums.delta[i];
         }
     }
+    if (SUMS && (held > 0 || dv.none)) put();
     const int64_t slot = at.slot + threadIdx.x;
     if (SUMS && z.constants && threadIdx.x < SLOTS && slot < s.R && at.feature == 0)
         parts[2 * slots * s.d + at.g * s.R + slot] = column;
@@ -316,7 +330,7 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) r
 /* ------------------------------------------------------------------------------------------------ writing */
 
 typedef struct writing {
-    operands z; /* X: k, Y: v */
+    operands o; /* X: k, Y: v */
     ls_real half;
     const ls_real *sent, *constant;
     ls_view dk, dv;
@@ -329,26 +343,22 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) w
 {
     LS_SHARED(desk<SLOTS>, my);
     constexpr int EACH = SLOTS / 8;
-    const ls_slot_sizes s = z.z.s;
-    const place at = place_of(s, z.z.splits, z.z.slot_tiles, SLOTS, z.z.feature_tiles);
-    const int64_t n = z.z.x.n, tiles = parts_of(n, TILE), last = tiles * (at.part + 1) / z.z.splits;
-    const int64_t slots = s.B * s.H * s.R, first_slot = SUMS ? at.slot : 0, end_slot = SUMS ? at.slot + 1 : s.R;
-    const int64_t stride = s.d + 2;
-    double *parts = z.parts + at.part * slots * s.d;
+    const ls_slot_sizes s = z.o.s;
+    const path way(z.o, SUMS, SLOTS);
+    const place at = way.at;
+    const int64_t n = z.o.x.n, stride = s.d + 2;
     sums_of_rows<SLOTS> ds;
-    int held = 0;
-    bool none = true;
-    ds.clear();
-    for (int64_t tile = tiles * at.part / z.z.splits, begin = tile; SUMS ? tile <= last : tile < last; tile++) {
-        if (SUMS && (held == KEPT || tile == last)) {
-            ds.put(s, at, none, parts + at.g * s.R * s.d);
-            held = 0, none = false;
-        }
-        if (SUMS && tile == last) break;
+    int held = 0; /* tiles */
+    const auto put = [&]() {
+        ds.put(s, at, z.parts + at.part * (s.B * s.H * s.R * s.d));
+        held = 0;
+    };
+    for (int64_t tile = way.tile; tile < way.last; tile++) {
         const int64_t t = tile * TILE;
         ls_real l[4][EACH], de[4][EACH], total[4];
-        for (int64_t slot = first_slot; slot < end_slot; slot += SLOTS) {
-            multiply<SLOTS>(z.z, at, t, slot, there{!SUMS && slot > 0, SUMS && tile > begin}, z.half != 0, my, l, de);
+        for (int64_t slot = way.slot; slot < way.end; slot += SLOTS) {
+            multiply<SLOTS>(z.o, at, t, slot, there{!SUMS && slot > 0, SUMS && tile > way.tile}, z.half != 0, my, l,
+                            de);
             const int left = (int)(s.R - slot) - SLOT;
             const ls_real *sent = z.sent + (at.g * s.R + slot + SLOT) * stride,
                           *constant = z.constant + at.g * s.R + slot + SLOT;
@@ -361,7 +371,7 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) w
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int64_t row = t + ROW + 16 * i;
-                const bool hidden = row >= n || ls_is_padded(z.z.x.pad, at.b * n + row);
+                const bool hidden = row >= n || ls_is_padded(z.o.x.pad, at.b * n + row);
                 const ls_real length = z.half == 0 ? 0 : z.half * my->norm[ROW + 16 * i];
                 ls_real here = 0;
 #pragma unroll
@@ -377,13 +387,14 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) w
             __syncthreads();
             if (SUMS) ds.add(my->b, my->x);
             if (ROWS) {
-                const bool more = slot > first_slot;
+                const bool more = slot > way.slot;
                 give<SLOTS>(s, at, t, n, my->a, my->of_y, NULL, total, more, z.dv, z.fours_v);
                 give<SLOTS>(s, at, t, n, my->b, my->of_x, z.half == 0 ? NULL : my->x, total, more, z.dk, z.fours_k);
             }
         }
-        held++;
+        if (SUMS && ++held == KEPT) put();
     }
+    if (SUMS && (held > 0 || ds.none)) put();
 }
 
 /* ------------------------------------------------------------------------------------------------ launches */
@@ -397,13 +408,13 @@ template <class Z> struct kernels {
 
 template <int SLOTS, class Z> static void launch(ls_queue *q, void (*slots_backward)(Z), const Z &z)
 {
-    const int64_t blocks = z.z.s.B * z.z.s.H * z.z.splits * z.z.slot_tiles * z.z.feature_tiles;
+    const int64_t blocks = z.o.s.B * z.o.s.H * z.o.splits * z.o.slot_tiles * z.o.feature_tiles;
     if (blocks > 0) LS_LAUNCH(q, slots_backward, (int)blocks, THREADS, sizeof(desk<SLOTS>), z);
 }
 
 template <class Z> static void launch_all(ls_queue *q, const kernels<Z> &k, Z z)
 {
-    const int64_t R = z.z.s.R, splits = z.z.splits;
+    const int64_t R = z.o.s.R, splits = z.o.splits;
     if (R <= 16) {
         launch<16>(q, k.whole[0], z);
     } else if (R <= 32) {
@@ -411,9 +422,9 @@ template <class Z> static void launch_all(ls_queue *q, const kernels<Z> &k, Z z)
     } else if (R <= 64 && ls_has_shared(q, sizeof(desk<64>))) {
         launch<64>(q, k.whole[2], z);
     } else {
-        z.z.splits = parts_of(z.z.x.n, TILE);
+        z.o.splits = parts_of(z.o.x.n, TILE);
         launch<MANY>(q, k.rows, z);
-        z.z.splits = splits, z.z.slot_tiles = parts_of(R, MANY);
+        z.o.splits = splits, z.o.slot_tiles = parts_of(R, MANY);
         launch<MANY>(q, k.sums, z);
     }
 }
@@ -448,7 +459,7 @@ void ls_slots_read_backward_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows quer
     const int64_t n = s.B * s.H * s.R;
     if (n == 0) return;
     launch_all(q, k, z);
-    sum_parts(q, z.z.splits, room, totals{dvalues, dslots, dconstant, n * s.d, n * s.d, z.constants * n});
+    sum_parts(q, z.o.splits, room, totals{dvalues, dslots, dconstant, n * s.d, n * s.d, z.constants * n});
 }
 
 void ls_slots_write_backward_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows keys, const ls_real *slots, double half,
@@ -472,5 +483,5 @@ void ls_slots_write_backward_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows key
     const int64_t n = s.B * s.H * s.R * s.d;
     if (n == 0) return;
     launch_all(q, k, z);
-    sum_parts(q, z.z.splits, room, totals{dslots, NULL, NULL, n, 0, 0});
+    sum_parts(q, z.o.splits, room, totals{dslots, NULL, NULL, n, 0, 0});
 }
