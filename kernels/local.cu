@@ -168,10 +168,10 @@ static __device__ ls_real distance(double offset, int key)
     return (ls_real)(offset + (double)key);
 }
 
-/* w g, so far away from p; 0 stays 0, where nothing is seen. */
-static __device__ ls_real narrowed(ls_real w, ls_real narrow, ls_real away)
+/* What a weight is multiplied by so far away from p; 0 where it is 0 and nothing is seen. */
+static __device__ ls_real narrowing(ls_real w, ls_real narrow, ls_real away)
 {
-    return w != 0 ? w * ls_exp(narrow * away * away) : 0;
+    return w != 0 ? ls_exp(narrow * away * away) : 0;
 }
 
 /* A tile of queries of one (b,h), by slot: the query, or -1 - query where it sees nothing; its window of rows from
@@ -293,7 +293,7 @@ static __global__ void __launch_bounds__(THREADS, 5)
             for (int i = 0; i < my::ROWS; i++)
 #pragma unroll
                 for (int k = 0; k < pairs<M, K>; k++)
-                    w[i][k] = narrowed(w[i][k], narrow, distance(t.offset[my::row(i)], from + key[k]));
+                    w[i][k] *= narrowing(w[i][k], narrow, distance(t.offset[my::row(i)], from + key[k]));
         }
         weights<M, K> made;
         made.put(w, own);
@@ -385,7 +385,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
     }
     const rows queries = {t.query, ls_row(q, p.at.b, p.at.h, 0), q.st, x.T};
     const rows down = {t.query, ls_row(dout, p.at.b, p.at.h, 0), dout.st, x.T};
-    of_pairs<M, K> given, share;           /* Σ terms of δ, and a; of a single visit, found once */
+    of_pairs<M, K> given, share;           /* dp, and a; of a single visit, found once */
     for (int pass = 0; pass < 2; pass++) { /* 0: δ and dp; 1: dq */
         for (int from = 0; from == 0 || from < v.all; from += v.step) {
             const int met = is_met(&v, t.begin, t.end, from);
@@ -407,33 +407,26 @@ static __global__ void __launch_bounds__(THREADS, 4)
                         share[i][k] = sees(seen, key[k]) ? a : 0;
                     }
                 }
-                if (x.order == NULL) {
 #pragma unroll
-                    for (int i = 0; i < my::ROWS; i++)
+                for (int i = 0; i < my::ROWS && x.order != NULL; i++)
 #pragma unroll
-                        for (int k = 0; k < pairs<M, K>; k++) given[i][k] *= share[i][k];
-                } else {
-#pragma unroll
-                    for (int i = 0; i < my::ROWS; i++)
-#pragma unroll
-                        for (int k = 0; k < pairs<M, K>; k++) {
-                            const ls_real away = distance(t.offset[my::row(i)], from + key[k]);
-                            given[i][k] *= narrowed(share[i][k], narrow, away);
-                            if (pass == 0) slope[i] += given[i][k] * away;
-                        }
-                }
+                    for (int k = 0; k < pairs<M, K>; k++) {
+                        const ls_real away = distance(t.offset[my::row(i)], from + key[k]);
+                        given[i][k] = ls_multiply(given[i][k], narrowing(share[i][k], narrow, away));
+                        if (pass == 0) slope[i] += share[i][k] * given[i][k] * away;
+                    }
             }
             if (pass == 0) {
 #pragma unroll
                 for (int i = 0; i < my::ROWS; i++)
 #pragma unroll
-                    for (int k = 0; k < pairs<M, K>; k++) delta[i] += given[i][k];
+                    for (int k = 0; k < pairs<M, K>; k++) delta[i] += share[i][k] * given[i][k];
                 continue;
             }
 #pragma unroll
             for (int i = 0; i < my::ROWS; i++)
 #pragma unroll
-                for (int k = 0; k < pairs<M, K>; k++) given[i][k] -= share[i][k] * delta[i];
+                for (int k = 0; k < pairs<M, K>; k++) given[i][k] = share[i][k] * (given[i][k] - delta[i]);
             weights<M, K> made;
             made.put(given, own);
             for (int e0 = 0; e0 < d; e0 += PIECE) {
@@ -539,8 +532,9 @@ static __device__ void gradients_of_keys(const windows *x, const keys *s, group 
 #pragma unroll
             for (int i = 0; i < my::ROWS; i++) {
                 const ls_real a = sees(seen, key[i]) ? ls_exp(ls_multiply(scale, weight[i][k]) - top) * inverse : 0;
-                weight[i][k] = x->order == NULL ? a : narrowed(a, narrow, distance(t->offset[j], key[i]));
-                dscore[i][k] = weight[i][k] * dscore[i][k] - a * delta;
+                const ls_real gauss = x->order == NULL ? 1 : narrowing(a, narrow, distance(t->offset[j], key[i]));
+                weight[i][k] = a * gauss;
+                dscore[i][k] = a * (ls_multiply(gauss, dscore[i][k]) - delta);
             }
         }
         for (int side = 0; side < 2; side++) { /* 0: dk, 1: dv */
