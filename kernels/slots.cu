@@ -8,7 +8,6 @@ using namespace ls_slot_tiles;
 enum {
     CHUNK = 32,        /* features of a product that makes logits; rows or slots of one that makes features */
     PITCH = CHUNK + 4, /* of its matrices, so that rows that are read by fours lie in different banks */
-    WARPS = LS_THREADS / LS_WARP,
 };
 
 /* Starts kernel<SLOTS> for R slots. */

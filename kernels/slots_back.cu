@@ -18,7 +18,7 @@ using namespace ls_slot_tiles;
 enum {
     PITCH = WIDTH + 4, /* rows that are read by fours lie in different banks */
     KEPT = 4,
-    WARPS = LS_THREADS / LS_WARP,
+    MANY = 32, /* slots of a tile where there are several: three blocks at once, and smaller GPUs have room */
 };
 
 /* What a block has in shared memory. */
@@ -105,16 +105,25 @@ __device__ static void multiply(const operands &o, const place &at, int64_t t, i
 template <int SLOTS> struct sums_of_rows {
     static constexpr int EACH = SLOTS / 8, PITCH_W = desk<SLOTS>::PITCH_W;
     ls_real x[EACH][4];
+    int held;  /* tiles */
     bool none; /* in the part */
 
-    __device__ inline sums_of_rows() : none(true)
+    __device__ inline sums_of_rows() : held(0), none(true)
     {
         clear(x);
     }
-    __device__ inline void add(const ls_real *weight, const ls_real *rows)
+    __device__ inline void add(ls_slot_sizes s, const place &at, const ls_real *weight, const ls_real *rows, double *to)
     {
         product_of_columns(TILE, weight + MINE * EACH, PITCH_W, rows + COLUMN, PITCH, x);
+        if (++held == KEPT) put(s, at, to);
     }
+    /* Also of no rows at all: the part is 0 then. */
+    __device__ inline void end(ls_slot_sizes s, const place &at, double *to)
+    {
+        if (held > 0 || none) put(s, at, to);
+    }
+
+  private:
     __device__ inline void put(ls_slot_sizes s, const place &at, double *to)
     {
         to += at.g * s.R * s.d;
@@ -129,7 +138,7 @@ template <int SLOTS> struct sums_of_rows {
                 }
         }
         clear(x);
-        none = false;
+        held = 0, none = false;
     }
 };
 
@@ -258,15 +267,9 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) r
     const path way(z.o, SUMS, SLOTS);
     const place at = way.at;
     const int64_t n = z.o.x.n, slots = s.B * s.H * s.R;
-    double *parts = z.parts + at.part * (slots * (2 * s.d + z.constants));
+    double *part_v = z.parts + at.part * (slots * (2 * s.d + z.constants)), *part_k = part_v + slots * s.d;
     sums_of_rows<SLOTS> dv, dk;
     double column = 0;
-    int held = 0; /* tiles */
-    const auto put = [&]() {
-        dv.put(s, at, parts);
-        dk.put(s, at, parts + slots * s.d);
-        held = 0;
-    };
     for (int64_t tile = way.tile; tile < way.last; tile++) {
         const int64_t t = tile * TILE;
         ls_real l[4][EACH], dp[4][EACH];
@@ -305,14 +308,13 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) r
             put_weight<SLOTS>(dp, my->b);
             __syncthreads();
             if (SUMS) {
-                dv.add(my->a, my->y);
-                dk.add(my->b, my->x);
+                dv.add(s, at, my->a, my->y, part_v);
+                dk.add(s, at, my->b, my->x, part_k);
                 for (int i = 0; z.constants && threadIdx.x < SLOTS && i < TILE; i++)
                     column += (double)my->b[i * desk<SLOTS>::PITCH_W + threadIdx.x];
             }
             if (ROWS) give<SLOTS>(s, at, t, n, my->b, my->of_x, NULL, sums.m, slot > way.slot, z.dq, z.fours);
         }
-        if (SUMS && ++held == KEPT) put();
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int64_t row = t + ROW + 16 * i;
@@ -321,10 +323,10 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) r
                 to[0] = sums.m[i], to[1] = sums.inverse[i], to[2] = sums.delta[i];
         }
     }
-    if (SUMS && (held > 0 || dv.none)) put();
+    if (SUMS) dv.end(s, at, part_v), dk.end(s, at, part_k);
     const int64_t slot = at.slot + threadIdx.x;
     if (SUMS && z.constants && threadIdx.x < SLOTS && slot < s.R && at.feature == 0)
-        parts[2 * slots * s.d + at.g * s.R + slot] = column;
+        part_k[slots * s.d + at.g * s.R + slot] = column;
 }
 
 /* ------------------------------------------------------------------------------------------------ writing */
@@ -347,12 +349,8 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) w
     const path way(z.o, SUMS, SLOTS);
     const place at = way.at;
     const int64_t n = z.o.x.n, stride = s.d + 2;
+    double *part = z.parts + at.part * (s.B * s.H * s.R * s.d);
     sums_of_rows<SLOTS> ds;
-    int held = 0; /* tiles */
-    const auto put = [&]() {
-        ds.put(s, at, z.parts + at.part * (s.B * s.H * s.R * s.d));
-        held = 0;
-    };
     for (int64_t tile = way.tile; tile < way.last; tile++) {
         const int64_t t = tile * TILE;
         ls_real l[4][EACH], de[4][EACH], total[4];
@@ -385,21 +383,18 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) w
             if (ROWS) put_weight<SLOTS>(l, my->a);
             put_weight<SLOTS>(de, my->b);
             __syncthreads();
-            if (SUMS) ds.add(my->b, my->x);
+            if (SUMS) ds.add(s, at, my->b, my->x, part);
             if (ROWS) {
                 const bool more = slot > way.slot;
                 give<SLOTS>(s, at, t, n, my->a, my->of_y, NULL, total, more, z.dv, z.fours_v);
                 give<SLOTS>(s, at, t, n, my->b, my->of_x, z.half == 0 ? NULL : my->x, total, more, z.dk, z.fours_k);
             }
         }
-        if (SUMS && ++held == KEPT) put();
     }
-    if (SUMS && (held > 0 || ds.none)) put();
+    if (SUMS) ds.end(s, at, part);
 }
 
 /* ------------------------------------------------------------------------------------------------ launches */
-
-enum { MANY = 32 }; /* slots of a tile where there are several: three blocks at once, and smaller GPUs have room */
 
 /* The kernels of a pass: for tiles of 16, 32 and 64 slots that hold all, and for several tiles. */
 template <class Z> struct kernels {
@@ -437,7 +432,7 @@ static operands operands_of(ls_slot_sizes s, ls_slot_rows x, const ls_real *of_x
 
 int64_t ls_slots_row_reals(ls_slot_sizes s)
 {
-    return s.R <= 32 ? 0 : 3 * s.B * s.H;
+    return s.R <= MANY ? 0 : 3 * s.B * s.H;
 }
 
 void ls_slots_read_backward_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows queries, const ls_real *slots,

@@ -18,10 +18,11 @@
 
 namespace ls_slot_tiles
 {
-constexpr int TILE = 64, /* rows */
-    THREADS = 128,       /* of which 8 neighbours have the same rows */
-    WIDTH = 64,          /* features that a block makes */
-    MOST_SPLITS = 256;
+constexpr int TILE = 64;     /* rows */
+constexpr int THREADS = 128; /* of which 8 neighbours have the same rows */
+constexpr int WIDTH = 64;    /* features that a block makes */
+constexpr int MOST_SPLITS = 256;
+constexpr int WARPS = LS_THREADS / LS_WARP; /* of blocks that go by features, or add parts */
 
 LS_BOTH_SIDES int64_t parts_of(int64_t n, int64_t size)
 {
