@@ -396,7 +396,7 @@ __device__ static inline void update_rows(const softmax_call &p, const place &x,
         ls_real here = s[i][0];
         for (int j = 1; j < COLUMNS; j++) here = s[i][j] > here ? s[i][j] : here;
         here = across(here, larger());
-        const ls_real top = here > m[i] ? here : m[i], shrink = ls_statistics_weight(m[i], top);
+        const ls_real top = raised(m[i], here), shrink = ls_statistics_weight(m[i], top);
         m[i] = top, l[i] *= shrink;
 #pragma unroll
         for (int n = 0; n < N; n++)

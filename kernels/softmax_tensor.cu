@@ -115,14 +115,19 @@ __device__ static inline void ask_rows(bf16 *to, const narrow_view &from, const 
     constexpr int pieces = D / PIECE, workers = of_parts<PARTS>::WORKERS, together = workers / pieces;
     const bf16 *head = from.p + x.b * from.sb + x.h * from.sh, *first = head + t.row * from.st;
     if constexpr (workers % pieces == 0) { /* a thread's rows are equally far apart, its pieces the same of each */
-        const int f = (int)threadIdx.x % pieces * PIECE;
-        int r = (int)threadIdx.x / pieces;
+        const int f = (int)threadIdx.x % pieces * PIECE, r = (int)threadIdx.x / pieces;
         const bf16 *row = first + (int64_t)r * from.st + f;
+        const int64_t apart = (int64_t)together * from.st;
+        to += r * of_width<D>::ROW + f;
+        if (t.first == 0 && t.last == ROWS) { /* most tiles: nothing to ask of each row */
 #pragma unroll
-        for (int n = 0; n < ROWS / together; n++, r += together, row += (int64_t)together * from.st) {
-            const bool exists = r >= t.first && r < t.last;
-            ls_copy<16>(to + r * of_width<D>::ROW + f, exists ? row : head, exists);
-        }
+            for (int n = 0; n < ROWS / together; n++, row += apart)
+                ls_copy<16>(to + n * together * of_width<D>::ROW, row, true);
+        } else
+            for (int n = 0; n < ROWS / together; n++, row += apart) {
+                const bool exists = r + n * together >= t.first && r + n * together < t.last;
+                ls_copy<16>(to + n * together * of_width<D>::ROW, exists ? row : head, exists);
+            }
     } else {
 #pragma unroll
         for (int n = 0; n < ROWS * pieces / workers; n++) {
@@ -274,24 +279,26 @@ __device__ static inline const uint8_t *pads_of(const uint8_t *pad, int64_t b, i
     return pad != NULL ? pad + b * n : NULL;
 }
 
-/* The tiles that pass, span after span: those of `span` from `number` to `end` are still to come. */
+/* The tiles that pass, span after span: of `span` so many are still to come. */
 typedef struct walk {
     int span;
-    int64_t number, end;
+    int64_t left;
 } walk;
 __device__ static inline walk walk_of()
 {
-    return {-1, 0, 0};
+    return {-1, 0};
 }
 
-/* The next tile of keys that queries see; false: there is none. */
+/* The next tile of keys that queries see, after t, if that was one; false: there is none. */
 __device__ static inline bool next_keys(const softmax_call &p, const tile &queries, walk *w, tile *t)
 {
-    while (w->number >= w->end) {
+    const bool goes_on = w->left > 0;
+    while (w->left == 0) {
         if (++w->span >= p.keys) return false;
-        w->number = 0, w->end = tiles_before(p, p.key[w->span], queries);
+        w->left = tiles_before(p, p.key[w->span], queries);
     }
-    *t = tile_in(p.key[w->span], w->number++);
+    *t = goes_on ? tile_after(p.key[w->span], *t) : tile_in(p.key[w->span], 0);
+    w->left--;
     return true;
 }
 
@@ -305,14 +312,17 @@ __device__ static inline void ask_keys(const tensor_call &p, const place &x, con
     load_seen(seen[stage], keys, pads_of(p.pad_k, x.b, p.n), TILE);
 }
 
-/* The next tile of queries that see keys. */
+/* The next tile of queries that see keys, likewise. */
 __device__ static inline bool next_queries(const softmax_call &p, const tile &keys, walk *w, tile *t)
 {
-    while (w->number >= w->end) {
+    const bool goes_on = w->left > 0;
+    int64_t number = 0;
+    while (w->left <= 0) {
         if (++w->span >= p.queries) return false;
-        w->number = tiles_from(p, p.query[w->span], keys), w->end = tiles_in(p.query[w->span]);
+        number = tiles_from(p, p.query[w->span], keys), w->left = tiles_in(p.query[w->span]) - number;
     }
-    *t = tile_in(p.query[w->span], w->number++);
+    *t = goes_on ? tile_after(p.query[w->span], *t) : tile_in(p.query[w->span], number);
+    w->left--;
     return true;
 }
 
@@ -374,33 +384,46 @@ __device__ static inline void meet_keys(const softmax_call &p, const bf16 *q, co
                                         const uint32_t seen[2], int ahead, const spot &at, outlook<D, PARTS> &y)
 {
     const float scale = LOG2_E * p.scale;
-    float s[PARTS][EIGHTS][4];
+    float s[PARTS][EIGHTS][4], top[PARTS][2];
+    bool rises = false;
     multiply_features<D>(q + at.first * of_width<D>::ROW, k, s);
 #pragma unroll
     for (int i = 0; i < PARTS; i++) {
         mask_scores(seen, ahead, row_of(at, i, 0), at.column, s[i]);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float here = -INFINITY, more = 0, &m = y.m[i][half];
+            float here = -INFINITY;
 #pragma unroll
             for (int n = 0; n < EIGHTS; n++) here = fmaxf(here, fmaxf(s[i][n][2 * half], s[i][n][2 * half + 1]));
             here = fmaxf(here, __shfl_xor_sync(0xffffffffu, here, 1));
             here = fmaxf(here, __shfl_xor_sync(0xffffffffu, here, 2));
-            const float top = fmaxf(p.scale * here, m), shrink = ls_statistics_weight(m, top);
-            const float base = LOG2_E * ls_statistics_top(top);
+            top[i][half] = raised(y.m[i][half], p.scale * here);
+            rises = rises || top[i][half] > y.m[i][half];
+        }
+    }
+    if (__any_sync(0xffffffffu, rises))
+#pragma unroll
+        for (int i = 0; i < PARTS; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float shrink = ls_statistics_weight(y.m[i][half], top[i][half]);
+                y.m[i][half] = top[i][half], y.l[i][half] *= shrink;
+#pragma unroll
+                for (int n = 0; n < D / 8; n++) y.o[i][n][2 * half] *= shrink, y.o[i][n][2 * half + 1] *= shrink;
+            }
+#pragma unroll
+    for (int i = 0; i < PARTS; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float base = LOG2_E * ls_statistics_top(y.m[i][half]);
 #pragma unroll
             for (int n = 0; n < EIGHTS; n++)
 #pragma unroll
                 for (int e = 2 * half; e < 2 * half + 2; e++) {
                     s[i][n][e] = ls_exp2(scale * s[i][n][e] - base);
-                    more += s[i][n][e];
+                    y.l[i][half] += s[i][n][e];
                 }
-            y.l[i][half] = y.l[i][half] * shrink + more;
-            m = top;
-#pragma unroll
-            for (int n = 0; n < D / 8; n++) y.o[i][n][2 * half] *= shrink, y.o[i][n][2 * half + 1] *= shrink;
         }
-    }
     multiply_rows<D>(s, v, y.o);
 }
 

@@ -71,6 +71,12 @@ template <int SIDE = TILE> __device__ static inline tile tile_in(ls_span s, int6
     return t;
 }
 
+/* The next one. */
+__device__ static inline tile tile_after(ls_span s, const tile &t)
+{
+    return {t.at + TILE, t.row + TILE, 0, (int)ls_min(TILE, s.lo + s.n - (t.at + TILE))};
+}
+
 /* Who a block is: a head, a tile of the side that stays, the features of its results. */
 typedef struct place {
     int64_t b, h, head, slice;
@@ -91,6 +97,14 @@ __device__ static inline place place_of(const softmax_call &p, const ls_span *sp
     const int second = spans > 1 && t >= tiles_in<SIDE>(span[0]);
     x.t = second ? tile_in<SIDE>(span[1], t - tiles_in<SIDE>(span[0])) : tile_in<SIDE>(span[0], t);
     return x;
+}
+
+/* The m of a row that has seen scores up to `most` besides. It follows them only where they are more than SLACK beyond
+ * it, or sums would be rescaled again and again for little: e^(s - m) may be e^SLACK = 2^8 then, which rounds as 1. */
+constexpr ls_real SLACK = (ls_real)5.54517744;
+__device__ static inline ls_real raised(ls_real m, ls_real most)
+{
+    return most > m + SLACK ? most : m;
 }
 
 /* The tiles (of 64) of a span of keys that are not wholly after the queries of a tile; the first tile of a span of
