@@ -1,5 +1,6 @@
 /* Exact softmax attention with bfloat16 operands on tensor cores: what softmax.cu's three kernels of tiles do, for
- * calls with 32, 64, 96 or 128 features and no mask, dropout or weights, on a queue of precision bf16.
+ * calls without mask, dropout or weights whose heads have 8, 16, ... or 128 features, on a queue of precision bf16.
+ * Kernels are made for 32, 64, 96 and 128 (D): other heads are as if zeros followed.
  *
  * How the work is divided. First q, k, v (and do) are copied to bfloat16, head by head: they are read many times. A
  * block then has 128 rows of the side that stays, each of its warps 16 of them or, where it has registers for their
@@ -38,11 +39,11 @@ template <int D> struct of_width {
     static const int ROW = D + 8, STAYS = SIDE * ROW, PASSES = TILE * ROW;
 };
 
-/* Rows in bfloat16, of which those that are padded queries are 0: copies, (B,H,T,d) and (B,H,n,d), or the layer's. */
+/* Rows in bfloat16, of which those that are padded queries are 0: copies, (B,H,T,D) and (B,H,n,D), or the layer's. */
 struct narrow_view {
     const bf16 *p;
     int64_t sb, sh;
-    int st;
+    int st, width;
 };
 struct tensor_call : softmax_call {
     narrow_view q16, dout16, k16, v16;
@@ -90,17 +91,19 @@ struct copy_list {
     } x[4];
 };
 
-/* to (B,H,n,D) = from, rounded; rows that are padded are 0, and may have held anything. blockIdx.y: which, z: heads. */
-template <int D> __global__ static void narrow_kernel(copy_list list, int64_t B, int64_t H)
+/* to (B,H,n,D) = from (B,H,n,d), rounded; rows that are padded are 0, and may have held anything. blockIdx.y: which,
+ * z: heads. */
+template <int D> __global__ static void narrow_kernel(copy_list list, int64_t B, int64_t H, int d)
 {
     const auto x = list.x[blockIdx.y];
     const int pieces = D / PIECE;
     for (int64_t head = blockIdx.z; head < B * H; head += gridDim.z) LS_EACH(i, x.n * pieces)
         {
             const int64_t row = i / pieces, b = head / H;
+            const int f = (int)(i % pieces) * PIECE;
             float4 y[2] = {make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};
-            if (!ls_is_padded(x.pad, b * x.n + row)) {
-                const float4 *from = (const float4 *)(ls_row(x.from, b, head % H, row) + i % pieces * PIECE);
+            if (f < d && !ls_is_padded(x.pad, b * x.n + row)) {
+                const float4 *from = (const float4 *)(ls_row(x.from, b, head % H, row) + f);
                 y[0] = from[0], y[1] = from[1];
             }
             ((uint4 *)x.to)[head * x.n * pieces + i] = make_uint4(rounded(y[0].x, y[0].y), rounded(y[0].z, y[0].w),
@@ -108,7 +111,7 @@ template <int D> __global__ static void narrow_kernel(copy_list list, int64_t B,
         }
 }
 
-/* Asks for ROWS rows of a tile, those that exist; the others become 0. */
+/* Asks for ROWS rows of a tile, those that exist, and as many features as there are; others become 0. */
 template <int D, int PARTS, int ROWS>
 __device__ static inline void ask_rows(bf16 *to, const narrow_view &from, const place &x, const tile &t)
 {
@@ -118,21 +121,22 @@ __device__ static inline void ask_rows(bf16 *to, const narrow_view &from, const 
         const int f = (int)threadIdx.x % pieces * PIECE, r = (int)threadIdx.x / pieces;
         const bf16 *row = first + (int64_t)r * from.st + f;
         const int64_t apart = (int64_t)together * from.st;
+        const bool wanted = f < from.width;
         to += r * of_width<D>::ROW + f;
         if (t.first == 0 && t.last == ROWS) { /* most tiles: nothing to ask of each row */
 #pragma unroll
             for (int n = 0; n < ROWS / together; n++, row += apart)
-                ls_copy<16>(to + n * together * of_width<D>::ROW, row, true);
+                ls_copy<16>(to + n * together * of_width<D>::ROW, row, wanted);
         } else
             for (int n = 0; n < ROWS / together; n++, row += apart) {
-                const bool exists = r + n * together >= t.first && r + n * together < t.last;
+                const bool exists = wanted && r + n * together >= t.first && r + n * together < t.last;
                 ls_copy<16>(to + n * together * of_width<D>::ROW, exists ? row : head, exists);
             }
     } else {
 #pragma unroll
         for (int n = 0; n < ROWS * pieces / workers; n++) {
             const int i = (int)threadIdx.x + n * workers, r = i / pieces, f = i % pieces * PIECE;
-            const bool exists = r >= t.first && r < t.last;
+            const bool exists = r >= t.first && r < t.last && f < from.width;
             ls_copy<16>(to + r * of_width<D>::ROW + f, exists ? first + (int64_t)r * from.st + f : head, exists);
         }
     }
@@ -223,10 +227,11 @@ __device__ static inline void multiply_rows(const float (&s)[PARTS][N][4], const
     }
 }
 
-/* A warp's rows: v = keep(part, half) v + times(part, half) o, of which nothing is left. fresh: v holds nothing yet. */
+/* A warp's rows, d features: v = keep(part, half) v + times(part, half) o, of which nothing is left. fresh: v holds
+ * nothing yet. */
 template <int D, int PARTS, typename K, typename F>
-__device__ static inline void add_rows(ls_view v, const place &x, const spot &at, bool fresh, K keep, F times,
-                                       float (&o)[PARTS][D / 8][4])
+__device__ static inline void add_rows(ls_view v, int64_t d, const place &x, const spot &at, bool fresh, K keep,
+                                       F times, float (&o)[PARTS][D / 8][4])
 {
 #pragma unroll
     for (int i = 0; i < PARTS; i++)
@@ -238,6 +243,7 @@ __device__ static inline void add_rows(ls_view v, const place &x, const spot &at
                 const float before = keep(i, half), more = times(i, half);
 #pragma unroll
                 for (int n = 0; n < D / 8; n++) {
+                    if (8 * n >= d) continue;
                     float2 y = make_float2(0, 0);
                     if (!fresh) y = *(float2 *)(to + 8 * n);
                     y.x = before * y.x + more * o[i][n][2 * half], y.y = before * y.y + more * o[i][n][2 * half + 1];
@@ -250,11 +256,11 @@ __device__ static inline void add_rows(ls_view v, const place &x, const spot &at
 }
 /* v += times o, or v = times o. */
 template <int D, int PARTS>
-__device__ static inline void add_rows(ls_view v, const place &x, const spot &at, bool fresh, float times,
+__device__ static inline void add_rows(ls_view v, int64_t d, const place &x, const spot &at, bool fresh, float times,
                                        float (&o)[PARTS][D / 8][4])
 {
     add_rows<D>(
-        v, x, at, fresh, [](int, int) { return 1.0f; }, [&](int, int) { return times; }, o);
+        v, d, x, at, fresh, [](int, int) { return 1.0f; }, [&](int, int) { return times; }, o);
 }
 
 /* ------------------------------------------------------------------------------------------------ tiles that pass */
@@ -374,7 +380,7 @@ __device__ static inline void join_rows(const softmax_call &p, const place &x, c
             y.m[i][half] = -INFINITY, y.l[i][half] = 0;
         }
     add_rows<D>(
-        p.out, x, at, fresh, [&](int i, int half) { return before[i][half]; },
+        p.out, p.d, x, at, fresh, [&](int i, int half) { return before[i][half]; },
         [&](int i, int half) { return more[i][half]; }, y.o);
 }
 
@@ -516,7 +522,7 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) queries_back
         },
         [&](bool first) {
             add_rows<D>(
-                p.dq, x, at, p.fresh && first, [](int, int) { return 1.0f; },
+                p.dq, p.d, x, at, p.fresh && first, [](int, int) { return 1.0f; },
                 [&](int i, int half) { return p.scale * p.inverse[x.head * p.T + x.t.row + row_of(at, i, half)]; }, dq);
         });
 }
@@ -615,8 +621,8 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) keys_backwar
                 meet_queries<D>(p, k, v, q + from, dout + from, known[stage], seen, ahead, at, dk, dv);
         },
         [&](bool first) {
-            add_rows<D>(p.dk, x, at, p.fresh && first, p.scale, dk);
-            add_rows<D>(p.dv, x, at, p.fresh && first, 1, dv);
+            add_rows<D>(p.dk, p.d, x, at, p.fresh && first, p.scale, dk);
+            add_rows<D>(p.dv, p.d, x, at, p.fresh && first, 1, dv);
         });
 }
 
@@ -630,8 +636,9 @@ template <int D> constexpr size_t shared_bytes(int stay)
 
 /* By width, 32 .. 128. Where it has registers for the sums a warp has 32 rows. */
 struct tensor_variant {
+    int width;
     size_t shared;
-    void (*narrow)(ls_queue *, const copy_list &, int tensors, int64_t B, int64_t H);
+    void (*narrow)(ls_queue *, const copy_list &, int tensors, int64_t B, int64_t H, int64_t d);
     void (*forward)(ls_queue *, const tensor_call &, int query_blocks);
     void (*backward)(ls_queue *, const tensor_call &, int query_blocks, int key_blocks);
 };
@@ -651,33 +658,35 @@ template <int D> static void backward(ls_queue *queue, const tensor_call &x, int
     LS_LAUNCH(queue, of_keys, key_blocks, of_parts<parts>::WORKERS, shared_bytes<D>(2), x);
 }
 
-template <int D> static void narrow_rows(ls_queue *queue, const copy_list &list, int tensors, int64_t B, int64_t H)
+template <int D>
+static void narrow_rows(ls_queue *queue, const copy_list &list, int tensors, int64_t B, int64_t H, int64_t d)
 {
     int64_t n = 0;
     for (int i = 0; i < tensors; i++) n = ls_max(n, list.x[i].n);
     const dim3 blocks((unsigned)ls_blocks(n * D / PIECE, LS_THREADS), (unsigned)tensors,
                       (unsigned)ls_min(B * H, 65535));
-    LS_LAUNCH(queue, narrow_kernel<D>, blocks, LS_THREADS, 0, list, B, H);
+    LS_LAUNCH(queue, narrow_kernel<D>, blocks, LS_THREADS, 0, list, B, H, (int)d);
 }
 
 template <int D> constexpr tensor_variant variant_of()
 {
-    return {shared_bytes<D>(2), narrow_rows<D>, forward<D>, backward<D>};
+    return {D, shared_bytes<D>(2), narrow_rows<D>, forward<D>, backward<D>};
 }
 
 /* NULL: not for such heads, or not on this GPU, some of which have less shared memory. */
 static const tensor_variant *variant_for(const ls_pass *p)
 {
     static const tensor_variant by_width[] = {variant_of<32>(), variant_of<64>(), variant_of<96>(), variant_of<128>()};
-    if (p->queue->precision != LS_BF16 || p->step || p->d <= 0 || p->d > 128 || p->d % 32 != 0) return NULL;
-    const tensor_variant *x = &by_width[p->d / 32 - 1];
+    if (p->queue->precision != LS_BF16 || p->step || p->d <= 0 || p->d > 128 || p->d % PIECE != 0) return NULL;
+    const tensor_variant *x = &by_width[(p->d + 31) / 32 - 1];
     return ls_has_shared(p->queue, x->shared) ? x : NULL;
 }
 
 int64_t ls_softmax_tensor_reals(const ls_pass *p)
 {
     const int64_t rows = p->T * (p->backward ? 2 : 1) + 2 * p->visit.n;
-    return variant_for(p) != NULL && !p->narrow ? p->B * p->H * rows * p->d / 2 : 0; /* two to a real */
+    const tensor_variant *x = variant_for(p);
+    return x != NULL && !p->narrow ? p->B * p->H * rows * x->width / 2 : 0; /* two to a real */
 }
 
 /* Rows of values lie as those of keys do. */
@@ -695,19 +704,20 @@ static tensor_call copy_rows(ls_pass *p, const tensor_variant *variant, const so
     copy_list list = {};
     int tensors = 0;
     bf16 *to = reinterpret_cast<bf16 *>(copies);
+    const int D = variant->width;
     const auto rows_of = [&](const void *narrow, ls_view v, const uint8_t *pad, int64_t n) {
-        const narrow_view there = {static_cast<const bf16 *>(narrow), v.sb, v.sh, (int)v.st};
-        const narrow_view copy = {to, x.H * n * x.d, n * x.d, (int)x.d};
+        const narrow_view there = {static_cast<const bf16 *>(narrow), v.sb, v.sh, (int)v.st, (int)x.d};
+        const narrow_view copy = {to, x.H * n * D, n * D, D, D};
         if (narrow != NULL) return there;
         list.x[tensors++] = {v, pad, n, to};
-        to += x.B * x.H * n * x.d;
+        to += x.B * x.H * n * D;
         return copy;
     };
     x.k16 = rows_of(x.narrow_k, x.k, NULL, x.n); /* padded keys are 0 since they visit */
     x.v16 = rows_of(x.narrow_v, x.v, NULL, x.n);
     x.q16 = rows_of(x.narrow_q, x.q, x.pad_q, x.T);
     if (p->backward) x.dout16 = rows_of(x.narrow_dout, x.dout, x.pad_q, x.T);
-    if (tensors > 0) variant->narrow(p->queue, list, tensors, x.B, x.H);
+    if (tensors > 0) variant->narrow(p->queue, list, tensors, x.B, x.H, x.d);
     return x;
 }
 

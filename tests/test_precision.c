@@ -136,6 +136,8 @@ static const shape shapes[] = {
     {LS_NS, 1, 128, 31, 31, PAD_RANDOM}, {LS_CS, 1, 32, 270, 270, PAD_TAIL},  {LS_CS, 1, 64, 270, 270, PAD_NONE},
     {LS_CS, 1, 96, 128, 128, PAD_TAIL},  {LS_CS, 1, 128, 83, 83, PAD_RANDOM}, {LS_NC, 2, 32, 67, 130, PAD_WHOLE},
     {LS_NC, 2, 64, 5, 90, PAD_RANDOM},   {LS_NC, 1, 96, 130, 7, PAD_NONE},    {LS_NC, 2, 128, 65, 64, PAD_WHOLE},
+    {LS_NS, 1, 8, 150, 150, PAD_TAIL},   {LS_CS, 1, 40, 140, 140, PAD_NONE},  {LS_NC, 2, 72, 67, 80, PAD_RANDOM},
+    {LS_CS, 1, 120, 90, 90, PAD_TAIL},
 };
 
 /* Of linear attention: pieces of features and of values (64 of each at a time), chunks of 64 and of 256 rows. Of
@@ -397,6 +399,7 @@ int main(int argc, char **argv)
         static const shape of_layers[] = {{LS_NS, 2, 32, 70, 70, PAD_TAIL},   {LS_NS, 2, 64, 150, 150, PAD_RANDOM},
                                           {LS_CS, 2, 64, 130, 130, PAD_TAIL}, {LS_CS, 1, 32, 66, 66, PAD_NONE},
                                           {LS_NC, 2, 32, 67, 90, PAD_WHOLE},  {LS_NC, 2, 64, 20, 130, PAD_RANDOM},
+                                          {LS_NS, 2, 40, 70, 70, PAD_TAIL},   {LS_CS, 1, 72, 80, 80, PAD_NONE},
                                           {LS_NC, 1, 32, 20, 2100, PAD_TAIL}, {LS_NC, 1, 32, 2100, 20, PAD_TAIL}};
         for (size_t i = 0; status == LS_OK && i < sizeof of_layers / sizeof *of_layers; i++)
             if (is_turn()) layers(narrow, of_layers[i], of_layers[i].pattern == LS_NC ? ALIAS_NONE : ALIAS_ALL);
