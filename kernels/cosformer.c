@@ -32,6 +32,12 @@ static ls_status check_step(const ls_attention_options *o)
     return LS_OK;
 }
 
+/* M counts all positions. */
+static int counts_padding(const ls_attention_options *o)
+{
+    return o->value[MAX_LEN] == 0;
+}
+
 /* ------------------------------------------------------------------------------------------------ features */
 
 static int64_t features(const ls_pass *p)
@@ -106,6 +112,7 @@ const ls_mechanism ls_cosformer_mechanism = {
     .option = options,
     .check = check,
     .check_step = check_step,
+    .counts_padding = counts_padding,
     .layer = layer,
     .plan = ls_linear_plan,
     .phases = {[LS_NS] = ls_linear_all_keys,

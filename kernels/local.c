@@ -790,10 +790,17 @@ static const ls_phase cross_step[] = {
     {.name = NULL},
 };
 
+/* Monotonic centres divide the length of the keys. */
+static int counts_padding(const ls_attention_options *o)
+{
+    return o->pattern == LS_NC && o->value[ALIGN] == 0;
+}
+
 const ls_mechanism ls_local_mechanism = {
     .name = "local",
     .option = options,
     .params = params,
+    .counts_padding = counts_padding,
     .layer = layer,
     .plan = plan,
     .phases = {self, self, cross, cross},

@@ -219,6 +219,9 @@ typedef struct ls_mechanism {
     /* Refuses options that do not go together; for a state, those that have no step. Either may be NULL. */
     ls_status (*check)(const ls_attention_options *);
     ls_status (*check_step)(const ls_attention_options *);
+    /* Whether positions that are padded count, as of a segment or of the length, so that results depend on how far a
+     * batch is padded. NULL: never. */
+    int (*counts_padding)(const ls_attention_options *);
     /* Where the layer is not q_proj, k_proj, v_proj, out_proj with biases. May be NULL. */
     void (*layer)(const ls_attention_options *, ls_layer_form *);
     /* Takes memory: pass->saved[i] from the one arena, pass->work[i] from the other. May be NULL. */

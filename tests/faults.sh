@@ -65,6 +65,11 @@ refuse "unknown key in --set" 2 "model.heads" -- train good.yaml --set model.hea
 refuse "heads do not divide the width" 2 "model.num_heads=3" -- train good.yaml --set model.num_heads=3
 refuse "unknown mechanism" 2 "attention9" -- train good.yaml --set model.encoder.mechanism=attention9
 refuse "option of another mechanism" 2 "num_slots" -- train good.yaml --set model.encoder.options.num_slots=8
+refuse "scale where there are no logits" 2 "model.encoder.scale: 0.5 has no effect" -- train good.yaml \
+  --set model.encoder.mechanism=s4d --set model.encoder.scale=0.5
+refuse "sequences longer than max_len" 2 "model.encoder.options.max_len: 5 is less than the" -- train good.yaml \
+  --set model.encoder.mechanism=cosformer --set model.encoder.options.max_len=5
+refuse "epsilon that is 0 in float32" 2 "train.epsilon" -- train good.yaml --set train.epsilon=1e-46
 refuse "dropout where there are no probabilities" 2 "abc" -- train good.yaml --set model.encoder.mechanism=abc \
   --set model.encoder.dropout=0.1
 refuse "ranks that do not divide" 2 "parallel.sequence" -- train good.yaml --set parallel.sequence=2
@@ -112,6 +117,7 @@ refuse "resume from a damaged checkpoint beside a whole one" 3 "broken/step-0000
 refuse "resume with another batch" 2 "train.batch=2, the configuration has 4" -- train good.yaml --resume $good \
   --set train.batch=4
 refuse "resume with another model" 2 "model.embed_dim" -- train good.yaml --resume $good --set model.embed_dim=32
+refuse "evaluate as another model" 2 "model.num_heads=2, the configuration has 4" -- eval $good --set model.num_heads=4
 refuse "generate: an unknown key" 2 "model.width" -- generate $good --set model.width=3 --input good.tsv
 refuse "empty source" 2 "empty" -- generate $good --input /dev/null
 
@@ -140,6 +146,24 @@ during() { # NAME CODE FRAGMENT HOW RANK
 during "a rank without memory" 6 "rank 2" memory 2
 during "a loss that is not a number" 5 "step 2" nan 1
 during "a rank that the others do not hear of" 1 "rank 1: step 2" lost 1
+
+# ---- ranks that were started with other arguments
+rm -rf out && mkdir out
+timeout 60 $mpirun -n 1 "$longspan" train good.yaml : -n 1 "$longspan" train good.yaml --set train.learning_rate=1e-4 \
+  >stdout 2>stderr </dev/null && got=0 || got=$?
+if [ $got -ne 2 ] || ! grep -q '^longspan: rank 1: it was started with --set where rank 0 has no more arguments' stderr ||
+  [ -n "$(ls -A out)" ]; then complain "other arguments on rank 1: exit code $got"
+else passed=$((passed + 1)); fi
+
+# ---- the lines of another run are kept
+rm -rf out && mkdir out
+"$longspan" train good.yaml >stdout 2>stderr && cp out/run/metrics.jsonl before && rm out/run/*.h5 &&
+  "$longspan" train good.yaml --resume $good --set train.steps=3 >stdout 2>stderr && got=0 || got=$?
+if [ $got -ne 0 ]; then complain "a directory with another run's lines: exit code $got"
+elif ! cmp -s before out/run/metrics-1.jsonl; then complain "another run's lines are lost"
+elif grep -q '^{"step":1,' out/run/metrics.jsonl; then complain "another run's lines are among those of this one"
+elif ! grep -q 'metrics.jsonl is of another run, and is out/run/metrics-1.jsonl now' stdout; then complain "nothing is said of it"
+else passed=$((passed + 1)); fi
 
 # ---- two trainings in one directory; Ctrl-C, which saves and leaves the evaluation that is due to the next run
 rm -rf out && mkdir out

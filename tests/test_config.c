@@ -83,7 +83,7 @@ static const struct {
      "a.yaml:3: model.decoder.mechanism: nystrom: ", LS_ERR_UNSUPPORTED},
     {"train:\n  accumulation: 3\n", "a.yaml:2: train.batch: 8 is not a multiple of train.accumulation=3",
      LS_ERR_ARGUMENT},
-    {"train:\n  epsilon: 0\n", "a.yaml:2: train.epsilon: 0 is out of range: allowed is (0, 1]", LS_ERR_ARGUMENT},
+    {"train:\n  epsilon: 0\n", "a.yaml:2: train.epsilon: 0 is out of range: allowed is [1e-30, 1]", LS_ERR_ARGUMENT},
     {"train:\n  beta2: 1.0\n", "train.beta2: 1.0 is out of range", LS_ERR_ARGUMENT},
     {"train:\n  learning_rate: 1e-3x\n", "'1e-3x' is not a number", LS_ERR_ARGUMENT},
     {"train:\n  seed: -1\n", "a.yaml:2: train.seed: '-1' is not a whole number from 0 to 2^64-1", LS_ERR_ARGUMENT},
@@ -294,8 +294,28 @@ static void refuses_what_has_no_effect(void **state)
         {"train.lengthen_steps=7", "train.lengthen_steps: 7 has no effect without train.short_length"},
         {"data.path=", "data.path: which data set?"},
         {"run.directory=", "run.directory: where do"},
+        {"model.encoder.scale=0.5", NULL},
+    };
+    static const struct {
+        const char *set[2], *message;
+    } attention[] = {
+        {{"model.encoder.mechanism=cosformer", "model.encoder.scale=0.5"},
+         "model.encoder.scale: 0.5 has no effect: cosformer has no logits to scale"},
+        {{"model.decoder.mechanism=s4d", "model.decoder.scale=2"}, "model.decoder.scale: 2 has no effect"},
+        {{"model.encoder.mechanism=lara", "model.encoder.scale=2"}, NULL},
+        {{"model.cross.mechanism=local", "model.cross.options.align=1"},
+         "model.cross.options.align: 1 has no effect here: it is for noncausal cross attention"},
+        {{"model.encoder.mechanism=longshort", "model.encoder.options.chunk=16"},
+         "model.encoder.options.chunk: 16 has no effect here: it is for causal self attention"},
+        {{"model.decoder.mechanism=longshort", "model.decoder.options.chunk=16"}, NULL},
     };
     config c;
+    for (size_t i = 0; i < sizeof attention / sizeof *attention; i++) {
+        const char *message = attention[i].message, *const *both = attention[i].set;
+        assert_int_equal(config_parse("a.yaml", given, strlen(given), both, 2, &c), LS_OK);
+        assert_int_equal(config_check_training(&c), message == NULL ? LS_OK : LS_ERR_ARGUMENT);
+        if (message != NULL) assert_contains(ls_last_error(), message, both[1]);
+    }
     for (size_t i = 0; i < sizeof each / sizeof *each; i++) {
         assert_int_equal(set(given, each[i].set, &c), LS_OK);
         assert_int_equal(config_check_training(&c), each[i].message == NULL ? LS_OK : LS_ERR_ARGUMENT);
@@ -304,6 +324,44 @@ static void refuses_what_has_no_effect(void **state)
     const char *both[] = {"train.short_length=64", "train.lengthen_steps=7"};
     assert_int_equal(config_parse("a.yaml", given, strlen(given), both, 2, &c), LS_OK);
     assert_int_equal(config_check_training(&c), LS_OK);
+}
+
+static void knows_whom_padding_matters_to(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *set[2];
+        int counts;
+    } each[] = {
+        {{"model.encoder.mechanism=softmax", "model.cross.mechanism=abc"}, 0},
+        {{"model.encoder.mechanism=lara", "model.cross.mechanism=abc"}, 1},
+        {{"model.encoder.mechanism=local", "model.cross.mechanism=nystrom"}, 1},
+        {{"model.encoder.mechanism=local", "model.cross.mechanism=local"}, 0},
+        {{"model.encoder.mechanism=cosformer", "model.encoder.options.max_len=0"}, 1},
+        {{"model.encoder.mechanism=cosformer", "model.encoder.options.max_len=100"}, 0},
+    };
+    config c;
+    for (size_t i = 0; i < sizeof each / sizeof *each; i++) {
+        assert_int_equal(config_parse("a.yaml", "", 0, each[i].set, 2, &c), LS_OK);
+        assert_int_equal(config_counts_padding(&c), each[i].counts);
+    }
+    assert_int_equal(config_fits(&c, 100, 1000), LS_OK); /* the encoder sees no targets */
+    assert_int_equal(config_fits(&c, 101, 10), LS_ERR_ARGUMENT);
+    assert_contains(ls_last_error(), "model.encoder.options.max_len: 100 is less than the 101 positions", "max_len");
+}
+
+static void knows_another_model(void **state)
+{
+    (void)state;
+    config a, b;
+    assert_int_equal(parse("", &a), LS_OK);
+    assert_int_equal(set("", "model.dropout=0.5", &b), LS_OK);
+    assert_null(config_other_model(&a, &b));
+    assert_int_equal(set("", "train.steps=77", &b), LS_OK);
+    assert_null(config_other_model(&a, &b));
+    assert_int_equal(set("", "model.num_heads=8", &b), LS_OK);
+    assert_non_null(config_other_model(&a, &b));
+    assert_string_equal(config_other_model(&a, &b)->path, "model.num_heads");
 }
 
 static void refuses_files(void **state)
@@ -486,7 +544,7 @@ static void survives_writing(void **state)
     snprintf(first, sizeof first, "model.encoder.mechanism=%s", mechanism);
     snprintf(second, sizeof second, "model.encoder.options.%s=%.17g", option[0].name, option[0].max);
     const char *assignments[] = {
-        first, second, "train.learning_rate=0.00012345678901234567", "train.epsilon=4.9e-324",
+        first, second, "train.learning_rate=0.00012345678901234567", "train.weight_decay=4.9e-324",
         "model.dropout=0.33333333333333331", "train.seed=18446744073709551615",
         "train.clip_norm=1.7976931348623157e308",
         /* every kind of character that a path may hold and a reader of YAML may stumble over */
@@ -532,6 +590,8 @@ int main(void)
         cmocka_unit_test(refuses_patterns),
         cmocka_unit_test(blames_what_was_given),
         cmocka_unit_test(refuses_what_has_no_effect),
+        cmocka_unit_test(knows_whom_padding_matters_to),
+        cmocka_unit_test(knows_another_model),
         cmocka_unit_test(refuses_files),
         cmocka_unit_test(options_belong_to_their_mechanism),
         cmocka_unit_test(reads_values),

@@ -91,6 +91,25 @@ must_train 1 abc_one "${abc[@]}"
 must_train 4 abc_two_by_two "${abc[@]}" --set parallel.sequence=2
 same_losses abc_one abc_two_by_two
 
+# Mechanisms that count padded positions: neither ranks nor pieces decide how far a sequence is padded.
+padded=(--set model.encoder.mechanism=lara --set model.cross.mechanism=nystrom --set train.evaluate_every=10)
+valid_nll() { sed -n 's/.*"valid_nll":\([^,]*\),.*/\1/p' "$1/metrics.jsonl"; }
+train 1 padded_one "${padded[@]}" && train 3 padded_by_three "${padded[@]}" --set parallel.sequence=1 &&
+  train 1 padded_accumulated "${padded[@]}" --set train.accumulation=4
+for other in padded_by_three padded_accumulated; do
+  same_losses padded_one $other
+  [ "$(valid_nll $other | wc -l)" = 2 ] || fail "$other: evaluations are missing"
+  paste <(valid_nll padded_one) <(valid_nll $other) |
+    awk '{ d = ($1 - $2) / $1; if (!(d < 1e-4 && d > -1e-4)) bad = 1 } END { exit bad }' ||
+    fail "$other: other evaluations than padded_one"
+done
+# what a step exchanges is its own: not that of an evaluation before it
+exchanged() { sed -n 's/^{"step":9,.*"bytes_exchanged":\([0-9]*\),.*/\1/p' "$1/metrics.jsonl"; }
+train 2 two_evaluated --set train.evaluate_every=8
+[ "$(exchanged two)" -gt 0 ] && train 2 two_alone --set train.evaluate_every=0 &&
+  [ "$(exchanged two_alone)" = "$(exchanged two_evaluated)" ] ||
+  fail "bytes exchanged in step 9: $(exchanged two_alone), after an evaluation $(exchanged two_evaluated)"
+
 # ---- killed and resumed: STEP:HOW, see LONGSPAN_TEST_FAIL in trainer/train.c. torn dies in the middle of the next
 # ---- checkpoint: after step 9 that is step-000010.h5, after step 11 best.h5
 interrupt() { # REFERENCE DIRECTORY RANKS ARGUMENT...

@@ -235,6 +235,31 @@ ls_status write_file(const char *directory, const char *name, const char *bytes,
     return LS_OK;
 }
 
+ls_status same_arguments(const ranks *r, int argc, char *const *argv)
+{
+    size_t size = 0, theirs = 0;
+    for (int i = 1; i < argc; i++) size += strlen(argv[i]) + 1;
+    char *mine = malloc(size + 1), *first = mine, *at = mine;
+    ls_status status = LS_OK;
+    if (mine == NULL) status = ls_fail(LS_ERR_MEMORY, "no memory for %zu bytes of arguments", size);
+    for (int i = 1; i < argc && status == LS_OK; i++) at = stpcpy(at, argv[i]) + 1;
+    theirs = size;
+    if (r->rank != 0) first = NULL;
+    status = share(r, status, &first, &theirs);
+    for (size_t i = 0; status == LS_OK && r->rank != 0; i += strlen(first + i) + 1) {
+        const int ends = i >= size, they_end = i >= theirs;
+        if (ends && they_end) break;
+        if (ends || they_end || strcmp(mine + i, first + i) != 0)
+            status = ls_fail(LS_ERR_ARGUMENT, "it was started with %s where rank 0 has %s: give all ranks the same",
+                             ends ? "no more arguments" : mine + i, they_end ? "no more arguments" : first + i);
+        if (status != LS_OK) break;
+    }
+    status = agree(r, status);
+    if (first != mine) free(first);
+    free(mine);
+    return status;
+}
+
 /* ------------------------------------------------------------------------------------------------ checkpoints */
 
 enum { ARRAYS = 3 };
@@ -311,6 +336,17 @@ static int has_gpu(void)
     return ops != NULL && ops->count(&devices) == LS_OK && devices > 0;
 }
 
+ls_status same_model(const char *checkpoint, const config *trained, const config *wanted)
+{
+    const config_key *key = config_other_model(trained, wanted);
+    char was[96], is[96];
+    if (key == NULL) return LS_OK;
+    config_value(key, trained, was, sizeof was);
+    config_value(key, wanted, is, sizeof is);
+    LS_FAIL(LS_ERR_ARGUMENT, "%s: was trained with %s=%s, the configuration has %s: it cannot change", checkpoint,
+            key->path, was, is);
+}
+
 ls_status checkpoint_config_everywhere(const ranks *r, const char *path, const char *const *set, int nset, config *c)
 {
     char *text = NULL;
@@ -321,6 +357,7 @@ ls_status checkpoint_config_everywhere(const ranks *r, const char *path, const c
         if (status == LS_OK) size = strlen(text);
     }
     status = share(r, status, &text, &size);
+    config trained;
     const char **all = malloc(((size_t)nset + 3) * sizeof *all);
     if (status == LS_OK && all == NULL) status = ls_fail(LS_ERR_MEMORY, "%s: no memory", path);
     if (status == LS_OK) {
@@ -333,6 +370,8 @@ ls_status checkpoint_config_everywhere(const ranks *r, const char *path, const c
         if (on_cpu) all[0] = "device=cpu", all[1] = "parallel.transport=auto", all[2] = "train.precision=float32";
         for (int i = 0; i < nset; i++) all[here + i] = set[i];
         status = config_parse(path, text, size, all, here + nset, c);
+        if (status == LS_OK) status = config_parse(path, text, size, all, here, &trained);
+        if (status == LS_OK) status = same_model(path, &trained, c);
     }
     if (text != NULL) status = agree(r, status);
     free(all);

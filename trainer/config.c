@@ -77,7 +77,8 @@ static const config_key fixed[] = {
     {"train.weight_decay", KEY_REAL, FIELD(train.weight_decay), "[0, 1e3]", NULL, "0.01", "of matrices (AdamW)"},
     {"train.beta1", KEY_REAL, FIELD(train.beta1), "[0, 1)", NULL, "0.9", "memory of gradients"},
     {"train.beta2", KEY_REAL, FIELD(train.beta2), "[0, 1)", NULL, "0.98", "memory of squared gradients"},
-    {"train.epsilon", KEY_REAL, FIELD(train.epsilon), "(0, 1]", NULL, "1e-8", "added to the root of squared gradients"},
+    {"train.epsilon", KEY_REAL, FIELD(train.epsilon), "[1e-30, 1]", NULL, "1e-8",
+     "added to the root of squared gradients"},
     {"train.clip_norm", KEY_REAL, FIELD(train.clip_norm), "[0, inf)", NULL, "1", "of all gradients together; 0: none"},
     {"train.label_smoothing", KEY_REAL, FIELD(train.label_smoothing), "[0, 1)", NULL, "0", "of the training loss"},
     {"train.evaluate_every", KEY_WHOLE, FIELD(train.evaluate_every), "[0, 1000000000000]", NULL, "200",
@@ -99,6 +100,7 @@ static const config_key fixed[] = {
 };
 
 static const char *const places[] = {"model.encoder", "model.decoder", "model.cross"};
+enum { PLACES = sizeof places / sizeof *places };
 static const size_t place_offset[] = {offsetof(config, model.encoder), offsetof(config, model.decoder),
                                       offsetof(config, model.cross)};
 
@@ -510,35 +512,98 @@ static const char *key_of(const char *place, const char *name)
     return table[config_find(path)].path;
 }
 
+/* cross attention is causal: an output may depend on no later query, though training knows them all */
+static const ls_pattern pattern_of[] = {LS_NS, LS_CS, LS_CC};
+
+static const config_attention *attention_at(const config *c, int place)
+{
+    const config_attention *const used[] = {&c->model.encoder, &c->model.decoder, &c->model.cross};
+    return used[place];
+}
+
+static ls_status options_of(const config *c, int place, ls_attention_options *o)
+{
+    const config_attention *a = attention_at(c, place);
+    LS_TRY(ls_attention_defaults(a->mechanism, o));
+    o->pattern = pattern_of[place];
+    o->level = LS_LEVEL_LAYER;
+    o->embed_dim = c->model.embed_dim;
+    o->num_heads = c->model.num_heads;
+    o->scale = a->scale;
+    o->dropout = a->dropout;
+    memcpy(o->value, a->value, sizeof o->value);
+    return LS_OK;
+}
+
 /* What the library would refuse once there are ranks: patterns, and options that do not go together. */
-static ls_status check_attention(const char *place, const config *c, const config_attention *a, ls_pattern pattern)
+static ls_status check_attention(int place, const config *c)
 {
     ls_attention_options o;
-    ls_status status = ls_attention_defaults(a->mechanism, &o);
-    if (status == LS_OK) {
-        o.pattern = pattern;
-        o.level = LS_LEVEL_LAYER;
-        o.embed_dim = c->model.embed_dim;
-        o.num_heads = c->model.num_heads;
-        o.scale = a->scale;
-        o.dropout = a->dropout;
-        memcpy(o.value, a->value, sizeof o.value);
-        status = ls_attention_check(&o);
-    }
+    ls_status status = options_of(c, place, &o);
+    if (status == LS_OK) status = ls_attention_check(&o);
     if (status == LS_OK) return LS_OK;
-    return unfit(key_of(place, ls_last_name(0)), key_of(place, ls_last_name(1)), status, "%s", ls_last_error());
+    return unfit(key_of(places[place], ls_last_name(0)), key_of(places[place], ls_last_name(1)), status, "%s",
+                 ls_last_error());
+}
+
+int config_counts_padding(const config *c)
+{
+    int counts = 0;
+    for (int i = 0; i < PLACES; i++) {
+        ls_attention_options o;
+        const ls_mechanism *m = ls_mechanism_find(attention_at(c, i)->mechanism);
+        if (m != NULL && m->counts_padding != NULL && options_of(c, i, &o) == LS_OK) counts |= m->counts_padding(&o);
+    }
+    return counts;
+}
+
+/* Where `option` of a mechanism is in its list, or -1. */
+static int option_index(const char *mechanism, const char *option)
+{
+    int count = 0;
+    const ls_option_info *info = ls_mechanism_options(mechanism, &count);
+    for (int i = 0; i < count; i++)
+        if (strcmp(info[i].name, option) == 0) return i;
+    return -1;
+}
+
+ls_status config_fits(const config *c, int64_t source_length, int64_t target_length)
+{
+    const int64_t longest[] = {source_length, target_length, ls_max(source_length, target_length)};
+    for (int i = 0; i < PLACES; i++) {
+        const config_attention *a = attention_at(c, i);
+        const int at = option_index(a->mechanism, "max_len");
+        if (at < 0 || a->value[at] == 0 || a->value[at] >= (double)longest[i]) continue;
+        return unfit(key_of(places[i], "max_len"), NULL, LS_ERR_ARGUMENT,
+                     "%.0f is less than the %lld positions of the longest sequence: beyond it weights are negative",
+                     a->value[at], (long long)longest[i]);
+    }
+    return LS_OK;
+}
+
+const config_key *config_other_model(const config *a, const config *b)
+{
+    for (int i = 0; config_key_at(i) != NULL; i++) {
+        const config_key *key = config_key_at(i);
+        const char *name = strrchr(key->path, '.');
+        char x[96], y[96];
+        if (strncmp(key->path, "model.", 6) != 0 || strcmp(name, ".dropout") == 0) continue;
+        config_value(key, a, x, sizeof x);
+        config_value(key, b, y, sizeof y);
+        if (strcmp(x, y) != 0) return key;
+    }
+    return NULL;
 }
 
 static ls_status check_device(const config *c)
 {
     const int cuda = strcmp(c->device, "cuda") == 0;
-    const config_attention *const used[] = {&c->model.encoder, &c->model.decoder, &c->model.cross};
     if (cuda && ls_device_find(LS_CUDA) == NULL)
         return unfit("device", NULL, LS_ERR_UNSUPPORTED, "cuda: this build has no CUDA backend");
-    for (int i = 0; cuda && i < 3; i++)
-        if (ls_mechanism_find(used[i]->mechanism)->cuda == NULL)
+    for (int i = 0; cuda && i < PLACES; i++)
+        if (ls_mechanism_find(attention_at(c, i)->mechanism)->cuda == NULL)
             return unfit(key_of(places[i], NULL), "device", LS_ERR_UNSUPPORTED,
-                         "%s has no CUDA kernels in this version: use device: cpu", used[i]->mechanism);
+                         "%s has no CUDA kernels in this version: use device: cpu", attention_at(c, i)->mechanism);
     if (!cuda && c->train.precision != LS_FLOAT32)
         return unfit("train.precision", "device", LS_ERR_ARGUMENT, "%s is for GPUs: it needs device: cuda",
                      precisions[c->train.precision]);
@@ -551,8 +616,38 @@ static ls_status check_device(const config *c)
     return LS_OK;
 }
 
+/* What changes nothing where it stands would only seem to have been tried. */
+static ls_status check_effects(const config *c)
+{
+    static const char *const unscaled[] = {"cosformer", "s4d", NULL};
+    static const struct {
+        const char *mechanism, *option;
+        ls_pattern pattern; /* in which alone it does something */
+    } special[] = {{"local", "align", LS_NC}, {"longshort", "chunk", LS_CS}};
+    for (int i = 0; i < PLACES; i++) {
+        const config_attention *a = attention_at(c, i);
+        for (int k = 0; unscaled[k] != NULL; k++)
+            if (strcmp(a->mechanism, unscaled[k]) == 0 && a->scale != 0)
+                return unfit(key_of(places[i], "scale"), key_of(places[i], NULL), LS_ERR_ARGUMENT,
+                             "%g has no effect: %s has no logits to scale", a->scale, a->mechanism);
+        for (size_t k = 0; k < sizeof special / sizeof *special; k++) {
+            const int at = option_index(special[k].mechanism, special[k].option);
+            ls_attention_options initial;
+            if (at < 0 || strcmp(a->mechanism, special[k].mechanism) != 0 || pattern_of[i] == special[k].pattern)
+                continue;
+            LS_TRY(ls_attention_defaults(a->mechanism, &initial));
+            if (a->value[at] != initial.value[at])
+                return unfit(key_of(places[i], special[k].option), NULL, LS_ERR_ARGUMENT,
+                             "%g has no effect here: it is for %s attention", a->value[at],
+                             ls_pattern_name(special[k].pattern));
+        }
+    }
+    return LS_OK;
+}
+
 ls_status config_check_training(const config *c)
 {
+    LS_TRY(check_effects(c));
     if (c->data.path[0] == 0) LS_FAIL(LS_ERR_ARGUMENT, "data.path: which data set?");
     if (c->run.directory[0] == 0) LS_FAIL(LS_ERR_ARGUMENT, "run.directory: where do checkpoints and metrics go?");
     const int64_t steps = c->train.short_steps + c->train.lengthen_steps;
@@ -598,9 +693,6 @@ ls_status config_check(const config *c)
         return unfit("train.min_learning_rate", "train.learning_rate", LS_ERR_ARGUMENT,
                      "%g is above train.learning_rate=%g", c->train.min_learning_rate, c->train.learning_rate);
     }
-    /* cross attention is causal: an output may depend on no later query, though training knows them all */
-    LS_TRY(check_attention(places[0], c, &c->model.encoder, LS_NS));
-    LS_TRY(check_attention(places[1], c, &c->model.decoder, LS_CS));
-    LS_TRY(check_attention(places[2], c, &c->model.cross, LS_CC));
+    for (int i = 0; i < PLACES; i++) LS_TRY(check_attention(i, c));
     return check_device(c);
 }

@@ -66,6 +66,10 @@ ls_status config_parse(const char *name, const char *text, size_t size, const ch
 ls_status config_check(const config *c);
 /* What a new training needs besides, and what would have no effect in it. Of a checkpoint nobody asks that. */
 ls_status config_check_training(const config *c);
+/* Whether results of the model depend on how far a batch is padded, see ls_mechanism.counts_padding. */
+int config_counts_padding(const config *c);
+/* Refuses sequences of so many positions (target: with its end) where a mechanism is told to expect shorter ones. */
+ls_status config_fits(const config *c, int64_t source_length, int64_t target_length);
 /* The resolved configuration as YAML text that config_parse reads back to the same values; to be freed. */
 ls_status config_text(const config *c, char **text);
 
@@ -92,6 +96,8 @@ typedef struct config_key {
 void config_value(const config_key *key, const config *c, char *text, size_t size);
 /* NULL past the end. */
 const config_key *config_key_at(int index);
+/* The first key in which two configurations mean another model; their dropout may differ. NULL: none. */
+const config_key *config_other_model(const config *a, const config *b);
 /* Every key with its default, range and a line of help, then the options of every mechanism. */
 void config_reference(FILE *out);
 

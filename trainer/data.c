@@ -443,7 +443,7 @@ int64_t batch_labels(const batch *b)
 static ls_status make_room(batch *b, int64_t n)
 {
     if (n <= b->capacity && b->label != NULL) return LS_OK;
-    const uint64_t sample = b->sample;
+    const batch set = *b; /* by the caller */
     batch_free(b);
     const size_t room = (size_t)ls_max(n, 1);
     *b = (batch){.source_token = malloc(room * sizeof(int32_t)),
@@ -451,7 +451,10 @@ static ls_status make_room(batch *b, int64_t n)
                  .label = malloc(room * sizeof(int32_t)),
                  .source_pad = malloc(room),
                  .target_pad = malloc(room),
-                 .sample = sample,
+                 .least_source = set.least_source,
+                 .least_target = set.least_target,
+                 .sample = set.sample,
+                 .draw = set.draw,
                  .capacity = (int64_t)room};
     if (b->source_token == NULL || b->input_token == NULL || b->label == NULL || b->source_pad == NULL ||
         b->target_pad == NULL) {
@@ -509,11 +512,6 @@ static ls_status read_target(const split *s, batch *b, int64_t row, int64_t i, i
     return LS_OK;
 }
 
-static int64_t cut(int64_t length, int64_t max)
-{
-    return max > 0 ? ls_min(length, max) : length;
-}
-
 ls_status dataset_read(dataset *d, const char *name, const int64_t *index, int64_t B, int64_t max_source,
                        int64_t max_target, int rank, int size, batch *b)
 {
@@ -522,13 +520,13 @@ ls_status dataset_read(dataset *d, const char *name, const int64_t *index, int64
     if (B < 1 || max_source < 0 || max_target < 0 || size < 1 || rank < 0 || rank >= size)
         LS_FAIL(LS_ERR_ARGUMENT, "data: a batch of %lld rows cut to %lld and %lld on rank %d of %d is impossible",
                 (long long)B, (long long)max_source, (long long)max_target, rank, size);
-    int64_t S = 0, T = 0, tokens = 0;
+    int64_t S = b->least_source, T = b->least_target, tokens = 0;
     for (int64_t r = 0; r < B; r++) {
         if (index[r] < 0 || index[r] >= s->documents)
             LS_FAIL(LS_ERR_ARGUMENT, "%s: %s has no document %lld (there are %lld)", d->file.path, name,
                     (long long)index[r], (long long)s->documents);
-        const int64_t labels = cut(length_of(s, 1, index[r]), max_target) + 1;
-        S = ls_max(S, cut(length_of(s, 0, index[r]), max_source));
+        const int64_t labels = data_cut(length_of(s, 1, index[r]), max_target) + 1;
+        S = ls_max(S, data_cut(length_of(s, 0, index[r]), max_source));
         T = ls_max(T, labels);
         tokens += labels;
     }
@@ -549,8 +547,8 @@ ls_status dataset_read(dataset *d, const char *name, const int64_t *index, int64
     b->tokens = tokens;
     for (int64_t r = 0; r < B; r++) {
         const int64_t i = index[r];
-        LS_TRY(read_source(s, b, r, i, cut(length_of(s, 0, i), max_source)));
-        LS_TRY(read_target(s, b, r, i, cut(length_of(s, 1, i), max_target)));
+        LS_TRY(read_source(s, b, r, i, data_cut(length_of(s, 0, i), max_source)));
+        LS_TRY(read_target(s, b, r, i, data_cut(length_of(s, 1, i), max_target)));
     }
     return LS_OK;
 }

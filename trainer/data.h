@@ -38,6 +38,12 @@ const char *dataset_name(const dataset *data, const char *split, int64_t i);
 const char *dataset_source_names(const dataset *data); /* lines "train: A.tsv" */
 uint64_t dataset_digest(const dataset *data);          /* of all digests: a checkpoint remembers it */
 
+/* What is left of `length` tokens, or bytes, where `most` are wanted; 0: all are. */
+static inline int64_t data_cut(int64_t length, int64_t most)
+{
+    return most > 0 && length > most ? most : length;
+}
+
 /* One batch as one rank sees it: its rows of every sequence of its group. Padded positions hold TOKEN_PAD. */
 typedef struct batch {
     int64_t B;
@@ -45,6 +51,8 @@ typedef struct batch {
     int32_t *source_token;        /* (B, source.n) */
     int32_t *input_token, *label; /* (B, target.n): BOS t0 t1 .. and t0 t1 .. EOS */
     uint8_t *source_pad, *target_pad;
+    /* The padded batch has at least so many positions: the caller's to set, before it is read. */
+    int64_t least_source, least_target;
     uint64_t sample;  /* global number of row 0, for random streams: the caller's to set, like draw: */
     uint64_t draw;    /* number of the optimizer step, the same on all ranks */
     int64_t tokens;   /* labels of the whole rows, all ranks of the group */
@@ -55,8 +63,9 @@ int64_t batch_labels(const batch *b); /* of this rank's rows */
 
 /* Reads documents `index[0..B)` of a split, this rank's hyperslab only (plain reads, not collective); lengths cut to
  * max_source / max_target (0: uncut; BOS and EOS are not counted, and a cut target ends in EOS too). rank/size: this
- * rank's place among those that share the sequences, which are sharded evenly: all over the longest (cut) row. The
- * batch is zeroed before its first use, and may be read into again. */
+ * rank's place among those that share the sequences, which are sharded evenly: all over the longest (cut) row, or as
+ * many positions as the batch shall have at least. The batch is zeroed before its first use, and may be read into
+ * again. */
 ls_status dataset_read(dataset *data, const char *split, const int64_t *index, int64_t B, int64_t max_source,
                        int64_t max_target, int rank, int size, batch *b);
 

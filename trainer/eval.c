@@ -92,7 +92,7 @@ static ls_status evaluate_share(const ranks *r, const config *c, dataset *data, 
     const int64_t all = dataset_documents(data, choice->split);
     const int64_t shift = choice->shuffle ? all / 2 : 0;
     int64_t rows = c->train.batch / c->train.accumulation / r->groups; /* what fits in training fits here */
-    if (rows < 1) rows = 1;
+    if (rows < 1 || config_counts_padding(c)) rows = 1;                /* then none is padded */
     ordered *order = malloc((size_t)n * sizeof *order);
     int64_t *index = malloc(2 * (size_t)rows * sizeof *index), *source = index + (shift > 0 ? rows : 0);
     reading in = {0};
@@ -246,6 +246,8 @@ static ls_status evaluate(const eval_options *o, ranks *r, dataset **data, model
     LS_TRY(dataset_open(r->world, path, c.data.verify, data));
     const int64_t documents = dataset_documents(*data, o->choice.split);
     if (documents == 0) LS_FAIL(LS_ERR_ARGUMENT, "%s: has no split %s", path, o->choice.split);
+    LS_TRY(config_fits(&c, data_cut(dataset_longest(*data, o->choice.split, 0), c.data.max_source),
+                       data_cut(dataset_longest(*data, o->choice.split, 1), c.data.max_target) + 1));
     if (o->choice.shuffle && documents < 2) {
         LS_FAIL(LS_ERR_ARGUMENT, "%s: split %s has one document: there is no other source", path, o->choice.split);
     }

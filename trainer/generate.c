@@ -182,6 +182,7 @@ static ls_status prepare(const generate_options *o, ranks *r, generation *g)
     if (g->source_size == 0)
         LS_FAIL(LS_ERR_ARGUMENT, "generate: the input %s is empty: give at least one byte",
                 strcmp(o->input, "-") == 0 ? "on standard input" : o->input);
+    LS_TRY(config_fits(&g->c, (int64_t)g->source_size, 0));
     LS_TRY(ranks_split(r, &g->c, 0));
     LS_TRY(agree(r, model_create(r->sequence, &g->c, &g->m)));
     const size_t count = (size_t)model_count(g->m);

@@ -77,8 +77,9 @@ int main(int argc, char **argv)
     MPI_Comm_rank(r.comm, &r.rank);
     MPI_Comm_size(r.comm, &r.size);
     const ls_context_options options = {.comm = r.comm, .device = LS_CPU};
-    const ls_status status = ls_context_create(&options, &r.world);
+    ls_status status = ls_context_create(&options, &r.world);
     r.gradients = r.world;
+    if (status == LS_OK) status = same_arguments(&r, argc, argv);
     int code = status == LS_OK ? dispatch(argc, argv, &r) : report_error(&r, status);
     /* standard output is a result: when it could not be written, that is a failure */
     if ((fflush(stdout) != 0 || ferror(stdout)) && code == EXIT_OK) {

@@ -5,6 +5,7 @@
 #include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -64,6 +65,20 @@ static ls_status slurp(const char *path, char **bytes, size_t *size)
     return status;
 }
 
+/* What another run has left becomes metrics-1.jsonl, or the first number that is free. */
+static ls_status put_aside(const char *directory, const char *path)
+{
+    char to[1200];
+    struct stat there;
+    if (stat(path, &there) != 0 || there.st_size == 0) return LS_OK;
+    int number = 0;
+    do snprintf(to, sizeof to, "%s/metrics-%d.jsonl", directory, ++number);
+    while (stat(to, &there) == 0);
+    if (rename(path, to) != 0) LS_FAIL(LS_ERR_IO, "%s: cannot become %s: %s", path, to, strerror(errno));
+    printf("%s is of another run, and is %s now\n", path, to);
+    return LS_OK;
+}
+
 ls_status metrics_open(const char *directory, int64_t resumed, int64_t *evaluated, metrics **out)
 {
     *evaluated = -1;
@@ -74,9 +89,9 @@ ls_status metrics_open(const char *directory, int64_t resumed, int64_t *evaluate
     m->terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);
     m->shown = -SHOW_EVERY;
 
-    char *bytes;
-    size_t size, kept = 0;
-    ls_status status = slurp(m->path, &bytes, &size);
+    char *bytes = NULL;
+    size_t size = 0, kept = 0;
+    ls_status status = resumed > 0 ? slurp(m->path, &bytes, &size) : put_aside(directory, m->path);
     for (size_t at = 0; status == LS_OK && at < size;) {
         const char *end = memchr(bytes + at, '\n', size - at);
         if (end == NULL) break;

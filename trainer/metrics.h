@@ -2,7 +2,8 @@
  *
  * step:        step, samples, tokens (labels of this step), loss (objective, nats per token), nll (without smoothing),
  *              grad_norm (before clipping), lr, seconds (wall clock of rank 0), tokens_per_second,
- *              bytes_exchanged (this step, sent by all ranks through both contexts),
+ *              bytes_exchanged (this step, sent by all ranks for attention; not the sum of gradients, which MPI or NCCL
+ *              moves in ways of its own),
  *              peak_memory_bytes (of the processes so far, summed over ranks), peak_device_memory_bytes (the same of
  *              what they had of their GPUs; 0 on the CPU), order (digest of the batch's documents)
  * evaluation:  step, valid_nll (nats per token), valid_bits_per_byte, valid_tokens, valid_documents, valid_seconds,
@@ -27,9 +28,9 @@ typedef struct evaluation_metrics {
 
 typedef struct metrics metrics;
 
-/* Keeps the lines up to and including step `resumed` (0: a new run) and goes on after them, so that no step is told
- * twice; *evaluated: the last step among them of which there is an evaluation, or -1. Rank 0 only, like everything
- * here. */
+/* Keeps the lines up to and including step `resumed` and goes on after them, so that no step is told twice; 0: a new
+ * run, or one from another directory: lines that are there are put aside, under another name. *evaluated: the last step
+ * among them of which there is an evaluation, or -1. Rank 0 only, like everything here. */
 ls_status metrics_open(const char *directory, int64_t resumed, int64_t *evaluated, metrics **m);
 void metrics_close(metrics *m);
 /* *owed: the step is told of, and no evaluation of it. Changes nothing. */

@@ -67,6 +67,7 @@ typedef struct run {
     stepper w;
     int64_t *index;                 /* (batch): documents of the step */
     int64_t max_source, max_target; /* what they are cut to at the step */
+    int counts_padding;             /* the model's results depend on it */
     batch b;
     metrics *log;             /* rank 0 */
     int lock;                 /* rank 0: descriptor of the directory's lock, or -1 */
@@ -158,6 +159,11 @@ static ls_status open_data(run *t)
     if (dataset_documents(t->data, "train") == 0) {
         LS_FAIL(LS_ERR_ARGUMENT, "%s: has no split train to learn from", c->data.path);
     }
+    static const char *const splits[] = {"train", "valid"};
+    for (int i = 0; i < 2; i++)
+        LS_TRY(config_fits(c, data_cut(dataset_longest(t->data, splits[i], 0), c->data.max_source),
+                           data_cut(dataset_longest(t->data, splits[i], 1), c->data.max_target) + 1));
+    t->counts_padding = config_counts_padding(c);
     return LS_OK;
 }
 
@@ -213,19 +219,13 @@ static ls_status choose_resume(const char *directory, const char *asked, char re
 /* What must not change when a run goes on: the model except its dropout, and what decides the order of the data. */
 static ls_status check_same_run(const run *t, const config *before)
 {
-    for (int i = 0; config_key_at(i) != NULL; i++) {
-        const config_key *key = config_key_at(i);
-        const char *name = strrchr(key->path, '.');
-        const int model_key = strncmp(key->path, "model.", 6) == 0 && strcmp(name, ".dropout") != 0;
-        if (!model_key && strcmp(key->path, "train.seed") != 0 && strcmp(key->path, "train.batch") != 0) continue;
-        char was[96], is[96];
-        config_value(key, before, was, sizeof was);
-        config_value(key, &t->c, is, sizeof is);
-        if (strcmp(was, is) != 0) {
-            LS_FAIL(LS_ERR_ARGUMENT, "%s: was trained with %s=%s, the configuration has %s: it cannot change",
-                    t->resume, key->path, was, is);
-        }
-    }
+    LS_TRY(same_model(t->resume, before, &t->c));
+    if (before->train.seed != t->c.train.seed)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: was trained with train.seed=%llu, the configuration has %llu: it cannot change",
+                t->resume, (unsigned long long)before->train.seed, (unsigned long long)t->c.train.seed);
+    if (before->train.batch != t->c.train.batch)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: was trained with train.batch=%lld, the configuration has %lld: it cannot change",
+                t->resume, (long long)before->train.batch, (long long)t->c.train.batch);
     return LS_OK;
 }
 
@@ -302,6 +302,19 @@ static ls_status lock_directory(const char *directory, int *lock)
     return LS_OK;
 }
 
+/* Whether a checkpoint is one of this directory's own. */
+static int goes_on_in(const char *directory, const char *checkpoint)
+{
+    char parent[PATH_SIZE];
+    struct stat here, there;
+    if (checkpoint[0] == 0) return 0;
+    snprintf(parent, sizeof parent, "%s", checkpoint);
+    char *slash = strrchr(parent, '/');
+    if (slash != NULL) slash[slash == parent] = 0;
+    return stat(directory, &here) == 0 && stat(slash != NULL ? parent : ".", &there) == 0 &&
+           here.st_dev == there.st_dev && here.st_ino == there.st_ino;
+}
+
 /* Rank 0: the first thing that is created. That config.yaml could be written shows that checkpoints can. */
 static ls_status create_run(run *t, const char *asked)
 {
@@ -313,7 +326,7 @@ static ls_status create_run(run *t, const char *asked)
     if (strcmp(now, t->resume) != 0)
         LS_FAIL(LS_ERR_ARGUMENT, "run.directory: another training has just left %s: start again", now);
     LS_TRY(write_file(directory, "config.yaml", t->config_text, strlen(t->config_text)));
-    return metrics_open(directory, t->w.s.step, &t->evaluated, &t->log);
+    return metrics_open(directory, goes_on_in(directory, t->resume) ? t->w.s.step : 0, &t->evaluated, &t->log);
 }
 
 /* ------------------------------------------------------------------------------------------------ plan */
@@ -322,11 +335,6 @@ static void print_shards(const char *title, int64_t tokens, int ranks_of_sequenc
 {
     printf("  %-16s%lld tokens: %lld to %lld positions on each rank\n", title, (long long)tokens,
            (long long)(tokens / ranks_of_sequence), (long long)((tokens + ranks_of_sequence - 1) / ranks_of_sequence));
-}
-
-static int64_t cut(int64_t length, int64_t most)
-{
-    return most > 0 && length > most ? most : length;
 }
 
 static void print_plan(const run *t)
@@ -340,8 +348,8 @@ static void print_plan(const run *t)
            t->r->size, groups, groups == 1 ? "" : "s", share);
     printf("  %-16s%lld sequences a step, up to %lld at once in a group\n", "batch", (long long)c->train.batch,
            (long long)((c->train.batch + pieces - 1) / pieces));
-    print_shards("longest source", cut(dataset_longest(t->data, "train", 0), c->data.max_source), share);
-    print_shards("longest target", cut(dataset_longest(t->data, "train", 1), c->data.max_target) + 1, share);
+    print_shards("longest source", data_cut(dataset_longest(t->data, "train", 0), c->data.max_source), share);
+    print_shards("longest target", data_cut(dataset_longest(t->data, "train", 1), c->data.max_target) + 1, share);
     printf("  %-16s%lld train, %lld valid\n", "documents", (long long)dataset_documents(t->data, "train"),
            (long long)dataset_documents(t->data, "valid"));
     printf("  %-16s%lld parameters in %d tensors\n", "model", (long long)t->w.count, model_num_tensors(t->w.m));
@@ -379,14 +387,20 @@ static uint64_t bytes_sent(const ranks *r)
     return sum;
 }
 
-/* Labels of the whole global batch, by the lengths that every rank knows. */
-static int64_t labels_of(const run *t)
+/* Labels of the whole global batch, by the lengths that every rank knows. Where padding counts, its longest rows say
+ * how long every piece of it is: what a row gives does not depend on the ranks and pieces then. */
+static int64_t labels_of(run *t)
 {
     int64_t sum = 0;
+    t->b.least_source = t->b.least_target = 0;
     for (int64_t i = 0; i < t->c.train.batch; i++) {
         int64_t source, target;
         dataset_lengths(t->data, "train", t->index[i], &source, &target);
-        sum += cut(target, t->max_target) + 1;
+        const int64_t labels = data_cut(target, t->max_target) + 1;
+        sum += labels;
+        if (!t->counts_padding) continue;
+        t->b.least_source = ls_max(t->b.least_source, data_cut(source, t->max_source));
+        t->b.least_target = ls_max(t->b.least_target, labels);
     }
     return sum;
 }
@@ -438,14 +452,15 @@ static ls_status take_step(run *t, int *stop)
     const double begin = seconds_now();
     const int64_t step = t->w.s.step + 1;
     ls_status status = t->late;
+    t->sent = bytes_sent(t->r); /* an evaluation has sent, too */
     if (status == LS_OK) {
         status = dataset_order(t->data, c->train.seed, c->train.batch, t->w.s.samples, c->train.batch, t->index);
     }
     LS_TRY(agree(t->r, status));
     t->max_source = c->data.max_source, t->max_target = c->data.max_target;
     if (c->train.short_length > 0) {
-        t->max_source = schedule_length(c, step, cut(dataset_longest(t->data, "train", 0), t->max_source));
-        t->max_target = schedule_length(c, step, cut(dataset_longest(t->data, "train", 1), t->max_target));
+        t->max_source = schedule_length(c, step, data_cut(dataset_longest(t->data, "train", 0), t->max_source));
+        t->max_target = schedule_length(c, step, data_cut(dataset_longest(t->data, "train", 1), t->max_target));
     }
     const int64_t labels = labels_of(t);
     stepper_begin(&t->w);
@@ -458,11 +473,13 @@ static ls_status take_step(run *t, int *stop)
     LS_TRY(stepper_end(&t->w, labels, stop_wanted != 0, rate, &sums));
     const double norm = sqrt(sums.squares);
     if (!sums.updated) {
-        LS_FAIL(
-            LS_ERR_NONFINITE,
-            "step %lld: the loss is %g and the norm of the gradient %g: stopped before the weights changed; the last "
-            "checkpoint is of step %lld (a lower train.learning_rate or train.clip_norm may help)",
-            (long long)step, sums.loss, norm, (long long)t->saved);
+        char last[64] = "there is no checkpoint yet";
+        if (t->saved > 0) snprintf(last, sizeof last, "the last checkpoint is of step %lld", (long long)t->saved);
+        LS_FAIL(LS_ERR_NONFINITE,
+                "step %lld: the loss is %g and the norm of the gradient %g: stopped before the weights changed; %s (a "
+                "lower "
+                "train.learning_rate or train.clip_norm may help)",
+                (long long)step, sums.loss, norm, last);
     }
     if (!(fabs(sums.tokens - 1) < 1e-3)) {
         LS_FAIL(LS_ERR_INTERNAL, "step %lld: the ranks together saw %g of the %lld labels", (long long)step,
@@ -474,7 +491,6 @@ static ls_status take_step(run *t, int *stop)
     getrusage(RUSAGE_SELF, &use);
     const uint64_t sent = bytes_sent(t->r);
     uint64_t counts[3] = {sent - t->sent, (uint64_t)use.ru_maxrss * 1024, t->r->sequence->ops->most()}, all[3] = {0};
-    t->sent = sent;
     if (MPI_Reduce(counts, all, 3, MPI_UINT64_T, MPI_SUM, 0, t->r->comm) != MPI_SUCCESS) {
         LS_FAIL(LS_ERR_COMM, "mpi: adding up the bytes of step %lld failed", (long long)step);
     }
@@ -570,7 +586,6 @@ static ls_status loop(run *t)
     const config *c = &t->c;
     int stop = 0;
     t->saved = t->w.s.step;
-    t->sent = bytes_sent(t->r);
     if (t->saved > 0 && evaluation_due(t)) { /* a signal ended the run before */
         LS_TRY(evaluate(t, &stop));
         if (stop) LS_TRY(save(t, 0)); /* it may have come from another directory */
@@ -629,7 +644,8 @@ static ls_status train(const train_options *o, run *t)
         return LS_OK;
     }
     int owed = 0;
-    if (t->r->rank == 0 && t->w.s.step == t->c.train.steps && dataset_documents(t->data, "valid") > 0)
+    if (t->r->rank == 0 && t->w.s.step == t->c.train.steps && dataset_documents(t->data, "valid") > 0 &&
+        goes_on_in(t->c.run.directory, t->resume))
         status = metrics_owe(t->c.run.directory, t->w.s.step, &owed);
     LS_TRY(agree(t->r, status));
     LS_TRY(broadcast_bytes(t->r, &owed, sizeof owed));

@@ -59,6 +59,9 @@ ls_status agree(const ranks *r, ls_status mine);
 
 /* Collective over world: rank 0 reads a file (or standard input for "-"), everyone gets the bytes; to be freed. */
 ls_status read_everywhere(const ranks *r, const char *path, char **bytes, size_t *size);
+/* Collective over world: refuses arguments that are not those of rank 0, or ranks would wait for one another for ever,
+ * or train what none of them was asked to. */
+ls_status same_arguments(const ranks *r, int argc, char *const *argv);
 /* Collective over world: rank 0's bytes to everyone. */
 ls_status broadcast_bytes(const ranks *r, void *bytes, size_t size);
 /* Collective: rank 0 loads a checkpoint, everyone gets it; the arrays of s are where the tensors are. */
@@ -66,9 +69,11 @@ ls_status load_everywhere(const ranks *r, const char *path, const model *m, trai
 /* Rank 0: saves a state whose arrays are where the tensors are. */
 ls_status save_state(const ranks *r, const config *c, int best, const model *m, const char *config_text,
                      const training_state *s);
-/* Collective: the configuration that a checkpoint holds, with each "section.key=value" of set applied. Its
- * device: the CPU where this machine has no GPU for this build, or set says so; then precision and transport are those
- * of the CPU unless set says otherwise. */
+/* Refuses a configuration that means another model than the checkpoint's. */
+ls_status same_model(const char *checkpoint, const config *trained, const config *wanted);
+/* Collective: the configuration that a checkpoint holds, with each "section.key=value" of set applied, which may not
+ * make it another model. Its device: the CPU where this machine has no GPU for this build, or set says so; then
+ * precision and transport are those of the CPU unless set says otherwise. */
 ls_status checkpoint_config_everywhere(const ranks *r, const char *path, const char *const *set, int nset, config *c);
 /* Alone: DIRECTORY/NAME has these bytes, or what it had before; never a part. */
 ls_status write_file(const char *directory, const char *name, const char *bytes, size_t size);
