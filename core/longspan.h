@@ -21,7 +21,11 @@
  * context and everything made from it belong to one thread at a time.
  *
  * Sizes. batch x the positions of queries and keys (at least 1024) x embed_dim is less than 2^44, over all ranks;
- * embed_dim is at most 2^20, and a state is for at most 2^31 - 1 tokens. What is larger is refused.
+ * embed_dim is at most 2^20, and a state is for at most 2^31 - 1 tokens. As BLAS counts with int, batch x positions on
+ * one rank is less than 2^31, and so is batch x embed_dim in the layout LS_TBHD. What is larger is refused.
+ *
+ * What is not finite, in a row that is not padded, may reach every row of its batch row and document, in causal patterns
+ * rows before it, too.
  */
 #ifndef LONGSPAN_H
 #define LONGSPAN_H
@@ -229,7 +233,8 @@ const char *ls_pattern_name(ls_pattern pattern); /* "noncausal self", ... */
 typedef enum ls_level { LS_LEVEL_CORE = 0, LS_LEVEL_LAYER = 1 } ls_level;
 
 /* How rows lie in memory. Core tensors are (B,H,T,d), (B,T,H,d) or (T,B,H,d); layer tensors are (B,T,E) for the first
- * two (batch first) and (T,B,E) for the last. Padding masks are (B,T) always. */
+ * two (batch first) and (T,B,E) for the last. Padding masks are (B,T) always. s4d has no heads: its core, too, takes
+ * rows (B,T,E) or (T,B,E), and gives rows (channels E) wide. */
 typedef enum ls_layout { LS_BHTD = 0, LS_BTHD = 1, LS_TBHD = 2 } ls_layout;
 
 #define LS_MAX_OPTIONS 16
@@ -241,7 +246,7 @@ typedef struct ls_attention_options {
     int64_t embed_dim, num_heads; /* embed_dim = num_heads * head dimension */
     double scale;                 /* of the logits; 0: head dimension ^ (-1/2) */
     double dropout;               /* of attention probabilities, in training (softmax) */
-    uint32_t stream;              /* random stream: give each attention of a model its own */
+    uint32_t stream;              /* random stream, at most 65535: give each attention of a model its own */
     double value[LS_MAX_OPTIONS]; /* the mechanism's own options in the order of its table: use ls_attention_set */
 } ls_attention_options;
 
@@ -337,7 +342,8 @@ typedef struct ls_attention_io {
                                   * need_head_weights; before dropout */
     int need_weights, need_head_weights;
     int training;    /* 0: no dropout, no fresh noise, the features of draw 0 */
-    uint64_t sample; /* random streams: global number of batch row 0; row b is sample + b */
+    uint64_t sample; /* random streams: global number of batch row 0; row b is sample + b. Of it, and of draw, the low
+                      * 32 bits count */
     uint64_t draw;   /* performer, probsparse, in training: which set of random features or samples, e.g. the optimizer
                       * step; same on all ranks */
 
@@ -360,8 +366,8 @@ ls_status ls_saved_create(ls_attention *attention, ls_saved **saved);
 void ls_saved_free(ls_saved *saved);
 size_t ls_saved_bytes(const ls_saved *saved);
 
-/* Collective. out: like query, in memory that no input has. saved NULL: no backward will follow. The inputs, params and
- * out must stay unchanged until backward. */
+/* Collective. out: like query (s4d's core: channels times as wide), in memory that no input has. saved NULL: no
+ * backward will follow. The inputs, params and out must stay unchanged until backward. */
 ls_status ls_attention_forward(ls_attention *attention, const ls_attention_shape *shape, const ls_attention_io *io,
                                const ls_real *params, ls_real *out, ls_saved *saved);
 

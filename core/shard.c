@@ -22,6 +22,22 @@ ls_status ls_check_size(const char *name, int64_t batch, int64_t positions, int6
             name, (long long)batch, (long long)positions, (long long)width, (long long)LS_MOST_NUMBERS);
 }
 
+ls_status ls_check_rows(const char *name, int64_t batch, int64_t positions, int64_t apart)
+{
+    if (positions > INT32_MAX / ls_max(batch, 1))
+        LS_FAIL(
+            LS_ERR_ARGUMENT,
+            "%s: batch %lld x %lld positions on this rank are more rows than BLAS can count (%d): use more ranks, or "
+            "a smaller batch",
+            name, (long long)batch, (long long)positions, INT32_MAX);
+    if (apart > INT32_MAX)
+        LS_FAIL(LS_ERR_ARGUMENT,
+                "%s: rows that are %lld numbers apart (batch x embed_dim) are further than BLAS can count (%d): use "
+                "LS_BHTD or LS_BTHD, or a smaller batch",
+                name, (long long)apart, INT32_MAX);
+    return LS_OK;
+}
+
 ls_status ls_shard_even_of(int64_t length, int rank, int size, ls_shard *shard)
 {
     LS_NEED(shard, "shard: shard is NULL");

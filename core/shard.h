@@ -11,6 +11,8 @@
 ls_status ls_check_length(int64_t length);
 /* Of a call, or a state: before anything is multiplied. */
 ls_status ls_check_size(const char *name, int64_t batch, int64_t positions, int64_t width);
+/* BLAS counts with int: rows that a product has on this rank, and how far apart they are. */
+ls_status ls_check_rows(const char *name, int64_t batch, int64_t positions, int64_t apart);
 
 /* The even partition as `rank` of `size` sees it; ls_shard_even is this for a context. */
 ls_status ls_shard_even_of(int64_t length, int rank, int size, ls_shard *shard);

@@ -22,6 +22,7 @@ struct ls_saved {
 
 /* ------------------------------------------------------------------------------------------------ create */
 
+enum { MOST_STREAM = 65535 };      /* beside heads, in the key of random numbers */
 enum { MOST_EMBED_DIM = 1 << 20 }; /* its square, times slots or channels, is still counted in 64 bits */
 
 static ls_status check_options(const ls_attention_options *o, const ls_mechanism **mechanism)
@@ -46,6 +47,9 @@ static ls_status check_options(const ls_attention_options *o, const ls_mechanism
         LS_FAIL(LS_ERR_ARGUMENT, "%s: scale %g must be a positive number, or 0 for the default", m->name, o->scale);
     if (!(o->dropout >= 0 && o->dropout < 1))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: dropout %g must be in [0, 1)", m->name, o->dropout);
+    if (o->stream > MOST_STREAM)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: stream %u is more than %d: it would draw the numbers of another one", m->name,
+                (unsigned)o->stream, MOST_STREAM);
     if (o->dropout > 0 && !m->has_weights)
         return ls_fail_of("dropout", NULL, LS_ERR_UNSUPPORTED,
                           "%s: dropout of attention probabilities is not supported, it has none: use 0", m->name);
@@ -258,9 +262,10 @@ ls_status ls_check_shard(const ls_attention *a, const ls_shard *s, const char *w
     if (s->size != comm->size || s->rank != comm->rank)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: the shard of the %s is for rank %d of %d, this is rank %d of %d", name, what,
                 s->rank, s->size, comm->rank, comm->size);
-    if (s->n < 0 || s->lo != s->bounds[s->rank] || s->lo + s->n != s->bounds[s->rank + 1] ||
-        s->length != s->bounds[s->size])
-        LS_FAIL(LS_ERR_ARGUMENT, "%s: the shard of the %s contradicts itself", name, what);
+    int whole = s->bounds[0] == 0 && s->length == s->bounds[s->size] && s->lo == s->bounds[s->rank] &&
+                s->lo + s->n == s->bounds[s->rank + 1];
+    for (int r = 0; r < s->size; r++) whole = whole && s->bounds[r] <= s->bounds[r + 1];
+    if (!whole) LS_FAIL(LS_ERR_ARGUMENT, "%s: the shard of the %s contradicts itself", name, what);
     return ls_check_length(s->length);
 }
 
@@ -340,6 +345,11 @@ ls_status ls_check_given(const ls_attention *a, const ls_attention_io *io)
     return LS_OK;
 }
 
+int64_t ls_rows_apart(const ls_attention *a, int64_t batch)
+{
+    return a->options.layout == LS_TBHD ? batch * a->options.embed_dim : a->options.embed_dim;
+}
+
 static ls_status check_call(const ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
                             const ls_real *params, const ls_real *out)
 {
@@ -356,6 +366,7 @@ static ls_status check_call(const ls_attention *a, const ls_attention_shape *sha
         LS_FAIL(LS_ERR_ARGUMENT, "%s: self attention needs as many keys (%lld) as queries (%lld), sharded alike", name,
                 (long long)keys->length, (long long)shape->queries->length);
     LS_TRY(ls_check_size(name, shape->batch, shape->queries->length + keys->length, a->options.embed_dim));
+    LS_TRY(ls_check_rows(name, shape->batch, ls_max(shape->queries->n, keys->n), ls_rows_apart(a, shape->batch)));
     const int is_layer = ls_is_layer(a), one_input = a->mechanism->one_input;
     if (one_input && ((io->key != NULL && io->key != io->query) || (io->value != NULL && io->value != io->query)))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: it reads query alone: let key and value be NULL or the same", name);

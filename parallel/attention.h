@@ -20,6 +20,8 @@ struct ls_attention {
     ls_param_info param[LS_MAX_PARAMS];
 };
 
+/* How far apart two rows of a call are, in numbers. */
+int64_t ls_rows_apart(const ls_attention *a, int64_t batch);
 static inline int ls_is_layer(const ls_attention *a)
 {
     return a->options.level == LS_LEVEL_LAYER;

@@ -126,6 +126,7 @@ static ls_status create(ls_attention *a, int64_t batch, int64_t max_length, ls_s
     if (max_length > INT32_MAX)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: a state of %lld tokens: at most %d", name, (long long)max_length, INT32_MAX);
     LS_TRY(ls_check_size(name, batch, max_length, a->options.embed_dim));
+    LS_TRY(ls_check_rows(name, batch, 1, ls_rows_apart(a, batch)));
     ls_state *s = *state = calloc(1, sizeof *s);
     if (s == NULL) LS_FAIL(LS_ERR_MEMORY, "%s: no memory for a state", name);
     s->attention = a;
@@ -253,6 +254,7 @@ static ls_status reserve_source(ls_attention *a, ls_state *s, const ls_attention
         LS_FAIL(LS_ERR_ARGUMENT, "%s: the source has batch %lld, the state %lld", name, (long long)shape->batch,
                 (long long)s->batch);
     LS_TRY(ls_check_size(name, s->batch, shape->keys->length, a->options.embed_dim));
+    LS_TRY(ls_check_rows(name, s->batch, shape->keys->n, ls_rows_apart(a, s->batch)));
     const int64_t n = shape->keys->n;
     if (n > 0 && (io->key == NULL || (a->options.level == LS_LEVEL_CORE && io->value == NULL)))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: key or value of the source is NULL", name);

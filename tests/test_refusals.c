@@ -265,6 +265,35 @@ static void test_sources(void **unused)
 /* ------------------------------------------------------------------------------------------------ what is too large */
 
 /* What 64 bits could not count is refused before memory is asked for: no product has overflowed until then. */
+/* BLAS counts with int, and random numbers leave 16 bits for the stream. */
+static void test_counts(void **unused)
+{
+    (void)unused;
+    ls_attention_options o;
+    ls_attention *a = NULL;
+    ls_shard one, many;
+    const ls_attention_io io = {.query = x, .key = x, .value = x};
+    must(ls_attention_defaults("softmax", &o));
+    o.layout = LS_TBHD, o.embed_dim = E, o.num_heads = H, o.stream = last ? 1 << 16 : 7;
+    refused(ls_attention_create(ctx, &o, &a), LS_ERR_ARGUMENT, "stream 65536 is more than 65535");
+    assert_null(a);
+    o.stream = 65535;
+    must(ls_attention_create(ctx, &o, &a));
+    must(ls_shard_even(ctx, 1, &one));
+    must(ls_shard_even(ctx, 1000 * (int64_t)size, &many));
+    ls_attention_shape shape = {.batch = (int64_t)1 << 28, .queries = &one};
+    refused(ls_attention_forward(a, &shape, &io, params, y, NULL), LS_ERR_ARGUMENT, "numbers apart");
+    shape.batch = 1 << 24, shape.queries = &many;
+    refused(ls_attention_forward(a, &shape, &io, params, y, NULL), LS_ERR_ARGUMENT, "more rows");
+    int64_t *bounds = (int64_t *)one.bounds, before = bounds[0];
+    bounds[0] = -3;
+    shape = (ls_attention_shape){.batch = B, .queries = &one};
+    refused(ls_attention_forward(a, &shape, &io, params, y, NULL), LS_ERR_ARGUMENT, "contradicts itself");
+    bounds[0] = before;
+    ls_shard_free(&one), ls_shard_free(&many);
+    ls_attention_free(a);
+}
+
 static void test_sizes(void **unused)
 {
     (void)unused;
@@ -330,10 +359,10 @@ int main(int argc, char **argv)
     params = calloc(MOST_PARAMS, sizeof *params);
     if (x == NULL || y == NULL || grads == NULL || params == NULL || ls_context_create(&options, &ctx) != LS_OK)
         MPI_Abort(MPI_COMM_WORLD, 1);
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_nothing),   cmocka_unit_test(test_all_reduce),
-                                       cmocka_unit_test(test_sentences), cmocka_unit_test(test_differences),
-                                       cmocka_unit_test(test_states),    cmocka_unit_test(test_sources),
-                                       cmocka_unit_test(test_sizes),     cmocka_unit_test(test_levels)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_nothing),     cmocka_unit_test(test_all_reduce), cmocka_unit_test(test_sentences),
+        cmocka_unit_test(test_differences), cmocka_unit_test(test_states),     cmocka_unit_test(test_sources),
+        cmocka_unit_test(test_counts),      cmocka_unit_test(test_sizes),      cmocka_unit_test(test_levels)};
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     ls_context_free(ctx);
     free(x), free(y), free(grads), free(params);
