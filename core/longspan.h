@@ -24,8 +24,8 @@
  * embed_dim is at most 2^20, and a state is for at most 2^31 - 1 tokens. As BLAS counts with int, batch x positions on
  * one rank is less than 2^31, and so is batch x embed_dim in the layout LS_TBHD. What is larger is refused.
  *
- * What is not finite, in a row that is not padded, may reach every row of its batch row and document, in causal patterns
- * rows before it, too.
+ * What is not finite, in a row that is not padded, may reach every row of its batch row and document: in causal
+ * patterns rows before it, too.
  */
 #ifndef LONGSPAN_H
 #define LONGSPAN_H
