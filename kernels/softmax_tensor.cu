@@ -119,9 +119,9 @@ __device__ static inline void ask_rows(bf16 *to, const narrow_view &from, const 
     const bf16 *head = from.p + x.b * from.sb + x.h * from.sh, *first = head + t.row * from.st;
     if constexpr (workers % pieces == 0) { /* a thread's rows are equally far apart, its pieces the same of each */
         const int f = (int)threadIdx.x % pieces * PIECE, r = (int)threadIdx.x / pieces;
-        const bf16 *row = first + (int64_t)r * from.st + f;
-        const int64_t apart = (int64_t)together * from.st;
         const bool wanted = f < from.width;
+        const bf16 *row = wanted ? first + (int64_t)r * from.st + f : head;
+        const int64_t apart = wanted ? (int64_t)together * from.st : 0;
         to += r * of_width<D>::ROW + f;
         if (t.first == 0 && t.last == ROWS) { /* most tiles: nothing to ask of each row */
 #pragma unroll
