@@ -152,7 +152,9 @@ typedef struct ls_context_options {
                              * transport and precision */
     int dry_size, dry_rank; /* dry_size > 0: as rank dry_rank of so many, of whom the others do not exist: comm is not
                              * used, everything sent is counted and gone, everything received is zeros. For planning:
-                             * exact volumes, memory and the work of one rank. Results mean nothing */
+                             * exact volumes, memory and the work of one rank. Estimates where local predicts its
+                             * centres (causal cross attention, or align = 1): data decide which keys are asked for,
+                             * and the others are taken to be like this rank. Results mean nothing */
 } ls_context_options;
 
 /* Collective. Between MPI_Init and MPI_Finalize, unless this process is alone. On success *ctx is the caller's, to be

@@ -229,9 +229,10 @@ static ls_status count(ls_pass *p, int phase)
     return LS_OK;
 }
 
+/* Where there is no other rank to count its keys, their number is a guess: there are no more than positions. */
 static double last_key(const ls_pass *p, int64_t b)
 {
-    return ls_local_last_key(p->summary[CENTRES].got + 2 * b);
+    return fmin(ls_local_last_key(p->summary[CENTRES].got + 2 * b), (double)ls_max(0, p->all_keys - 1));
 }
 
 /* Of one head: Wᵀ (d,d), u (d), and room for h (d) and du (d), in double. */

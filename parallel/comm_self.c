@@ -1,6 +1,7 @@
 /* One process. Self: one rank, nothing ever crosses. Dry: one rank of any number, with nobody else there: what is sent
  * counts and is gone, what is received is zeros; the ledger then tells exactly what would cross on so many ranks, and
- * the clock what one of them would have to compute. */
+ * the clock what one of them would have to compute. Only requests depend on the data of others, who are taken to be
+ * like this rank (see ls_reduce and parallel/request.c): their bytes are an estimate. */
 #include "comm.h"
 
 #include <string.h>
@@ -55,9 +56,15 @@ static void close_none(ls_comm *c)
     (void)c;
 }
 
+static const ls_comm_ops ops = {"self", begin, end, forget, sum, close_none, next, min, broadcast, gather};
+
+int ls_comm_is_dry(const ls_comm *c)
+{
+    return c->ops == &ops && c->size > 1;
+}
+
 void ls_comm_dry(int rank, int size, ls_comm *comm)
 {
-    static const ls_comm_ops ops = {"self", begin, end, forget, sum, close_none, next, min, broadcast, gather};
     *comm = (ls_comm){&ops, rank, size, NULL, NULL};
 }
 

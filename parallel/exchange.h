@@ -48,7 +48,7 @@ ls_status ls_exchange_reserve(ls_exchange *x);
 void ls_exchange_work(ls_exchange *x);
 
 /* total = mine_0 ⊕ .. ⊕ mine_{P-1}, the same bits on every rank: recursive doubling, ceil(log2 P) rounds (two more
- * where P is no power of two). mine and total may not overlap. */
+ * where P is no power of two). mine and total may not overlap. A dry rank takes the others' for like its own. */
 ls_status ls_reduce(ls_exchange *x, ls_monoid m, const ls_real *mine, ls_real *total);
 /* dmine from dtotal (each rank's own; total on ranks is used by their own outputs). dmine may be dtotal. */
 ls_status ls_reduce_adjoint(ls_exchange *x, ls_monoid m, const ls_real *mine, const ls_real *total,

@@ -692,6 +692,96 @@ static void test_volumes(void **unused)
     assert_true(volume("local", LS_CS, "window", W, B, S, S, LS_FETCH) == (size - 1) * 2 * B * E * (W - 1));
 }
 
+/* What this rank of c sends in a forward and a backward pass of a layer; all ranks have the same rows. */
+static void travel(ls_context *c, const ls_attention_options *o, const ls_shard *shard, ls_traffic *t)
+{
+    const uint64_t kept = state;
+    ls_attention *a;
+    ls_saved *saved;
+    state = 88172645463325252ull;
+    must(ls_attention_create(c, o, &a));
+    must(ls_saved_create(a, &saved));
+    const int64_t n = shard->n * o->embed_dim, params = ls_attention_param_count(a);
+    const int self = o->pattern == LS_NS || o->pattern == LS_CS;
+    ls_real *q = filled(n), *k = filled(n), *out = filled(n), *dq = filled(n), *dk = filled(n);
+    ls_real *w = filled(params), *dw = filled(params);
+    const ls_attention_shape shape = {1, shard, shard};
+    const ls_attention_io io = {.query = q, .key = self ? NULL : k, .training = 1};
+    must(ls_attention_forward(a, &shape, &io, w, out, saved));
+    const ls_attention_grads grads = {.query = dq, .key = self ? NULL : dk, .params = dw};
+    must(ls_attention_backward(a, &shape, &io, w, out, q, saved, &grads));
+    ls_context_traffic(c, t);
+    free(q), free(k), free(out), free(dq), free(dk), free(w), free(dw);
+    ls_saved_free(saved);
+    ls_attention_free(a);
+    state = kept;
+}
+
+static void check_dry(const char *mechanism, ls_pattern pattern, int64_t length, double align)
+{
+    ls_attention_options o;
+    must(ls_attention_defaults(mechanism, &o));
+    o.pattern = pattern, o.level = LS_LEVEL_LAYER, o.embed_dim = 8, o.num_heads = 2;
+    if (strcmp(mechanism, "local") == 0) must(ls_attention_set(&o, "align", align));
+    if (strcmp(mechanism, "cosformer") == 0) must(ls_attention_set(&o, "max_len", (double)length));
+    ls_context *with, *without;
+    ls_traffic sent, computed;
+    ls_shard shard;
+    must(ls_context_create(&(ls_context_options){.comm = MPI_COMM_WORLD}, &with));
+    must(ls_context_create(&(ls_context_options){.dry_size = size, .dry_rank = rank}, &without));
+    must(ls_shard_even(with, length, &shard));
+    travel(with, &o, &shard, &sent);
+    travel(without, &o, &shard, &computed);
+    double wrong = 0;
+    for (int i = 0; i < LS_CROSSINGS; i++)
+        wrong += computed.sent[i] != sent.sent[i] || computed.messages[i] != sent.messages[i] ||
+                 computed.sent[i] != computed.predicted[i];
+    if (wrong > 0)
+        print_message("%s %s, length %d, rank %d: fetches %llu bytes, computed %llu\n", mechanism,
+                      ls_pattern_name(pattern), (int)length, rank, (unsigned long long)sent.sent[LS_FETCH],
+                      (unsigned long long)computed.sent[LS_FETCH]);
+    assert_true(all(wrong) == 0);
+    ls_shard_free(&shard);
+    ls_context_free(with), ls_context_free(without);
+}
+
+/* A rank without the others sends what it would send among them. Where it is asked for keys that only the queries of
+ * others tell, it does if they are its own: here, where all ranks have as many rows, and the same. */
+static void test_dry(void **unused)
+{
+    (void)unused;
+    enum { EVEN = 420, ODD = 97 }; /* 420: divided by all of 1 to 7 */
+    for (int m = 0; ls_mechanism_name(m) != NULL; m++)
+        for (ls_pattern pattern = LS_NS; pattern <= LS_CC; pattern++) {
+            const char *name = ls_mechanism_name(m);
+            const int predicts = strcmp(name, "local") == 0 && pattern == LS_CC;
+            if (!ls_mechanism_has(name, pattern)) continue;
+            check_dry(name, pattern, EVEN, 1);
+            if (!predicts) check_dry(name, pattern, ODD, 0);
+        }
+}
+
+/* A dry rank that owns nearly all keys takes them for one half: it still looks for none beyond the last. */
+static void test_dry_guesses(void **unused)
+{
+    (void)unused;
+    enum { OTHERS = 10, ALL = 2047 };
+    ls_attention_options o;
+    ls_traffic t;
+    ls_context *without;
+    ls_shard shard;
+    must(ls_attention_defaults("local", &o));
+    o.pattern = LS_CC, o.level = LS_LEVEL_LAYER, o.embed_dim = 8, o.num_heads = 2;
+    must(ls_context_create(&(ls_context_options){.dry_size = 2, .dry_rank = 1}, &without));
+    must(ls_shard_even(without, ALL, &shard));
+    shard.bounds[1] = shard.lo = OTHERS, shard.n = ALL - OTHERS;
+    travel(without, &o, &shard, &t);
+    assert_true(all(t.sent[LS_FETCH] != t.predicted[LS_FETCH]) == 0);
+    assert_true(all(t.sent[LS_FETCH] < ALL / 2 * 2 * 8 * sizeof(ls_real)) == 0); /* half the keys and values */
+    ls_shard_free(&shard);
+    ls_context_free(without);
+}
+
 /* A rank that fails alone: all get its code, and its name and sentence. */
 static void test_agree(void **unused)
 {
@@ -812,6 +902,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_ring_notes),
         cmocka_unit_test(test_requests_fail_together),
         cmocka_unit_test(test_volumes),
+        cmocka_unit_test(test_dry),
+        cmocka_unit_test(test_dry_guesses),
         cmocka_unit_test(test_agree),
         cmocka_unit_test(test_reserve),
         cmocka_unit_test(test_alone),
