@@ -167,6 +167,8 @@ for arguments, word in (
         (["--set", "local.window=0", "--mechanism", "abc"], "window = 0 is out of range"),
         (["--set", "abc.num_slots=3x"], "'3x' is not a number"),
         (["--set", "abc.slots=3"], "no option"),
+        (["--set", "abc.num_slots=3", "--mechanism", "local"], "abc is not timed"),
+        (["--set", "lara.num_landmarks=4", "--pattern", "CC"], "lara is not timed"),
         (["--mechanism", "lara", "--pattern", "CC"], "nothing to time"),
         (["--mechanism", "softmax", "--length", "8K"], "nothing to time"),
         (["--heads", "3"], "not divisible")):
@@ -175,7 +177,15 @@ with open(kept) as file:
     if file.read() != "figures of a long day":
         fail(f"{kept}: emptied by a command line that was refused")
 refused(cpu, TINY + ["--mechanism", "abc", "--pattern", "NS", "--csv", "/dev/full"], 4, ["/dev/full cannot be written"])
-refused(cpu, model + ["--mechanism", "abc"], 2, ["configuration"])
+for arguments in (["--mechanism", "abc"], ["--embed-dim", "32"], ["--batch", "2"], ["--heads", "2"], ["--softmax-limit", "8K"],
+                  ["--ranks", "2"], ["--messages"]):
+    refused(cpu, model + arguments, 2, [f"--train takes its model from the configuration, which --set changes: leave out "
+                                        f"{arguments[0]}"])
+for arguments in (["--mechanism", "abc"], ["--length", "8K"], ["--batch", "2"], ["--set", "abc.num_slots=3"],
+                  ["--device", "cpu"]):
+    refused(cpu, ["--messages"] + arguments, 2, [f"--messages times no attention: leave out {arguments[0]}"])
+refused(cpu, ["--messages", "--csv", kept], 2, ["at least 2 ranks"])
+figures(cpu, TINY + ["--mechanism", "abc", "--pattern", "CS", "--set", "abc.num_slots=3"])
 refused(cpu, ["--train", os.path.join(scratch, "nothing.yaml")], 4, ["nothing.yaml"])
 if run(cpu, TINY + ["--device", "cuda", "--mechanism", "abc"]).returncode == 0:
     check_attentions(cpu, "cuda", 1)  # it was built with CUDA, and there is a GPU

@@ -36,7 +36,8 @@ static const char usage[] =
     "                       and the time that this rank computes; but an estimate for local as causal cross attention "
     "(or\n"
     "                       local.align=1), where the data decide which keys are asked for\n"
-    "  --messages           instead: time of messages between neighbours, by size (on at least 2 ranks)\n"
+    "  --messages           instead: time of messages between neighbours, by size (on at least 2 ranks); takes\n"
+    "                       --repeat and --csv alone\n"
     "  --csv FILE           also write the figures there\n"
     "  --help               this text\n"
     "\n"
@@ -57,7 +58,7 @@ static const char usage[] =
     "  --length N/M,..      tokens of source and target; N alone: of each. Default: data.max_source, data.max_target\n"
     "  --set KEY=VALUE      a key of the configuration\n"
     "  --products           also the kinds of products, those that take longest first\n"
-    "  --device, --precision, --repeat, --csv as above\n";
+    "  --device, --precision, --repeat, --csv as above, and no other\n";
 
 static const bench_case table[] = {
 #define MECHANISM(name, patterns, steps, traits)
@@ -145,28 +146,58 @@ static ls_status check_names(const bench *b)
     return LS_OK;
 }
 
+enum {
+    MECHANISM_ = 1,
+    PATTERN_,
+    LENGTH_,
+    LIMIT_,
+    BATCH_,
+    EMBED_,
+    HEADS_,
+    REPEAT_,
+    SET_,
+    CASES_,
+    DEVICE_,
+    PRECISION_,
+    RANKS_,
+    MESSAGES_,
+    TRAIN_,
+    PRODUCTS_,
+    CSV_,
+    HELP_
+};
+/* In the order of their numbers, from 1. */
+static const char *const known[] = {
+    "--mechanism", "--pattern",  "--length", "--softmax-limit", "--batch",     "--embed-dim", "--heads",
+    "--repeat",    "--set",      "--cases",  "--device",        "--precision", "--ranks",     "--messages",
+    "--train",     "--products", "--csv",    "--help",          NULL};
+
+/* given: bit i is option i. One that `mode` would ignore is refused. */
+static ls_status refuse_ignored(uint32_t given, uint32_t taken, const char *mode)
+{
+    for (int i = MECHANISM_; i <= HELP_; i++)
+        if (given & ~taken & UINT32_C(1) << i) LS_FAIL(LS_ERR_ARGUMENT, "bench: %s: leave out %s", mode, known[i - 1]);
+    return LS_OK;
+}
+
+static ls_status check_together(const bench *b, uint32_t given)
+{
+    const uint32_t always = 1u << REPEAT_ | 1u << CSV_ | 1u << HELP_;
+    const uint32_t messages = always | 1u << MESSAGES_;
+    const uint32_t train =
+        always | 1u << TRAIN_ | 1u << LENGTH_ | 1u << SET_ | 1u << PRODUCTS_ | 1u << DEVICE_ | 1u << PRECISION_;
+    if (b->dry > INT32_MAX || (b->dry > 0 && b->r->size > 1))
+        LS_FAIL(LS_ERR_ARGUMENT, "bench: --ranks is for one process: leave out mpirun");
+    if (b->train != NULL)
+        LS_TRY(refuse_ignored(given, train, "--train takes its model from the configuration, which --set changes"));
+    if (b->messages) LS_TRY(refuse_ignored(given, messages, "--messages times no attention"));
+    if (b->messages && b->r->size < 2) LS_FAIL(LS_ERR_ARGUMENT, "bench: --messages needs at least 2 ranks: use mpirun");
+    if (b->products && b->train == NULL) LS_FAIL(LS_ERR_ARGUMENT, "bench: --products is for --train");
+    return LS_OK;
+}
+
 static ls_status parse(int argc, char **argv, bench *b)
 {
-    enum {
-        MECHANISM_ = 1,
-        PATTERN_,
-        LENGTH_,
-        LIMIT_,
-        BATCH_,
-        EMBED_,
-        HEADS_,
-        REPEAT_,
-        SET_,
-        CASES_,
-        DEVICE_,
-        PRECISION_,
-        RANKS_,
-        MESSAGES_,
-        TRAIN_,
-        PRODUCTS_,
-        CSV_,
-        HELP_
-    };
     static const struct option options[] = {{"mechanism", required_argument, NULL, MECHANISM_},
                                             {"pattern", required_argument, NULL, PATTERN_},
                                             {"length", required_argument, NULL, LENGTH_},
@@ -186,15 +217,13 @@ static ls_status parse(int argc, char **argv, bench *b)
                                             {"csv", required_argument, NULL, CSV_},
                                             {"help", no_argument, NULL, HELP_},
                                             {NULL, 0, NULL, 0}};
-    static const char *const known[] = {
-        "--mechanism", "--pattern",  "--length", "--softmax-limit", "--batch",     "--embed-dim", "--heads",
-        "--repeat",    "--set",      "--cases",  "--device",        "--precision", "--ranks",     "--messages",
-        "--train",     "--products", "--csv",    "--help",          NULL};
     char *end;
     int which;
+    uint32_t given = 0;
     opterr = 0;
     optind = 1;
     while ((which = getopt_long(argc, argv, ":", options, NULL)) != -1) {
+        if (which >= MECHANISM_ && which <= HELP_) given |= UINT32_C(1) << which;
         if (which == MECHANISM_)
             b->mechanisms = optarg;
         else if (which == PATTERN_)
@@ -235,17 +264,11 @@ static ls_status parse(int argc, char **argv, bench *b)
             return refuse_option("bench", which, argv, known);
     }
     if (optind < argc) LS_FAIL(LS_ERR_ARGUMENT, "bench: takes no argument '%s'", argv[optind]);
-    if (b->dry > INT32_MAX || (b->dry > 0 && b->r->size > 1))
-        LS_FAIL(LS_ERR_ARGUMENT, "bench: --ranks is for one process: leave out mpirun");
-    if (b->messages && b->r->size < 2) LS_FAIL(LS_ERR_ARGUMENT, "bench: --messages needs at least 2 ranks: use mpirun");
+    LS_TRY(check_together(b, given));
     if (b->repeat > BENCH_REPEAT) LS_FAIL(LS_ERR_ARGUMENT, "bench: --repeat: at most %d", BENCH_REPEAT);
     for (int i = 0; i < b->lengths && b->train == NULL; i++)
         if (b->target[i] > 0)
             LS_FAIL(LS_ERR_ARGUMENT, "bench: --length SOURCE/TARGET is for --train: an attention has one length");
-    if (b->train != NULL && (b->dry > 0 || b->messages || b->cases || b->mechanisms != NULL || b->patterns != NULL))
-        LS_FAIL(LS_ERR_ARGUMENT, "bench: --train takes its model from the configuration: leave out --ranks, "
-                                 "--messages, --cases, --mechanism and --pattern");
-    if (b->products && b->train == NULL) LS_FAIL(LS_ERR_ARGUMENT, "bench: --products is for --train");
     return check_names(b);
 }
 
@@ -296,11 +319,29 @@ static ls_status check_set(const char *set)
     return status == LS_OK ? LS_OK : ls_fail(status, "bench: --set %s: %s", set, ls_last_error());
 }
 
+static int measures(const bench *b, const char *mechanism, ls_pattern pattern)
+{
+    return lists(b->mechanisms, mechanism) && lists(b->patterns, letters[pattern]) &&
+           ls_mechanism_has(mechanism, pattern);
+}
+
+/* An option of a mechanism that is not there to be timed changes nothing: that was not meant. */
+static ls_status check_use(const bench *b, const char *set)
+{
+    char name[256];
+    snprintf(name, sizeof name, "%.*s", (int)strcspn(set, "."), set);
+    for (int pattern = LS_NS; pattern <= LS_CC; pattern++)
+        if (measures(b, name, (ls_pattern)pattern)) return LS_OK;
+    LS_FAIL(LS_ERR_ARGUMENT,
+            "bench: --set %s: %s is not timed: leave out this --set, or have --mechanism and --pattern "
+            "time it",
+            set, name);
+}
+
 /* top NULL: only checks, before anything is timed. *cases grows by how many there are. */
 static ls_status run_case(const bench *b, const ceilings *top, const bench_case *c, int64_t *cases)
 {
-    if (!lists(b->mechanisms, c->mechanism) || !lists(b->patterns, letters[c->pattern])) return LS_OK;
-    if (!ls_mechanism_has(c->mechanism, c->pattern)) return LS_OK;
+    if (!measures(b, c->mechanism, c->pattern)) return LS_OK;
     for (int i = 0; i < b->lengths; i++) {
         ls_attention_options o;
         bench_figures f = {0};
@@ -334,6 +375,7 @@ static ls_status check_cases(const bench *b)
                 "bench: nothing to time: the mechanism has none of these patterns, or no length is within "
                 "--softmax-limit %lld",
                 (long long)b->softmax_limit);
+    for (int i = 0; i < b->set.count; i++) LS_TRY(check_use(b, b->set.item[i]));
     return LS_OK;
 }
 
