@@ -77,6 +77,23 @@ static void lines_come_back(void **state)
     dataset_close(d);
 }
 
+/* At the beginning it is no part of the first name or source; anywhere else it is text. */
+static void byte_order_mark_is_skipped(void **state)
+{
+    (void)state;
+    const char *out = in_folder("mark.h5");
+    write_text("a.tsv", "\xef\xbb\xbfone\t\xef\xbb\xbfs\tt\n\xef\xbb\xbftwo\ts\tt\n");
+    write_text("b.tsv", "\xef\xbb\xbfs1\tt1");
+    write_text("c.tsv", "\xef\xbb\xbf\xef\xbb\xbfs1\tt1");
+    expect_ok(dataset_pack(out, in_folder("a.tsv"), in_folder("b.tsv"), in_folder("c.tsv")), "pack");
+    dataset *d = opened(out);
+    expect_document(d, "train", 0, "one", "\xef\xbb\xbfs", "t");
+    expect_document(d, "train", 1, "\xef\xbb\xbftwo", "s", "t");
+    expect_document(d, "valid", 0, "line-1", "s1", "t1");
+    expect_document(d, "test", 0, "line-1", "\xef\xbb\xbfs1", "t1");
+    dataset_close(d);
+}
+
 static void directories_come_back(void **state)
 {
     (void)state;
@@ -84,7 +101,7 @@ static void directories_come_back(void **state)
     snprintf(pair, sizeof pair, "%s/src/:%s/tgt", folder, folder);
     mkdir(in_folder("src"), 0777);
     mkdir(in_folder("tgt"), 0777);
-    write_text("src/b.txt", "B");
+    write_text("src/b.txt", "\xef\xbb\xbf\x42"); /* a file keeps its byte order mark */
     write_text("src/a.txt", "A\r\n\\n\t");
     write_text("src/.hidden", "h");
     write_text("tgt/a.txt", "aa");
@@ -92,6 +109,7 @@ static void directories_come_back(void **state)
     expect_ok(dataset_pack(in_folder("dirs.h5"), NULL, NULL, pair), "pack");
     dataset *d = opened(in_folder("dirs.h5"));
     expect_document(d, "test", 0, "a.txt", "A\r\n\\n\t", "aa");
+    assert_int_equal(dataset_tokens(d, "test", 0), 10);
     assert_int_equal(dataset_tokens(d, "test", 1), 5); /* a NUL is a byte like others */
     assert_string_equal(dataset_source_names(d), "test: src:tgt");
     dataset_close(d);
@@ -171,6 +189,9 @@ static const struct {
     const char *text, *words;
 } bad_lines[] = {
     {"", "a.tsv: is empty"},
+    {"\xef\xbb\xbf", "a.tsv: is empty"},
+    {"\xef\xbb\xbf\tb\n", "line 1: column 1 is empty"},
+    {"\xef\xbb", "line 1: has 1 column"},
     {"\n", "line 1: has 1 column"},
     {"only one\n", "line 1: has 1 column"},
     {"a\tb\tc\td\n", "line 1: has 4 columns"},
@@ -391,6 +412,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(lines_come_back),
+        cmocka_unit_test(byte_order_mark_is_skipped),
         cmocka_unit_test(directories_come_back),
         cmocka_unit_test(blocks_come_back),
         cmocka_unit_test(same_input_same_bytes),

@@ -204,19 +204,30 @@ static ls_status take_special(tsv *t, sink *k, int c)
     return put_field(t, k, c);
 }
 
+/* To where the text begins: behind the byte order mark that some editors put there, which is no part of it. */
+static void to_text(FILE *file)
+{
+    static const char mark[] = "\xef\xbb\xbf";
+    char begin[sizeof mark - 1];
+    rewind(file);
+    if (fread(begin, 1, sizeof begin, file) != sizeof begin || memcmp(begin, mark, sizeof begin) != 0) rewind(file);
+}
+
 static ls_status count_columns(tsv *t)
 {
     t->columns = 1;
+    to_text(t->file);
+    const long text = ftell(t->file);
     int c;
     while ((c = getc_unlocked(t->file)) != EOF && c != '\n') t->columns += c == '\t';
-    if (c == EOF && t->columns == 1 && ftell(t->file) == 0)
+    if (c == EOF && t->columns == 1 && ftell(t->file) == text)
         LS_FAIL(LS_ERR_FORMAT, "%s: is empty, at least one document is needed", t->path);
     if (t->columns != 2 && t->columns != 3)
         LS_FAIL(LS_ERR_FORMAT,
                 "%s: line 1: has %d column%s, where 2 (source, target) or 3 (name, source, target) are needed, "
                 "with tabs between them",
                 t->path, t->columns, t->columns == 1 ? "" : "s");
-    rewind(t->file);
+    to_text(t->file);
     return LS_OK;
 }
 
