@@ -395,7 +395,9 @@ ls_status ls_state_create(ls_attention *attention, int64_t batch, int64_t max_le
 void ls_state_free(ls_state *state);
 size_t ls_state_bytes(const ls_state *state);
 /* Collective. Cross attention: takes key, value and key_padding_mask of io, sharded as shape->keys, and summarises them
- * once (static_kv). The inputs are not needed afterwards. */
+ * once (static_kv). The inputs are not needed afterwards. A call that is refused leaves the source that the state had
+ * before, on all ranks; but where memory for the new one is lacking, or the transport fails, there is none, and steps
+ * are refused until ls_state_source succeeds. */
 ls_status ls_state_source(ls_attention *attention, ls_state *state, const ls_attention_shape *shape,
                           const ls_attention_io *io, const ls_real *params);
 /* Collective. One token for each batch row: every rank passes the same rows (B,1,E), or (B,H,1,d) at core level, and

@@ -240,8 +240,9 @@ static ls_status check_whose(const ls_attention *a, const ls_state *s)
     return LS_OK;
 }
 
-static ls_status reserve_source(ls_attention *a, ls_state *s, const ls_attention_shape *shape,
-                                const ls_attention_io *io, const ls_real *params, ls_pass *p, buffers *m)
+/* The state stays as it is: what is refused here is refused on all ranks, and they go on with the source they have. */
+static ls_status check_source(ls_attention *a, const ls_state *s, const ls_attention_shape *shape,
+                              const ls_attention_io *io, const ls_real *params, ls_pass *p, buffers *m)
 {
     const char *name = a->mechanism->name;
     LS_TRY(check_whose(a, s));
@@ -268,15 +269,26 @@ static ls_status reserve_source(ls_attention *a, ls_state *s, const ls_attention
     p->own.span[0] = (ls_span){0, shape->keys->lo, n};
     p->own.k = ls_view_of(a, io->key, p->B, n);
     p->own.v = ls_view_of(a, io->value != NULL ? io->value : io->key, p->B, n);
-    LS_TRY(reserve_call(a, p, m));
-    s->rows = s->used = rings(p, phases_of(a)) ? n : 0;
-    s->source_lo = shape->keys->lo;
-    s->source_length = shape->keys->length;
+    return reserve_call(a, p, m);
+}
+
+/* The old source is gone from here on, so that the longer of the two is all the memory that is needed. Where a rank
+ * lacks it no rank has a source. */
+static ls_status replace_source(ls_state *s, const ls_pass *p, const ls_shard *keys)
+{
+    const char *name = s->attention->mechanism->name;
+    s->sourced = 0;
+    s->rows = s->used = rings(p, phases_of(s->attention)) ? keys->n : 0;
+    s->source_lo = keys->lo;
+    s->source_length = keys->length;
     ls_arena_measure(&s->source);
     plan_cache(s, &s->source);
-    LS_TRY(ls_arena_reserve(&s->source, name));
-    plan_cache(s, &s->source);
-    return ls_arena_check(&s->source, name);
+    ls_status status = ls_arena_reserve(&s->source, name);
+    if (status == LS_OK) plan_cache(s, &s->source);
+    if (status == LS_OK) status = ls_arena_check(&s->source, name);
+    status = ls_agree(s->attention->ctx, status);
+    if (status != LS_OK) s->rows = s->used = 0; /* nothing that could be reordered */
+    return status;
 }
 
 /* What must be the same on every rank, of calls that were found well. */
@@ -292,10 +304,11 @@ ls_status ls_state_source(ls_attention *a, ls_state *s, const ls_attention_shape
     LS_NEED(a, "source: attention is NULL");
     ls_pass p;
     buffers m = {0};
-    const ls_status status = reserve_source(a, s, shape, io, params, &p, &m);
+    const ls_status status = check_source(a, s, shape, io, params, &p, &m);
     LS_TRY(ls_agree_alike(a->ctx, status, a->mechanism->name,
                           "options, batch, shard and which optional inputs a source has",
                           status == LS_OK ? sign_source(s, &p, shape->keys) : 0));
+    LS_TRY(replace_source(s, &p, shape->keys));
     const ls_phase *phases = phases_of(a);
     if (ls_is_layer(a)) {
         ls_project(a, K_PROJ, p.B * p.S, ls_reals(io->key), params, m.in[K_PROJ]);

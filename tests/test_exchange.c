@@ -825,6 +825,45 @@ static void test_reserve(void **unused)
     assert_non_null(strstr(ls_last_error(), "a kernel broke"));
 }
 
+/* A rank that has no memory for a new source: the state of no rank has any, says so, and can be given one. */
+static void test_source_without_memory(void **unused)
+{
+    (void)unused;
+    enum { E = 8 };
+    const ls_device_ops *const usual = ctx->ops;
+    ls_device_ops device = *usual;
+    ls_attention_options o;
+    ls_attention *attention;
+    ls_state *made;
+    ls_shard few, many;
+    must(ls_attention_defaults("softmax", &o));
+    o.pattern = LS_NC, o.embed_dim = E, o.num_heads = 1;
+    must(ls_attention_create(ctx, &o, &attention));
+    ctx->ops = &device;
+    must(ls_state_create(attention, 1, 0, &made));
+    make_shard(size, 0, &few);
+    make_shard(100 * size, 0, &many);
+    ls_real *x = filled(100 * size * E);
+    const ls_attention_shape shape = {.batch = 1, .keys = &few}, more = {.batch = 1, .keys = &many};
+    const ls_attention_io io = {.query = x, .key = x, .value = x};
+    ls_real out[E];
+    must(ls_state_source(attention, made, &shape, &io, NULL));
+    must(ls_attention_step(attention, made, &io, NULL, out));
+    if (rank == size - 1) device.alloc = nothing;
+    assert_true(all(ls_state_source(attention, made, &more, &io, NULL) != LS_ERR_MEMORY) == 0);
+    device.alloc = usual->alloc;
+    assert_true(all(ls_state_reorder(made, (int64_t[]){0}) != LS_OK) == 0);
+    const ls_status status = ls_attention_step(attention, made, &io, NULL, out);
+    assert_true(all(status != LS_ERR_ARGUMENT || strstr(ls_last_error(), "ls_state_source first") == NULL) == 0);
+    must(ls_state_source(attention, made, &more, &io, NULL));
+    must(ls_attention_step(attention, made, &io, NULL, out));
+    ctx->ops = usual;
+    ls_state_free(made);
+    ls_attention_free(attention);
+    ls_shard_free(&few), ls_shard_free(&many);
+    free(x);
+}
+
 /* A rank that fails while messages travel leaves the others waiting, unless all were told. */
 static void test_alone(void **unused)
 {
@@ -906,6 +945,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_dry_guesses),
         cmocka_unit_test(test_agree),
         cmocka_unit_test(test_reserve),
+        cmocka_unit_test(test_source_without_memory),
         cmocka_unit_test(test_alone),
         cmocka_unit_test(test_create_together),
         cmocka_unit_test(test_forget),

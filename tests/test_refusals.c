@@ -230,9 +230,35 @@ static void test_states(void **unused)
     }
 }
 
+/* Two states with the same source, of which one has then refused others: they go on alike. */
+static void keeps_its_source(ls_attention *a, const ls_shard *keys, const ls_shard *longer)
+{
+    enum { MORE = 12 * L };
+    ls_state *state[2];
+    ls_real out[2][B * E];
+    const uint8_t pad[MORE * B] = {0};
+    const ls_attention_shape shape = {.batch = B, .keys = keys}, other = {.batch = B, .keys = longer};
+    const ls_attention_shape odd = {.batch = last ? B + 1 : B, .keys = longer};
+    const ls_attention_io source = {.key = x}, token = {.query = x + 3};
+    ls_attention_io bad = {.key = x + 1, .key_padding_mask = last ? pad : NULL};
+    for (int i = 0; i < 2; i++) {
+        must(ls_state_create(a, B, L, &state[i]));
+        must(ls_state_source(a, state[i], &shape, &source, params));
+    }
+    if (size > 1) refused(ls_state_source(a, state[1], &other, &bad, params), LS_ERR_ARGUMENT, differs());
+    bad = (ls_attention_io){.key = last ? NULL : x + 1};
+    refused(ls_state_source(a, state[1], &other, &bad, params), LS_ERR_ARGUMENT, blamed(""));
+    refused(ls_state_source(a, state[1], &odd, &source, params), LS_ERR_ARGUMENT, "batch");
+    for (int i = 0; i < 2; i++) must(ls_attention_step(a, state[i], &token, params, out[i]));
+    assert_false(any(memcmp(out[0], out[1], sizeof out[0]) != 0 || out[0][0] == 0));
+    for (int i = 0; i < 2; i++) ls_state_free(state[i]);
+}
+
 static void test_sources(void **unused)
 {
     (void)unused;
+    ls_shard many;
+    must(ls_shard_even(ctx, 12 * L, &many));
     for (int i = 0; ls_mechanism_name(i) != NULL; i++) {
         const char *name = ls_mechanism_name(i);
         if (!ls_mechanism_has_step(name, LS_NC)) continue;
@@ -257,9 +283,11 @@ static void test_sources(void **unused)
         token.query_padding_mask = pad;
         must(ls_attention_step(a, state, &token, params, y));
         ls_state_free(state);
+        keeps_its_source(a, &keys, &many);
         ls_shard_free(&keys), ls_shard_free(&longer);
         ls_attention_free(a);
     }
+    ls_shard_free(&many);
 }
 
 /* ------------------------------------------------------------------------------------------------ what is too large */
@@ -355,10 +383,12 @@ int main(int argc, char **argv)
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     MPI_Comm_size(MPI_COMM_WORLD, &size);
     last = rank == size - 1;
-    x = calloc(1024, sizeof *x), y = calloc(1024, sizeof *y), grads = calloc(1024, sizeof *grads);
+    x = calloc(2048, sizeof *x), y = calloc(1024, sizeof *y), grads = calloc(1024, sizeof *grads);
     params = calloc(MOST_PARAMS, sizeof *params);
     if (x == NULL || y == NULL || grads == NULL || params == NULL || ls_context_create(&options, &ctx) != LS_OK)
         MPI_Abort(MPI_COMM_WORLD, 1);
+    for (int i = 0; i < MOST_PARAMS; i++) params[i] = (ls_real)(i * 37 % 101) / 101 - (ls_real)0.5;
+    for (int i = 0; i < 2048; i++) x[i] = params[i + 1];
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_nothing),     cmocka_unit_test(test_all_reduce), cmocka_unit_test(test_sentences),
         cmocka_unit_test(test_differences), cmocka_unit_test(test_states),     cmocka_unit_test(test_sources),
