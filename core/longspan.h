@@ -333,7 +333,8 @@ typedef struct ls_attention_io {
     /* Documents packed into one sequence: ids (B,T) and (B,S), a document is a run of equal ids >= 0, and attention
      * stays within it: its rows are those of the document alone, positions from 0. Rows with ids < 0 belong to none:
      * their core output is 0. Self attention: one of the two may be NULL; cross attention: queries see the keys of the
-     * same id. Not together with attn_mask, dropout_mask, weights or random numbers that are given; not in a step. */
+     * same id. Not together with attn_mask, dropout_mask, weights or random numbers that are given; not in a step,
+     * nor with dry_size > 1, where nobody could tell which documents lie on the other ranks or go on there. */
     const int32_t *query_segments, *key_segments;
     const ls_real *attn_mask; /* softmax: additive, this rank's queries x all keys: (T, S_all), or with
                                * attn_mask_per_head (B*H, T, S_all) */

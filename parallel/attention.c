@@ -320,6 +320,11 @@ static ls_status check_packed(const ls_attention *a, const ls_attention_io *io)
 {
     const char *name = a->mechanism->name;
     if (!is_packed(io)) return LS_OK;
+    if (a->ctx->dry)
+        LS_FAIL(LS_ERR_UNSUPPORTED,
+                "%s: packed documents cannot be planned in a dry context, to which the other ranks cannot tell theirs: "
+                "leave the segments out",
+                name);
     if (io->attn_mask != NULL || io->dropout_mask != NULL || io->need_weights || io->need_head_weights ||
         io->noise != NULL || io->samples != NULL || io->selected != NULL)
         LS_FAIL(LS_ERR_UNSUPPORTED,

@@ -108,6 +108,7 @@ ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
     ls_context *c = calloc(1, sizeof *c);
     if (c == NULL) LS_FAIL(LS_ERR_MEMORY, "context: no memory");
     ls_status status = LS_OK;
+    c->dry = options->dry_size > 1;
     if (options->dry_size > 0)
         ls_comm_dry(options->dry_rank, options->dry_size, &c->exchange.comm);
     else if (alone)

@@ -357,6 +357,35 @@ static void test_sizes(void **unused)
     ls_shard_free(&even), ls_shard_free(&long_one);
 }
 
+/* ------------------------------------------------------------------------------------------------ what is not there */
+
+/* A rank without the others plans whole sequences, and packed ones only where it is the only rank. */
+static void test_dry(void **unused)
+{
+    (void)unused;
+    const int32_t id[B * L] = {0};
+    for (int ranks = 1; ranks < 4; ranks += 2) {
+        const ls_context_options options = {.dry_size = ranks, .dry_rank = ranks / 2};
+        ls_context *whole = ctx, *dry = NULL;
+        ls_shard s;
+        must(ls_context_create(&options, &dry));
+        ctx = dry;
+        ls_attention *a = make("softmax", LS_CS);
+        must(ls_shard_even(ctx, L, &s));
+        const ls_attention_shape shape = {.batch = B, .queries = &s};
+        ls_attention_io io = {.query = x};
+        must(ls_attention_forward(a, &shape, &io, params, y, NULL));
+        io.query_segments = id;
+        const ls_status status = ls_attention_forward(a, &shape, &io, params, y, NULL);
+        if (ranks == 1) must(status);
+        if (ranks > 1) refused(status, LS_ERR_UNSUPPORTED, "packed documents cannot be planned in a dry context");
+        ls_shard_free(&s);
+        ls_attention_free(a);
+        ls_context_free(dry);
+        ctx = whole;
+    }
+}
+
 /* ------------------------------------------------------------------------------------------------ main */
 
 static void test_levels(void **unused)
@@ -389,10 +418,11 @@ int main(int argc, char **argv)
         MPI_Abort(MPI_COMM_WORLD, 1);
     for (int i = 0; i < MOST_PARAMS; i++) params[i] = (ls_real)(i * 37 % 101) / 101 - (ls_real)0.5;
     for (int i = 0; i < 2048; i++) x[i] = params[i + 1];
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_nothing),     cmocka_unit_test(test_all_reduce), cmocka_unit_test(test_sentences),
-        cmocka_unit_test(test_differences), cmocka_unit_test(test_states),     cmocka_unit_test(test_sources),
-        cmocka_unit_test(test_counts),      cmocka_unit_test(test_sizes),      cmocka_unit_test(test_levels)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_nothing),   cmocka_unit_test(test_all_reduce),
+                                       cmocka_unit_test(test_sentences), cmocka_unit_test(test_differences),
+                                       cmocka_unit_test(test_states),    cmocka_unit_test(test_sources),
+                                       cmocka_unit_test(test_counts),    cmocka_unit_test(test_sizes),
+                                       cmocka_unit_test(test_levels),    cmocka_unit_test(test_dry)};
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     ls_context_free(ctx);
     free(x), free(y), free(grads), free(params);
