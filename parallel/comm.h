@@ -68,7 +68,8 @@ static inline ls_status ls_comm_gather(ls_comm *c, int64_t mine, int64_t *all)
 void ls_comm_self(ls_comm *comm);
 void ls_comm_dry(int rank, int size, ls_comm *comm); /* a rank without the others: see ls_context_options.dry_size */
 int ls_comm_is_dry(const ls_comm *comm);
-ls_status ls_comm_mpi(MPI_Comm mpi, ls_comm *comm); /* collective; duplicates mpi */
+/* Collective; duplicates mpi. Takes no memory of its own, so that no rank fails before there is a way to say so. */
+ls_status ls_comm_mpi(MPI_Comm mpi, ls_comm *comm);
 /* Tensors in the memory of a device that MPI cannot see: messages pass through host memory. Takes over *comm, an MPI
  * communicator, which goes on to serve what is in host memory. */
 ls_status ls_comm_staged(const ls_device_ops *ops, ls_queue *queue, ls_comm *comm);

@@ -3,6 +3,7 @@
 #include "real.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #ifdef LS_REAL_DOUBLE
 #define MPI_LS_REAL MPI_DOUBLE
@@ -22,9 +23,13 @@ static ls_status check(const ls_comm *c, int rc, const char *what)
     LS_FAIL(LS_ERR_COMM, "mpi: %s failed on rank %d of %d: %s", what, c->rank, c->size, text);
 }
 
+/* The communicator lies in the pointer itself: a rank that had no memory for it would leave the others waiting. */
+_Static_assert(sizeof(MPI_Comm) <= sizeof(void *), "an MPI_Comm is a number or a pointer");
 static MPI_Comm mpi_of(const ls_comm *c)
 {
-    return *(MPI_Comm *)c->own;
+    MPI_Comm mpi;
+    memcpy(&mpi, &c->own, sizeof mpi);
+    return mpi;
 }
 
 static ls_status begin(ls_comm *c, const ls_message *m, int count, ls_pending *p)
@@ -111,8 +116,8 @@ static void close_mpi(ls_comm *c)
 {
     int finalized = 0;
     MPI_Finalized(&finalized);
-    if (!finalized) MPI_Comm_free(c->own);
-    free(c->own);
+    MPI_Comm mpi = mpi_of(c);
+    if (!finalized) MPI_Comm_free(&mpi);
     c->own = NULL;
 }
 
@@ -124,15 +129,12 @@ ls_status ls_comm_mpi(MPI_Comm mpi, ls_comm *comm)
     MPI_Finalized(&finalized);
     if (!initialized) LS_FAIL(LS_ERR_ARGUMENT, "mpi: call MPI_Init before giving a communicator to a context");
     if (finalized) LS_FAIL(LS_ERR_ARGUMENT, "mpi: a context with a communicator cannot be made after MPI_Finalize");
-    *comm = (ls_comm){&ops, 0, 1, malloc(sizeof(MPI_Comm)), NULL};
-    if (comm->own == NULL) LS_FAIL(LS_ERR_MEMORY, "mpi: no memory for a communicator");
-    const int rc = MPI_Comm_dup(mpi, comm->own);
-    if (rc != MPI_SUCCESS) {
-        free(comm->own);
-        return check(comm, rc, "duplicating the communicator");
-    }
-    MPI_Comm_set_errhandler(mpi_of(comm), MPI_ERRORS_RETURN);
-    MPI_Comm_rank(mpi_of(comm), &comm->rank);
-    MPI_Comm_size(mpi_of(comm), &comm->size);
+    *comm = (ls_comm){&ops, 0, 1, NULL, NULL};
+    MPI_Comm own;
+    LS_TRY(check(comm, MPI_Comm_dup(mpi, &own), "duplicating the communicator"));
+    memcpy(&comm->own, &own, sizeof own);
+    MPI_Comm_set_errhandler(own, MPI_ERRORS_RETURN);
+    MPI_Comm_rank(own, &comm->rank);
+    MPI_Comm_size(own, &comm->size);
     return LS_OK;
 }

@@ -4,6 +4,61 @@
 
 #include <stdlib.h>
 
+uint64_t ls_sign(uint64_t signature, const void *bytes, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        signature = (signature ^ ((const unsigned char *)bytes)[i]) * UINT64_C(1099511628211);
+    return signature;
+}
+
+/* The slow path: all are well, but not all the same. */
+static ls_status name_who_differs(ls_comm *comm, const char *what, const char *alike, int64_t signature)
+{
+    int64_t *all = malloc((size_t)comm->size * sizeof *all);
+    int64_t short_of_memory = all == NULL ? -1 : 0;
+    ls_status status = ls_comm_min(comm, &short_of_memory, 1);
+    if (status == LS_OK && short_of_memory < 0) status = ls_fail(LS_ERR_MEMORY, "%s: no memory to compare ranks", what);
+    if (status == LS_OK) status = ls_comm_gather(comm, signature, all);
+    if (status == LS_OK) {
+        int odd = 0;
+        while (odd + 1 < comm->size && all[odd] == all[0]) odd++;
+        status = ls_fail(LS_ERR_ARGUMENT,
+                         "%s: rank %d differs from rank 0: %s must be the same on every rank, and the calls in the "
+                         "same order",
+                         what, odd, alike);
+    }
+    free(all);
+    return ls_share_failure(status);
+}
+
+/* One all-reduce of three numbers does both: the lowest failing rank, whose code and sentence follow only then, and the
+ * least and the greatest signature. */
+static ls_status agree_over(ls_comm *comm, ls_status mine, const char *what, const char *alike, uint64_t signature)
+{
+    mine = ls_explained(mine);
+    if (comm->size == 1) return mine;
+    /* calls of another kind differ too; not negative, so that its negative exists */
+    const int64_t sign = (int64_t)(ls_sign(signature, alike, strlen(alike)) >> 1);
+    int64_t least[3] = {mine == LS_OK ? comm->size : comm->rank, sign, -sign};
+    LS_TRY(ls_comm_min(comm, least, 3));
+    const int first = (int)least[0];
+    if (first == comm->size) return least[1] == -least[2] ? LS_OK : name_who_differs(comm, what, alike, sign);
+    struct {
+        int32_t code, shared; /* shared: the sentence tells already whose it is */
+        char text[1000];
+    } message = {mine, ls_is_shared(mine), ""};
+    if (comm->rank == first) strncpy(message.text, ls_last_error(), sizeof message.text - 1);
+    LS_TRY(ls_comm_broadcast(comm, &message, (int)sizeof message, first));
+    const ls_status status = (ls_status)message.code;
+    return ls_share_failure(message.shared ? ls_fail(status, "%s", message.text)
+                                           : ls_fail(status, "rank %d: %s", first, message.text));
+}
+
+ls_status ls_agree_alike(ls_context *ctx, ls_status mine, const char *what, const char *alike, uint64_t signature)
+{
+    return agree_over(&ctx->exchange.comm, mine, what, alike, signature);
+}
+
 /* What does not depend on the other ranks: the device and memory for the driver. */
 static ls_status prepare(const ls_context_options *o, ls_context *c, ls_queue *queue)
 {
@@ -39,9 +94,10 @@ static ls_status open_queue(const ls_context_options *o, ls_context *c)
 static ls_status open_rest(const ls_context_options *o, ls_context *c)
 {
     c->alone = calloc(1, sizeof *c->alone);
+    if (c->alone == NULL) LS_FAIL(LS_ERR_MEMORY, "context: no memory");
+    ls_comm_self(&c->alone->exchange.comm); /* at once: what there is of a context can be freed */
     c->documents = calloc(1, sizeof *c->documents);
-    if (c->alone == NULL || c->documents == NULL) LS_FAIL(LS_ERR_MEMORY, "context: no memory");
-    ls_comm_self(&c->alone->exchange.comm);
+    if (c->documents == NULL) LS_FAIL(LS_ERR_MEMORY, "context: no memory");
     LS_TRY(open_queue(o, c));
     LS_TRY(prepare(o, c, c->queue));
     return prepare(o, c->alone, c->queue);
@@ -98,6 +154,27 @@ static uint64_t signature_of(const ls_context_options *o)
     return ls_sign(ls_sign(transport, &o->precision, sizeof o->precision), &o->seed, sizeof o->seed);
 }
 
+/* Collective. The communicator comes first, since a rank that has no memory for a context has to tell the others. */
+static ls_status open_comm(const ls_context_options *o, int alone, ls_comm *comm)
+{
+    if (!alone) return ls_comm_mpi(o->comm, comm);
+    if (o->dry_size > 0)
+        ls_comm_dry(o->dry_rank, o->dry_size, comm);
+    else
+        ls_comm_self(comm);
+    return LS_OK;
+}
+
+/* Local. *c has the communicator if it is there at all. */
+static ls_status open_local(const ls_context_options *o, ls_status possible, const ls_comm *comm, ls_context **c)
+{
+    *c = calloc(1, sizeof **c);
+    if (*c == NULL) return possible != LS_OK ? possible : ls_fail(LS_ERR_MEMORY, "context: no memory");
+    (*c)->exchange.comm = *comm;
+    (*c)->dry = o->dry_size > 1;
+    return possible != LS_OK ? possible : open_rest(o, *c);
+}
+
 ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
 {
     LS_NEED(options, "context: options is NULL");
@@ -105,23 +182,13 @@ ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
     const int alone = options->dry_size != 0 || options->comm == MPI_COMM_NULL || options->comm == (MPI_Comm)0;
     const ls_status possible = ctx != NULL ? check_options(options) : ls_fail(LS_ERR_ARGUMENT, "context: ctx is NULL");
     if (alone && possible != LS_OK) return possible;
-    ls_context *c = calloc(1, sizeof *c);
-    if (c == NULL) LS_FAIL(LS_ERR_MEMORY, "context: no memory");
-    ls_status status = LS_OK;
-    c->dry = options->dry_size > 1;
-    if (options->dry_size > 0)
-        ls_comm_dry(options->dry_rank, options->dry_size, &c->exchange.comm);
-    else if (alone)
-        ls_comm_self(&c->exchange.comm);
-    else
-        status = ls_comm_mpi(options->comm, &c->exchange.comm);
-    if (status != LS_OK) {
-        free(c);
-        return status;
-    }
-    status = ls_agree_alike(c, possible != LS_OK ? possible : open_rest(options, c), "context",
-                            "device, transport, precision and seed", signature_of(options));
-    if (status == LS_OK && c->queue != NULL && c->exchange.comm.size > 1) status = open_transport(options, c);
+    ls_comm comm;
+    LS_TRY(open_comm(options, alone, &comm));
+    ls_context *c;
+    ls_status status = agree_over(&comm, open_local(options, possible, &comm, &c), "context",
+                                  "device, transport, precision and seed", signature_of(options));
+    if (status == LS_OK && c->queue != NULL && comm.size > 1) status = open_transport(options, c);
+    if (status != LS_OK && c == NULL) comm.ops->close(&comm);
     if (status != LS_OK) {
         ls_context_free(c);
         return status;
@@ -205,57 +272,6 @@ size_t ls_context_bytes(const ls_context *ctx)
 int ls_context_size(const ls_context *ctx)
 {
     return ctx->exchange.comm.size;
-}
-
-uint64_t ls_sign(uint64_t signature, const void *bytes, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        signature = (signature ^ ((const unsigned char *)bytes)[i]) * UINT64_C(1099511628211);
-    return signature;
-}
-
-/* The slow path: all are well, but not all the same. */
-static ls_status name_who_differs(ls_comm *comm, const char *what, const char *alike, int64_t signature)
-{
-    int64_t *all = malloc((size_t)comm->size * sizeof *all);
-    int64_t short_of_memory = all == NULL ? -1 : 0;
-    ls_status status = ls_comm_min(comm, &short_of_memory, 1);
-    if (status == LS_OK && short_of_memory < 0) status = ls_fail(LS_ERR_MEMORY, "%s: no memory to compare ranks", what);
-    if (status == LS_OK) status = ls_comm_gather(comm, signature, all);
-    if (status == LS_OK) {
-        int odd = 0;
-        while (odd + 1 < comm->size && all[odd] == all[0]) odd++;
-        status = ls_fail(LS_ERR_ARGUMENT,
-                         "%s: rank %d differs from rank 0: %s must be the same on every rank, and the calls in the "
-                         "same order",
-                         what, odd, alike);
-    }
-    free(all);
-    return ls_share_failure(status);
-}
-
-/* One all-reduce of three numbers does both: the lowest failing rank, whose code and sentence follow only then, and the
- * least and the greatest signature. */
-ls_status ls_agree_alike(ls_context *ctx, ls_status mine, const char *what, const char *alike, uint64_t signature)
-{
-    ls_comm *comm = &ctx->exchange.comm;
-    mine = ls_explained(mine);
-    if (comm->size == 1) return mine;
-    /* calls of another kind differ too; not negative, so that its negative exists */
-    const int64_t sign = (int64_t)(ls_sign(signature, alike, strlen(alike)) >> 1);
-    int64_t least[3] = {mine == LS_OK ? comm->size : comm->rank, sign, -sign};
-    LS_TRY(ls_comm_min(comm, least, 3));
-    const int first = (int)least[0];
-    if (first == comm->size) return least[1] == -least[2] ? LS_OK : name_who_differs(comm, what, alike, sign);
-    struct {
-        int32_t code, shared; /* shared: the sentence tells already whose it is */
-        char text[1000];
-    } message = {mine, ls_is_shared(mine), ""};
-    if (comm->rank == first) strncpy(message.text, ls_last_error(), sizeof message.text - 1);
-    LS_TRY(ls_comm_broadcast(comm, &message, (int)sizeof message, first));
-    const ls_status status = (ls_status)message.code;
-    return ls_share_failure(message.shared ? ls_fail(status, "%s", message.text)
-                                           : ls_fail(status, "rank %d: %s", first, message.text));
 }
 
 ls_status ls_agree(ls_context *ctx, ls_status mine)

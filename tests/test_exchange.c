@@ -897,6 +897,38 @@ static void test_create_together(void **unused)
     assert_true(all(ls_agree(ctx, LS_OK) != LS_OK) == 0);
 }
 
+/* Linked in the place of calloc: of `allowed` more calls, then fails once; -1: never. */
+static int allowed = -1;
+void *__real_calloc(size_t count, size_t bytes);
+void *__wrap_calloc(size_t count, size_t bytes);
+void *__wrap_calloc(size_t count, size_t bytes)
+{
+    return allowed >= 0 && allowed-- == 0 ? NULL : __real_calloc(count, bytes);
+}
+
+/* Whatever one rank has no memory for as a context is made: all hear of it, and what there is of it is freed. */
+static void test_create_without_memory(void **unused)
+{
+    (void)unused;
+    const ls_context_options options = {.comm = MPI_COMM_WORLD};
+    double failed = 1;
+    for (int calls = 0; failed > 0; calls++) {
+        ls_context *other = NULL;
+        allowed = rank == size - 1 ? calls : -1;
+        const ls_status status = ls_context_create(&options, &other);
+        failed = all(rank == size - 1 && allowed < 0);
+        allowed = -1;
+        if (failed > 0)
+            assert_true(all(status != LS_ERR_MEMORY || other != NULL || strstr(ls_last_error(), "no memory") == NULL) ==
+                        0);
+        else
+            must(status);
+        assert_true(failed > 0 || calls >= 3); /* of a context, of this rank's own, and of their lists */
+        ls_context_free(other);
+    }
+    must(ls_agree(ctx, LS_OK));
+}
+
 /* What is forgotten while it is under way writes to nobody's memory: the message that comes too late is still there. */
 static void test_forget(void **unused)
 {
@@ -911,7 +943,8 @@ static void test_forget(void **unused)
     const ls_message expected = {x, REALS * sizeof *x, (rank + size - 1) % size, 1, 1};
     must(comm.ops->begin(&comm, &expected, 1, &pending));
     comm.ops->forget(&pending);
-    const MPI_Comm mpi = *(MPI_Comm *)comm.own;
+    MPI_Comm mpi;
+    memcpy(&mpi, &comm.own, sizeof mpi);
     MPI_Barrier(mpi);
     MPI_Request late;
     MPI_Status status;
@@ -948,6 +981,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_source_without_memory),
         cmocka_unit_test(test_alone),
         cmocka_unit_test(test_create_together),
+        cmocka_unit_test(test_create_without_memory),
         cmocka_unit_test(test_forget),
     };
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
