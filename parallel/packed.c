@@ -175,7 +175,7 @@ ls_status ls_documents_find(ls_context *ctx, const char *name, int64_t B, const 
     if (all == NULL) status = ls_fail(LS_ERR_MEMORY, "packed: no memory for %lld runs", (long long)total);
     if (status == LS_OK) status = make_room(docs, size, total);
     LS_TRY_GOTO(ls_agree(ctx, status));
-    LS_TRY_GOTO(share_segments(x, count, own, all));
+    LS_TRY_GOTO(ls_alone(ctx, share_segments(x, count, own, all)));
     total = join_runs(all, total);
     qsort(all, (size_t)total, sizeof *all, by_name);
     status = match(name, all, total, self, queries, self ? queries : keys, docs); /* the same on all ranks */

@@ -880,6 +880,41 @@ static void test_alone(void **unused)
                     (size == 1 ? LS_ERR_INTERNAL : LS_ERR_COMM)) == 0);
 }
 
+static ls_status no_requests(ls_comm *c, const ls_message *m, int count, ls_pending *p)
+{
+    (void)c, (void)m, (void)count, (void)p;
+    return ls_fail(LS_ERR_MEMORY, "no memory for requests");
+}
+
+/* So it is when ranks tell one another of their documents. Here all of them fail, and so none waits. */
+static void test_alone_packed(void **unused)
+{
+    (void)unused;
+    const ls_comm_ops *const usual = ctx->exchange.comm.ops;
+    ls_comm_ops ops = *usual;
+    ls_attention_options o;
+    ls_attention *attention;
+    ls_shard shard;
+    ls_real x[4], y[4];
+    const int32_t id[1] = {3};
+    must(ls_attention_defaults("softmax", &o));
+    o.embed_dim = 4, o.num_heads = 1;
+    must(ls_attention_create(ctx, &o, &attention));
+    make_shard(size, 0, &shard);
+    for (int i = 0; i < 4; i++) x[i] = (ls_real)draw();
+    const ls_attention_shape shape = {.batch = 1, .queries = &shard};
+    const ls_attention_io io = {.query = x, .key = x, .value = x, .query_segments = id};
+    must(ls_attention_forward(attention, &shape, &io, NULL, y, NULL));
+    ops.begin = no_requests;
+    ctx->exchange.comm.ops = &ops;
+    const ls_status status = ls_attention_forward(attention, &shape, &io, NULL, y, NULL);
+    ctx->exchange.comm.ops = usual;
+    assert_true(all(status != (size == 1 ? LS_ERR_MEMORY : LS_ERR_COMM) ||
+                    strstr(ls_last_error(), "no memory for requests") == NULL) == 0);
+    ls_shard_free(&shard);
+    ls_attention_free(attention);
+}
+
 /* Options that one rank alone gets wrong, or gives otherwise: all hear of it. */
 static void test_create_together(void **unused)
 {
@@ -980,6 +1015,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_reserve),
         cmocka_unit_test(test_source_without_memory),
         cmocka_unit_test(test_alone),
+        cmocka_unit_test(test_alone_packed),
         cmocka_unit_test(test_create_together),
         cmocka_unit_test(test_create_without_memory),
         cmocka_unit_test(test_forget),
