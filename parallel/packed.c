@@ -121,7 +121,7 @@ static ls_status match(const char *name, const segment *list, int64_t count, int
         const int k = d->k_n > 0 ? owner_of(keys, d->k_lo, d->k_n) : -2;
         d->owner = q == -2 ? k : k == -2 ? q : q == k ? q : -1;
     }
-    qsort(docs->list, (size_t)docs->count, sizeof *docs->list, document_order);
+    if (docs->count > 0) qsort(docs->list, (size_t)docs->count, sizeof *docs->list, document_order);
     return LS_OK;
 }
 

@@ -1566,14 +1566,14 @@ static int documents_alone(const problem *p, int count, stretch (*q)[MOST_DOCUME
     return status;
 }
 
-static void packed_case(const setting *s, int kind)
+static void packed_case(const setting *s, int kind, int most)
 {
     problem p;
     answer a = {0}, want;
     stretch q[4][MOST_DOCUMENTS], k[4][MOST_DOCUMENTS];
     int64_t queries[64], keys[64];
     draw r = draw_from(s->seed, 31);
-    const int count = 1 + (int)draw_below(&r, MOST_DOCUMENTS);
+    const int count = most == 0 ? 0 : 1 + (int)draw_below(&r, most);
     if (problem_draw(s, &p) != LS_OK) {
         verdict(0, "packed: %s: %s", p.text, here.error);
         return;
@@ -1612,14 +1612,14 @@ static void packed_case(const setting *s, int kind)
     problem_free(&p);
 }
 
-/* Packed documents give what each gives alone, wherever the shards cut them. */
+/* Packed documents give what each gives alone, wherever the shards cut them; and where there are none, nothing. */
 static void packed_documents(void)
 {
     for (const case_row *row = cases; row->mechanism != NULL; row++) {
         if (!takes_part(row) || row->extras & ~(unsigned)(OTHER_SCALE | NO_DIFFERENCES | ROWS_HERE | NO_STEP | STEEP) ||
             has_jumps(row))
             continue;
-        for (int variant = 0; variant < 6; variant++) {
+        for (int variant = 0; variant < 8; variant++) {
             const ls_level level = variant % 2 ? LS_LEVEL_LAYER : LS_LEVEL_CORE;
             if ((level == LS_LEVEL_CORE && traits_of(row) & LAYER_ONLY) || is_left_out(row, level) || !is_its_turn())
                 continue;
@@ -1627,7 +1627,7 @@ static void packed_documents(void)
                                             (padding)((variant + row_number(row)) % PADDINGS),
                                             (uint64_t)(70000 + 10 * row_number(row) + variant));
             watchdog(120);
-            packed_case(&s, variant % SPLITS);
+            packed_case(&s, variant % SPLITS, variant < 6 ? MOST_DOCUMENTS : 0);
         }
     }
 }
