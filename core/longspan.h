@@ -163,7 +163,8 @@ ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
 void ls_context_free(ls_context *ctx);
 int ls_context_rank(const ls_context *ctx);
 int ls_context_size(const ls_context *ctx);
-size_t ls_context_bytes(const ls_context *ctx); /* scratch memory that all its attentions share, as it has grown */
+/* Scratch memory that all its attentions share, as it has grown: on the device, and lists in host memory. */
+size_t ls_context_bytes(const ls_context *ctx);
 
 /* On a GPU calls give work to the context's queue and return: outputs are there after ls_context_wait, which also tells
  * what failed meanwhile. query, key, value, out, their gradients, params, masks, features, noise, samples and weights
@@ -367,7 +368,7 @@ typedef struct ls_attention_io {
 typedef struct ls_saved ls_saved;
 ls_status ls_saved_create(ls_attention *attention, ls_saved **saved);
 void ls_saved_free(ls_saved *saved);
-size_t ls_saved_bytes(const ls_saved *saved);
+size_t ls_saved_bytes(const ls_saved *saved); /* on the device, and lists in host memory */
 
 /* Collective. out: like query (s4d's core: channels times as wide), in memory that no input has. saved NULL: no
  * backward will follow. The inputs, params and out must stay unchanged until backward. */

@@ -201,8 +201,7 @@ void ls_saved_free(ls_saved *saved)
 
 size_t ls_saved_bytes(const ls_saved *saved)
 {
-    const ls_requests *r = &saved->requests;
-    return saved->arena.capacity + r->asked.capacity + r->accepted.capacity + r->brought.capacity;
+    return saved->arena.capacity + ls_requests_bytes(&saved->requests) + ls_documents_bytes(&saved->documents);
 }
 
 /* ------------------------------------------------------------------------------------------------ a call */

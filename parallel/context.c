@@ -264,9 +264,14 @@ int ls_context_rank(const ls_context *ctx)
     return ctx->exchange.comm.rank;
 }
 
+static size_t bytes_of(const ls_context *c)
+{
+    return c->work.capacity + c->unsaved.capacity + c->exchange.wire.capacity + ls_requests_bytes(&c->requests);
+}
+
 size_t ls_context_bytes(const ls_context *ctx)
 {
-    return ctx->work.capacity + ctx->unsaved.capacity + ctx->exchange.wire.capacity;
+    return bytes_of(ctx) + bytes_of(ctx->alone) + ls_documents_bytes(ctx->documents);
 }
 
 int ls_context_size(const ls_context *ctx)

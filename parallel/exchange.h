@@ -105,6 +105,7 @@ ls_status ls_request(ls_exchange *x, const ls_shard *shard, const ls_requests *r
 ls_status ls_request_adjoint(ls_exchange *x, const ls_shard *shard, const ls_requests *r, const ls_rows *from,
                              const ls_rows *to, int tensors);
 void ls_requests_free(ls_requests *r);
+size_t ls_requests_bytes(const ls_requests *r); /* that they hold, here and on the device */
 
 /* What the formulas say one rank sends. */
 uint64_t ls_predict_reduce(int rank, int size, uint64_t bytes);

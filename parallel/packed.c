@@ -192,6 +192,13 @@ void ls_documents_free(ls_documents *docs)
     *docs = (ls_documents){0};
 }
 
+size_t ls_documents_bytes(const ls_documents *docs)
+{
+    size_t bytes = (size_t)docs->capacity * (sizeof *docs->list + sizeof *docs->requests);
+    for (int64_t i = 0; i < docs->capacity; i++) bytes += ls_requests_bytes(&docs->requests[i]);
+    return bytes;
+}
+
 /* ------------------------------------------------------------------------------------------------ one document */
 
 static int64_t clamp(int64_t x, int64_t lo, int64_t n)

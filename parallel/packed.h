@@ -24,6 +24,7 @@ typedef struct ls_documents {
     size_t saved_mark, work_mark; /* where the memory of documents begins */
 } ls_documents;
 void ls_documents_free(ls_documents *docs);
+size_t ls_documents_bytes(const ls_documents *docs); /* that they hold, here and on the device */
 
 /* Collective: from the segment ids of this rank's rows, (B,T) and (B,S), the documents of the whole batch, the same
  * list on every rank. A document is a run of equal ids >= 0; rows with negative ids belong to none. Queries and keys

@@ -93,6 +93,11 @@ void ls_requests_free(ls_requests *r)
     *r = (ls_requests){0};
 }
 
+size_t ls_requests_bytes(const ls_requests *r)
+{
+    return r->asked.capacity + r->accepted.capacity + r->brought.capacity + r->host_bytes;
+}
+
 /* ------------------------------------------------------------------------------------------------ to the owners */
 
 /* Nobody tells a dry rank what others want of it, and it cannot be known: their data decide. Their queries are taken to

@@ -4,7 +4,7 @@
  * y'⟩ for random x, y'. A softsum is linear in its scaled and plain parts while the maxima stand still.
  *
  * All verdicts are made from sums over all ranks, so every rank fails or none does, and none is left waiting. */
-#include "run.h"
+#include "packed.h"
 
 #include <stdarg.h>
 #include <stddef.h>
@@ -964,6 +964,48 @@ static void test_create_without_memory(void **unused)
     must(ls_agree(ctx, LS_OK));
 }
 
+/* Lists that a call leaves are in the figures, beside the memory of its tensors. */
+static void test_bytes(void **unused)
+{
+    (void)unused;
+    enum { N = 40, E = 4 };
+    ls_attention_options o;
+    ls_attention *attention;
+    ls_context *other;
+    ls_saved *saved;
+    ls_shard shard;
+    int32_t id[N];
+    const ls_context_options options = {.comm = MPI_COMM_WORLD};
+    must(ls_context_create(&options, &other));
+    must(ls_attention_defaults("local", &o));
+    o.pattern = LS_CC, o.embed_dim = E, o.num_heads = 1;
+    must(ls_attention_create(other, &o, &attention));
+    must(ls_saved_create(attention, &saved));
+    make_shard(N * size, 0, &shard);
+    ls_real *x = filled(N * E), *y = filled(N * E), *params = filled(ls_attention_param_count(attention));
+    for (int64_t i = 0; i < ls_attention_param_count(attention); i++) params[i] = (ls_real)0.1; /* on all ranks */
+    for (int64_t t = 0; t < N; t++) id[t] = (int32_t)(shard.lo + t) / 3; /* some go on at the next rank */
+    const ls_attention_shape shape = {.batch = 1, .queries = &shard, .keys = &shard};
+    ls_attention_io io = {.query = x, .key = x, .value = x, .query_segments = id, .key_segments = id};
+    must(ls_attention_forward(attention, &shape, &io, params, y, NULL));
+    must(ls_attention_forward(attention, &shape, &io, params, y, saved));
+    const ls_documents *docs = other->documents;
+    size_t lists = (size_t)docs->count * (sizeof *docs->list + sizeof *docs->requests);
+    for (int64_t i = 0; i < docs->count; i++) lists += docs->requests[i].asked.capacity;
+    assert_true(all(docs->count <= N / 3 || ls_saved_bytes(saved) < other->unsaved.capacity + lists) == 0);
+    io.query_segments = io.key_segments = NULL;
+    must(ls_attention_forward(attention, &shape, &io, params, y, NULL));
+    const size_t wires = other->exchange.wire.capacity + other->alone->exchange.wire.capacity;
+    const size_t tensors = other->work.capacity + other->unsaved.capacity, asked = other->requests.asked.capacity;
+    assert_true(all(other->alone->exchange.wire.capacity == 0 || asked == 0) == 0);
+    assert_true(all(ls_context_bytes(other) < tensors + wires + asked + lists) == 0);
+    ls_saved_free(saved);
+    ls_attention_free(attention);
+    ls_shard_free(&shard);
+    ls_context_free(other);
+    free(x), free(y), free(params);
+}
+
 /* What is forgotten while it is under way writes to nobody's memory: the message that comes too late is still there. */
 static void test_forget(void **unused)
 {
@@ -1018,6 +1060,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_alone_packed),
         cmocka_unit_test(test_create_together),
         cmocka_unit_test(test_create_without_memory),
+        cmocka_unit_test(test_bytes),
         cmocka_unit_test(test_forget),
     };
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
