@@ -319,7 +319,7 @@ static ls_status check_packed(const ls_attention *a, const ls_attention_io *io)
 {
     const char *name = a->mechanism->name;
     if (!is_packed(io)) return LS_OK;
-    if (a->ctx->dry)
+    if (ls_comm_is_dry(&a->ctx->exchange.comm))
         LS_FAIL(LS_ERR_UNSUPPORTED,
                 "%s: packed documents cannot be planned in a dry context, to which the other ranks cannot tell theirs: "
                 "leave the segments out",

@@ -171,7 +171,6 @@ static ls_status open_local(const ls_context_options *o, ls_status possible, con
     *c = calloc(1, sizeof **c);
     if (*c == NULL) return possible != LS_OK ? possible : ls_fail(LS_ERR_MEMORY, "context: no memory");
     (*c)->exchange.comm = *comm;
-    (*c)->dry = o->dry_size > 1;
     return possible != LS_OK ? possible : open_rest(o, *c);
 }
 

@@ -13,7 +13,6 @@ struct ls_context {
     ls_requests requests; /* likewise, and the documents of packed sequences */
     struct ls_documents *documents;
     ls_context *alone; /* this rank by itself, for what crosses nothing */
-    int dry;           /* there are other ranks, who do not exist: see ls_context_options.dry_size */
     uint64_t seed;
     ls_device device;
     ls_precision precision;
