@@ -76,16 +76,51 @@ static ls_slot_rows rows_of(ls_view x, const uint8_t *pad, int64_t n, const ls_r
     return ls_slot_rows{x, pad, n, centre};
 }
 
+/* ------------------------------------------------------------------------------------------------ nothing to meet */
+
+/* Without queries or without keys there are no landmarks: no slots, and kernels of no blocks. */
+static int is_empty(const ls_pass *p)
+{
+    return landmarks(p) == 0;
+}
+
+static __global__ void clear(int64_t B, int64_t H, int64_t n, int64_t d, ls_view x)
+{
+    LS_EACH(i, B * H * n * d)
+    {
+        const int64_t row = i / d, head = row / n;
+        ls_row(x, head / H, head % H, row % n)[i % d] = 0;
+    }
+}
+
+static ls_status clear_rows(const ls_pass *p, ls_view x, int64_t n)
+{
+    const int64_t reals = p->B * p->H * n * p->d;
+    if (reals > 0) LS_LAUNCH(p->queue, clear, ls_blocks(reals, LS_THREADS), LS_THREADS, 0, p->B, p->H, n, p->d, x);
+    return ls_launched(p->queue, "lara: nothing to meet");
+}
+
+/* Sums of segments, or their gradients: they cross ranks all the same. */
+static ls_status clear_sums(const ls_pass *p, ls_real *sums)
+{
+    const int64_t stride = ls_landmark_reals(p, landmarks_of(p));
+    LS_LAUNCH(p->queue, clear, ls_blocks(p->B * p->H * stride, LS_THREADS), LS_THREADS, 0, (int64_t)1, (int64_t)1,
+              p->B * p->H, stride, ls_view{sums, 0, 0, stride});
+    return ls_launched(p->queue, "lara: nothing to meet");
+}
+
 /* ------------------------------------------------------------------------------------------------ segments */
 
 static ls_status segments(ls_pass *p, int phase)
 {
+    if (is_empty(p)) return clear_sums(p, p->summary[phase + 1].sent);
     ls_landmark_sums_cuda(p, landmarks_of(p), ls_doubles(p->work[ROOM]), p->summary[phase + 1].sent);
     return ls_launched(p->queue, "lara: segments");
 }
 
 static ls_status segments_backward(ls_pass *p, int phase)
 {
+    if (is_empty(p)) return LS_OK;
     ls_landmark_spread_cuda(p, landmarks_of(p), p->summary[phase + 1].dsent);
     return ls_launched(p->queue, "lara: backward of segments");
 }
@@ -235,6 +270,7 @@ static ls_slot_rows values_of(const ls_pass *p)
 
 static ls_status write(ls_pass *p, int phase)
 {
+    if (is_empty(p)) return LS_OK;
     load_sums(p, phase);
     make_landmarks(p);
     load_omega(p);
@@ -261,6 +297,11 @@ static ls_status write_backward(ls_pass *p, int phase)
     const ls_slot_sizes s = sizes(p);
     const int64_t G = p->B * p->H, d = p->d, c = landmarks(p);
     const ls_summary *out = &p->summary[phase + 1];
+    if (is_empty(p)) {
+        LS_TRY(clear_rows(p, p->own.dk, p->S));
+        LS_TRY(clear_rows(p, p->own.dv, p->S));
+        return clear_sums(p, p->summary[phase].dgot);
+    }
     double *domega = ls_doubles(p->work[DKEYS]), *room = ls_doubles(p->work[ROOM]);
     load_omega(p);
     load_sums(p, phase);
@@ -326,6 +367,7 @@ static ls_slot_rows queries_of(const ls_pass *p)
 
 static ls_status read(ls_pass *p, int phase)
 {
+    if (is_empty(p)) return clear_rows(p, p->out, p->T);
     load_slots(p, phase);
     ls_slots_read_cuda(p->queue, sizes(p), queries_of(p), p->work[KEYS], p->work[CONSTANT], p->work[VALUES],
                        p->work[CENTRE], p->out);
@@ -364,6 +406,7 @@ static __global__ void begin_dmu(ls_slot_sizes s, int64_t c, double scale, const
 static ls_status read_backward(ls_pass *p, int phase)
 {
     ls_queue *q = p->queue;
+    if (is_empty(p)) return clear_rows(p, p->dq, p->T);
     const ls_slot_sizes s = sizes(p);
     const int64_t R = s.R, d = p->d, c = landmarks(p), G = p->B * p->H;
     double *dvalues = ls_doubles(p->work[DVALUES]), *da = ls_doubles(p->work[DKEYS]), *sum = da + G * R * d;

@@ -51,6 +51,10 @@
 
 #include <complex.h>
 
+#ifndef CMPLX /* glibc has it for GCC alone */
+#define CMPLX(x, y) __builtin_complex((double)(x), (double)(y))
+#endif
+
 extern const ls_cuda_mechanism ls_s4d_cuda;
 
 enum { STATE_SIZE, CHANNELS, SETS };                  /* option[] */

@@ -25,7 +25,8 @@ typedef struct sources {
 
 static int64_t parts_of(int64_t G, int64_t n, ls_segments s)
 {
-    const int64_t longest = ls_min(n, (s.length + s.count - 1) / s.count), most = (longest + ROWS - 1) / ROWS;
+    const int64_t longest = s.count == 0 ? 0 : ls_min(n, (s.length + s.count - 1) / s.count),
+                  most = (longest + ROWS - 1) / ROWS;
     return ls_max(1, ls_min(most, BLOCKS / ls_max(1, G * s.count)));
 }
 

@@ -11,6 +11,7 @@
 #include <stdlib.h>
 
 struct ls_saved {
+    const ls_context *ctx; /* whose device its memory is on */
     ls_attention *attention;
     ls_arena arena;
     ls_requests requests; /* and what they brought */
@@ -185,6 +186,7 @@ ls_status ls_saved_create(ls_attention *attention, ls_saved **saved)
     LS_NEED(saved, "saved: saved is NULL");
     *saved = calloc(1, sizeof **saved);
     if (*saved == NULL) LS_FAIL(LS_ERR_MEMORY, "attention: no memory for what backward needs");
+    (*saved)->ctx = attention->ctx;
     (*saved)->attention = attention;
     (*saved)->arena.device = attention->ctx->ops;
     return LS_OK;
@@ -718,6 +720,9 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
         saved->attention = a; /* attentions that never need theirs at the same time may share one */
     }
     ls_status status = check_call(a, shape, io, params, out);
+    if (status == LS_OK && saved != NULL && saved->ctx != a->ctx)
+        status = ls_fail(LS_ERR_ARGUMENT, "%s: saved belongs to another context: make one of an attention of this one",
+                         a->mechanism->name);
     if (status == LS_OK) begin_call(a, shape, io, params, out, 0, &c, &l);
     if (status == LS_OK) c.requests = saved != NULL ? &saved->requests : &a->ctx->requests;
     if (is_packed(io)) {

@@ -308,8 +308,11 @@ ls_status ls_run_kernel(const ls_mechanism *m, ls_pass *p, const ls_phase *phase
         if (strcmp(k->phase, phase->name) == 0 && (backward ? k->backward : k->forward) != NULL) {
             const ls_status status = (backward ? k->backward : k->forward)(p, i);
             if (status != LS_ERR_UNSUPPORTED) return status;
-            LS_FAIL(status, "%s: a head dimension of %lld is too large for this GPU: use more heads, or the CPU: %s",
-                    m->name, (long long)p->d, ls_last_error());
+            LS_FAIL(
+                status,
+                "%s: a head dimension of %lld with these options is too large for this GPU: make them smaller, or use "
+                "the CPU: %s",
+                m->name, (long long)p->d, ls_last_error());
         }
     LS_FAIL(LS_ERR_INTERNAL, "%s: phase '%s' has no CUDA kernel: please report this", m->name, phase->name);
 }

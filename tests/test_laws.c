@@ -1632,6 +1632,45 @@ static void packed_documents(void)
     }
 }
 
+/* ------------------------------------------------------------------------------------------------ no tokens */
+
+static double greatest(const ls_real *x, int64_t n)
+{
+    double most = 0;
+    for (int64_t i = 0; x != NULL && i < n; i++) most = isfinite(x[i]) ? fmax(most, fabs((double)x[i])) : INFINITY;
+    return most;
+}
+
+/* Sequences of no tokens, which no rank has any of: nothing fails, and what there is of a core's output, and of
+ * gradients, is 0. */
+static void nothing_to_meet(void)
+{
+    static const int64_t lengths[][2] = {{0, 0}, {0, 9}, {9, 0}};
+    for (const case_row *row = cases; row->mechanism != NULL; row++) {
+        if (!takes_part(row) || row->extras & ~(unsigned)(OTHER_SCALE | NO_DIFFERENCES | ROWS_HERE | NO_STEP | STEEP))
+            continue;
+        for (int i = 0; i < 2 * (crosses(row) ? 3 : 1); i++) {
+            const ls_level level = i % 2 ? LS_LEVEL_LAYER : LS_LEVEL_CORE;
+            if ((level == LS_LEVEL_CORE && traits_of(row) & LAYER_ONLY) || is_left_out(row, level)) continue;
+            const setting s = small_setting(row, level, lengths[i / 2][0], lengths[i / 2][1], PAD_NONE, 80000);
+            problem p;
+            answer a = {0};
+            watchdog(60);
+            if (problem_draw(&s, &p) != LS_OK) {
+                verdict(0, "no tokens: %s", here.error);
+                continue;
+            }
+            const int ok = problem_run(here.all, here.comm, &p, NULL, NULL, &a) == LS_OK;
+            const double most = fmax(fmax(greatest(a.dquery, a.n_query), greatest(a.dkey, a.n_key)),
+                                     fmax(greatest(a.dvalue, a.n_key), greatest(a.out, a.n_out)));
+            verdict(ok && (level == LS_LEVEL_LAYER ? isfinite(most) : most == 0), "no tokens: %s: %s (%g)", p.text,
+                    ok ? "not 0" : here.error, most);
+            answer_free(&a);
+            problem_free(&p);
+        }
+    }
+}
+
 /* ------------------------------------------------------------------------------------------------ random draws */
 
 static void random_draws(int count, uint64_t seed)
@@ -1735,6 +1774,7 @@ int main(int argc, char **argv)
         section("softmax", softmax_extras);
         section("promises", promises);
         section("packed", packed_documents);
+        section("no tokens", nothing_to_meet);
         if (is_rounded() && only == NULL) something_is_rounded();
     }
     random_draws(draws, seed);

@@ -293,6 +293,34 @@ static void test_sources(void **unused)
 /* ------------------------------------------------------------------------------------------------ what is too large */
 
 /* What 64 bits could not count is refused before memory is asked for: no product has overflowed until then. */
+/* Memory for backward is of one context, and its device. */
+static void test_saved(void **unused)
+{
+    (void)unused;
+    const ls_context_options options = {.comm = MPI_COMM_WORLD};
+    ls_context *other;
+    ls_shard shard;
+    ls_saved *saved, *theirs;
+    must(ls_context_create(&options, &other));
+    ls_attention *a = make("softmax", LS_NS), *b;
+    ls_attention_options o;
+    must(ls_attention_defaults("softmax", &o));
+    o.level = LS_LEVEL_LAYER, o.embed_dim = E, o.num_heads = H;
+    must(ls_attention_create(other, &o, &b));
+    must(ls_saved_create(a, &saved));
+    must(ls_saved_create(b, &theirs));
+    must(ls_shard_even(ctx, L, &shard));
+    const ls_attention_shape shape = {.batch = B, .queries = &shard};
+    const ls_attention_io io = {.query = x};
+    refused(ls_attention_forward(a, &shape, &io, params, y, last ? theirs : saved), LS_ERR_ARGUMENT,
+            "saved belongs to another context");
+    must(ls_attention_forward(a, &shape, &io, params, y, saved));
+    ls_shard_free(&shard);
+    ls_saved_free(saved), ls_saved_free(theirs);
+    ls_attention_free(a), ls_attention_free(b);
+    ls_context_free(other);
+}
+
 /* BLAS counts with int, and random numbers leave 16 bits for the stream. */
 static void test_counts(void **unused)
 {
@@ -418,11 +446,11 @@ int main(int argc, char **argv)
         MPI_Abort(MPI_COMM_WORLD, 1);
     for (int i = 0; i < MOST_PARAMS; i++) params[i] = (ls_real)(i * 37 % 101) / 101 - (ls_real)0.5;
     for (int i = 0; i < 2048; i++) x[i] = params[i + 1];
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_nothing),   cmocka_unit_test(test_all_reduce),
-                                       cmocka_unit_test(test_sentences), cmocka_unit_test(test_differences),
-                                       cmocka_unit_test(test_states),    cmocka_unit_test(test_sources),
-                                       cmocka_unit_test(test_counts),    cmocka_unit_test(test_sizes),
-                                       cmocka_unit_test(test_levels),    cmocka_unit_test(test_dry)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_nothing),     cmocka_unit_test(test_all_reduce), cmocka_unit_test(test_sentences),
+        cmocka_unit_test(test_differences), cmocka_unit_test(test_states),     cmocka_unit_test(test_sources),
+        cmocka_unit_test(test_counts),      cmocka_unit_test(test_sizes),      cmocka_unit_test(test_levels),
+        cmocka_unit_test(test_dry),         cmocka_unit_test(test_saved)};
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     ls_context_free(ctx);
     free(x), free(y), free(grads), free(params);
