@@ -4,7 +4,7 @@
 #
 #   scripts/bench-encoders.sh [RANKS [WINDOW [MECHANISM ...]]]     default: 2 ranks, 1048576 bytes, all linear mechanisms
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 case ${1-} in
 -h | --help) sed -n '2,5s/^# \{0,1\}//p' "$0" && exit 0 ;;
 -*) echo "bench-encoders.sh: unknown option $1 (see --help)" >&2 && exit 2 ;;

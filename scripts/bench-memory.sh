@@ -5,7 +5,7 @@
 #
 # The last column is what each further position costs; a linear mechanism keeps it level.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 case ${1-} in
 -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0" && exit 0 ;;
 -*) echo "bench-memory.sh: unknown option $1 (see --help)" >&2 && exit 2 ;;
@@ -13,6 +13,9 @@ esac
 ranks=${1:-2}
 [ $# -lt 1 ] || shift
 [ $# -gt 0 ] || set -- 8192 16384 32768 65536 131072
+for number in "$ranks" "$@"; do
+  [[ $number =~ ^[1-9][0-9]*$ ]] || { echo "bench-memory.sh: $number is no whole number from 1 on (see --help)" >&2 && exit 2; }
+done
 [ -x "$root/build/longspan" ] || "$root/scripts/build.sh" >&2
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT

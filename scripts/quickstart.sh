@@ -4,7 +4,7 @@
 #
 #   scripts/quickstart.sh [--set KEY=VALUE ...]      what is given goes on to `longspan train`
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 case ${1-} in -h | --help) sed -n '2,5s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
 for ((i = 1; i <= $#; i++)); do # now, not after minutes
@@ -12,6 +12,9 @@ for ((i = 1; i <= $#; i++)); do # now, not after minutes
   --set) i=$((i + 1)) && [ $i -le $# ] || { echo "quickstart.sh: --set needs KEY=VALUE" >&2 && exit 2; } ;;
   --set=*) ;;
   *) echo "quickstart.sh: unknown option ${!i} (see --help)" >&2 && exit 2 ;;
+  esac
+  case ${!i#--set=} in
+  run.directory=* | data.path=*) echo "quickstart.sh: ${!i}: its data and results have their places" >&2 && exit 2 ;;
   esac
 done
 
@@ -30,10 +33,10 @@ fi
 "$longspan" inspect "$data/chapters.h5"
 
 say "train on 2 ranks: each sequence is shared by both"
-rm -rf "$run"
-"$mpirun" -n 2 "$longspan" train examples/configs/quickstart.yaml --set data.path="$data/chapters.h5" \
-  --set run.directory="$run" "$@" | tee "$root/runs.quickstart.log"
-mkdir -p "$run" && mv "$root/runs.quickstart.log" "$run/train.log"
+train=(train examples/configs/quickstart.yaml "$@" --set data.path="$data/chapters.h5" --set run.directory="$run")
+"$mpirun" -n 2 "$longspan" "${train[@]}" --set run.directory="$run.new" --dry-run >/dev/null # before the last run goes
+rm -rf "$run" && mkdir -p "$run"
+"$mpirun" -n 2 "$longspan" "${train[@]}" | tee "$run/train.log"
 
 say "write the opening of a chapter that was held out"
 # the first document of the test split: name, source, target, with \n for line ends

@@ -5,7 +5,7 @@
 #   scripts/test.sh --sanitize      in build-sanitize/, with AddressSanitizer, LeakSanitizer and UBSan
 #   scripts/test.sh -- -R golden    what follows -- goes to ctest
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 build=$root/build sanitize="" type=Release
 while [ $# -gt 0 ]; do
@@ -19,7 +19,9 @@ while [ $# -gt 0 ]; do
 done
 
 "$root/scripts/setup.sh"
-cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=$type -DLONGSPAN_WERROR=ON -DLONGSPAN_SANITIZE="$sanitize"
+generator=(-G Ninja)
+[ ! -f "$build/CMakeCache.txt" ] || generator=() # somebody has chosen
+cmake -S "$root" -B "$build" "${generator[@]}" -DCMAKE_BUILD_TYPE=$type -DLONGSPAN_WERROR=ON -DLONGSPAN_SANITIZE="$sanitize"
 cmake --build "$build"
 
 if [ -n "$sanitize" ]; then

@@ -3,7 +3,7 @@
 #   faults.sh LONGSPAN SCRATCH_FOLDER
 set -uo pipefail
 [ $# -eq 2 ] || { echo "usage: tests/faults.sh LONGSPAN SCRATCH_FOLDER" >&2; exit 2; }
-longspan=$(realpath "$1") scripts=$(cd "$(dirname "$0")/../scripts" && pwd)
+longspan=$(realpath "$1") scripts=$(CDPATH= cd -- "$(dirname "$0")/../scripts" && pwd)
 mpirun="mpirun --oversubscribe --allow-run-as-root --bind-to none"
 rm -rf "$2" && mkdir -p "$2" && cd "$2" || exit 1
 passed=0 failed=0

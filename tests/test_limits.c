@@ -60,7 +60,8 @@ static void refuse(const char *mechanism, ls_pattern pattern, const char *option
         verdict(0, "%s: %s", mechanism, here.error);
         return;
     }
-    snprintf(expected, sizeof expected, "%s: a head dimension of %lld with these options is too large", mechanism, (long long)d);
+    snprintf(expected, sizeof expected, "%s: a head dimension of %lld with these options is too large", mechanism,
+             (long long)d);
     const int status = problem_run(here.all, here.comm, &p, NULL, NULL, &a);
     verdict(status == LS_ERR_UNSUPPORTED && strstr(here.error, expected) != NULL, "%s is not what was said, but: %s",
             expected, status == LS_OK ? "nothing" : here.error);

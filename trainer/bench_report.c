@@ -66,6 +66,25 @@ static double softmax_gflop(const bench *b, ls_pattern pattern, int64_t length)
     return 7 * 2 * pairs * (double)(b->embed_dim * b->batch) * 1e-9;
 }
 
+/* longshort is timed as a layer alone. */
+static int has_core(const bench_figures *f)
+{
+    return f->seconds[CORE_FORWARD] + f->seconds[CORE_BACKWARD] > 0;
+}
+
+/* Those of the case, and what --set has added or changed: "m=40,eps=0.1". */
+static void options_of(const bench *b, const bench_case *c, char *text, size_t size)
+{
+    const size_t name = strlen(c->mechanism);
+    snprintf(text, size, "%s", c->options);
+    for (int i = 0; i < b->set.count; i++) {
+        const char *set = b->set.item[i];
+        const size_t used = strlen(text);
+        if (strncmp(set, c->mechanism, name) == 0 && set[name] == '.')
+            snprintf(text + used, size - used, "%s%s", used > 0 ? "," : "", set + name + 1);
+    }
+}
+
 static void write_share(FILE *file, double share)
 {
     if (share > 0)
@@ -77,9 +96,15 @@ static void write_share(FILE *file, double share)
 static void write_line(const bench *b, const bench_case *c, int64_t length, const bench_figures *f,
                        const double share[4])
 {
-    fprintf(b->csv, "%s,%s,\"%s\",%lld,%d,%lld,%lld,%lld", c->mechanism, letters[c->pattern], c->options,
+    char options[256];
+    options_of(b, c, options, sizeof options);
+    fprintf(b->csv, "%s,%s,\"%s\",%lld,%d,%lld,%lld,%lld", c->mechanism, letters[c->pattern], options,
             (long long)length, bench_ranks(b), (long long)b->batch, (long long)b->embed_dim, (long long)b->heads);
-    for (int k = 0; k <= SGEMM; k++) fprintf(b->csv, ",%.6g", f->seconds[k]);
+    for (int k = 0; k <= SGEMM; k++)
+        if (k > CORE_BACKWARD || has_core(f))
+            fprintf(b->csv, ",%.6g", f->seconds[k]);
+        else
+            fputs(",", b->csv);
     fprintf(b->csv, ",%.0f,%.0f,%.0f", f->peak_memory, f->bytes_sent, f->messages);
     fprintf(b->csv, ",%s,%.6g", b->device == LS_CUDA ? "cuda" : "cpu", f->seconds[COPY]);
     for (int k = 0; k < 4; k++) write_share(b->csv, share[k]);
@@ -101,7 +126,7 @@ void bench_print_figures(const bench *b, const bench_case *c, int64_t length, co
     /* a dry rank measures its own bytes, ranks together all of theirs; the ceilings are those of one rank */
     const double bytes = 1e-9 / (b->dry > 0 ? 1 : b->r->size);
     double share[4] = {0}; /* of products; of copies: both ways, forward, backward */
-    char name[64], products[16], copies[16];
+    char name[320], options[256], products[16], copies[16], cores[3][24];
     if (b->r->rank != 0) return;
     if (core > 0) {
         if (strcmp(c->mechanism, "softmax") == 0)
@@ -110,14 +135,17 @@ void bench_print_figures(const bench *b, const bench_case *c, int64_t length, co
         share[2] = f->bytes_forward * bytes * f->copy_over_forward;
         share[3] = f->bytes_backward * bytes * f->copy_over_backward;
     }
-    snprintf(name, sizeof name, "%s %s %s", c->mechanism, letters[c->pattern], c->options);
+    options_of(b, c, options, sizeof options);
+    snprintf(name, sizeof name, "%s %s %s", c->mechanism, letters[c->pattern], options);
     percent(products, share[0]);
     percent(copies, share[1]);
     const int digits = b->device == LS_CPU ? 4 : 6; /* a GPU's times are short */
-    printf("%-26s %8lld | %8.*f %8.*f | %8.*f %8.*f %8.*f %6.2f | %6s %6s | %9.1f %10.1f | %8.1f %8.1f\n", name,
-           (long long)length, digits, s[CORE_FORWARD], digits, s[CORE_BACKWARD], digits, layer, digits, s[PROJECTIONS],
-           digits, core, f->layer_over_projections, products, copies, f->peak_memory / 1048576, f->bytes_sent / 1024,
-           1 / s[SGEMM], 1 / s[COPY]);
+    const double of_core[] = {s[CORE_FORWARD], s[CORE_BACKWARD], core};
+    for (int i = 0; i < 3; i++) snprintf(cores[i], sizeof cores[i], has_core(f) ? "%.*f" : "-", digits, of_core[i]);
+    printf("%-26s %8lld | %8s %8s | %8.*f %8.*f %8s %6.2f | %6s %6s | %9.1f %10.1f | %8.1f %8.1f\n", name,
+           (long long)length, cores[0], cores[1], digits, layer, digits, s[PROJECTIONS], cores[2],
+           f->layer_over_projections, products, copies, f->peak_memory / 1048576, f->bytes_sent / 1024, 1 / s[SGEMM],
+           1 / s[COPY]);
     fflush(stdout);
     if (b->csv != NULL) write_line(b, c, length, f, share);
 }

@@ -358,7 +358,7 @@ ls_status checkpoint_config_everywhere(const ranks *r, const char *path, const c
     }
     status = share(r, status, &text, &size);
     config trained;
-    const char **all = malloc(((size_t)nset + 3) * sizeof *all);
+    const char **all = malloc(((size_t)nset + 4) * sizeof *all);
     if (status == LS_OK && all == NULL) status = ls_fail(LS_ERR_MEMORY, "%s: no memory", path);
     if (status == LS_OK) {
         /* where a model was trained is not where it has to be used */
@@ -366,8 +366,9 @@ ls_status checkpoint_config_everywhere(const ranks *r, const char *path, const c
         int on_cpu = !gpu;
         for (int i = 0; i < nset; i++)
             if (strncmp(set[i], "device=", 7) == 0) on_cpu = !gpu || strcmp(set[i] + 7, "cpu") == 0;
-        const int here = on_cpu ? 3 : 0;
-        if (on_cpu) all[0] = "device=cpu", all[1] = "parallel.transport=auto", all[2] = "train.precision=float32";
+        const int here = on_cpu ? 4 : 1;
+        all[0] = "parallel.sequence=0";
+        if (on_cpu) all[1] = "device=cpu", all[2] = "parallel.transport=auto", all[3] = "train.precision=float32";
         for (int i = 0; i < nset; i++) all[here + i] = set[i];
         status = config_parse(path, text, size, all, here + nset, c);
         if (status == LS_OK) status = config_parse(path, text, size, all, here, &trained);

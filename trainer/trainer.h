@@ -72,8 +72,9 @@ ls_status save_state(const ranks *r, const config *c, int best, const model *m, 
 /* Refuses a configuration that means another model than the checkpoint's. */
 ls_status same_model(const char *checkpoint, const config *trained, const config *wanted);
 /* Collective: the configuration that a checkpoint holds, with each "section.key=value" of set applied, which may not
- * make it another model. Its device: the CPU where this machine has no GPU for this build, or set says so; then
- * precision and transport are those of the CPU unless set says otherwise. */
+ * make it another model. All ranks share each sequence unless set says otherwise. Its device: the CPU where this
+ * machine has no GPU for this build, or set says so; then precision and transport are those of the CPU unless set says
+ * otherwise. */
 ls_status checkpoint_config_everywhere(const ranks *r, const char *path, const char *const *set, int nset, config *c);
 /* Alone: DIRECTORY/NAME has these bytes, or what it had before; never a part. */
 ls_status write_file(const char *directory, const char *name, const char *bytes, size_t size);

@@ -48,9 +48,9 @@ for tool in mod2imp python3 dpkg-deb; do
   command -v "$tool" >/dev/null || die 2 "'$tool' is missing; run scripts/setup.sh first."
 done
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 mkdir -p "$out/cache" || die 1 "cannot make the folder '$out/cache'."
-out=$(cd "$out" && pwd)
+out=$(CDPATH= cd -- "$out" && pwd)
 # All is made in a private folder on the same file system, so that the last step is a mere rename.
 work=$(mktemp -d "$out/.work.XXXXXX") || die 1 "cannot write in '$out'."
 trap 'rm -rf "$work"' EXIT
