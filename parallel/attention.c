@@ -87,9 +87,9 @@ static void list_params(ls_attention *a)
 {
     const int64_t E = a->options.embed_dim;
     a->form = (ls_layer_form){.inputs = 3,
-                              .input = {{"q_proj.weight", "q_proj.bias", E, 0},
-                                        {"k_proj.weight", "k_proj.bias", E, 0},
-                                        {"v_proj.weight", "v_proj.bias", E, 0}},
+                              .input = {{"q_proj.weight", "q_proj.bias", E, 0, 0},
+                                        {"k_proj.weight", "k_proj.bias", E, 0, 0},
+                                        {"v_proj.weight", "v_proj.bias", E, 0, 0}},
                               .core_width = E,
                               .out_weight = "out_proj.weight",
                               .out_bias = "out_proj.bias"};

@@ -46,7 +46,7 @@ static ls_status agree_over(ls_comm *comm, ls_status mine, const char *what, con
     struct {
         int32_t code, shared; /* shared: the sentence tells already whose it is */
         char text[1000];
-    } message = {mine, ls_is_shared(mine), ""};
+    } message = {(int32_t)mine, ls_is_shared(mine), ""};
     if (comm->rank == first) strncpy(message.text, ls_last_error(), sizeof message.text - 1);
     LS_TRY(ls_comm_broadcast(comm, &message, (int)sizeof message, first));
     const ls_status status = (ls_status)message.code;
