@@ -399,7 +399,7 @@ int main(int argc, char **argv)
         static const shape of_layers[] = {{LS_NS, 2, 32, 70, 70, PAD_TAIL},   {LS_NS, 2, 64, 150, 150, PAD_RANDOM},
                                           {LS_CS, 2, 64, 130, 130, PAD_TAIL}, {LS_CS, 1, 32, 66, 66, PAD_NONE},
                                           {LS_NC, 2, 32, 67, 90, PAD_WHOLE},  {LS_NC, 2, 64, 20, 130, PAD_RANDOM},
-                                          {LS_NS, 2, 40, 70, 70, PAD_TAIL},   {LS_CS, 1, 72, 80, 80, PAD_NONE},
+                                          {LS_NS, 2, 40, 70, 70, PAD_TAIL},   {LS_CS, 1, 56, 80, 80, PAD_NONE},
                                           {LS_NC, 1, 32, 20, 2100, PAD_TAIL}, {LS_NC, 1, 32, 2100, 20, PAD_TAIL}};
         for (size_t i = 0; status == LS_OK && i < sizeof of_layers / sizeof *of_layers; i++)
             if (is_turn()) layers(narrow, of_layers[i], of_layers[i].pattern == LS_NC ? ALIAS_NONE : ALIAS_ALL);
