@@ -76,7 +76,7 @@ typedef struct run {
     evaluation last;
     double seconds; /* of all steps of this process */
     int64_t tokens;
-    uint64_t sent, peak_memory, peak_device_memory;
+    uint64_t peak_memory, peak_device_memory;
     rehearsal test;
 } run;
 
@@ -450,9 +450,9 @@ static ls_status take_step(run *t, int *stop)
 {
     const config *c = &t->c;
     const double begin = seconds_now();
+    const uint64_t sent = bytes_sent(t->r);
     const int64_t step = t->w.s.step + 1;
     ls_status status = t->late;
-    t->sent = bytes_sent(t->r); /* an evaluation has sent, too */
     if (status == LS_OK) {
         status = dataset_order(t->data, c->train.seed, c->train.batch, t->w.s.samples, c->train.batch, t->index);
     }
@@ -477,8 +477,7 @@ static ls_status take_step(run *t, int *stop)
         if (t->saved > 0) snprintf(last, sizeof last, "the last checkpoint is of step %lld", (long long)t->saved);
         LS_FAIL(LS_ERR_NONFINITE,
                 "step %lld: the loss is %g and the norm of the gradient %g: stopped before the weights changed; %s (a "
-                "lower "
-                "train.learning_rate or train.clip_norm may help)",
+                "lower train.learning_rate or train.clip_norm may help)",
                 (long long)step, sums.loss, norm, last);
     }
     if (!(fabs(sums.tokens - 1) < 1e-3)) {
@@ -489,8 +488,8 @@ static ls_status take_step(run *t, int *stop)
 
     struct rusage use;
     getrusage(RUSAGE_SELF, &use);
-    const uint64_t sent = bytes_sent(t->r);
-    uint64_t counts[3] = {sent - t->sent, (uint64_t)use.ru_maxrss * 1024, t->r->sequence->ops->most()}, all[3] = {0};
+    uint64_t counts[3] = {bytes_sent(t->r) - sent, (uint64_t)use.ru_maxrss * 1024, t->r->sequence->ops->most()},
+             all[3] = {0};
     if (MPI_Reduce(counts, all, 3, MPI_UINT64_T, MPI_SUM, 0, t->r->comm) != MPI_SUCCESS) {
         LS_FAIL(LS_ERR_COMM, "mpi: adding up the bytes of step %lld failed", (long long)step);
     }
