@@ -116,7 +116,7 @@ typedef enum ls_transport {
  *   LS_BF16     to bfloat16: 7 bits (2^-8), and float32's range, so that the loss needs no scaling. Dense layers,
  *               projections and the mechanisms' products; in exact softmax q, k, v, probabilities and gradients of
  *               logits, which run on tensor cores where the head dimension is 8, 16, ... or 128 and there is no mask,
- *               dropout or weights (96 and 128 only where a block may have 106 or 139 KiB of shared memory, as on an
+ *               dropout or weights (beyond 64 where a block may have 106 KiB of shared memory, beyond 96 139, as on an
  *               A100 or H100); in performer and cosformer features, values, weights and states, on tensor cores, too,
  *               but for performer's sums over keys and their gradients; likewise in longshort queries (with what is
  *               added to them), normalised keys and values, vectors, tables of distances, probabilities and gradients

@@ -417,18 +417,11 @@ static const ls_phase phases[] = {
     {.name = NULL},
 };
 
-/* Segments are of all positions, and padded ones are zeros in their means. */
-static int counts_padding(const ls_attention_options *o)
-{
-    (void)o;
-    return 1;
-}
-
 const ls_mechanism ls_lara_mechanism = {
     .name = "lara",
     .option = options,
     .params = params,
-    .counts_padding = counts_padding,
+    .counts_padding = ls_segments_count_padding,
     .plan = plan,
     .phases = {[LS_NS] = phases, [LS_NC] = phases},
     .cuda = LS_IF_CUDA(&ls_lara_cuda),

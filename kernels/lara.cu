@@ -7,6 +7,7 @@
 #include "slots_cuda.h"
 
 extern "C" {
+#include "dense.h"
 #include "lara.h"
 extern const ls_cuda_mechanism ls_lara_cuda;
 }
@@ -103,9 +104,8 @@ static ls_status clear_rows(const ls_pass *p, ls_view x, int64_t n)
 /* Sums of segments, or their gradients: they cross ranks all the same. */
 static ls_status clear_sums(const ls_pass *p, ls_real *sums)
 {
-    const int64_t stride = ls_landmark_reals(p, landmarks_of(p));
-    LS_LAUNCH(p->queue, clear, ls_blocks(p->B * p->H * stride, LS_THREADS), LS_THREADS, 0, (int64_t)1, (int64_t)1,
-              p->B * p->H, stride, ls_view{sums, 0, 0, stride});
+    const int64_t reals = p->B * p->H * ls_landmark_reals(p, landmarks_of(p));
+    ls_dense_cuda.zero(p->queue, (size_t)reals * sizeof *sums, sums);
     return ls_launched(p->queue, "lara: nothing to meet");
 }
 

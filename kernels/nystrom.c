@@ -606,19 +606,12 @@ static const ls_phase step[] = {
     {.name = NULL},
 };
 
-/* Segments are of all positions, and padded ones are zeros in their means. */
-static int counts_padding(const ls_attention_options *o)
-{
-    (void)o;
-    return 1;
-}
-
 const ls_mechanism ls_nystrom_mechanism = {
     .name = "nystrom",
     .option = options,
     .params = params,
     .check = check,
-    .counts_padding = counts_padding,
+    .counts_padding = ls_segments_count_padding,
     .plan = plan,
     .phases = {[LS_NS] = phases, [LS_NC] = phases, [LS_CC] = phases},
     .step = {[LS_CC] = step},

@@ -35,6 +35,13 @@ typedef struct ls_segmented {
     const uint8_t *pad; /* (B,n), or NULL: padded rows count as zeros, and have no gradient */
 } ls_segmented;
 
+/* ls_mechanism.counts_padding of who has segments: they are of all positions. */
+static inline int ls_segments_count_padding(const ls_attention_options *o)
+{
+    (void)o;
+    return 1;
+}
+
 /* Rows of segment c that are here. */
 LS_BOTH_SIDES ls_span ls_segment_rows(const ls_segmented *s, int64_t c)
 {

@@ -8,7 +8,6 @@ case ${1-} in
 esac
 root=$(CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$root/scripts/setup.sh"
-generator=(-G Ninja)
-[ ! -f "$root/build/CMakeCache.txt" ] || generator=() # somebody has chosen
-cmake -S "$root" -B "$root/build" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release
+export CMAKE_GENERATOR=${CMAKE_GENERATOR:-Ninja} # where nobody has chosen: a build folder keeps its own
+cmake -S "$root" -B "$root/build" -DCMAKE_BUILD_TYPE=Release
 cmake --build "$root/build" --target longspan_program

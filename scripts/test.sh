@@ -19,9 +19,8 @@ while [ $# -gt 0 ]; do
 done
 
 "$root/scripts/setup.sh"
-generator=(-G Ninja)
-[ ! -f "$build/CMakeCache.txt" ] || generator=() # somebody has chosen
-cmake -S "$root" -B "$build" "${generator[@]}" -DCMAKE_BUILD_TYPE=$type -DLONGSPAN_WERROR=ON -DLONGSPAN_SANITIZE="$sanitize"
+export CMAKE_GENERATOR=${CMAKE_GENERATOR:-Ninja} # where nobody has chosen: a build folder keeps its own
+cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=$type -DLONGSPAN_WERROR=ON -DLONGSPAN_SANITIZE="$sanitize"
 cmake --build "$build"
 
 if [ -n "$sanitize" ]; then

@@ -292,7 +292,6 @@ static void test_sources(void **unused)
 
 /* ------------------------------------------------------------------------------------------------ what is too large */
 
-/* What 64 bits could not count is refused before memory is asked for: no product has overflowed until then. */
 /* Memory for backward is of one context, and its device. */
 static void test_saved(void **unused)
 {
@@ -350,6 +349,7 @@ static void test_counts(void **unused)
     ls_attention_free(a);
 }
 
+/* What 64 bits could not count is refused before memory is asked for: no product has overflowed until then. */
 static void test_sizes(void **unused)
 {
     (void)unused;

@@ -29,10 +29,10 @@ static void help(void)
            "mpirun -n 4 longspan train run.yaml\n"
            "\n");
     for (int i = 0; i < COMMANDS; i++) printf("  %-10s %s\n", commands[i].name, commands[i].summary);
-    printf(
-        "\n"
-        "Exit status: 0 done, 1 a bug, 2 wrong usage or configuration, 3 a damaged or wrong file, 4 a file cannot be\n"
-        "read or written, 5 loss or gradient not finite, 6 out of memory, 7 the transport failed.\n");
+    printf("\n"
+           "Exit status: 0 done, 1 a bug or a failed GPU, 2 wrong usage or configuration, 3 a damaged or wrong\n"
+           "file, 4 a file cannot be read or written, 5 loss or gradient not finite, 6 out of memory, 7 the transport\n"
+           "failed.\n");
 }
 
 static int dispatch(int argc, char **argv, ranks *r)

@@ -67,7 +67,6 @@ typedef struct run {
     stepper w;
     int64_t *index;                 /* (batch): documents of the step */
     int64_t max_source, max_target; /* what they are cut to at the step */
-    int counts_padding;             /* the model's results depend on it */
     batch b;
     metrics *log;             /* rank 0 */
     int lock;                 /* rank 0: descriptor of the directory's lock, or -1 */
@@ -163,7 +162,6 @@ static ls_status open_data(run *t)
     for (int i = 0; i < 2; i++)
         LS_TRY(config_fits(c, data_cut(dataset_longest(t->data, splits[i], 0), c->data.max_source),
                            data_cut(dataset_longest(t->data, splits[i], 1), c->data.max_target) + 1));
-    t->counts_padding = config_counts_padding(c);
     return LS_OK;
 }
 
@@ -391,6 +389,7 @@ static uint64_t bytes_sent(const ranks *r)
  * how long every piece of it is: what a row gives does not depend on the ranks and pieces then. */
 static int64_t labels_of(run *t)
 {
+    const int counts_padding = config_counts_padding(&t->c);
     int64_t sum = 0;
     t->b.least_source = t->b.least_target = 0;
     for (int64_t i = 0; i < t->c.train.batch; i++) {
@@ -398,7 +397,7 @@ static int64_t labels_of(run *t)
         dataset_lengths(t->data, "train", t->index[i], &source, &target);
         const int64_t labels = data_cut(target, t->max_target) + 1;
         sum += labels;
-        if (!t->counts_padding) continue;
+        if (!counts_padding) continue;
         t->b.least_source = ls_max(t->b.least_source, data_cut(source, t->max_source));
         t->b.least_target = ls_max(t->b.least_target, labels);
     }

@@ -11,7 +11,7 @@
 /* Exit codes (documented in README). */
 enum {
     EXIT_OK = 0,
-    EXIT_INTERNAL = 1,  /* a bug in Longspan */
+    EXIT_INTERNAL = 1,  /* a bug in Longspan, or a GPU that failed */
     EXIT_USAGE = 2,     /* command line, configuration, impossible shape, unsupported pattern */
     EXIT_FORMAT = 3,    /* a data set or checkpoint is damaged or not what it should be */
     EXIT_IO = 4,        /* a file or directory cannot be read or written */
