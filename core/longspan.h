@@ -115,14 +115,15 @@ typedef enum ls_transport {
  *               and fewer).
  *   LS_BF16     to bfloat16: 7 bits (2^-8), and float32's range, so that the loss needs no scaling. Dense layers,
  *               projections and the mechanisms' products; in exact softmax q, k, v, probabilities and gradients of
- *               logits, which run on tensor cores where the head dimension is 8, 16, ... or 128 and there is no mask,
- *               dropout or weights (beyond 64 where a block may have 106 KiB of shared memory, beyond 96 139, as on an
- *               A100 or H100); in performer and cosformer features, values, weights and states, on tensor cores, too,
- *               but for performer's sums over keys and their gradients; likewise in longshort queries (with what is
- *               added to them), normalised keys and values, vectors, tables of distances, probabilities and gradients
- *               of logits, and in local queries, keys, values, weights, gradients of logits and of the output.
- *               Takes 64 MiB of the GPU for copies of operands; exact softmax there 2 bytes for each number of q, k and
- *               v, and of the output's gradient, while it runs (none in a layer where one rank has all positions).
+ *               logits, which run on tensor cores where the head dimension is 8, 16, ... or 128 and neither attn_mask,
+ *               dropout_mask nor weights are given (beyond 64 where a block may have 106 KiB of shared memory, beyond
+ *               96 139, as on an A100 or H100); in performer and cosformer features, values, weights and states, on
+ *               tensor cores, too, but for performer's sums over keys and their gradients; likewise in longshort
+ *               queries (with what is added to them), normalised keys and values, vectors, tables of distances,
+ *               probabilities and gradients of logits, and in local queries, keys, values, weights, gradients of
+ *               logits and of the output.
+ *               Takes 64 MiB of the GPU for copies of operands; exact softmax there 2 bytes for each number of q, k
+ *               and v, and of the output's gradient, while it runs (none in a layer where one rank has all positions).
  *
  * In LS_BF16 a layer also rounds the rows that it keeps for backward, and keeps them so: projected queries, keys and
  * values, which its core then sees, and the core's output.
@@ -246,7 +247,7 @@ typedef struct ls_attention_options {
     ls_pattern pattern;
     ls_level level;
     ls_layout layout;
-    int64_t embed_dim, num_heads; /* embed_dim = num_heads * head dimension */
+    int64_t embed_dim, num_heads; /* embed_dim = num_heads * head dimension; at most 65535 heads */
     double scale;                 /* of the logits; 0: head dimension ^ (-1/2) */
     double dropout;               /* of attention probabilities, in training (softmax) */
     uint32_t stream;              /* random stream, at most 65535: give each attention of a model its own */

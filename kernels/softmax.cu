@@ -22,7 +22,6 @@
  *
  * In a decoding step there is one query: blocks share its keys by chunks, and their statistics are joined. */
 #include "cuda.h"
-#include "rng_inline.h"
 #include "softmax_cuda.h"
 #include "softmax_tiles.h"
 
@@ -46,14 +45,14 @@ static int draws(const ls_pass *p)
 }
 
 /* What only the kernels here know of. */
-static int has_extras(const ls_pass *p)
+static int has_masks(const ls_pass *p)
 {
-    return p->attn_mask != NULL || p->weights != NULL || p->dropout_mask != NULL || draws(p);
+    return p->attn_mask != NULL || p->weights != NULL || p->dropout_mask != NULL;
 }
 
 static int takes_narrow(const ls_pass *p)
 {
-    return !has_extras(p) && ls_softmax_tensor_takes_narrow(p);
+    return !has_masks(p) && ls_softmax_tensor_takes_narrow(p);
 }
 
 static ls_status refuse_narrow(void)
@@ -104,7 +103,7 @@ void ls_softmax_plan_cuda(ls_pass *p, ls_arena *saved, ls_arena *work)
     if (p->step)
         p->work[CHUNKS] = ls_take(work, rows * STEP_CHUNKS * (2 + p->d));
     else
-        p->work[COPIES] = ls_take(work, has_extras(p) ? 0 : ls_softmax_tensor_reals(p));
+        p->work[COPIES] = ls_take(work, has_masks(p) ? 0 : ls_softmax_tensor_reals(p));
 }
 
 /* ------------------------------------------------------------------------------------------------ tiles */
@@ -265,17 +264,15 @@ __device__ static inline void add_rows(const softmax_call &p, ls_view v, const p
         p, v, x, f, [](int) { return (ls_real)1; }, [](int) { return (ls_real)1; }, o);
 }
 
-/* The dropout factors D of query (row, position i) and the keys at j .. j + 3, j a multiple of 4, which is what one
- * call of the generator gives, see dropout_row in softmax.c. Only keys of the bits `seen` are looked up. */
+/* The dropout factors D of query (row, position i) and the keys at j .. j + 3, j a multiple of 4. Only keys of the bits
+ * `seen` are looked up. */
 __device__ static inline ls_four dropout(const softmax_call &p, const place &x, int64_t row, int64_t i, int64_t j,
                                          int seen)
 {
     ls_four D = {{1, 1, 1, 1}};
     if (p.draws) {
-        uint32_t word[4];
-        ls_random4_inline(p.seed, p.stream * 65536u + (uint32_t)x.h, (uint32_t)(p.sample + (uint64_t)x.b),
-                          (uint64_t)i << 32 | (uint64_t)(j / 4), word);
-        for (int c = 0; c < 4; c++) D.v[c] = word[c] >= p.limit ? p.keep : 0;
+        const uint32_t kept = kept_of(p, x, i, j);
+        for (int c = 0; c < 4; c++) D.v[c] = kept >> c & 1 ? p.keep : 0;
     } else if (p.dropout_mask != NULL)
         for (int c = 0; c < 4; c++)
             if (seen >> c & 1) D.v[c] = p.dropout_mask[(x.head * p.T + row) * p.all_keys + j + c];
@@ -481,7 +478,7 @@ typedef void (*kernel_table[2][2])(softmax_call);
     }
 static auto kernel_for(const ls_pass *p, const kernel_table &table)
 {
-    return table[slice_width(p) == TILE ? 0 : 1][has_extras(p) || p->queue->precision == LS_BF16];
+    return table[slice_width(p) == TILE ? 0 : 1][has_masks(p) || draws(p) || p->queue->precision == LS_BF16];
 }
 
 static int blocks_of(const ls_pass *p, const ls_span *span, int spans)
@@ -723,7 +720,7 @@ ls_status ls_softmax_visit_backward_cuda(ls_pass *p, int phase)
     if (queries == 0 || keys == 0) return LS_OK;
     static const kernel_table backward[2] = {TABLE_OF(queries_backward_kernel), TABLE_OF(keys_backward_kernel)};
     if (p->narrow && !x.wide) return refuse_narrow();
-    if (has_extras(p) || !ls_softmax_tensor_backward(p, &x, p->work[COPIES])) {
+    if (has_masks(p) || !ls_softmax_tensor_backward(p, &x, p->work[COPIES])) {
         LS_LAUNCH(p->queue, kernel_for(p, backward[0]), queries, THREADS, 0, x);
         LS_LAUNCH(p->queue, kernel_for(p, backward[1]), keys, THREADS, 0, x);
     }
@@ -824,7 +821,7 @@ ls_status ls_softmax_visit_cuda(ls_pass *p, int phase)
         visit_step(p, x);
     else if (p->narrow && !x.wide)
         return refuse_narrow();
-    else if (has_extras(p) || !ls_softmax_tensor_forward(p, &x, p->work[COPIES]))
+    else if (has_masks(p) || !ls_softmax_tensor_forward(p, &x, p->work[COPIES]))
         LS_LAUNCH(p->queue, kernel_for(p, forward), blocks, THREADS, 0, x);
     return ls_launched(p->queue, "softmax: tiles");
 }

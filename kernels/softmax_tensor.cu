@@ -1,5 +1,5 @@
 /* Exact softmax attention with bfloat16 operands on tensor cores: what softmax.cu's three kernels of tiles do, for
- * calls without mask, dropout or weights whose heads have 8, 16, ... or 128 features, on a queue of precision bf16.
+ * calls without masks or weights whose heads have 8, 16, ... or 128 features, on a queue of precision bf16.
  * Kernels are made for 32, 64, 96 and 128 (D): other heads are as if zeros followed.
  *
  * How the work is divided. First q, k, v (and do) are copied to bfloat16, head by head: they are read many times. A
@@ -332,6 +332,58 @@ __device__ static inline bool next_queries(const softmax_call &p, const tile &ke
     return true;
 }
 
+/* ------------------------------------------------------------------------------------------------ dropout */
+
+/* What is kept of the probabilities that a thread has of its warp's rows and 8 N columns, from positions on. One call
+ * of the generator is for four keys, which lie with several threads: each makes as many calls as there are fours among
+ * its own numbers, and tells the others. DROPS: false where all is kept. */
+template <bool DROPS, int PARTS, int N> struct kept_keys { /* rows are queries */
+    static const int CALLS = PARTS * N, WORDS = (4 * CALLS + 31) / 32;
+    uint32_t bits[2][WORDS]; /* of even and of odd eights: the two columns of each row, part and pair of eights */
+    __device__ inline kept_keys(const softmax_call &p, const place &x, const spot &at, int64_t keys)
+    {
+        if (!DROPS) return;
+        const int lane = threadIdx.x % LS_WARP, odd = lane % 2; /* two threads have a four: one each of two eights */
+        const int64_t query = x.t.at + at.row;
+#pragma unroll
+        for (int w = 0; w < WORDS; w++) {
+            uint32_t mine = 0;
+#pragma unroll 2
+            for (int k = 0; k < ls_min(8, CALLS); k++) {
+                const int call = 8 * w + k, row = call / (N / 2), n = 2 * (call % (N / 2)) + odd;
+                mine |= kept_of(p, x, query + 8 * row, keys + 8 * n + lane % 4 / 2 * 4) << 4 * k;
+            }
+            const uint32_t other = __shfl_xor_sync(0xffffffffu, mine, 1);
+            bits[0][w] = (odd ? other : mine) >> 2 * odd, bits[1][w] = (odd ? mine : other) >> 2 * odd;
+        }
+    }
+    /* D times number e of an eight of a part */
+    __device__ inline float times(const softmax_call &p, int i, int n, int e, float y) const
+    {
+        const int call = (2 * i + e / 2) * (N / 2) + n / 2;
+        return !DROPS ? y : bits[n % 2][call / 8] >> (4 * (call % 8) + e % 2) & 1 ? p.keep * y : 0;
+    }
+};
+template <bool DROPS, int PARTS> struct kept_queries { /* rows are keys; of four eights of queries */
+    uint32_t bits[4];                                  /* by eight: each part, row and column, and three more rows */
+    __device__ inline kept_queries(const softmax_call &p, const place &x, const spot &at, int64_t queries)
+    {
+        if (!DROPS) return;
+        const int lane = threadIdx.x % LS_WARP, mate = lane / 4 % 4; /* four threads have a four: an eight for each */
+        const int64_t key = x.t.at + at.row - mate, query = queries + 8 * mate + at.column;
+        uint32_t mine = 0;
+#pragma unroll 2
+        for (int call = 0; call < 4 * PARTS; call++)
+            mine |= kept_of(p, x, query + call % 2, key + 8 * (call / 2)) << 4 * call;
+#pragma unroll
+        for (int n = 0; n < 4; n++) bits[n] = __shfl_sync(0xffffffffu, mine, (lane & ~12) | 4 * n) >> mate;
+    }
+    __device__ inline float times(const softmax_call &p, int i, int n, int e, float y) const
+    {
+        return !DROPS ? y : bits[n] >> 4 * (4 * i + e) & 1 ? p.keep * y : 0;
+    }
+};
+
 /* ------------------------------------------------------------------------------------------------ forward */
 
 /* Scores of 16 rows and N eights of keys become -inf where a key may not be seen; `row`: the thread's first one. */
@@ -385,9 +437,10 @@ __device__ static inline void join_rows(const softmax_call &p, const place &x, c
 }
 
 /* A warp's rows meet 64 keys. */
-template <int D, int PARTS>
-__device__ static inline void meet_keys(const softmax_call &p, const bf16 *q, const bf16 *k, const bf16 *v,
-                                        const uint32_t seen[2], int ahead, const spot &at, outlook<D, PARTS> &y)
+template <bool DROPS, int D, int PARTS>
+__device__ static inline void meet_keys(const softmax_call &p, const place &x, const bf16 *q, const bf16 *k,
+                                        const bf16 *v, const tile &keys, const uint32_t seen[2], int ahead,
+                                        const spot &at, outlook<D, PARTS> &y)
 {
     const float scale = LOG2_E * p.scale;
     float s[PARTS][EIGHTS][4], top[PARTS][2];
@@ -430,10 +483,17 @@ __device__ static inline void meet_keys(const softmax_call &p, const bf16 *q, co
                     y.l[i][half] += s[i][n][e];
                 }
         }
+    const kept_keys<DROPS, PARTS, EIGHTS> kept(p, x, at, keys.at);
+#pragma unroll
+    for (int i = 0; i < PARTS; i++)
+#pragma unroll
+        for (int n = 0; n < EIGHTS; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[i][n][e] = kept.times(p, i, n, e, s[i][n][e]);
     multiply_rows<D>(s, v, y.o);
 }
 
-template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) forward_kernel(tensor_call p)
+template <int D, int PARTS, bool DROPS> __global__ static void BOUNDS(D, PARTS) forward_kernel(tensor_call p)
 {
     LS_SHARED(bf16, memory);
     __shared__ uint32_t seen[2][2];
@@ -454,7 +514,7 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) forward_kern
         [&](const tile &keys, int stage) {
             const int ahead = ahead_of(p, x.t, keys), from = stage * of_width<D>::PASSES;
             if (busy && at.first + PARTS * PART - 1 + ahead >= 0)
-                meet_keys(p, q, k + from, v + from, seen[stage], ahead, at, y);
+                meet_keys<DROPS>(p, x, q, k + from, v + from, keys, seen[stage], ahead, at, y);
         },
         [&](bool first) { join_rows(p, x, at, p.fresh && first, y); });
 }
@@ -462,16 +522,17 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) forward_kern
 /* ------------------------------------------------------------------------------------------------ backward */
 
 /* dq += ds k of 64 keys, but for 1 / l and the scale. base: m log2 e. */
-template <int D, int PARTS>
-__device__ static inline void meet_keys_backward(const softmax_call &p, const bf16 *q, const bf16 *dout, const bf16 *k,
-                                                 const bf16 *v, const uint32_t seen[2], int ahead, const spot &at,
-                                                 const float (&base)[PARTS][2], const float (&delta)[PARTS][2],
-                                                 float (&dq)[PARTS][D / 8][4])
+template <bool DROPS, int D, int PARTS>
+__device__ static inline void meet_keys_backward(const softmax_call &p, const place &x, const bf16 *q, const bf16 *dout,
+                                                 const bf16 *k, const bf16 *v, const tile &keys, const uint32_t seen[2],
+                                                 int ahead, const spot &at, const float (&base)[PARTS][2],
+                                                 const float (&delta)[PARTS][2], float (&dq)[PARTS][D / 8][4])
 {
     const float scale = LOG2_E * p.scale;
 #pragma unroll 1
     for (int j = 0; j < TILE; j += HALF) {
         float s[PARTS][HALF_EIGHTS][4], dp[PARTS][HALF_EIGHTS][4];
+        const kept_keys<DROPS, PARTS, HALF_EIGHTS> kept(p, x, at, keys.at + j);
         multiply_features<D>(q + at.first * of_width<D>::ROW, k + j * of_width<D>::ROW, s);
         multiply_features<D>(dout + at.first * of_width<D>::ROW, v + j * of_width<D>::ROW, dp);
 #pragma unroll
@@ -480,15 +541,17 @@ __device__ static inline void meet_keys_backward(const softmax_call &p, const bf
 #pragma unroll
             for (int n = 0; n < HALF_EIGHTS; n++)
 #pragma unroll
-                for (int e = 0; e < 4; e++)
-                    s[i][n][e] = ls_exp2(scale * s[i][n][e] - base[i][e / 2]) * (dp[i][n][e] - delta[i][e / 2]);
+                for (int e = 0; e < 4; e++) {
+                    const float flow = kept.times(p, i, n, e, dp[i][n][e]);
+                    s[i][n][e] = ls_exp2(scale * s[i][n][e] - base[i][e / 2]) * (flow - delta[i][e / 2]);
+                }
         }
         multiply_rows<D>(s, k + j * of_width<D>::ROW, dq);
     }
 }
 
 /* dq += scale Σ_j ds k. As in the twin, 1 / l comes last, and what is rounded is ds l. */
-template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) queries_backward_kernel(tensor_call p)
+template <int D, int PARTS, bool DROPS> __global__ static void BOUNDS(D, PARTS) queries_backward_kernel(tensor_call p)
 {
     LS_SHARED(bf16, memory);
     __shared__ uint32_t seen[2][2];
@@ -518,7 +581,8 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) queries_back
         [&](const tile &keys, int stage) {
             const int ahead = ahead_of(p, x.t, keys), from = stage * of_width<D>::PASSES;
             if (busy && at.first + PARTS * PART - 1 + ahead >= 0)
-                meet_keys_backward<D>(p, q, dout, k + from, v + from, seen[stage], ahead, at, base, delta, dq);
+                meet_keys_backward<DROPS, D>(p, x, q, dout, k + from, v + from, keys, seen[stage], ahead, at, base,
+                                             delta, dq);
         },
         [&](bool first) {
             add_rows<D>(
@@ -542,11 +606,12 @@ __device__ static inline void ask_statistics(statistics &to, const softmax_call 
     ls_copy<4>(to.delta + r, p.delta + row, exists);
 }
 
-/* dk += ds q and dv += p do of 64 queries, but for the scale. Rows of a tile are keys here, its columns queries. */
-template <int D, int PARTS>
-__device__ static inline void meet_queries(const softmax_call &p, const bf16 *k, const bf16 *v, const bf16 *q,
-                                           const bf16 *dout, const statistics &of, const uint32_t seen[], int ahead,
-                                           const spot &at, float (&dk)[PARTS][D / 8][4], float (&dv)[PARTS][D / 8][4])
+/* dk += ds q and dv += D p do of 64 queries, but for the scale. Rows of a tile are keys here, its columns queries. */
+template <bool DROPS, int D, int PARTS>
+__device__ static inline void meet_queries(const softmax_call &p, const place &x, const bf16 *k, const bf16 *v,
+                                           const bf16 *q, const bf16 *dout, const tile &queries, const statistics &of,
+                                           const uint32_t seen[], int ahead, const spot &at,
+                                           float (&dk)[PARTS][D / 8][4], float (&dv)[PARTS][D / 8][4])
 {
     const float scale = LOG2_E * p.scale;
     const uint32_t others = PARTS * PART < LS_WARP ? ~(((1u << PART) - 1) << at.first % LS_WARP) : 0;
@@ -554,6 +619,7 @@ __device__ static inline void meet_queries(const softmax_call &p, const bf16 *k,
 #pragma unroll 1
     for (int c0 = 0; c0 < TILE; c0 += HALF) {
         float s[PARTS][HALF_EIGHTS][4], dp[PARTS][HALF_EIGHTS][4];
+        const kept_queries<DROPS, PARTS> kept(p, x, at, queries.at + c0);
         multiply_features<D>(k + at.first * of_width<D>::ROW, q + c0 * of_width<D>::ROW, s);
         multiply_features<D>(v + at.first * of_width<D>::ROW, dout + c0 * of_width<D>::ROW, dp);
 #pragma unroll
@@ -584,14 +650,18 @@ __device__ static inline void meet_queries(const softmax_call &p, const bf16 *k,
 #pragma unroll
             for (int i = 0; i < PARTS; i++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) dp[i][n][e] = s[i][n][e] * (dp[i][n][e] - (e % 2 == 0 ? delta.x : delta.y));
+                for (int e = 0; e < 4; e++) {
+                    const float share = s[i][n][e], flow = kept.times(p, i, n, e, dp[i][n][e]);
+                    s[i][n][e] = kept.times(p, i, n, e, share);
+                    dp[i][n][e] = share * (flow - (e % 2 == 0 ? delta.x : delta.y));
+                }
         }
         multiply_rows<D>(s, dout + c0 * of_width<D>::ROW, dv);
         multiply_rows<D>(dp, q + c0 * of_width<D>::ROW, dk);
     }
 }
 
-template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) keys_backward_kernel(tensor_call p)
+template <int D, int PARTS, bool DROPS> __global__ static void BOUNDS(D, PARTS) keys_backward_kernel(tensor_call p)
 {
     LS_SHARED(bf16, memory);
     __shared__ uint32_t seen[SIDE / LS_WARP];
@@ -618,7 +688,8 @@ template <int D, int PARTS> __global__ static void BOUNDS(D, PARTS) keys_backwar
         [&](const tile &queries, int stage) {
             const int ahead = ahead_of(p, queries, x.t), from = stage * of_width<D>::PASSES;
             if (busy && at.first <= TILE - 1 + ahead)
-                meet_queries<D>(p, k, v, q + from, dout + from, known[stage], seen, ahead, at, dk, dv);
+                meet_queries<DROPS, D>(p, x, k, v, q + from, dout + from, queries, known[stage], seen, ahead, at, dk,
+                                       dv);
         },
         [&](bool first) {
             add_rows<D>(p.dk, p.d, x, at, p.fresh && first, p.scale, dk);
@@ -646,14 +717,16 @@ struct tensor_variant {
 template <int D> static void forward(ls_queue *queue, const tensor_call &x, int query_blocks)
 {
     constexpr int parts = D <= 64 ? 2 : 1;
-    const auto kernel = forward_kernel<D, parts>;
+    const auto kernel = x.draws ? forward_kernel<D, parts, true> : forward_kernel<D, parts, false>;
     LS_LAUNCH(queue, kernel, query_blocks, of_parts<parts>::WORKERS, shared_bytes<D>(1), x);
 }
 
 template <int D> static void backward(ls_queue *queue, const tensor_call &x, int query_blocks, int key_blocks)
 {
     constexpr int parts = D <= 64 ? 2 : 1;
-    const auto of_queries = queries_backward_kernel<D, parts>, of_keys = keys_backward_kernel<D, parts>;
+    const auto of_queries =
+        x.draws ? queries_backward_kernel<D, parts, true> : queries_backward_kernel<D, parts, false>;
+    const auto of_keys = x.draws ? keys_backward_kernel<D, parts, true> : keys_backward_kernel<D, parts, false>;
     LS_LAUNCH(queue, of_queries, query_blocks, of_parts<parts>::WORKERS, shared_bytes<D>(2), x);
     LS_LAUNCH(queue, of_keys, key_blocks, of_parts<parts>::WORKERS, shared_bytes<D>(2), x);
 }

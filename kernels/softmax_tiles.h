@@ -7,6 +7,7 @@
 extern "C" {
 #include "mechanism.h"
 }
+#include "rng_inline.h"
 #include "statistics.h"
 
 /* A tile, and what of it each of a block's threads has, see softmax.cu. */
@@ -121,8 +122,19 @@ __device__ static inline int64_t tiles_from(const softmax_call &p, ls_span queri
     return p.causal && first > start ? (first - start) / TILE : 0;
 }
 
-/* The same phases with bfloat16 operands on tensor cores, for calls without mask, dropout and weights whose heads they
- * know: see softmax_tensor.cu. 0: this call is not for them, nothing was done. copies: ls_softmax_tensor_reals of
+/* What dropout keeps of query i and the keys at j .. j + 3, j a multiple of 4, which is what one call of the generator
+ * tells, see dropout_row in softmax.c: a bit for each. */
+__device__ static inline uint32_t kept_of(const softmax_call &p, const place &x, int64_t i, int64_t j)
+{
+    uint32_t word[4], kept = 0;
+    ls_random4_inline(p.seed, p.stream * 65536u + (uint32_t)x.h, (uint32_t)(p.sample + (uint64_t)x.b),
+                      (uint64_t)i << 32 | (uint64_t)(j / 4), word);
+    for (int c = 0; c < 4; c++) kept |= (uint32_t)(word[c] >= p.limit) << c;
+    return kept;
+}
+
+/* The same phases with bfloat16 operands on tensor cores, for calls without masks and weights whose heads they know:
+ * see softmax_tensor.cu. 0: this call is not for them, nothing was done. copies: ls_softmax_tensor_reals of
  * memory. */
 int64_t ls_softmax_tensor_reals(const ls_pass *p);
 /* Rows that lie in bfloat16: only they know what to do with them. */

@@ -139,6 +139,10 @@ static const shape shapes[] = {
     {LS_NS, 1, 8, 150, 150, PAD_TAIL},   {LS_CS, 1, 40, 140, 140, PAD_NONE},  {LS_NC, 2, 72, 67, 80, PAD_RANDOM},
     {LS_CS, 1, 120, 90, 90, PAD_TAIL},
 };
+static const shape dropout_shapes[] = {
+    {LS_NS, 2, 32, 70, 70, PAD_RANDOM}, {LS_CS, 1, 64, 270, 270, PAD_NONE}, {LS_NC, 2, 96, 67, 130, PAD_WHOLE},
+    {LS_CS, 1, 128, 83, 83, PAD_TAIL},  {LS_NC, 1, 40, 130, 70, PAD_NONE},
+};
 
 /* Of linear attention: pieces of features and of values (64 of each at a time), chunks of 64 and of 256 rows. Of
  * longshort: several tiles of near keys, of vectors, and of distances. Of local: bands of 48 and of 32 keys, and of
@@ -162,9 +166,9 @@ static const struct {
     {"local", "w=40", {LS_NC, 1, 36, 100, 170, PAD_NONE}},
 };
 
-static void twins(ls_context *narrow, const char *mechanism, const char *options, shape of)
+static void twins(ls_context *narrow, const char *mechanism, const char *options, int extras, shape of)
 {
-    const case_row row = {mechanism, of.pattern, options, 0};
+    const case_row row = {mechanism, of.pattern, options, (unsigned)extras};
     const int is_softmax = strcmp(mechanism, "softmax") == 0;
     const setting s = {.row = &row,
                        .level = mechanism_of(mechanism)->traits & LAYER_ONLY ? LS_LEVEL_LAYER : LS_LEVEL_CORE,
@@ -228,9 +232,9 @@ static double layer_error(const answer *a, const answer *b)
 /* A layer whose core takes rows in bfloat16 as they are kept, beside one whose core, for the sake of a mask of zeros,
  * has floats: of the same values, but for the gradient of its output, which is rounded where it is a factor alone. One
  * is as good as the other. */
-static void layers(ls_context *narrow, shape of, alias of_inputs)
+static void layers(ls_context *narrow, int extras, shape of, alias of_inputs)
 {
-    const case_row row = {"softmax", of.pattern, "", 0};
+    const case_row row = {"softmax", of.pattern, "", (unsigned)extras};
     const setting s = {.row = &row,
                        .level = LS_LEVEL_LAYER,
                        .layout = of.d == 64 ? LS_TBHD : LS_BTHD,
@@ -383,7 +387,7 @@ int main(int argc, char **argv)
         for (int pattern = LS_NS; status == LS_OK && pattern <= LS_NC; pattern++)
             for (int64_t d = 32; d <= 128; d += 32) {
                 if (!is_turn()) continue;
-                twins(narrow, "softmax", "",
+                twins(narrow, "softmax", "", 0,
                       (shape){.pattern = (ls_pattern)pattern,
                               .B = 1,
                               .d = d,
@@ -392,9 +396,13 @@ int main(int argc, char **argv)
                               .pad = d == 64 ? PAD_RANDOM : PAD_NONE});
             }
         for (size_t i = 0; status == LS_OK && i < sizeof shapes / sizeof *shapes; i++)
-            if (is_turn()) twins(narrow, "softmax", "", shapes[i]);
+            if (is_turn()) twins(narrow, "softmax", "", 0, shapes[i]);
+        for (size_t i = 0; status == LS_OK && i < sizeof dropout_shapes / sizeof *dropout_shapes; i++) {
+            if (is_turn()) twins(narrow, "softmax", "", DROPOUT, dropout_shapes[i]);
+            if (here.size == 1 && is_turn()) layers(narrow, DROPOUT, dropout_shapes[i], ALIAS_NONE);
+        }
         for (size_t i = 0; status == LS_OK && i < sizeof tiled_shapes / sizeof *tiled_shapes; i++)
-            if (is_turn()) twins(narrow, tiled_shapes[i].mechanism, tiled_shapes[i].options, tiled_shapes[i].of);
+            if (is_turn()) twins(narrow, tiled_shapes[i].mechanism, tiled_shapes[i].options, 0, tiled_shapes[i].of);
         /* the last two: more rows than are summed up before they join memory */
         static const shape of_layers[] = {{LS_NS, 2, 32, 70, 70, PAD_TAIL},   {LS_NS, 2, 64, 150, 150, PAD_RANDOM},
                                           {LS_CS, 2, 64, 130, 130, PAD_TAIL}, {LS_CS, 1, 32, 66, 66, PAD_NONE},
@@ -402,7 +410,7 @@ int main(int argc, char **argv)
                                           {LS_NS, 2, 40, 70, 70, PAD_TAIL},   {LS_CS, 1, 56, 80, 80, PAD_NONE},
                                           {LS_NC, 1, 32, 20, 2100, PAD_TAIL}, {LS_NC, 1, 32, 2100, 20, PAD_TAIL}};
         for (size_t i = 0; status == LS_OK && i < sizeof of_layers / sizeof *of_layers; i++)
-            if (is_turn()) layers(narrow, of_layers[i], of_layers[i].pattern == LS_NC ? ALIAS_NONE : ALIAS_ALL);
+            if (is_turn()) layers(narrow, 0, of_layers[i], of_layers[i].pattern == LS_NC ? ALIAS_NONE : ALIAS_ALL);
         ls_context_free(narrow);
     }
     return world_close();
