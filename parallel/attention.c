@@ -23,8 +23,8 @@ struct ls_saved {
 
 /* ------------------------------------------------------------------------------------------------ create */
 
-enum { MOST_STREAM = 65535 };      /* beside heads, in the key of random numbers */
-enum { MOST_EMBED_DIM = 1 << 20 }; /* its square, times slots or channels, is still counted in 64 bits */
+enum { MOST_HEADS = 65535, MOST_STREAM = 65535 }; /* 16 bits each in the key of random numbers; blocks of a GPU */
+enum { MOST_EMBED_DIM = 1 << 20 };                /* its square, times slots or channels, is still counted in 64 bits */
 
 static ls_status check_options(const ls_attention_options *o, const ls_mechanism **mechanism)
 {
@@ -41,6 +41,8 @@ static ls_status check_options(const ls_attention_options *o, const ls_mechanism
     if (o->embed_dim % o->num_heads != 0)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: embed_dim %lld is not divisible by num_heads %lld", m->name,
                 (long long)o->embed_dim, (long long)o->num_heads);
+    if (o->num_heads > MOST_HEADS)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: num_heads %lld is more than %d", m->name, (long long)o->num_heads, MOST_HEADS);
     if (o->embed_dim > MOST_EMBED_DIM)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: embed_dim %lld is more than %d", m->name, (long long)o->embed_dim,
                 MOST_EMBED_DIM);

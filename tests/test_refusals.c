@@ -320,7 +320,7 @@ static void test_saved(void **unused)
     ls_context_free(other);
 }
 
-/* BLAS counts with int, and random numbers leave 16 bits for the stream. */
+/* BLAS counts with int, and random numbers leave 16 bits for the stream and for the head. */
 static void test_counts(void **unused)
 {
     (void)unused;
@@ -329,6 +329,8 @@ static void test_counts(void **unused)
     ls_shard one, many;
     const ls_attention_io io = {.query = x, .key = x, .value = x};
     must(ls_attention_defaults("softmax", &o));
+    o.embed_dim = 1 << 16, o.num_heads = 1 << 16;
+    refused(ls_attention_create(ctx, &o, &a), LS_ERR_ARGUMENT, "num_heads 65536 is more than 65535");
     o.layout = LS_TBHD, o.embed_dim = E, o.num_heads = H, o.stream = last ? 1 << 16 : 7;
     refused(ls_attention_create(ctx, &o, &a), LS_ERR_ARGUMENT, "stream 65536 is more than 65535");
     assert_null(a);

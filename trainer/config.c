@@ -46,7 +46,7 @@ static const config_key fixed[] = {
     {"model.embed_dim", KEY_WHOLE, FIELD(model.embed_dim), "[1, 1048576]", NULL, "256", "width of the model"},
     {"model.ffn_dim", KEY_WHOLE, FIELD(model.ffn_dim), "[1, 4194304]", NULL, "1024",
      "width within feed-forward layers"},
-    {"model.num_heads", KEY_WHOLE, FIELD(model.num_heads), "[1, 65536]", NULL, "4", "heads of every attention"},
+    {"model.num_heads", KEY_WHOLE, FIELD(model.num_heads), "[1, 65535]", NULL, "4", "heads of every attention"},
     {"model.encoder_layers", KEY_WHOLE, FIELD(model.encoder_layers), "[1, 1000]", NULL, "4", "layers"},
     {"model.decoder_layers", KEY_WHOLE, FIELD(model.decoder_layers), "[1, 1000]", NULL, "4", "layers"},
     {"model.dropout", KEY_REAL, FIELD(model.dropout), "[0, 1)", NULL, "0.1", "of embeddings and residual branches"},
