@@ -165,6 +165,17 @@ elif grep -q '^{"step":1,' out/run/metrics.jsonl; then complain "another run's l
 elif ! grep -q 'metrics.jsonl is of another run, and is out/run/metrics-1.jsonl now' stdout; then complain "nothing is said of it"
 else passed=$((passed + 1)); fi
 
+# ---- the best of another directory, or of other documents, is no bar: weights that stay as they are become the best
+rm -rf out && mkdir out
+still=(train good.yaml --set train.learning_rate=0 --set train.evaluate_every=1)
+"$longspan" "${still[@]}" --set train.steps=3 --resume $good >stdout 2>stderr && [ -f out/run/best.h5 ] &&
+  "$longspan" "${still[@]}" --set train.steps=4 --set train.evaluate_documents=12 --resume auto >stdout 2>stderr &&
+  "$longspan" "${still[@]}" --set train.steps=5 --set data.max_source=1 --resume auto >stdout 2>stderr && got=0 || got=$?
+best=$(sed -n 's/.*"valid_nll".*"best":\(.*\)}/\1/p' out/run/metrics.jsonl | tr '\n' ' ')
+if [ $got -ne 0 ]; then complain "best.h5 in a directory of its own: exit code $got, $(ls out/run)"
+elif [ "$best" != "true false false true " ]; then complain "the best by another measure: $best"
+else passed=$((passed + 1)); fi
+
 # ---- two trainings in one directory; Ctrl-C, which saves and leaves the evaluation that is due to the next run
 rm -rf out && mkdir out
 long=(train good.yaml --set train.steps=1000000 --set train.evaluate_every=1 --set train.save_every=0)

@@ -227,6 +227,26 @@ static ls_status check_same_run(const run *t, const config *before)
     return LS_OK;
 }
 
+/* Whether evaluations are of the same tokens as those before. */
+static int same_measure(const run *t, const config *a, const config *b)
+{
+    const int64_t all = dataset_documents(t->data, "valid");
+    const int64_t source = dataset_longest(t->data, "valid", 0), target = dataset_longest(t->data, "valid", 1);
+    return data_cut(all, a->train.evaluate_documents) == data_cut(all, b->train.evaluate_documents) &&
+           data_cut(source, a->data.max_source) == data_cut(source, b->data.max_source) &&
+           data_cut(target, a->data.max_target) == data_cut(target, b->data.max_target);
+}
+
+/* Collective. The best before is no bar to what this run finds where it was measured otherwise, or where best.h5 stayed
+ * in another directory: this one might never get one. */
+static ls_status keep_best(run *t, const config *before)
+{
+    char path[PATH_SIZE];
+    snprintf(path, sizeof path, "%s/best.h5", t->c.run.directory);
+    if (t->r->rank == 0 && (access(path, F_OK) != 0 || !same_measure(t, before, &t->c))) t->w.s.best_nll = INFINITY;
+    return broadcast_bytes(t->r, &t->w.s.best_nll, sizeof t->w.s.best_nll);
+}
+
 static ls_status load(run *t)
 {
     config before;
@@ -242,7 +262,7 @@ static ls_status load(run *t)
         LS_FAIL(LS_ERR_FORMAT, "%s: step, samples and seed contradict its configuration: not written by Longspan",
                 t->resume);
     }
-    return LS_OK;
+    return keep_best(t, &before);
 }
 
 /* Rank 0: adds to the message about a damaged checkpoint what could be used instead. */
