@@ -121,6 +121,12 @@ refuse "evaluate as another model" 2 "model.num_heads=2, the configuration has 4
 refuse "generate: an unknown key" 2 "model.width" -- generate $good --set model.width=3 --input good.tsv
 refuse "empty source" 2 "empty" -- generate $good --input /dev/null
 
+"$longspan" train good.yaml --set run.directory=short --set model.decoder.mechanism=cosformer \
+  --set model.decoder.options.max_len=20 >/dev/null || complain "training with max_len"
+refuse "more bytes than max_len" 2 "--max-bytes 21: model.decoder.options.max_len: 20 is less than the 21 positions" -- \
+  generate short/step-000002.h5 --input good.yaml --max-bytes 21
+"$longspan" generate short/step-000002.h5 --input good.yaml --max-bytes 20 >/dev/null || complain "as many bytes as max_len"
+
 # ---- places that cannot be written (a file in the way: root may write anywhere else)
 refuse "run directory below a file" 4 "good.tsv" -- train good.yaml --set run.directory=good.tsv/run
 refuse "data set below a file" 4 "good.tsv" -- pack --train good.tsv --out good.tsv/x.h5

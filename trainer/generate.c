@@ -14,7 +14,7 @@ static const char usage[] =
     "\n"
     "Reads a source text and writes the target that the model makes of it to standard output, byte by byte.\n"
     "\n"
-    "  --input FILE        source text; - is standard input (default)\n"
+    "  --input FILE        source text, taken as a whole, whatever data.max_source says; - is standard input (default)\n"
     "  --max-bytes N       stop after N bytes, if the model has not ended the text before (default 1024)\n"
     "  --greedy            always the most probable byte (default)\n"
     "  --temperature T     draw from probabilities ~ p^(1/T), T > 0 (default 1 with --top-k)\n"
@@ -183,6 +183,11 @@ static ls_status prepare(const generate_options *o, ranks *r, generation *g)
         LS_FAIL(LS_ERR_ARGUMENT, "generate: the input %s is empty: give at least one byte",
                 strcmp(o->input, "-") == 0 ? "on standard input" : o->input);
     LS_TRY(config_fits(&g->c, (int64_t)g->source_size, 0));
+    if (config_fits(&g->c, (int64_t)g->source_size, o->max_bytes) != LS_OK) {
+        char why[400];
+        snprintf(why, sizeof why, "%s", ls_last_error());
+        LS_FAIL(LS_ERR_ARGUMENT, "generate: --max-bytes %lld: %s", (long long)o->max_bytes, why);
+    }
     LS_TRY(ranks_split(r, &g->c, 0));
     LS_TRY(agree(r, model_create(r->sequence, &g->c, &g->m)));
     const size_t count = (size_t)model_count(g->m);
