@@ -292,6 +292,7 @@ static void refuses_what_has_no_effect(void **state)
         {"train.short_length=64", "train.short_length: 64 has no effect without train.short_steps"},
         {"train.short_steps=5", "train.short_steps: 5 has no effect without train.short_length"},
         {"train.lengthen_steps=7", "train.lengthen_steps: 7 has no effect without train.short_length"},
+        {"train.min_learning_rate=1e-5", NULL},
         {"data.path=", "data.path: which data set?"},
         {"run.directory=", "run.directory: where do"},
         {"model.encoder.scale=0.5", NULL},
@@ -324,6 +325,10 @@ static void refuses_what_has_no_effect(void **state)
     const char *both[] = {"train.short_length=64", "train.lengthen_steps=7"};
     assert_int_equal(config_parse("a.yaml", given, strlen(given), both, 2, &c), LS_OK);
     assert_int_equal(config_check_training(&c), LS_OK);
+    const char *flat[] = {"train.schedule=constant", "train.min_learning_rate=1e-5"};
+    assert_int_equal(config_parse("a.yaml", given, strlen(given), flat, 2, &c), LS_OK);
+    assert_int_equal(config_check_training(&c), LS_ERR_ARGUMENT);
+    assert_contains(ls_last_error(), "train.min_learning_rate: 1e-05 has no effect with train.schedule=constant", "flat");
 }
 
 static void knows_whom_padding_matters_to(void **state)

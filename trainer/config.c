@@ -41,7 +41,7 @@ static const config_key fixed[] = {
     {"data.max_source", KEY_WHOLE, FIELD(data.max_source), "[0, 2147483646]", NULL, "0",
      "tokens; longer sources are cut; 0: no limit"},
     {"data.max_target", KEY_WHOLE, FIELD(data.max_target), "[0, 2147483646]", NULL, "0",
-     "tokens; longer targets are cut; 0: no limit"},
+     "tokens; longer targets are cut, and end there; 0: no limit"},
     {"data.verify", KEY_WORD, FIELD(data.verify), NULL, truth, "true", "check all digests when opening"},
     {"model.embed_dim", KEY_WHOLE, FIELD(model.embed_dim), "[1, 1048576]", NULL, "256", "width of the model"},
     {"model.ffn_dim", KEY_WHOLE, FIELD(model.ffn_dim), "[1, 4194304]", NULL, "1024",
@@ -65,7 +65,7 @@ static const config_key fixed[] = {
     {"train.seed", KEY_SEED, FIELD(train.seed), NULL, NULL, "1", "of every random number"},
     {"train.learning_rate", KEY_REAL, FIELD(train.learning_rate), "[0, 1e3]", NULL, "5e-4", "the highest of the run"},
     {"train.min_learning_rate", KEY_REAL, FIELD(train.min_learning_rate), "[0, 1e3]", NULL, "0",
-     "where cosine ends; the others stay above it"},
+     "where cosine ends; inverse_sqrt stays above it"},
     {"train.warmup_steps", KEY_WHOLE, FIELD(train.warmup_steps), "[0, 1000000000000]", NULL, "100", "of linear growth"},
     {"train.schedule", KEY_WORD, FIELD(train.schedule), NULL, schedules, "cosine", "learning rate after warm-up"},
     {"train.short_length", KEY_WHOLE, FIELD(train.short_length), "[0, 2147483646]", NULL, "0",
@@ -650,6 +650,9 @@ ls_status config_check_training(const config *c)
     LS_TRY(check_effects(c));
     if (c->data.path[0] == 0) LS_FAIL(LS_ERR_ARGUMENT, "data.path: which data set?");
     if (c->run.directory[0] == 0) LS_FAIL(LS_ERR_ARGUMENT, "run.directory: where do checkpoints and metrics go?");
+    if (c->train.schedule == SCHEDULE_CONSTANT && c->train.min_learning_rate > 0)
+        LS_FAIL(LS_ERR_ARGUMENT, "train.min_learning_rate: %g has no effect with train.schedule=constant",
+                c->train.min_learning_rate);
     const int64_t steps = c->train.short_steps + c->train.lengthen_steps;
     if (c->train.short_length > 0 && steps == 0)
         LS_FAIL(LS_ERR_ARGUMENT, "train.short_length: %lld has no effect without train.short_steps or lengthen_steps",
