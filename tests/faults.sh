@@ -127,6 +127,9 @@ refuse "more bytes than max_len" 2 "--max-bytes 21: model.decoder.options.max_le
   generate short/step-000002.h5 --input good.yaml --max-bytes 21
 "$longspan" generate short/step-000002.h5 --input good.yaml --max-bytes 20 >/dev/null || complain "as many bytes as max_len"
 
+"$longspan" train good.yaml --dry-run --set model.encoder.mechanism=nystrom --set model.encoder.options.init=1 >stdout
+grep -q '^warning: with init: 1 of nystrom .*train.accumulation' stdout || complain "nothing is said of rows that mix"
+
 # ---- places that cannot be written (a file in the way: root may write anywhere else)
 refuse "run directory below a file" 4 "good.tsv" -- train good.yaml --set run.directory=good.tsv/run
 refuse "data set below a file" 4 "good.tsv" -- pack --train good.tsv --out good.tsv/x.h5

@@ -328,7 +328,8 @@ static void refuses_what_has_no_effect(void **state)
     const char *flat[] = {"train.schedule=constant", "train.min_learning_rate=1e-5"};
     assert_int_equal(config_parse("a.yaml", given, strlen(given), flat, 2, &c), LS_OK);
     assert_int_equal(config_check_training(&c), LS_ERR_ARGUMENT);
-    assert_contains(ls_last_error(), "train.min_learning_rate: 1e-05 has no effect with train.schedule=constant", "flat");
+    assert_contains(ls_last_error(), "train.min_learning_rate: 1e-05 has no effect with train.schedule=constant",
+                    "flat");
 }
 
 static void knows_whom_padding_matters_to(void **state)
@@ -348,8 +349,13 @@ static void knows_whom_padding_matters_to(void **state)
     config c;
     for (size_t i = 0; i < sizeof each / sizeof *each; i++) {
         assert_int_equal(config_parse("a.yaml", "", 0, each[i].set, 2, &c), LS_OK);
+        assert_int_equal(config_mixes_rows(&c), 0);
         assert_int_equal(config_counts_padding(&c), each[i].counts);
     }
+    const char *mixing[] = {"model.cross.mechanism=nystrom", "model.cross.options.init=1"};
+    config all;
+    assert_int_equal(config_parse("a.yaml", "", 0, mixing, 2, &all), LS_OK);
+    assert_int_equal(config_mixes_rows(&all), 1);
     assert_int_equal(config_fits(&c, 100, 1000), LS_OK); /* the encoder sees no targets */
     assert_int_equal(config_fits(&c, 101, 10), LS_ERR_ARGUMENT);
     assert_contains(ls_last_error(), "model.encoder.options.max_len: 100 is less than the 101 positions", "max_len");

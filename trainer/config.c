@@ -567,6 +567,17 @@ static int option_index(const char *mechanism, const char *option)
     return -1;
 }
 
+int config_mixes_rows(const config *c)
+{
+    int mixes = 0;
+    for (int i = 0; i < PLACES; i++) {
+        const config_attention *a = attention_at(c, i);
+        const int at = option_index(a->mechanism, "init");
+        mixes |= at >= 0 && a->value[at] != 0;
+    }
+    return mixes;
+}
+
 ls_status config_fits(const config *c, int64_t source_length, int64_t target_length)
 {
     const int64_t longest[] = {source_length, target_length, ls_max(source_length, target_length)};

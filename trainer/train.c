@@ -376,9 +376,11 @@ static void print_plan(const run *t)
     if (t->resume[0] != 0) printf("  %-16sfrom %s\n", "goes on", t->resume);
 }
 
-/* Said before weeks of training, not after: what `longspan generate` would refuse. */
-static void print_warnings(const config *c)
+/* Said before weeks of training, not after: what `longspan generate` would refuse, and what other ranks would change.
+ */
+static void print_warnings(const run *t)
 {
+    const config *c = &t->c;
     const struct {
         const char *mechanism, *where;
         ls_pattern pattern;
@@ -389,6 +391,10 @@ static void print_warnings(const config *c)
                 "warning: model.%s.mechanism: %s cannot decode token by token, so longspan generate will refuse this "
                 "model\n",
                 used[i].where, used[i].mechanism);
+    if (config_mixes_rows(c) && c->train.batch > 1)
+        printf("warning: with init: 1 of nystrom a sequence depends on those worked through with it, so losses depend "
+               "on train.accumulation and on the groups of ranks (now %lld pieces of a batch)\n",
+               (long long)(t->r->groups * c->train.accumulation));
 }
 
 /* ------------------------------------------------------------------------------------------------ a step */
@@ -656,7 +662,7 @@ static ls_status train(const train_options *o, run *t)
         LS_TRY(resume(t));
     else
         LS_TRY(agree(t->r, start(t)));
-    if (t->r->rank == 0) print_warnings(&t->c);
+    if (t->r->rank == 0) print_warnings(t);
     if (o->dry_run) {
         if (t->r->rank == 0) print_plan(t);
         return LS_OK;
