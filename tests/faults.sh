@@ -119,13 +119,16 @@ refuse "resume with another batch" 2 "train.batch=2, the configuration has 4" --
 refuse "resume with another model" 2 "model.embed_dim" -- train good.yaml --resume $good --set model.embed_dim=32
 refuse "evaluate as another model" 2 "model.num_heads=2, the configuration has 4" -- eval $good --set model.num_heads=4
 refuse "generate: an unknown key" 2 "model.width" -- generate $good --set model.width=3 --input good.tsv
+refuse "generate: a seed without draws" 2 "--seed" -- generate $good --seed 3 --input good.tsv
+refuse "generate: a long prefix" 2 "prefix" -- generate $good --prefix four --max-bytes 3 --input good.tsv
 refuse "empty source" 2 "empty" -- generate $good --input /dev/null
 
 "$longspan" train good.yaml --set run.directory=short --set model.decoder.mechanism=cosformer \
   --set model.decoder.options.max_len=20 >/dev/null || complain "training with max_len"
-refuse "more bytes than max_len" 2 "--max-bytes 21: model.decoder.options.max_len: 20 is less than the 21 positions" -- \
+refuse "more bytes than max_len" 2 "--max-bytes 21 is more than the 20 positions of max_len" -- \
   generate short/step-000002.h5 --input good.yaml --max-bytes 21
-"$longspan" generate short/step-000002.h5 --input good.yaml --max-bytes 20 >/dev/null || complain "as many bytes as max_len"
+"$longspan" generate short/step-000002.h5 --input good.yaml >stdout &&
+  [ "$(wc -c <stdout)" -le 20 ] || complain "as many bytes as max_len"
 
 "$longspan" train good.yaml --dry-run --set model.encoder.mechanism=nystrom --set model.encoder.options.init=1 >stdout
 grep -q '^warning: with init: 1 of nystrom .*train.accumulation' stdout || complain "nothing is said of rows that mix"

@@ -578,18 +578,35 @@ int config_mixes_rows(const config *c)
     return mixes;
 }
 
+/* The positions that the mechanism in a place is told to expect; 0: any number. */
+static int64_t expected_positions(const config *c, int place)
+{
+    const config_attention *a = attention_at(c, place);
+    const int at = option_index(a->mechanism, "max_len");
+    return at < 0 ? 0 : (int64_t)a->value[at];
+}
+
 ls_status config_fits(const config *c, int64_t source_length, int64_t target_length)
 {
     const int64_t longest[] = {source_length, target_length, ls_max(source_length, target_length)};
     for (int i = 0; i < PLACES; i++) {
-        const config_attention *a = attention_at(c, i);
-        const int at = option_index(a->mechanism, "max_len");
-        if (at < 0 || a->value[at] == 0 || a->value[at] >= (double)longest[i]) continue;
+        const int64_t expected = expected_positions(c, i);
+        if (expected == 0 || expected >= longest[i]) continue;
         return unfit(key_of(places[i], "max_len"), NULL, LS_ERR_ARGUMENT,
-                     "%.0f is less than the %lld positions of the longest sequence: beyond it weights are negative",
-                     a->value[at], (long long)longest[i]);
+                     "%lld is less than the %lld positions of the longest sequence: beyond it weights are negative",
+                     (long long)expected, (long long)longest[i]);
     }
     return LS_OK;
+}
+
+int64_t config_longest_target(const config *c)
+{
+    int64_t longest = INT64_MAX;
+    for (int i = 1; i < PLACES; i++) { /* the decoder and what it looks back by */
+        const int64_t expected = expected_positions(c, i);
+        if (expected > 0) longest = ls_min(longest, expected);
+    }
+    return longest;
 }
 
 const config_key *config_other_model(const config *a, const config *b)

@@ -72,6 +72,8 @@ int config_counts_padding(const config *c);
 int config_mixes_rows(const config *c);
 /* Refuses sequences of so many positions (target: with its end) where a mechanism is told to expect shorter ones. */
 ls_status config_fits(const config *c, int64_t source_length, int64_t target_length);
+/* The longest target (with its end) that it lets pass. */
+int64_t config_longest_target(const config *c);
 /* The resolved configuration as YAML text that config_parse reads back to the same values; to be freed. */
 ls_status config_text(const config *c, char **text);
 

@@ -16,7 +16,8 @@ static const char usage[] =
     "\n"
     "  --input FILE        source text, taken as a whole, whatever data.max_source says; - is standard input "
     "(default)\n"
-    "  --max-bytes N       stop after N bytes, if the model has not ended the text before (default 1024)\n"
+    "  --max-bytes N       stop after N bytes, if the model has not ended the text before (default 1024, or the\n"
+    "                      model's max_len where that is less)\n"
     "  --greedy            always the most probable byte (default)\n"
     "  --temperature T     draw from probabilities ~ p^(1/T), T > 0 (default 1 with --top-k)\n"
     "  --top-k K           draw from the K most probable bytes only (default: from all)\n"
@@ -25,9 +26,11 @@ static const char usage[] =
     "  --set KEY=VALUE     change a key of the checkpoint's configuration, e.g. device=cpu\n"
     "  --help              this text\n";
 
+enum { USUAL_BYTES = 1024 };
+
 typedef struct generate_options {
     const char *checkpoint, *input, *prefix;
-    int64_t max_bytes, top_k, seed;
+    int64_t max_bytes /* 0: as many as usual */, top_k, seed;
     double temperature; /* 0: greedy */
     text_list set;
     int help;
@@ -55,8 +58,8 @@ static ls_status parse(int argc, char **argv, generate_options *o)
         {"help", no_argument, NULL, 'h'},         {NULL, 0, NULL, 0}};
     static const char *const known[] = {"--input", "--max-bytes", "--greedy", "--temperature", "--top-k",
                                         "--seed",  "--prefix",    "--set",    "--help",        NULL};
-    *o = (generate_options){.input = "-", .prefix = "", .max_bytes = 1024};
-    int greedy = 0, which;
+    *o = (generate_options){.input = "-", .prefix = ""};
+    int greedy = 0, seeded = 0, which;
     opterr = 0; /* rank 0 alone says what is wrong */
     optind = 1;
     while ((which = getopt_long(argc, argv, ":", options, NULL)) != -1) {
@@ -78,6 +81,7 @@ static ls_status parse(int argc, char **argv, generate_options *o)
             break;
         case 's':
             LS_TRY(read_count("generate", "--seed", optarg, 0, &o->seed));
+            seeded = 1;
             break;
         case 'p':
             o->prefix = optarg;
@@ -95,14 +99,13 @@ static ls_status parse(int argc, char **argv, generate_options *o)
     if (greedy && (o->temperature > 0 || o->top_k > 0))
         LS_FAIL(LS_ERR_ARGUMENT, "generate: --greedy draws nothing, so it does not go with --temperature or --top-k");
     if (o->top_k > 0 && !(o->temperature > 0)) o->temperature = 1;
+    if (seeded && !(o->temperature > 0))
+        LS_FAIL(LS_ERR_ARGUMENT, "generate: --seed is of draws: it needs --temperature or --top-k");
     if (optind != argc - 1)
         LS_FAIL(LS_ERR_ARGUMENT, "generate: %s; see longspan generate --help",
                 optind >= argc ? "which checkpoint?" : "one checkpoint is all it takes");
     if (o->max_bytes > INT32_MAX) /* positions end there */
         LS_FAIL(LS_ERR_ARGUMENT, "generate: --max-bytes %lld is more than %d", (long long)o->max_bytes, INT32_MAX);
-    if ((int64_t)strlen(o->prefix) > o->max_bytes)
-        LS_FAIL(LS_ERR_ARGUMENT, "generate: the prefix has %zu bytes, more than --max-bytes %lld", strlen(o->prefix),
-                (long long)o->max_bytes);
     o->checkpoint = argv[optind];
     return LS_OK;
 }
@@ -153,6 +156,7 @@ typedef struct generation {
     config c;
     char *source;
     size_t source_size;
+    int64_t bytes; /* to be written, prefix and end counted */
     model *m;
     ls_real *params;
     batch b;
@@ -179,16 +183,19 @@ static ls_status prepare(const generate_options *o, ranks *r, generation *g)
 {
     /* before standard input is waited for */
     LS_TRY(checkpoint_config_everywhere(r, o->checkpoint, o->set.item, o->set.count, &g->c));
+    const int64_t most = config_longest_target(&g->c);
+    if (o->max_bytes > most)
+        LS_FAIL(LS_ERR_ARGUMENT, "generate: --max-bytes %lld is more than the %lld positions of max_len in %s",
+                (long long)o->max_bytes, (long long)most, o->checkpoint);
+    g->bytes = o->max_bytes > 0 ? o->max_bytes : ls_min(USUAL_BYTES, most);
+    if ((int64_t)strlen(o->prefix) > g->bytes)
+        LS_FAIL(LS_ERR_ARGUMENT, "generate: the prefix has %zu bytes, more than the %lld to be written (--max-bytes)",
+                strlen(o->prefix), (long long)g->bytes);
     LS_TRY(read_everywhere(r, o->input, &g->source, &g->source_size));
     if (g->source_size == 0)
         LS_FAIL(LS_ERR_ARGUMENT, "generate: the input %s is empty: give at least one byte",
                 strcmp(o->input, "-") == 0 ? "on standard input" : o->input);
     LS_TRY(config_fits(&g->c, (int64_t)g->source_size, 0));
-    if (config_fits(&g->c, (int64_t)g->source_size, o->max_bytes) != LS_OK) {
-        char why[400];
-        snprintf(why, sizeof why, "%s", ls_last_error());
-        LS_FAIL(LS_ERR_ARGUMENT, "generate: --max-bytes %lld: %s", (long long)o->max_bytes, why);
-    }
     LS_TRY(ranks_split(r, &g->c, 0));
     LS_TRY(agree(r, model_create(r->sequence, &g->c, &g->m)));
     const size_t count = (size_t)model_count(g->m);
@@ -199,7 +206,7 @@ static ls_status prepare(const generate_options *o, ranks *r, generation *g)
     LS_TRY(agree(r, status));
     training_state s = {.params = g->params};
     LS_TRY(load_everywhere(r, o->checkpoint, g->m, &s));
-    return decoder_create(g->m, &g->b, o->max_bytes, g->params, &g->d);
+    return decoder_create(g->m, &g->b, g->bytes, g->params, &g->d);
 }
 
 /* What rank 0 decided: all ranks take the next step, or none. */
@@ -235,7 +242,7 @@ static ls_status generate(const generate_options *o, ranks *r, generation *g)
     ls_real logits[MODEL_VOCABULARY];
     LS_TRY(prepare(o, r, g));
     int32_t token = TOKEN_BOS;
-    for (int64_t i = 0; i < o->max_bytes && token != TOKEN_EOS; i++) {
+    for (int64_t i = 0; i < g->bytes && token != TOKEN_EOS; i++) {
         LS_TRY(decoder_step(g->d, &token, g->params, logits));
         LS_TRY(decide(o, r, i, logits, &token));
     }
