@@ -2,6 +2,7 @@
  * Longspan that ends the program. Runs under mpirun, srun, or alone. */
 #include "trainer.h"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -65,10 +66,20 @@ static void choose_blas_kernels(char **argv)
     if (setenv("OPENBLAS_CORETYPE", better, 1) == 0) execv("/proc/self/exe", argv);
 }
 
+/* What was started with a standard stream closed (`<&-`, some batch systems) must not give its number to the next thing
+ * that is opened: results would go into a pipe of MPI or a file, and reading would wait for ever. Opened the wrong way
+ * round, so that using it still fails. */
+static void hold_standard_streams(void)
+{
+    for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+        if (fcntl(fd, F_GETFD) < 0) (void)open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY);
+}
+
 int main(int argc, char **argv)
 {
     int provided;
     choose_blas_kernels(argv);
+    hold_standard_streams();
     signal(SIGXFSZ, SIG_IGN); /* a file that may not grow (ulimit -f) is told like a full disk */
     if (MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided) != MPI_SUCCESS) return EXIT_COMM;
     ranks r = {.groups = 1};
