@@ -132,8 +132,12 @@ static ls_status visit(const walk *w, const yaml_node_t *node, const char *path)
         const yaml_node_t *key = yaml_document_get_node(w->document, pairs[i].key);
         const yaml_node_t *value = yaml_document_get_node(w->document, pairs[i].value);
         const int line = line_of(key);
-        if (key->type != YAML_SCALAR_NODE) LS_FAIL(LS_ERR_ARGUMENT, "%s:%d: a key must be a word", w->name, line);
-        const char *word = (const char *)key->data.scalar.value;
+        const char *word = key->type == YAML_SCALAR_NODE ? (const char *)key->data.scalar.value : NULL;
+        if (word == NULL || strlen(word) != key->data.scalar.length)
+            LS_FAIL(LS_ERR_ARGUMENT, "%s:%d: a key must be a word", w->name, line);
+        if (strchr(word, '.') != NULL) /* as --set has it, and messages */
+            LS_FAIL(LS_ERR_ARGUMENT, "%s:%d: %s%.80s: in a file the parts of a key are nested, such as %s", w->name,
+                    line, path, word, "\"model: {num_heads: 4}\"");
         char full[160], buffer[256];
         snprintf(full, sizeof full, "%s%s", path, word);
         for (ptrdiff_t j = 0; j < i; j++) {
