@@ -337,7 +337,7 @@ static ls_status read_config(bench *b, config *c)
                                                "train.precision=bf16"};
         LS_TRY(text_list_add(&b->set, settings[b->precision]));
     }
-    LS_TRY(read_everywhere(b->r, b->train, &text, &size));
+    LS_TRY(read_everywhere(b->r, b->train, CONFIG_LARGEST, &text, &size));
     const ls_status status = config_parse(b->train, text, size, b->set.item, b->set.count, c);
     free(text);
     LS_TRY(agree(b->r, status));

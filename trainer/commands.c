@@ -147,9 +147,10 @@ ls_status broadcast_bytes(const ranks *r, void *bytes, size_t size)
     return LS_OK;
 }
 
-static ls_status read_all(const char *path, char **bytes, size_t *size)
+static ls_status read_all(const char *path, size_t most, char **bytes, size_t *size)
 {
     const int standard_input = strcmp(path, "-") == 0;
+    const char *name = standard_input ? "standard input" : path;
     FILE *f = standard_input ? stdin : fopen(path, "rb");
     if (f == NULL) LS_FAIL(LS_ERR_IO, "%s: cannot be opened: %s", path, strerror(errno));
     ls_status status = LS_OK;
@@ -159,15 +160,20 @@ static ls_status read_all(const char *path, char **bytes, size_t *size)
         if (*size == room) {
             char *more = realloc(*bytes, room = 2 * room + 65536);
             if (more == NULL) {
-                status = ls_fail(LS_ERR_MEMORY, "%s: no memory for %zu bytes", path, room);
+                status = ls_fail(LS_ERR_MEMORY, "%s: no memory for %zu bytes", name, room);
                 break;
             }
             *bytes = more;
         }
         got = fread(*bytes + *size, 1, room - *size, f);
         *size += got;
+        if (*size > most) {
+            status =
+                ls_fail(LS_ERR_ARGUMENT, "%s: has more than %zu bytes, too many for what it should be", name, most);
+            break;
+        }
     }
-    if (status == LS_OK && ferror(f)) status = ls_fail(LS_ERR_IO, "%s: cannot be read: %s", path, strerror(errno));
+    if (status == LS_OK && ferror(f)) status = ls_fail(LS_ERR_IO, "%s: cannot be read: %s", name, strerror(errno));
     if (!standard_input) fclose(f);
     return status;
 }
@@ -184,12 +190,12 @@ static ls_status share(const ranks *r, ls_status status, char **bytes, size_t *s
     return broadcast_bytes(r, *bytes, *size);
 }
 
-ls_status read_everywhere(const ranks *r, const char *path, char **bytes, size_t *size)
+ls_status read_everywhere(const ranks *r, const char *path, size_t most, char **bytes, size_t *size)
 {
     *bytes = NULL;
     *size = 0;
     ls_status status = LS_OK;
-    if (r->rank == 0) status = read_all(path, bytes, size);
+    if (r->rank == 0) status = read_all(path, most, bytes, size);
     status = share(r, status, bytes, size);
     if (status != LS_OK) {
         free(*bytes);

@@ -458,19 +458,18 @@ done:
 
 ls_status config_load(const char *file, const char *const *set, int nset, config *c)
 {
-    enum { LARGEST = 1 << 20 };
     if (file == NULL) return config_parse("configuration", "", 0, set, nset, c);
     FILE *f = fopen(file, "rb");
     if (f == NULL) LS_FAIL(LS_ERR_IO, "%s: cannot be opened: %s", file, strerror(errno));
-    char *text = malloc(LARGEST);
+    char *text = malloc(CONFIG_LARGEST);
     ls_status status = LS_OK;
     if (text == NULL) {
         status = ls_fail(LS_ERR_MEMORY, "%s: no memory to read it", file);
     } else {
-        const size_t size = fread(text, 1, LARGEST, f);
+        const size_t size = fread(text, 1, CONFIG_LARGEST, f);
         if (ferror(f))
             status = ls_fail(LS_ERR_IO, "%s: cannot be read: %s", file, strerror(errno));
-        else if (size == LARGEST)
+        else if (size == CONFIG_LARGEST)
             status = ls_fail(LS_ERR_ARGUMENT, "%s: over 1 MiB is no configuration", file);
         else
             status = config_parse(file, text, size, set, nset, c);

@@ -60,6 +60,7 @@ typedef struct config {
  * A mechanism changed by set starts from its own options: those in the file were meant for the other one.
  * Not collective: the trainer reads on rank 0 and broadcasts the text, see config_parse. */
 ls_status config_load(const char *file, const char *const *set, int nset, config *c);
+enum { CONFIG_LARGEST = 1 << 20 }; /* bytes; more is no configuration */
 /* The same from text in memory; `name` stands for the file in messages. */
 ls_status config_parse(const char *name, const char *text, size_t size, const char *const *set, int nset, config *c);
 /* What can be checked without data or ranks: divisibility, patterns, ranges. Called by config_load and config_parse. */

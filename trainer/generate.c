@@ -191,7 +191,7 @@ static ls_status prepare(const generate_options *o, ranks *r, generation *g)
     if ((int64_t)strlen(o->prefix) > g->bytes)
         LS_FAIL(LS_ERR_ARGUMENT, "generate: the prefix has %zu bytes, more than the %lld to be written (--max-bytes)",
                 strlen(o->prefix), (long long)g->bytes);
-    LS_TRY(read_everywhere(r, o->input, &g->source, &g->source_size));
+    LS_TRY(read_everywhere(r, o->input, INT32_MAX, &g->source, &g->source_size));
     if (g->source_size == 0)
         LS_FAIL(LS_ERR_ARGUMENT, "generate: the input %s is empty: give at least one byte",
                 strcmp(o->input, "-") == 0 ? "on standard input" : o->input);

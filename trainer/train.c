@@ -135,7 +135,7 @@ static ls_status read_config(const train_options *o, run *t)
 {
     char *text;
     size_t size;
-    LS_TRY(read_everywhere(t->r, o->file, &text, &size));
+    LS_TRY(read_everywhere(t->r, o->file, CONFIG_LARGEST, &text, &size));
     ls_status status = config_parse(o->file, text, size, o->set.item, o->set.count, &t->c);
     free(text);
     if (status == LS_OK) status = config_text(&t->c, &t->config_text);

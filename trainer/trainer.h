@@ -57,8 +57,9 @@ int report_error(const ranks *r, ls_status status);
  * main then ends the others. */
 ls_status agree(const ranks *r, ls_status mine);
 
-/* Collective over world: rank 0 reads a file (or standard input for "-"), everyone gets the bytes; to be freed. */
-ls_status read_everywhere(const ranks *r, const char *path, char **bytes, size_t *size);
+/* Collective over world: rank 0 reads a file (or standard input for "-"), everyone gets the bytes; to be freed. One of
+ * more than `most` bytes, perhaps without an end, is refused before it takes more memory than that. */
+ls_status read_everywhere(const ranks *r, const char *path, size_t most, char **bytes, size_t *size);
 /* Collective over world: refuses arguments that are not those of rank 0, or ranks would wait for one another for ever,
  * or train what none of them was asked to. */
 ls_status same_arguments(const ranks *r, int argc, char *const *argv);
