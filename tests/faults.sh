@@ -61,6 +61,11 @@ refuse "misspelt key" 2 "typo.yaml:1: model.embed_dimm: unknown key (did you mea
 printf 'model:\n  embed_dim: wide\n' >type.yaml
 refuse "wrong type" 2 "type.yaml:2: model.embed_dim" -- train type.yaml
 refuse "out of range" 2 "train.batch" -- train good.yaml --set train.batch=0
+printf 'model.embed_dim: 16\n' >dotted.yaml
+refuse "a key with dots" 2 "dotted.yaml:1: model.embed_dim: in a file the parts of a key are nested" -- train dotted.yaml
+printf '"train\\0x": {steps: 3}\n' >zero.yaml
+refuse "a key with a zero byte" 2 "zero.yaml:1: a key must be a word" -- train zero.yaml
+refuse "a configuration without an end" 2 "/dev/zero: has more than 1048576 bytes" -- train /dev/zero
 refuse "unknown key in --set" 2 "model.heads" -- train good.yaml --set model.heads=2
 refuse "heads do not divide the width" 2 "model.num_heads=3" -- train good.yaml --set model.num_heads=3
 refuse "unknown mechanism" 2 "attention9" -- train good.yaml --set model.encoder.mechanism=attention9
@@ -207,6 +212,33 @@ if [ $got -ne 0 ] || [ ! -f "$(printf 'out/run/step-%06d.h5' "$step")" ]; then c
 elif [ "$(evaluations)" -ne 0 ]; then complain "Ctrl-C: step $step was evaluated first"
 elif ! "$longspan" train good.yaml --set train.steps=$((step + 1)) --set train.evaluate_every=1 --resume auto >stdout 2>stderr ||
   [ "$(evaluations)" -ne 1 ]; then complain "after Ctrl-C: $(evaluations) evaluations of step $step"
+else passed=$((passed + 1)); fi
+
+# ---- standard streams that were closed: their numbers do not go to something else; and one whose reader has left
+"$longspan" generate $good --input good.tsv --max-bytes 9 <&- >&- 2>stderr && got=0 || got=$?
+if [ $got -ne 4 ] || ! grep -q '^longspan: .*standard output cannot be written' stderr; then
+  complain "standard output closed: exit code $got"
+else passed=$((passed + 1)); fi
+timeout 20 "$longspan" generate $good --max-bytes 9 <&- >stdout 2>stderr && got=0 || got=$?
+if [ $got -ne 4 ] || ! grep -q '^longspan: standard input: cannot be read' stderr; then
+  complain "standard input closed: exit code $got"
+else passed=$((passed + 1)); fi
+rm -rf out && mkdir out
+{ "$longspan" train good.yaml --set train.steps=50 2>stderr; echo $? >code; } | true
+if [ "$(cat code)" -ne 4 ] || [ ! -f out/run/step-000050.h5 ]; then complain "nobody reads the progress: exit code $(cat code)"
+else passed=$((passed + 1)); fi
+
+# ---- a directory that was moved away: what has its name now is left alone
+rm -rf out && mkdir out
+"$longspan" train good.yaml --set train.steps=1000000 --set train.save_every=0 >stdout 2>stderr &
+pid=$!
+while [ ! -s out/run/metrics.jsonl ] && kill -0 $pid 2>/dev/null; do sleep 0.01; done
+kill -STOP $pid
+mv out/run out/moved && mkdir out/run
+kill -CONT $pid && kill -INT $pid
+wait $pid && got=0 || got=$?
+if [ $got -ne 4 ] || ! grep -q '^longspan: run.directory: out/run was moved or removed' stderr || [ -n "$(ls -A out/run)" ]; then
+  complain "a directory that was moved: exit code $got, $(ls out/run)"
 else passed=$((passed + 1)); fi
 
 # ---- a signal within a long evaluation, here that of the last step: the run does not wait for its end, tells nothing of it,

@@ -70,6 +70,7 @@ typedef struct run {
     batch b;
     metrics *log;             /* rank 0 */
     int lock;                 /* rank 0: descriptor of the directory's lock, or -1 */
+    struct stat home;         /* rank 0: the directory that was locked */
     ls_status late;           /* what rank 0 could not write; told at the next agreement */
     int64_t evaluated, saved; /* the last steps of which that is done */
     evaluation last;
@@ -320,6 +321,20 @@ static ls_status lock_directory(const char *directory, int *lock)
     return LS_OK;
 }
 
+/* A directory that was moved takes its lock along: what has its name now may be another run's, whose checkpoints would
+ * be removed as old. */
+static ls_status still_at_home(const run *t)
+{
+    struct stat here;
+    if (stat(t->c.run.directory, &here) == 0 && here.st_dev == t->home.st_dev && here.st_ino == t->home.st_ino)
+        return LS_OK;
+    LS_FAIL(
+        LS_ERR_IO,
+        "run.directory: %s was moved or removed since the training began: stopped at step %lld, to leave alone what "
+        "is there now; where it is still whole, go on with --resume auto",
+        t->c.run.directory, (long long)t->w.s.step);
+}
+
 /* Whether a checkpoint is one of this directory's own. */
 static int goes_on_in(const char *directory, const char *checkpoint)
 {
@@ -340,6 +355,8 @@ static ls_status create_run(run *t, const char *asked)
     char now[PATH_SIZE];
     LS_TRY(make_directories(directory));
     LS_TRY(lock_directory(directory, &t->lock));
+    if (stat(directory, &t->home) != 0)
+        LS_FAIL(LS_ERR_IO, "run.directory: %s cannot be used: %s", directory, strerror(errno));
     LS_TRY(choose_resume(directory, asked, now)); /* another run may have come and gone since */
     if (strcmp(now, t->resume) != 0)
         LS_FAIL(LS_ERR_ARGUMENT, "run.directory: another training has just left %s: start again", now);
@@ -545,6 +562,7 @@ static ls_status take_step(run *t, int *stop)
 static ls_status save(run *t, int best)
 {
     ls_status status = t->late;
+    if (status == LS_OK && t->r->rank == 0) status = still_at_home(t);
     if (status == LS_OK && t->r->rank == 0) {
         status = save_state(t->r, &t->c, best, t->w.m, t->config_text, &t->w.s);
     }
@@ -709,6 +727,7 @@ int command_train(int argc, char **argv, ranks *r)
         sigemptyset(&action.sa_mask);
         sigaction(signals[i], &action, &before[i]);
     }
+    signal(SIGPIPE, SIG_IGN); /* whoever read the progress may leave; that it was not all told is main's to say */
     if (status == LS_OK) status = train(&o, &t);
     for (int i = 0; i < 3; i++) sigaction(signals[i], &before[i], NULL);
     metrics_close(t.log); /* ends a progress line before the error */
