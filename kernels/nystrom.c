@@ -16,7 +16,8 @@
  *
  * Short sequences (S <= m, or T <= m but for CC) are exact softmax attention: other phases of the same list.
  *
- * What is made of landmarks alone is in double. saved: W (B,H,m,d), doubles; or softmax's. */
+ * What is made of landmarks alone is in double. saved: W (B,H,m,d), doubles; or softmax's, and its output where the
+ * convolution is added to it. */
 #include "nystrom.h"
 #include "gemm.h"
 #include "pinv.h"
@@ -25,7 +26,7 @@
 
 extern const ls_cuda_mechanism ls_nystrom_cuda;
 
-enum { VALUES_OUT }; /* saved[]: W */
+enum { VALUES_OUT }; /* saved[]: W. Of a short sequence: softmax's, and ALONE of nystrom.h */
 /* work[]; a short sequence has softmax's and ROOM. Of a chunk: */
 enum {
     ROWS_A,
@@ -124,6 +125,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
         return;
     }
     ls_softmax_plan(p, saved, work);
+    p->saved[ALONE] = ls_take(saved, alone_reals(p));
     p->work[ROOM] = ls_take_doubles(work, kernel(p));
 }
 
@@ -192,25 +194,23 @@ static ls_status conv_backward(ls_pass *p, int phase)
 static ls_status finish_short(ls_pass *p, int phase)
 {
     LS_TRY(ls_softmax_finish(p, phase));
+    const ls_view alone = output_alone(p);
     for (int64_t b = 0; has_conv(p) && b < p->B; b++)
-        for (int64_t h = 0; h < p->H; h++) add_conv(p, b, h, 0, p->T);
+        for (int64_t h = 0; h < p->H; h++) {
+            for (int64_t t = 0; t < p->T; t++)
+                memcpy(ls_row(alone, b, h, t), ls_row(p->out, b, h, t), (size_t)p->d * sizeof *p->out.p);
+            add_conv(p, b, h, 0, p->T);
+        }
     return LS_OK;
 }
 
-/* δ_i = do_i·o_i of the softmax alone: do_i·conv_i = Σ_x w[x] do_i·v is taken out. */
 static ls_status finish_short_backward(ls_pass *p, int phase)
 {
-    LS_TRY(ls_softmax_finish_backward(p, phase));
-    for (int64_t row = 0; has_conv(p) && row < p->B * p->H * p->T; row++) {
-        const int64_t b = row / p->T / p->H, h = row / p->T % p->H, i = row % p->T;
-        if (ls_is_padded(p->pad_q, b * p->T + i)) continue;
-        const ls_real *w = p->params + p->param[CONV_WEIGHT].offset + h * kernel(p);
-        const taps x = taps_of(p, i);
-        for (int64_t k = x.from; k < x.to; k++)
-            p->work[LS_SOFTMAX_DELTA][row] -=
-                w[k] * ls_dot(p->d, ls_row(p->dout, b, h, i), ls_row(p->halo.v, b, h, x.row + k - x.from));
-    }
-    return LS_OK;
+    const ls_view out = p->out;
+    p->out = output_alone(p);
+    const ls_status status = ls_softmax_finish_backward(p, phase);
+    p->out = out;
+    return status;
 }
 
 /* ------------------------------------------------------------------------------------------------ segments */

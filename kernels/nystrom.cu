@@ -103,6 +103,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
         return;
     }
     ls_softmax_plan_cuda(p, saved, work);
+    p->saved[ALONE] = ls_take(saved, alone_reals(p));
     p->work[ROOM] = ls_take_doubles(work, room_of_filter(p));
 }
 
@@ -247,45 +248,34 @@ static ls_status conv_backward(ls_pass *p, int phase)
 
 /* ------------------------------------------------------------------------------------------------ short sequences */
 
+static __global__ void keep_rows(int64_t n, int64_t H, int64_t T, int64_t d, ls_view out, ls_real *alone)
+{
+    LS_EACH(i, n)
+    {
+        const int64_t row = i / d, g = row / T;
+        alone[i] = ls_row(out, g / H, g % H, row % T)[i % d];
+    }
+}
+
 static ls_status finish_short(ls_pass *p, int phase)
 {
     if (p->step) return ls_softmax_take_cuda(p, phase);
     LS_TRY(ls_softmax_finish_cuda(p, phase));
+    const int64_t n = alone_reals(p);
+    if (n > 0)
+        LS_LAUNCH(p->queue, keep_rows, ls_blocks(n, LS_THREADS), LS_THREADS, 0, n, p->H, p->T, p->d, p->out,
+                  p->saved[ALONE]);
     if (has_conv(p)) add_conv(p);
     return ls_launched(p->queue, "nystrom: convolution");
 }
 
-/* One warp to a row: δ_i -= do_i·conv_i */
-static __global__ void take_conv(filter f, ls_slot_rows dout, ls_slot_rows v, int64_t rows, ls_real *delta)
-{
-    const int64_t warps = (int64_t)gridDim.x * blockDim.x / LS_WARP;
-    const int lane = threadIdx.x % LS_WARP;
-    for (int64_t row = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / LS_WARP; row < rows; row += warps) {
-        const int64_t g = row / dout.n, b = g / f.H, h = g % f.H, i = row % dout.n;
-        if (ls_is_padded(dout.pad, b * dout.n + i)) continue;
-        const ls_real *y = ls_row(dout.x, b, h, i);
-        const int64_t first = i + f.first, end = ls_min(f.K, v.n - first);
-        ls_real sum = 0;
-        for (int64_t e = lane; e < f.d; e += LS_WARP) {
-            ls_real conv = 0;
-            for (int64_t k = ls_max(0, -first); k < end; k++)
-                conv += f.w[h * f.K + k] * ls_row(v.x, b, h, first + k)[e];
-            sum += y[e] * conv;
-        }
-        sum = ls_warp_sum(sum);
-        if (lane == 0) delta[row] -= sum;
-    }
-}
-
 static ls_status finish_short_backward(ls_pass *p, int phase)
 {
-    LS_TRY(ls_softmax_finish_backward_cuda(p, phase));
-    const int64_t rows = p->B * p->H * p->T;
-    if (has_conv(p) && rows > 0)
-        LS_LAUNCH(p->queue, take_conv, ls_blocks(rows * LS_WARP, LS_THREADS), LS_THREADS, 0, filter_of(p),
-                  rows_of(p->dout, p->pad_q, p->T, NULL), rows_of(p->halo.v, NULL, p->halo.n, NULL), rows,
-                  p->work[LS_SOFTMAX_DELTA]);
-    return ls_launched(p->queue, "nystrom: backward of the convolution");
+    const ls_view out = p->out;
+    p->out = output_alone(p);
+    const ls_status status = ls_softmax_finish_backward_cuda(p, phase);
+    p->out = out;
+    return status;
 }
 
 /* ------------------------------------------------------------------------------------------------ segments */

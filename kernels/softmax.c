@@ -28,7 +28,7 @@ enum { TQ = 128, TK = 256 }; /* tile of queries, of keys */
 enum { TILES_TOGETHER = 16 };
 enum { TOP }; /* saved[] */
 /* work[]; PART.. are of a tile of queries: out or dq, m, l */
-enum { MAXIMUM, SUM, DELTA = LS_SOFTMAX_DELTA, SCORES, DSCORES, QUERIES, DOUT, DROP, PART, PART_MAXIMUM, PART_SUM };
+enum { MAXIMUM, SUM, DELTA, SCORES, DSCORES, QUERIES, DOUT, DROP, PART, PART_MAXIMUM, PART_SUM };
 
 void ls_softmax_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 {

@@ -27,7 +27,7 @@
 
 enum { STEP_CHUNKS = 64, STEP_KEYS = 256 };                               /* of a step: at most, and keys at a time */
 enum { TOP };                                                             /* saved[] */
-enum { MAXIMUM, SUM, DELTA = LS_SOFTMAX_DELTA, CHUNKS, COPIES = CHUNKS }; /* work[]; only a step has chunks */
+enum { MAXIMUM, SUM, DELTA, CHUNKS, COPIES = CHUNKS }; /* work[]; only a step has chunks */
 
 /* Features of the results that a block makes, how many such slices there are. */
 static int64_t slice_width(const ls_pass *p)

@@ -2,16 +2,13 @@
  *
  *   begin → visit (ring) → finish;  in a step of cross attention: begin → visit (ring) → send → take (reduce)
  *
- * They use saved[] and work[] as ls_softmax_plan filled them: a call is wholly softmax, or not at all. out is
- * overwritten by finish; backward, dq by finish and dk, dv by the ring. */
+ * They use saved[0] and work[] as ls_softmax_plan filled them: a call is wholly softmax, or not at all. out is
+ * overwritten by finish; backward, dq by finish and dk, dv by the ring. There finish reads p->out, for δ_i = do_i·o_i:
+ * a mechanism that has added to o has kept softmax's own output, and puts it there. */
 #ifndef LS_SOFTMAX_H
 #define LS_SOFTMAX_H
 
 #include "mechanism.h"
-
-/* work[LS_SOFTMAX_DELTA] (B,H,T): δ_i = do_i·o_i as finish_backward leaves it. A mechanism that has added to o takes
- * its own part out of δ before the ring. */
-enum { LS_SOFTMAX_DELTA = 2 };
 
 void ls_softmax_plan(ls_pass *p, ls_arena *saved, ls_arena *work);
 ls_status ls_softmax_begin(ls_pass *p, int phase);

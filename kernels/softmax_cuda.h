@@ -1,8 +1,7 @@
 /* The phases of exact softmax attention on a GPU, as softmax.h has them on the CPU: for mechanisms that fall back on it
  * where a sequence is short. Same phases, same order, same rules.
  *
- * They use saved[0] and work[0..3] as ls_softmax_plan_cuda filled them; work[LS_SOFTMAX_DELTA] (B,H,T) is δ, in device
- * memory. Places from 4 on are free. */
+ * They use saved[0] and work[0..3] as ls_softmax_plan_cuda filled them. Places from 4 on are free. */
 #ifndef LS_SOFTMAX_CUDA_H
 #define LS_SOFTMAX_CUDA_H
 

@@ -1034,6 +1034,34 @@ static void works_without_mpi(const case_row *row)
     problem_free(&p);
 }
 
+/* What nystrom's convolution gives is added to what attention gives: queries and keys get the same gradients however
+ * large it is, in a long sequence and in a short one. */
+static void convolution_is_apart(const case_row *row)
+{
+    for (int64_t T = 12; T <= 60; T += 48) {
+        setting s = small_setting(row, LS_LEVEL_CORE, T, T, PAD_TAIL, 31);
+        problem p;
+        answer a = {0}, b = {0};
+        if (problem_draw(&s, &p) != LS_OK) return;
+        int64_t n = 0;
+        for (int i = 0; i < p.parameters; i++) {
+            const ls_param_info *info = &p.parameter[i].info;
+            if (strcmp(p.parameter[i].name, "conv_weight") != 0) continue;
+            n = info->count;
+            for (int64_t k = 0; k < n; k++) p.params[info->offset + k] *= 1024;
+        }
+        int ok = problem_run(here.all, here.comm, &p, NULL, NULL, &a) == LS_OK;
+        memset(p.params, 0, (size_t)p.param_count * sizeof *p.params); /* which the filter is all of */
+        ok = ok && problem_run(here.all, here.comm, &p, NULL, NULL, &b) == LS_OK && n == p.param_count;
+        const double query = ok ? relative_error(a.n_query, a.dquery, b.dquery, 0) : INFINITY;
+        const double key = ok ? relative_error(a.n_key, a.dkey, b.dkey, 0) : INFINITY;
+        verdict(fmax(query, key) <= law_tolerance(), "convolution: %s: with it gradients are others by %.1e and %.1e",
+                p.text, query, key);
+        answer_free(&a), answer_free(&b);
+        problem_free(&p);
+    }
+}
+
 static void promises(void)
 {
     int seen[4] = {0};
@@ -1061,6 +1089,8 @@ static void promises(void)
         if (row->extras == 0 && core) memory_is_linear(row);
         if (row->extras == 0) works_without_mpi(row);
     }
+    for (const case_row *row = cases; row->mechanism != NULL; row++)
+        if (takes_part(row) && strstr(row->options, "conv_kernel") != NULL && is_its_turn()) convolution_is_apart(row);
 }
 
 /* ------------------------------------------------------------------------------------------------ refusals */
