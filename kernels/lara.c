@@ -262,8 +262,8 @@ static void write_chunk_backward(ls_pass *p, int phase, const ls_chunk *c)
     int64_t ld;
     const ls_real *k = key_logits(p, c, &ld);
     ls_chunk_centred(c, p->own.v, d, p->own.pad, p->S, p->work[CENTRE] + c->g * d, v);
-    ls_slots_write_backward(s, c->n, sum->sent + at, sum->dsent + at, p->work[CONSTANT] + c->g * R, v, p->work[LOGITS],
-                            dl, ls_row(p->own.dv, c->b, c->h, c->t), p->own.dv.st);
+    ls_slots_write_backward(s, c->n, sum->sent + at, sum->got + at, sum->dsent + at, p->work[CONSTANT] + c->g * R, v,
+                            p->work[LOGITS], dl, ls_row(p->own.dv, c->b, c->h, c->t), p->own.dv.st);
     ls_slots_sum(s, c->n, dl, k, ld, ls_doubles(p->work[DKEYS]) + c->g * R * d);
     ls_real *dk = ls_row(p->own.dk, c->b, c->h, c->t);
     ls_gemm(0, 0, c->n, d, R, 1, dl, R, p->work[KEYS] + c->g * R * d, d, 0, dk, p->own.dk.st);

@@ -303,8 +303,9 @@ static void write_chunk_backward(ls_pass *p, int phase, const ls_chunk *c)
     const ls_summary *s = &p->summary[phase + 1];
     key_logits(p, c);
     ls_chunk_centred(c, p->own.v, d, p->own.pad, p->S, p->work[CENTRE] + c->g * d, p->work[ROWS_B]);
-    ls_slots_write_backward(slots(p), c->n, s->sent + at, s->dsent + at, p->work[CONSTANT] + c->g * m, p->work[ROWS_B],
-                            p->work[LOGITS], p->work[DLOGITS], ls_row(p->own.dv, c->b, c->h, c->t), p->own.dv.st);
+    ls_slots_write_backward(slots(p), c->n, s->sent + at, s->got + at, s->dsent + at, p->work[CONSTANT] + c->g * m,
+                            p->work[ROWS_B], p->work[LOGITS], p->work[DLOGITS], ls_row(p->own.dv, c->b, c->h, c->t),
+                            p->own.dv.st);
     ls_slots_sum(slots(p), c->n, p->work[DLOGITS], p->work[ROWS_A], d, ls_doubles(p->work[STATE]) + c->g * m * d);
     ls_gemm(0, 0, c->n, d, m, 1, p->work[DLOGITS], m, p->work[KEYS] + c->g * m * d, d, 0,
             ls_row(p->own.dk, c->b, c->h, c->t), p->own.dk.st);

@@ -172,20 +172,39 @@ void ls_slots_constants(ls_slots s, int64_t G, const ls_real *got, const ls_real
     }
 }
 
-void ls_slots_write_backward(ls_slots s, int64_t n, const ls_real *sent, const ls_real *dsent, const ls_real *constant,
-                             const ls_real *values, ls_real *logits, ls_real *dlogits, ls_real *dv, int64_t ld)
+/* constant_r; where a chunk of keys has all that slot r was written from, with what these give in place of dx·(V - c):
+ * the same but for rounding, of which nothing else is left where one key wrote the slot alone. scratch: Σ e, and with
+ * f = e dx·(v - c) Σ f and Σ |f|, each (R). */
+static ls_real constant_of(ls_slots s, int64_t r, const ls_real *sent, const ls_real *got, ls_real ds, ls_real constant)
 {
-    const int64_t stride = s.d + 2;
+    const ls_real *sum = s.scratch + r, delta = ds - constant;
+    const ls_real part = got[1] > 0 ? ls_statistics_weight(sent[0], got[0]) / got[1] : 0;
+    const ls_real here = ls_statistics_delta(part * sum[0], part * sum[s.R], part * sum[2 * s.R], delta);
+    return here == delta ? constant : ds - here;
+}
+
+void ls_slots_write_backward(ls_slots s, int64_t n, const ls_real *sent, const ls_real *got, const ls_real *dsent,
+                             const ls_real *constant, const ls_real *values, ls_real *logits, ls_real *dlogits,
+                             ls_real *dv, int64_t ld)
+{
+    const int64_t stride = s.d + 2, R = s.R;
     ls_real *top = s.scratch; /* where this rank has no key its rows, all padded, have logits of -inf */
-    for (int64_t r = 0; r < s.R; r++) top[r] = sent[r * stride] == -INFINITY ? 0 : sent[r * stride];
-    ls_gemm(0, 1, n, s.R, s.d, 1, values, s.d, dsent + 2, stride, 0, dlogits, s.R);
+    for (int64_t r = 0; r < R; r++) top[r] = sent[r * stride] == -INFINITY ? 0 : sent[r * stride];
     for (int64_t j = 0; j < n; j++)
-        for (int64_t r = 0; r < s.R; r++) {
-            const ls_real e = ls_exp(logits[j * s.R + r] - top[r]);
-            logits[j * s.R + r] = e;
-            dlogits[j * s.R + r] = e * (constant[r] + dlogits[j * s.R + r]);
+        for (int64_t r = 0; r < R; r++) logits[j * R + r] = ls_exp(logits[j * R + r] - top[r]);
+    ls_gemm(0, 1, n, R, s.d, 1, values, s.d, dsent + 2, stride, 0, dlogits, R);
+    ls_real *mass = s.scratch, *flow = mass + R, *size = flow + R;
+    ls_zero(mass, 3 * R);
+    for (int64_t j = 0; j < n; j++)
+        for (int64_t r = 0; r < R; r++) {
+            const ls_real e = logits[j * R + r], of_j = e * dlogits[j * R + r];
+            mass[r] += e, flow[r] += of_j, size[r] += of_j < 0 ? -of_j : of_j;
         }
-    ls_gemm(0, 0, n, s.d, s.R, 1, logits, s.R, dsent + 2, stride, 0, dv, ld);
+    for (int64_t r = 0; r < R; r++)
+        mass[r] = constant_of(s, r, sent + r * stride, got + r * stride, dsent[r * stride + 1], constant[r]);
+    for (int64_t j = 0; j < n; j++)
+        for (int64_t r = 0; r < R; r++) dlogits[j * R + r] = logits[j * R + r] * (mass[r] + dlogits[j * R + r]);
+    ls_gemm(0, 0, n, s.d, R, 1, logits, R, dsent + 2, stride, 0, dv, ld);
 }
 
 /* ------------------------------------------------------------------------------------------------ reading */

@@ -99,9 +99,10 @@ void ls_slots_values(ls_slots s, const ls_real *element, double *values, double 
  * gradients of what it sent. `room`: for (R+1) d doubles. */
 void ls_slots_constants(ls_slots s, int64_t G, const ls_real *got, const ls_real *dsent, double *room, ls_real *c,
                         ls_real *constant);
-/* logits (n,R) become e; dlogits (n,R), dv (n,d) are overwritten. values (n,d): v - c. */
-void ls_slots_write_backward(ls_slots s, int64_t n, const ls_real *sent, const ls_real *dsent, const ls_real *constant,
-                             const ls_real *values, ls_real *logits, ls_real *dlogits, ls_real *dv, int64_t ld);
+/* logits (n,R) become e; dlogits (n,R), dv (n,d) are overwritten. values (n,d): v - c. sent, got, dsent: elements. */
+void ls_slots_write_backward(ls_slots s, int64_t n, const ls_real *sent, const ls_real *got, const ls_real *dsent,
+                             const ls_real *constant, const ls_real *values, ls_real *logits, ls_real *dlogits,
+                             ls_real *dv, int64_t ld);
 
 /* logits (n,R) become p; out (n,d) is overwritten. values (R,d): V - c. */
 void ls_slots_read(ls_slots s, int64_t n, ls_real *logits, const ls_real *values, const ls_real *centre, ls_real *out,

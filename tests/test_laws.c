@@ -1062,6 +1062,27 @@ static void convolution_is_apart(const case_row *row)
     }
 }
 
+/* Two slots, each written from one key alone, and each query reads one: they do not depend on keys and queries, which
+ * get no gradient, however long they are: not what rounding leaves of values, times their length. (On a GPU, where
+ * keys do not sum what they give, that is what they get.) */
+static void slots_of_one_key_each(const case_row *row)
+{
+    setting s = small_setting(row, LS_LEVEL_CORE, 8, 2, PAD_NONE, 32);
+    problem p;
+    answer a = {0};
+    if (problem_draw(&s, &p) != LS_OK) return;
+    const int64_t rows = p.B * p.heads;
+    for (int64_t i = 0; i < rows * p.T * p.width; i++) p.query[i] = i / p.width % p.T < p.T / 2 ? 3000 : -3000;
+    for (int64_t i = 0; i < rows * p.S * p.width; i++) p.key[i] = i / p.width % p.S == 0 ? 3000 : -3000;
+    const int ok = problem_run(here.all, here.comm, &p, NULL, NULL, &a) == LS_OK;
+    const double of_values = ok ? largest(a.n_key, a.dvalue) : 0, query = ok ? largest(a.n_query, a.dquery) : INFINITY;
+    const double key = ok ? largest(a.n_key, a.dkey) : INFINITY;
+    verdict(fmax(query, key) <= law_tolerance() * of_values,
+            "one key: %s: its gradient %.1e, that of queries %.1e, that of values %.1e", p.text, key, query, of_values);
+    answer_free(&a);
+    problem_free(&p);
+}
+
 static void promises(void)
 {
     int seen[4] = {0};
@@ -1091,6 +1112,10 @@ static void promises(void)
     }
     for (const case_row *row = cases; row->mechanism != NULL; row++)
         if (takes_part(row) && strstr(row->options, "conv_kernel") != NULL && is_its_turn()) convolution_is_apart(row);
+    for (const case_row *row = cases; row->mechanism != NULL; row++)
+        if (takes_part(row) && strcmp(row->mechanism, "lara") == 0 && row->pattern == LS_NC &&
+            strcmp(row->options, "c=3") == 0 && row->extras == 0 && is_its_turn() && test_device() == LS_CPU)
+            slots_of_one_key_each(row);
 }
 
 /* ------------------------------------------------------------------------------------------------ refusals */
