@@ -25,8 +25,8 @@
 #include "softmax_cuda.h"
 #include "softmax_tiles.h"
 
-enum { STEP_CHUNKS = 64, STEP_KEYS = 256 };                               /* of a step: at most, and keys at a time */
-enum { TOP };                                                             /* saved[] */
+enum { STEP_CHUNKS = 64, STEP_KEYS = 256 };            /* of a step: at most, and keys at a time */
+enum { TOP };                                          /* saved[] */
 enum { MAXIMUM, SUM, DELTA, CHUNKS, COPIES = CHUNKS }; /* work[]; only a step has chunks */
 
 /* Features of the results that a block makes, how many such slices there are. */

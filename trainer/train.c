@@ -70,7 +70,6 @@ typedef struct run {
     batch b;
     metrics *log;             /* rank 0 */
     int lock;                 /* rank 0: descriptor of the directory's lock, or -1 */
-    struct stat home;         /* rank 0: the directory that was locked */
     ls_status late;           /* what rank 0 could not write; told at the next agreement */
     int64_t evaluated, saved; /* the last steps of which that is done */
     evaluation last;
@@ -308,10 +307,14 @@ static ls_status make_directories(const char *path)
 
 /* Two runs in one directory would remove each other's files. The lock goes with the process, however that ends: only
  * the file stays. Where a file system knows no locks, the user has to know. */
+static void lock_path(const char *directory, char path[PATH_SIZE])
+{
+    snprintf(path, PATH_SIZE, "%s/.lock", directory);
+}
 static ls_status lock_directory(const char *directory, int *lock)
 {
     char path[PATH_SIZE];
-    snprintf(path, sizeof path, "%s/.lock", directory);
+    lock_path(directory, path);
     *lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     if (*lock < 0) LS_FAIL(LS_ERR_IO, "%s: cannot be written: %s", path, strerror(errno));
     if (flock(*lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
@@ -321,18 +324,19 @@ static ls_status lock_directory(const char *directory, int *lock)
     return LS_OK;
 }
 
-/* A directory that was moved takes its lock along: what has its name now may be another run's, whose checkpoints would
- * be removed as old. */
+/* A directory that was moved takes its lock along: where its name has another lock now, another run is, whose
+ * checkpoints would be removed as old. */
 static ls_status still_at_home(const run *t)
 {
-    struct stat here;
-    if (stat(t->c.run.directory, &here) == 0 && here.st_dev == t->home.st_dev && here.st_ino == t->home.st_ino)
-        return LS_OK;
-    LS_FAIL(
-        LS_ERR_IO,
-        "run.directory: %s was moved or removed since the training began: stopped at step %lld, to leave alone what "
-        "is there now; where it is still whole, go on with --resume auto",
-        t->c.run.directory, (long long)t->w.s.step);
+    char path[PATH_SIZE];
+    struct stat here, mine;
+    lock_path(t->c.run.directory, path);
+    if (stat(path, &here) != 0 || fstat(t->lock, &mine) != 0) return LS_OK;
+    if (here.st_dev == mine.st_dev && here.st_ino == mine.st_ino) return LS_OK;
+    LS_FAIL(LS_ERR_IO,
+            "run.directory: %s was moved since the training began, and is another run's now, which is left alone: "
+            "stopped at step %lld; go on where it has been moved to, with --resume auto",
+            t->c.run.directory, (long long)t->w.s.step);
 }
 
 /* Whether a checkpoint is one of this directory's own. */
@@ -355,8 +359,6 @@ static ls_status create_run(run *t, const char *asked)
     char now[PATH_SIZE];
     LS_TRY(make_directories(directory));
     LS_TRY(lock_directory(directory, &t->lock));
-    if (stat(directory, &t->home) != 0)
-        LS_FAIL(LS_ERR_IO, "run.directory: %s cannot be used: %s", directory, strerror(errno));
     LS_TRY(choose_resume(directory, asked, now)); /* another run may have come and gone since */
     if (strcmp(now, t->resume) != 0)
         LS_FAIL(LS_ERR_ARGUMENT, "run.directory: another training has just left %s: start again", now);
