@@ -1,4 +1,4 @@
-/* Inside of the public attention objects, shared by attention.c and state.c. */
+/* Inside of the public attention objects, shared by attention.c, check.c and state.c. */
 #ifndef LS_ATTENTION_H
 #define LS_ATTENTION_H
 
@@ -47,6 +47,21 @@ ls_view ls_view_rows(const ls_attention *a, const ls_real *p, int64_t B, int64_t
 /* What a core gives: like ls_view_of, or rows of form.core_width. */
 ls_view ls_view_out(const ls_attention *a, const ls_real *p, int64_t B, int64_t n);
 
+static inline int ls_is_self(ls_pattern p)
+{
+    return p == LS_NS || p == LS_CS;
+}
+static inline int ls_is_packed(const ls_attention_io *io)
+{
+    return io != NULL && (io->query_segments != NULL || io->key_segments != NULL);
+}
+
+/* What is refused before anything is allocated or written, see check.c. Options: *mechanism is the one that they name.
+ */
+ls_status ls_check_options(const ls_attention_options *options, const ls_mechanism **mechanism);
+/* What a call of forward or backward was given; out is its output, or the output's gradient. */
+ls_status ls_check_call(const ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
+                        const ls_real *params, const ls_real *out);
 /* Refuses a shard that is missing, another rank's or wrong in itself. `what` it is of. */
 ls_status ls_check_shard(const ls_attention *a, const ls_shard *s, const char *what);
 uint64_t ls_sign_shard(uint64_t signature, const ls_shard *s);
