@@ -126,6 +126,13 @@ refuse "evaluate as another model" 2 "model.num_heads=2, the configuration has 4
 refuse "generate: an unknown key" 2 "model.width" -- generate $good --set model.width=3 --input good.tsv
 refuse "generate: a seed without draws" 2 "--seed" -- generate $good --seed 3 --input good.tsv
 refuse "generate: a long prefix" 2 "prefix" -- generate $good --prefix four --max-bytes 3 --input good.tsv
+refuse "generate: a search that draws" 2 "--beams" -- generate $good --beams 2 --top-k 3 --input good.tsv
+refuse "generate: a penalty without a search" 2 "--length-penalty" -- generate $good --length-penalty 1 --input good.tsv
+refuse "generate: too many beams" 2 "1025" -- generate $good --beams 1025 --input good.tsv
+"$longspan" generate $good --beams 3 --prefix the --max-bytes 9 --input good.tsv >alone &&
+  $mpirun -n 3 "$longspan" generate $good --beams 3 --prefix the --max-bytes 9 --input good.tsv >together
+if ! cmp -s alone together || [ "$(head -c 3 alone)" != the ]; then complain "beams: $(cat alone) is not $(cat together)"
+else passed=$((passed + 1)); fi
 refuse "empty source" 2 "empty" -- generate $good --input /dev/null
 
 "$longspan" train good.yaml --set run.directory=short --set model.decoder.mechanism=cosformer \

@@ -390,7 +390,7 @@ static void test_decoder(void **state)
             ls_real *expected = logits_of(world, m, params, o), *step = make_zeros(o.B * m->V);
             batch b = make_batch(world, o), whole = make_batch(self, o);
             decoder *d;
-            assert_ok(decoder_create(m, &b, o.T, params, &d));
+            assert_ok(decoder_create(m, &b, 1, o.T, params, &d));
             int32_t token[3] = {0};
             for (int64_t t = 0; t < o.T; t++) {
                 for (int64_t row = 0; row < o.B; row++) token[row] = whole.input_token[row * o.T + t];
@@ -400,7 +400,31 @@ static void test_decoder(void **state)
             }
             assert_int_equal(decoder_step(d, token, params, step), LS_ERR_ARGUMENT); /* all positions are used */
             decoder_free(d);
-            assert_ok(decoder_create(m, &b, o.T, params, &d));
+            /* two beams of each source: the second one's first half is another, then both go on from the first */
+            enum { BEAMS = 2 };
+            int32_t tokens[3 * BEAMS];
+            int64_t from[3 * BEAMS];
+            ls_real *steps = make_zeros(BEAMS * o.B * m->V);
+            assert_ok(decoder_create(m, &b, BEAMS, o.T, params, &d));
+            for (int64_t t = 0; t < o.T; t++) {
+                for (int64_t r = 0; r < BEAMS * o.B; r++) {
+                    const int apart = t < o.T / 2 && r % BEAMS == 1;
+                    const int32_t of_source = whole.input_token[r / BEAMS * o.T + t];
+                    tokens[r] = apart ? (of_source + 40) % 256 : of_source;
+                    from[r] = r / BEAMS * BEAMS;
+                }
+                if (t == o.T / 2) assert_ok(decoder_reorder(d, from));
+                assert_ok(decoder_step(d, tokens, params, steps));
+                for (int64_t r = 0; r < BEAMS * o.B; r++)
+                    if (t >= o.T / 2 || r % BEAMS == 0)
+                        assert_near("step of a beam", steps + r * m->V, expected + (r / BEAMS * o.T + t) * m->V, m->V,
+                                    close_enough);
+            }
+            from[0] = o.B > 1 ? BEAMS : -1; /* of another source */
+            assert_int_equal(decoder_reorder(d, from), LS_ERR_ARGUMENT);
+            free(steps);
+            decoder_free(d);
+            assert_ok(decoder_create(m, &b, 1, o.T, params, &d));
             token[0] = MODEL_VOCABULARY;
             assert_int_equal(decoder_step(d, token, params, step), LS_ERR_ARGUMENT);
             decoder_free(d);
@@ -465,10 +489,10 @@ static void test_refusals(void **state)
     b = make_batch(world, (plan_of_batch){.B = 1, .S = 0, .T = 1, .change = -1});
     assert_int_equal(model_evaluate(m, &b, params, &l), LS_ERR_ARGUMENT);
     decoder *d;
-    assert_int_equal(decoder_create(m, &b, 4, params, &d), LS_ERR_ARGUMENT);
+    assert_int_equal(decoder_create(m, &b, 1, 4, params, &d), LS_ERR_ARGUMENT);
     assert_null(d);
     b.B = 0;
-    assert_int_equal(decoder_create(m, &b, 4, params, &d), LS_ERR_ARGUMENT);
+    assert_int_equal(decoder_create(m, &b, 1, 4, params, &d), LS_ERR_ARGUMENT);
     free_batch(&b);
     free(params);
     model_free(m);

@@ -296,7 +296,7 @@ static void decodes(trio of, double *worst)
     float *want = logits_of(&x);
     ls_real *got = calloc((size_t)(B * V), sizeof *got);
     assert_non_null(got);
-    assert_ok(decoder_create(x.t.m, &x.b, T, x.t.s.params, &d));
+    assert_ok(decoder_create(x.t.m, &x.b, 1, T, x.t.s.params, &d));
     for (int64_t t = 0; t < T; t++) {
         int32_t token[B];
         for (int64_t b = 0; b < B; b++) token[b] = t == 0 ? TOKEN_BOS : token_at(b, t - 1, 1);

@@ -302,6 +302,7 @@ foreach(variant emulator emulator_double emulator_checked)
 endforeach()
 
 longspan_test(config TRAINER)
+longspan_test(beam TRAINER)
 longspan_test(optim TRAINER EMULATED 1 CHECKED 1)
 longspan_test(pack TRAINER)
 longspan_test(checkpoint TRAINER)

@@ -7,7 +7,7 @@
 
 struct decoder {
     model *m;
-    int64_t B, position, max_length;
+    int64_t B /* targets */, beams, position, max_length;
     ls_state **state; /* by block of the decoder; NULL for ffn */
     ls_arena arena;
     workspace w; /* its own: the model may be used between steps */
@@ -43,15 +43,47 @@ static ls_status allocate(decoder *d)
     return ls_arena_check(&d->arena, "decoder");
 }
 
+/* The encoder's output and its padding, of each source `beams` times. */
+typedef struct sources {
+    ls_arena arena;
+    ls_real *memory; /* (B beams,n,E) */
+    uint8_t *pad;    /* (B beams,n) */
+} sources;
+
+static void plan_sources(const decoder *d, int64_t n, sources *s)
+{
+    s->memory = ls_take(&s->arena, ls_max(1, d->B * n * d->m->E)); /* something, where a rank has no rows, too */
+    s->pad = ls_arena_take(&s->arena, (size_t)(d->B * n) + 1);
+}
+
+static ls_status copy_sources(const decoder *d, const batch *b, sources *s)
+{
+    const model *m = d->m;
+    const int64_t n = b->source.n, reals = n * m->E;
+    s->arena.device = m->sequence->ops;
+    ls_arena_measure(&s->arena);
+    plan_sources(d, n, s);
+    LS_TRY(ls_arena_reserve(&s->arena, "decoder: sources of beams"));
+    plan_sources(d, n, s);
+    for (int64_t r = 0; n > 0 && r < d->B; r++) {
+        const int64_t of = r / d->beams;
+        m->dense->copy(m->queue, reals, ls_reals(m->w.memory + of * reals), ls_reals(s->memory + r * reals));
+        LS_TRY(ls_device_write(m->sequence, s->pad + r * n, b->source_pad + of * n, (size_t)n));
+    }
+    return ls_arena_check(&s->arena, "decoder: sources of beams");
+}
+
 /* Collective: the encoder's output becomes a summary in each cross attention's state. */
-static ls_status take_source(decoder *d, const batch *b, const ls_real *params)
+static ls_status take_source(decoder *d, const batch *b, sources *s, const ls_real *params)
 {
     model *m = d->m;
     pass p = {.b = b, .params = params, .keep = KEEP_NOTHING};
     LS_TRY(pass_begin(m, &p, 0));
     LS_TRY(encoder_forward(m, &p));
-    const ls_attention_shape shape = {.batch = b->B, .queries = NULL, .keys = &b->source};
-    const ls_attention_io io = {.key = m->w.memory, .key_padding_mask = p.source_pad};
+    if (d->beams > 1) LS_TRY(ls_agree(m->sequence, copy_sources(d, b, s)));
+    const ls_attention_shape shape = {.batch = d->B, .queries = NULL, .keys = &b->source};
+    const ls_attention_io io = {.key = d->beams > 1 ? s->memory : m->w.memory,
+                                .key_padding_mask = d->beams > 1 ? s->pad : p.source_pad};
     for (int k = 0; k < m->decoder.blocks; k++) {
         const block *bl = &m->decoder.block[k];
         if (bl->kind == BLOCK_FFN) continue;
@@ -62,26 +94,29 @@ static ls_status take_source(decoder *d, const batch *b, const ls_real *params)
     return LS_OK;
 }
 
-ls_status decoder_create(model *m, const batch *source, int64_t max_length, const ls_real *params, decoder **out)
+ls_status decoder_create(model *m, const batch *source, int64_t beams, int64_t max_length, const ls_real *params,
+                         decoder **out)
 {
+    sources copies = {0};
     *out = NULL;
     ls_status status = LS_OK;
     decoder *d = calloc(1, sizeof *d);
-    if (source->B < 1 || max_length < 1)
-        status = ls_fail(LS_ERR_ARGUMENT, "decoder: %lld sequences of at most %lld tokens: give at least one of each",
-                         (long long)source->B, (long long)max_length);
+    if (source->B < 1 || beams < 1 || max_length < 1)
+        status = ls_fail(LS_ERR_ARGUMENT,
+                         "decoder: %lld sources, %lld beams of at most %lld tokens: give at least one of each",
+                         (long long)source->B, (long long)beams, (long long)max_length);
     else if (d == NULL)
         status = ls_fail(LS_ERR_MEMORY, "decoder: no memory for %zu bytes", sizeof *d);
     else {
-        *d = (decoder){.m = m, .B = source->B, .max_length = max_length};
+        *d = (decoder){.m = m, .B = source->B * beams, .beams = beams, .max_length = max_length};
         status = allocate(d);
     }
     LS_TRY_GOTO(ls_agree(m->sequence, status));
-    LS_TRY_GOTO(take_source(d, source, params));
+    LS_TRY_GOTO(take_source(d, source, &copies, params));
     *out = d;
-    return LS_OK;
 done:
-    decoder_free(d);
+    ls_arena_free(&copies.arena);
+    if (*out == NULL) decoder_free(d);
     return status;
 }
 
@@ -132,4 +167,18 @@ ls_status decoder_step(decoder *d, const int32_t *token, const ls_real *params, 
     d->position++;
     LS_TRY(ls_device_read(m->sequence, logits, w->logits, (size_t)(B * m->V) * sizeof *logits));
     return ls_context_wait(m->sequence);
+}
+
+ls_status decoder_reorder(decoder *d, const int64_t *from)
+{
+    int moves = 0;
+    for (int64_t r = 0; r < d->B; r++) {
+        if (from[r] < 0 || from[r] >= d->B || from[r] / d->beams != r / d->beams)
+            LS_FAIL(LS_ERR_ARGUMENT, "decoder: row %lld cannot go on from row %lld, which is of another source or none",
+                    (long long)r, (long long)from[r]);
+        moves |= from[r] != r;
+    }
+    for (int k = 0; moves && k < d->m->decoder.blocks; k++) /* of the source, the targets know the same */
+        if (d->m->decoder.block[k].kind == BLOCK_SELF) LS_TRY(ls_state_reorder(d->state[k], from));
+    return LS_OK;
 }

@@ -1,4 +1,5 @@
 /* `longspan generate`: reads a source, encodes it over all ranks, and writes the target byte by byte. */
+#include "beam.h"
 #include "trainer.h"
 
 #include "rng.h"
@@ -19,6 +20,10 @@ static const char usage[] =
     "  --max-bytes N       stop after N bytes, if the model has not ended the text before (default 1024, or the\n"
     "                      model's max_len where that is less)\n"
     "  --greedy            always the most probable byte (default)\n"
+    "  --beams N           the text of the best score that a search with N beams finds, at most 1024; it is written\n"
+    "                      when it has been found\n"
+    "  --length-penalty A  of the search: a text's score is its log-probability / (its bytes, and its end) ^ A\n"
+    "                      (default 1)\n"
     "  --temperature T     draw from probabilities ~ p^(1/T), T > 0 (default 1 with --top-k)\n"
     "  --top-k K           draw from the K most probable bytes only (default: from all)\n"
     "  --seed N            of the draws (default 0)\n"
@@ -26,24 +31,26 @@ static const char usage[] =
     "  --set KEY=VALUE     change a key of the checkpoint's configuration, e.g. device=cpu\n"
     "  --help              this text\n";
 
-enum { USUAL_BYTES = 1024 };
+enum { USUAL_BYTES = 1024, MOST_BEAMS = 1024 };
 
 typedef struct generate_options {
     const char *checkpoint, *input, *prefix;
-    int64_t max_bytes /* 0: as many as usual */, top_k, seed;
+    int64_t max_bytes /* 0: as many as usual */, beams, top_k, seed;
     double temperature; /* 0: greedy */
+    double length_penalty;
     text_list set;
     int help;
 } generate_options;
 
 /* ------------------------------------------------------------------------------------------------ arguments */
 
-static ls_status read_positive(const char *option, const char *text, double *value)
+static ls_status read_number(const char *option, const char *text, int positive, double *value)
 {
     char *end;
     const double v = strtod(text, &end);
-    if (end == text || *end != '\0' || !(v > 0) || !isfinite(v))
-        LS_FAIL(LS_ERR_ARGUMENT, "generate: %s: '%s' is not a number greater than 0", option, text);
+    if (end == text || *end != '\0' || !(positive ? v > 0 : v >= 0) || !isfinite(v))
+        LS_FAIL(LS_ERR_ARGUMENT, "generate: %s: '%s' is not a number %s", option, text,
+                positive ? "greater than 0" : "from 0 on");
     *value = v;
     return LS_OK;
 }
@@ -53,12 +60,14 @@ static ls_status parse(int argc, char **argv, generate_options *o)
     static const struct option options[] = {
         {"input", required_argument, NULL, 'i'},  {"max-bytes", required_argument, NULL, 'n'},
         {"greedy", no_argument, NULL, 'g'},       {"temperature", required_argument, NULL, 't'},
+        {"beams", required_argument, NULL, 'b'},  {"length-penalty", required_argument, NULL, 'l'},
         {"top-k", required_argument, NULL, 'k'},  {"seed", required_argument, NULL, 's'},
         {"prefix", required_argument, NULL, 'p'}, {"set", required_argument, NULL, 'c'},
         {"help", no_argument, NULL, 'h'},         {NULL, 0, NULL, 0}};
-    static const char *const known[] = {"--input", "--max-bytes", "--greedy", "--temperature", "--top-k",
-                                        "--seed",  "--prefix",    "--set",    "--help",        NULL};
-    *o = (generate_options){.input = "-", .prefix = ""};
+    static const char *const known[] = {"--input",  "--max-bytes", "--greedy",         "--temperature",
+                                        "--top-k",  "--beams",     "--length-penalty", "--seed",
+                                        "--prefix", "--set",       "--help",           NULL};
+    *o = (generate_options){.input = "-", .prefix = "", .beams = 1, .length_penalty = -1};
     int greedy = 0, seeded = 0, which;
     opterr = 0; /* rank 0 alone says what is wrong */
     optind = 1;
@@ -74,7 +83,13 @@ static ls_status parse(int argc, char **argv, generate_options *o)
             greedy = 1;
             break;
         case 't':
-            LS_TRY(read_positive("--temperature", optarg, &o->temperature));
+            LS_TRY(read_number("--temperature", optarg, 1, &o->temperature));
+            break;
+        case 'b':
+            LS_TRY(read_count("generate", "--beams", optarg, 1, &o->beams));
+            break;
+        case 'l':
+            LS_TRY(read_number("--length-penalty", optarg, 0, &o->length_penalty));
             break;
         case 'k':
             LS_TRY(read_count("generate", "--top-k", optarg, 1, &o->top_k));
@@ -99,6 +114,14 @@ static ls_status parse(int argc, char **argv, generate_options *o)
     if (greedy && (o->temperature > 0 || o->top_k > 0))
         LS_FAIL(LS_ERR_ARGUMENT, "generate: --greedy draws nothing, so it does not go with --temperature or --top-k");
     if (o->top_k > 0 && !(o->temperature > 0)) o->temperature = 1;
+    if (o->beams > MOST_BEAMS)
+        LS_FAIL(LS_ERR_ARGUMENT, "generate: --beams %lld is more than %d", (long long)o->beams, MOST_BEAMS);
+    if (o->beams > 1 && (greedy || o->temperature > 0))
+        LS_FAIL(LS_ERR_ARGUMENT,
+                "generate: --beams searches, so it does not go with --greedy, --temperature or --top-k");
+    if (o->length_penalty >= 0 && o->beams == 1)
+        LS_FAIL(LS_ERR_ARGUMENT, "generate: --length-penalty is of a search: it needs --beams 2 or more");
+    if (o->length_penalty < 0) o->length_penalty = 1;
     if (seeded && !(o->temperature > 0))
         LS_FAIL(LS_ERR_ARGUMENT, "generate: --seed is of draws: it needs --temperature or --top-k");
     if (optind != argc - 1)
@@ -161,6 +184,10 @@ typedef struct generation {
     ls_real *params;
     batch b;
     decoder *d;
+    beam_search *search; /* rank 0, with beams: of each row */
+    ls_real *logits;     /* (beams, MODEL_VOCABULARY) */
+    int32_t *token;      /* (beams) */
+    int64_t *from;       /* (beams) */
 } generation;
 
 /* This rank's part of the source as a batch of one. Local. */
@@ -206,7 +233,7 @@ static ls_status prepare(const generate_options *o, ranks *r, generation *g)
     LS_TRY(agree(r, status));
     training_state s = {.params = g->params};
     LS_TRY(load_everywhere(r, o->checkpoint, g->m, &s));
-    return decoder_create(g->m, &g->b, g->bytes, g->params, &g->d);
+    return decoder_create(g->m, &g->b, o->beams, g->bytes, g->params, &g->d);
 }
 
 /* What rank 0 decided: all ranks take the next step, or none. */
@@ -237,10 +264,60 @@ static ls_status decide(const generate_options *o, const ranks *r, int64_t i, co
     return agree(r, r->rank == 0 ? (ls_status)next.status : LS_OK);
 }
 
+/* ------------------------------------------------------------------------------------------------ with beams */
+
+static ls_status prepare_search(const generate_options *o, const ranks *r, generation *g)
+{
+    const size_t beams = (size_t)o->beams;
+    g->logits = malloc(beams * MODEL_VOCABULARY * sizeof *g->logits);
+    g->token = malloc(beams * sizeof *g->token);
+    g->from = malloc(beams * sizeof *g->from);
+    if (g->logits == NULL || g->token == NULL || g->from == NULL)
+        LS_FAIL(LS_ERR_MEMORY, "generate: no memory for %zu beams", beams);
+    return r->rank == 0 ? beam_create(o->beams, o->length_penalty, &g->search) : LS_OK;
+}
+
+/* Rank 0: what was given, and the best that was found. */
+static ls_status write_best(const generate_options *o, const generation *g)
+{
+    char *text;
+    size_t size;
+    LS_TRY(beam_best(g->search, &text, &size));
+    const size_t given = strlen(o->prefix);
+    const int written =
+        fwrite(o->prefix, 1, given, stdout) == given && fwrite(text, 1, size, stdout) == size && fflush(stdout) == 0;
+    free(text);
+    if (!written) LS_FAIL(LS_ERR_IO, "generate: standard output cannot be written: %s", strerror(errno));
+    return LS_OK;
+}
+
+/* Collective: as in decide, rank 0 chooses. */
+static ls_status search(const generate_options *o, const ranks *r, generation *g)
+{
+    const int64_t forced = (int64_t)strlen(o->prefix);
+    int done = 0;
+    LS_TRY(agree(r, prepare_search(o, r, g)));
+    for (int64_t b = 0; b < o->beams; b++) g->token[b] = TOKEN_BOS;
+    for (int64_t i = 0; i < g->bytes && !done; i++) {
+        LS_TRY(decoder_step(g->d, g->token, g->params, g->logits));
+        if (i < forced) {
+            for (int64_t b = 0; b < o->beams; b++) g->token[b] = (unsigned char)o->prefix[i];
+            continue;
+        }
+        LS_TRY(agree(r, r->rank == 0 ? beam_step(g->search, g->logits, g->token, g->from, &done) : LS_OK));
+        LS_TRY(broadcast_bytes(r, g->token, (size_t)o->beams * sizeof *g->token));
+        LS_TRY(broadcast_bytes(r, g->from, (size_t)o->beams * sizeof *g->from));
+        LS_TRY(broadcast_bytes(r, &done, sizeof done));
+        LS_TRY(decoder_reorder(g->d, g->from));
+    }
+    return agree(r, r->rank == 0 ? write_best(o, g) : LS_OK);
+}
+
 static ls_status generate(const generate_options *o, ranks *r, generation *g)
 {
     ls_real logits[MODEL_VOCABULARY];
     LS_TRY(prepare(o, r, g));
+    if (o->beams > 1) return search(o, r, g);
     int32_t token = TOKEN_BOS;
     for (int64_t i = 0; i < g->bytes && token != TOKEN_EOS; i++) {
         LS_TRY(decoder_step(g->d, &token, g->params, logits));
@@ -259,6 +336,8 @@ int command_generate(int argc, char **argv, ranks *r)
     } else if (status == LS_OK) {
         status = generate(&o, r, &g);
     }
+    beam_free(g.search);
+    free(g.logits), free(g.token), free(g.from);
     decoder_free(g.d);
     model_free(g.m);
     batch_free(&g.b);

@@ -48,12 +48,15 @@ ls_status model_gradient(model *m, const batch *b, const ls_real *params, double
 /* Bytes reserved so far on this rank for activations and scratch. */
 size_t model_bytes(const model *m);
 
-/* Incremental decoding of B sequences against a source (b->source_*), which is encoded and summarised once. Collective
- * over `sequence`; every rank passes the same tokens and gets the same logits. */
+/* Incremental decoding against B sources (b->source_*), which are encoded once, of `beams` targets each: rows b beams
+ * .. of them. Collective over `sequence`; every rank passes the same tokens and gets the same logits. */
 typedef struct decoder decoder;
-ls_status decoder_create(model *m, const batch *source, int64_t max_length, const ls_real *params, decoder **d);
+ls_status decoder_create(model *m, const batch *source, int64_t beams, int64_t max_length, const ls_real *params,
+                         decoder **d);
 void decoder_free(decoder *d);
-/* token (B) at the next position -> logits (B, MODEL_VOCABULARY) for the one after it. */
+/* token (B beams) at the next position -> logits (B beams, MODEL_VOCABULARY) for the one after it. */
 ls_status decoder_step(decoder *d, const int32_t *token, const ls_real *params, ls_real *logits);
+/* Row r (of B beams) goes on from what row from[r], of the same source, was. The same on every rank. */
+ls_status decoder_reorder(decoder *d, const int64_t *from);
 
 #endif
