@@ -307,8 +307,8 @@ static ls_status write_backward(ls_pass *p, int phase)
     load_sums(p, phase);
     ls_slots_constants_cuda(q, s, out->got, out->dsent, room, ls_doubles(p->work[MEAN]), p->work[CENTRE],
                             p->work[CONSTANT]);
-    ls_slots_write_backward_cuda(q, s, keys_of(p), p->work[KEYS], p->scale / 2, values_of(p), out->sent, out->dsent,
-                                 p->work[CONSTANT], room, p->own.dk, p->own.dv, domega);
+    ls_slots_write_backward_cuda(q, s, keys_of(p), p->work[KEYS], p->scale / 2, values_of(p), out->sent, out->got,
+                                 out->dsent, p->work[CONSTANT], room, p->own.dk, p->own.dv, domega);
     LS_LAUNCH(q, add_domega, ls_blocks(G * c * d, LS_THREADS), LS_THREADS, 0, s, c, p->scale, (const double *)domega,
               ls_doubles(p->work[DMU]));
     landmarks_backward(p, phase);

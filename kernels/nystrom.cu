@@ -356,7 +356,7 @@ static ls_status write_backward(ls_pass *p, int phase)
     load_queries(p, phase);
     ls_slots_constants_cuda(q, s, out->got, out->dsent, room, ls_doubles(p->work[MEAN]), p->work[CENTRE],
                             p->work[CONSTANT]);
-    ls_slots_write_backward_cuda(q, s, keys_of(p), p->work[KEYS], 0, values_of(p), out->sent, out->dsent,
+    ls_slots_write_backward_cuda(q, s, keys_of(p), p->work[KEYS], 0, values_of(p), out->sent, out->got, out->dsent,
                                  p->work[CONSTANT], room, p->own.dk, p->own.dv, dkeys);
     LS_LAUNCH(q, complete_means, ls_blocks(n, LS_THREADS), LS_THREADS, 0, n, p->scale, (const double *)dkeys,
               l.first == 1, dmean);

@@ -81,7 +81,7 @@ static __global__ void write_slots(ls_slot_sizes s, ls_slot_rows keys, const ls_
             for (int j = 0; j < EACH; j++)
                 weight[row * PITCH_W + SLOT + 8 * j] = hidden      ? -(ls_real)INFINITY
                                                        : half == 0 ? l[i][j]
-                                                                   : l[i][j] - half * norm[row];
+                                                                   : l[i][j] - ls_multiply(half, norm[row]);
         }
         __syncthreads();
         /* the maxima after these rows; 0 where there still is no key, since e^(-inf - 0) is 0 */

@@ -12,6 +12,7 @@
  *
  * Sums over rows: KEPT tiles in ls_real, all others in double, in the block's part of `room`. */
 #include "slots_tiles.h"
+#include "statistics.h"
 
 using namespace ls_slot_tiles;
 
@@ -334,11 +335,60 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) r
 typedef struct writing {
     operands o; /* X: k, Y: v */
     ls_real half;
-    const ls_real *sent, *constant;
+    const ls_real *sent, *got, *dsent, *constant;
     ls_view dk, dv;
     int fours_k, fours_v;
     double *parts; /* (splits): ds (B*H,R,d) */
 } writing;
+
+/* Where a tile of rows has all that a slot was written from, `owed` becomes, in place of constant_r, what these rows
+ * give themselves: the same but for rounding, of which nothing else is left where one key wrote the slot alone, see
+ * slots.c. l: e of the thread's rows and slots, from `slot` on, of which `left` exist; de: v·dx. All threads of a block
+ * call, when nobody uses a of the desk. Such a slot has no larger sum than there are rows: hardly ever is anything
+ * summed. */
+template <int SLOTS>
+__device__ static inline void owe_exactly(const writing &z, const place &at, int64_t slot, int left,
+                                          const ls_real (&l)[4][SLOTS / 8], const ls_real (&de)[4][SLOTS / 8],
+                                          desk<SLOTS> *my, ls_real (&owed)[SLOTS / 8])
+{
+    constexpr int EACH = SLOTS / 8;
+    const int warp = (int)threadIdx.x / LS_WARP;
+    const int64_t stride = z.o.s.d + 2, first = (at.g * z.o.s.R + slot + SLOT) * stride;
+    int few = 0;
+#pragma unroll
+    for (int j = 0; j < EACH; j++) few |= 8 * j < left && z.got[first + 8 * j * stride + 1] <= TILE;
+    if (!__syncthreads_or(few)) return;
+#pragma unroll 1
+    for (int j = 0; j < EACH; j++) {
+        ls_real sum[3] = {0, 0, 0}; /* Σ e, Σ e v·dx, Σ |e v·dx| */
+#pragma unroll
+        for (int k = 0; k < EACH; k++)
+#pragma unroll
+            for (int i = 0; i < 4 && k == j; i++) {
+                const ls_real flow = l[i][k] * de[i][k];
+                sum[0] += l[i][k], sum[1] += flow, sum[2] += flow < 0 ? -flow : flow;
+            }
+#pragma unroll
+        for (int k = 0; k < 3; k++) {
+            sum[k] = ls_warp_sum(ls_warp_sum(sum[k], 2, 1), 2, LS_WARP / 2); /* over the warp's rows */
+            if (grid::row() == 0) my->a[(3 * warp + k) * SLOTS + SLOT + 8 * j] = sum[k];
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        if (8 * j >= left) continue;
+        ls_real sum[3] = {0, 0, 0};
+        for (int w = 0; w < THREADS / LS_WARP; w++)
+            for (int k = 0; k < 3; k++) sum[k] += my->a[(3 * w + k) * SLOTS + SLOT + 8 * j];
+        const int64_t e = first + 8 * j * stride;
+        const ls_real part = z.got[e + 1] > 0 ? ls_statistics_weight(z.sent[e], z.got[e]) / z.got[e + 1] : 0;
+        const ls_real ds = z.dsent[e + 1], delta = ds - owed[j];
+        const ls_real here = ls_statistics_delta(part * sum[0], part * sum[1], part * sum[2], delta);
+        if (here != delta) owed[j] = ds - here;
+    }
+    __syncthreads();
+}
 
 template <int SLOTS, bool SUMS, bool ROWS>
 static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) write_back(writing z)
@@ -370,11 +420,16 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) w
             for (int i = 0; i < 4; i++) {
                 const int64_t row = t + ROW + 16 * i;
                 const bool hidden = row >= n || ls_is_padded(z.o.x.pad, at.b * n + row);
-                const ls_real length = z.half == 0 ? 0 : z.half * my->norm[ROW + 16 * i];
+                const ls_real length = z.half == 0 ? 0 : ls_multiply(z.half, my->norm[ROW + 16 * i]);
+#pragma unroll
+                for (int j = 0; j < EACH; j++) l[i][j] = hidden || 8 * j >= left ? 0 : ls_exp(l[i][j] - length - m[j]);
+            }
+            owe_exactly<SLOTS>(z, at, slot, left, l, de, my, owed);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
                 ls_real here = 0;
 #pragma unroll
                 for (int j = 0; j < EACH; j++) {
-                    l[i][j] = hidden || 8 * j >= left ? 0 : ls_exp(l[i][j] - length - m[j]);
                     de[i][j] = l[i][j] * (owed[j] + de[i][j]);
                     here += de[i][j];
                 }
@@ -458,7 +513,7 @@ void ls_slots_read_backward_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows quer
 }
 
 void ls_slots_write_backward_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows keys, const ls_real *slots, double half,
-                                  ls_slot_rows values, const ls_real *sent, const ls_real *dsent,
+                                  ls_slot_rows values, const ls_real *sent, const ls_real *got, const ls_real *dsent,
                                   const ls_real *constant, double *room, ls_view dk, ls_view dv, double *dslots)
 {
     static const kernels<writing> k = {
@@ -469,6 +524,8 @@ void ls_slots_write_backward_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows key
     const writing z = {operands_of(s, keys, slots, values, dsent + 2, s.d + 2),
                        (ls_real)half,
                        sent,
+                       got,
+                       dsent,
                        constant,
                        dk,
                        dv,

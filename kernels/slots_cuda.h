@@ -33,10 +33,10 @@ int64_t ls_slots_row_reals(ls_slot_sizes s);
 /* sent (B*H,R,d+2): (m; s, x) of all keys. l_jr = k_j·slots_r - half |k_j|², slots (B*H,R,d); values: v - reference. */
 void ls_slots_write_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows keys, const ls_real *slots, double half,
                          ls_slot_rows values, double *room, ls_real *sent);
-/* Rows of dk and dv, and dslots (B*H,R,d). values: v - c; constant (B*H,R), both as ls_slots_constants says. With half
- * != 0 keys have no centre. */
+/* Rows of dk and dv, and dslots (B*H,R,d). values: v - c; constant (B*H,R), both as ls_slots_constants says; sent, got,
+ * dsent: elements. With half != 0 keys have no centre. */
 void ls_slots_write_backward_cuda(ls_queue *q, ls_slot_sizes s, ls_slot_rows keys, const ls_real *slots, double half,
-                                  ls_slot_rows values, const ls_real *sent, const ls_real *dsent,
+                                  ls_slot_rows values, const ls_real *sent, const ls_real *got, const ls_real *dsent,
                                   const ls_real *constant, double *room, ls_view dk, ls_view dv, double *dslots);
 /* values (B*H,R,d) = V - reference, or V if the reference (B*H,d) is given; 0, or it, where no key was. */
 void ls_slots_values_cuda(ls_queue *q, ls_slot_sizes s, const ls_real *element, const ls_real *reference,

@@ -2,7 +2,6 @@
  * target is not what the most probable letters lead to: against all targets there are. */
 #include "beam.h"
 #include "data.h"
-#include "harness.h"
 
 #include <math.h>
 #include <setjmp.h>
@@ -65,11 +64,12 @@ static void best_of_all(char *text, size_t n, int number, double penalty, double
 static char *searched(int64_t beams, int number, double penalty)
 {
     static char row[2][WIDE][LONGEST + 1];
-    ls_real *logits = NEW(ls_real, beams * MODEL_VOCABULARY);
-    int32_t *token = NEW(int32_t, beams);
-    int64_t *from = NEW(int64_t, beams);
+    ls_real *logits = calloc((size_t)beams * MODEL_VOCABULARY, sizeof *logits);
+    int32_t *token = calloc((size_t)beams, sizeof *token);
+    int64_t *from = calloc((size_t)beams, sizeof *from);
     beam_search *b;
     int done = 0;
+    assert_true(logits != NULL && token != NULL && from != NULL);
     assert_int_equal(beam_create(beams, penalty, &b), LS_OK);
     for (size_t i = 0; i < LONGEST && !done; i++) {
         for (int64_t r = 0; r < beams; r++) logits_behind(row[i % 2][r], i, number, logits + r * MODEL_VOCABULARY);

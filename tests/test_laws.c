@@ -1063,8 +1063,7 @@ static void convolution_is_apart(const case_row *row)
 }
 
 /* Two slots, each written from one key alone, and each query reads one: they do not depend on keys and queries, which
- * get no gradient, however long they are: not what rounding leaves of values, times their length. (On a GPU, where
- * keys do not sum what they give, that is what they get.) */
+ * get no gradient, however long they are: not what rounding leaves of values, times their length. */
 static void slots_of_one_key_each(const case_row *row)
 {
     setting s = small_setting(row, LS_LEVEL_CORE, 8, 2, PAD_NONE, 32);
@@ -1114,7 +1113,7 @@ static void promises(void)
         if (takes_part(row) && strstr(row->options, "conv_kernel") != NULL && is_its_turn()) convolution_is_apart(row);
     for (const case_row *row = cases; row->mechanism != NULL; row++)
         if (takes_part(row) && strcmp(row->mechanism, "lara") == 0 && row->pattern == LS_NC &&
-            strcmp(row->options, "c=3") == 0 && row->extras == 0 && is_its_turn() && test_device() == LS_CPU)
+            strcmp(row->options, "c=3") == 0 && row->extras == 0 && is_its_turn())
             slots_of_one_key_each(row);
 }
 
