@@ -280,7 +280,7 @@ static __global__ void __launch_bounds__(THREADS, desk<SLOTS>::BLOCKS_AT_ONCE) r
             const int64_t row = t + ROW + 16 * i;
             const bool given = SUMS && !ROWS && row < n;
             const ls_real *from = z.rows + (at.g * n + row) * 3;
-            sums.m[i] = given ? from[0] : SUMS && !ROWS ? 0 : -INFINITY;
+            sums.m[i] = given ? from[0] : SUMS && !ROWS ? INFINITY : -INFINITY; /* of no row: p = 0 */
             sums.inverse[i] = given ? from[1] : 0;
             sums.delta[i] = given ? from[2] : 0;
         }
