@@ -129,9 +129,9 @@ refuse "generate: a long prefix" 2 "prefix" -- generate $good --prefix four --ma
 refuse "generate: a search that draws" 2 "--beams" -- generate $good --beams 2 --top-k 3 --input good.tsv
 refuse "generate: a penalty without a search" 2 "--length-penalty" -- generate $good --length-penalty 1 --input good.tsv
 refuse "generate: too many beams" 2 "1025" -- generate $good --beams 1025 --input good.tsv
-"$longspan" generate $good --beams 3 --prefix the --max-bytes 9 --input good.tsv >alone &&
-  $mpirun -n 3 "$longspan" generate $good --beams 3 --prefix the --max-bytes 9 --input good.tsv >together
-if ! cmp -s alone together || [ "$(head -c 3 alone)" != the ]; then complain "beams: $(cat alone) is not $(cat together)"
+"$longspan" generate $good --beams 3 --prefix the --max-bytes 9 --input good.tsv >one_rank &&
+  $mpirun -n 3 "$longspan" generate $good --beams 3 --prefix the --max-bytes 9 --input good.tsv >three_ranks
+if ! cmp -s one_rank three_ranks || [ "$(head -c 3 one_rank)" != the ]; then complain "beams: $(cat one_rank) is not $(cat three_ranks)"
 else passed=$((passed + 1)); fi
 refuse "empty source" 2 "empty" -- generate $good --input /dev/null
 
