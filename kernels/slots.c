@@ -193,17 +193,22 @@ void ls_slots_write_backward(ls_slots s, int64_t n, const ls_real *sent, const l
     for (int64_t j = 0; j < n; j++)
         for (int64_t r = 0; r < R; r++) logits[j * R + r] = ls_exp(logits[j * R + r] - top[r]);
     ls_gemm(0, 1, n, R, s.d, 1, values, s.d, dsent + 2, stride, 0, dlogits, R);
+    int few = 0; /* n keys that have all of a slot's sum make it n at most */
+    for (int64_t r = 0; r < R; r++) few |= got[r * stride + 1] <= (ls_real)n;
     ls_real *mass = s.scratch, *flow = mass + R, *size = flow + R;
-    ls_zero(mass, 3 * R);
+    if (few) {
+        ls_zero(mass, 3 * R);
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t r = 0; r < R; r++) {
+                const ls_real e = logits[j * R + r], of_j = e * dlogits[j * R + r];
+                mass[r] += e, flow[r] += of_j, size[r] += of_j < 0 ? -of_j : of_j;
+            }
+        for (int64_t r = 0; r < R; r++)
+            mass[r] = constant_of(s, r, sent + r * stride, got + r * stride, dsent[r * stride + 1], constant[r]);
+        constant = mass;
+    }
     for (int64_t j = 0; j < n; j++)
-        for (int64_t r = 0; r < R; r++) {
-            const ls_real e = logits[j * R + r], of_j = e * dlogits[j * R + r];
-            mass[r] += e, flow[r] += of_j, size[r] += of_j < 0 ? -of_j : of_j;
-        }
-    for (int64_t r = 0; r < R; r++)
-        mass[r] = constant_of(s, r, sent + r * stride, got + r * stride, dsent[r * stride + 1], constant[r]);
-    for (int64_t j = 0; j < n; j++)
-        for (int64_t r = 0; r < R; r++) dlogits[j * R + r] = logits[j * R + r] * (mass[r] + dlogits[j * R + r]);
+        for (int64_t r = 0; r < R; r++) dlogits[j * R + r] = logits[j * R + r] * (constant[r] + dlogits[j * R + r]);
     ls_gemm(0, 0, n, s.d, R, 1, logits, R, dsent + 2, stride, 0, dv, ld);
 }
 
