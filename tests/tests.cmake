@@ -7,9 +7,7 @@ longspan_library(longspan_double)
 target_compile_definitions(longspan_double PUBLIC LS_REAL_DOUBLE)
 
 # ---- the CUDA kernels on the CPU: the same .cu files as C++, before whose headers the emulator's stand. CMake knows one
-# language of a file, so each gets a file of one line; -O2, since there is much to compile and little that vectors, and
-# without vectors, since GCC 12 gave some lanes of a loop with a condition in it (softmax_tensor.cu) the numbers of
-# others.
+# language of a file, so each gets a file of one line; -O2, since there is much to compile and little that vectors.
 enable_language(CXX)
 set(emulated_wrappers)
 foreach(source ${cuda_sources})
@@ -21,6 +19,9 @@ endforeach()
 # slabs so small that sequences of the tests are several
 set_source_files_properties(${PROJECT_BINARY_DIR}/emulated/kernels/linear_slabs.cu.cpp PROPERTIES
   COMPILE_DEFINITIONS LS_LINEAR_SLAB=512)
+# GCC 12 gave lanes of a loop with a condition in it the numbers of others there
+set_source_files_properties(${PROJECT_BINARY_DIR}/emulated/kernels/softmax_tensor.cu.cpp PROPERTIES
+  COMPILE_OPTIONS -fno-tree-vectorize)
 function(longspan_emulated_code name)
   longspan_library(${name})
   set_target_properties(${name} PROPERTIES CXX_STANDARD 20 CXX_STANDARD_REQUIRED ON CXX_EXTENSIONS OFF)
@@ -29,7 +30,7 @@ function(longspan_emulated_code name)
   target_include_directories(${name} BEFORE PUBLIC ${PROJECT_SOURCE_DIR}/tests/emulator)
   # of the CPU's code little runs there
   target_compile_options(${name} PRIVATE "$<$<COMPILE_LANGUAGE:C>:-O1>"
-    "$<$<COMPILE_LANGUAGE:CXX>:-O2;-fno-tree-vectorize;-Wno-unknown-pragmas;-Wno-deprecated-enum-enum-conversion>")
+    "$<$<COMPILE_LANGUAGE:CXX>:-O2;-Wno-unknown-pragmas;-Wno-deprecated-enum-enum-conversion>")
 endfunction()
 function(longspan_emulated name)
   add_library(${name} STATIC EXCLUDE_FROM_ALL ${sources} ${nccl_source} ${ARGN}
