@@ -172,17 +172,6 @@ void ls_slots_constants(ls_slots s, int64_t G, const ls_real *got, const ls_real
     }
 }
 
-/* constant_r; where a chunk of keys has all that slot r was written from, with what these give in place of dx·(V - c):
- * the same but for rounding, of which nothing else is left where one key wrote the slot alone. scratch: Σ e, and with
- * f = e dx·(v - c) Σ f and Σ |f|, each (R). */
-static ls_real constant_of(ls_slots s, int64_t r, const ls_real *sent, const ls_real *got, ls_real ds, ls_real constant)
-{
-    const ls_real *sum = s.scratch + r, delta = ds - constant;
-    const ls_real part = got[1] > 0 ? ls_statistics_weight(sent[0], got[0]) / got[1] : 0;
-    const ls_real here = ls_statistics_delta(part * sum[0], part * sum[s.R], part * sum[2 * s.R], delta);
-    return here == delta ? constant : ds - here;
-}
-
 void ls_slots_write_backward(ls_slots s, int64_t n, const ls_real *sent, const ls_real *got, const ls_real *dsent,
                              const ls_real *constant, const ls_real *values, ls_real *logits, ls_real *dlogits,
                              ls_real *dv, int64_t ld)
@@ -193,7 +182,7 @@ void ls_slots_write_backward(ls_slots s, int64_t n, const ls_real *sent, const l
     for (int64_t j = 0; j < n; j++)
         for (int64_t r = 0; r < R; r++) logits[j * R + r] = ls_exp(logits[j * R + r] - top[r]);
     ls_gemm(0, 1, n, R, s.d, 1, values, s.d, dsent + 2, stride, 0, dlogits, R);
-    int few = 0; /* n keys that have all of a slot's sum make it n at most */
+    int few = 0;
     for (int64_t r = 0; r < R; r++) few |= got[r * stride + 1] <= (ls_real)n;
     ls_real *mass = s.scratch, *flow = mass + R, *size = flow + R;
     if (few) {
@@ -204,7 +193,8 @@ void ls_slots_write_backward(ls_slots s, int64_t n, const ls_real *sent, const l
                 mass[r] += e, flow[r] += of_j, size[r] += of_j < 0 ? -of_j : of_j;
             }
         for (int64_t r = 0; r < R; r++)
-            mass[r] = constant_of(s, r, sent + r * stride, got + r * stride, dsent[r * stride + 1], constant[r]);
+            mass[r] = ls_slots_constant_of(sent + r * stride, got + r * stride, dsent + r * stride, constant[r],
+                                           mass[r], flow[r], size[r]);
         constant = mass;
     }
     for (int64_t j = 0; j < n; j++)

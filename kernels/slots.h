@@ -15,6 +15,7 @@
 #define LS_SLOTS_H
 
 #include "segments.h"
+#include "statistics.h"
 
 /* saved[] and work[] that hold doubles. */
 static inline ls_real *ls_take_doubles(ls_arena *arena, int64_t n)
@@ -99,6 +100,17 @@ void ls_slots_values(ls_slots s, const ls_real *element, double *values, double 
  * gradients of what it sent. `room`: for (R+1) d doubles. */
 void ls_slots_constants(ls_slots s, int64_t G, const ls_real *got, const ls_real *dsent, double *room, ls_real *c,
                         ls_real *constant);
+/* constant_r as some keys take it: where they have all that slot r was written from, what they give themselves stands
+ * in place of dx·(V - c): the same but for rounding, of which nothing else is left where one key wrote the slot alone.
+ * sent, got, dsent: the slot's elements; with f = e dx·(v - c) the keys' Σ e, Σ f and Σ |f|. n keys that have all of a
+ * slot's sum make it n at most: where it is more, constant_r stays. */
+LS_BOTH_SIDES ls_real ls_slots_constant_of(const ls_real *sent, const ls_real *got, const ls_real *dsent,
+                                           ls_real constant, ls_real mass, ls_real flow, ls_real size)
+{
+    const ls_real part = got[1] > 0 ? ls_statistics_weight(sent[0], got[0]) / got[1] : 0, delta = dsent[1] - constant;
+    const ls_real here = ls_statistics_delta(part * mass, part * flow, part * size, delta);
+    return here == delta ? constant : dsent[1] - here;
+}
 /* logits (n,R) become e; dlogits (n,R), dv (n,d) are overwritten. values (n,d): v - c. sent, got, dsent: elements. */
 void ls_slots_write_backward(ls_slots s, int64_t n, const ls_real *sent, const ls_real *got, const ls_real *dsent,
                              const ls_real *constant, const ls_real *values, ls_real *logits, ls_real *dlogits,

@@ -12,7 +12,6 @@
  *
  * Sums over rows: KEPT tiles in ls_real, all others in double, in the block's part of `room`. */
 #include "slots_tiles.h"
-#include "statistics.h"
 
 using namespace ls_slot_tiles;
 
@@ -341,11 +340,9 @@ typedef struct writing {
     double *parts; /* (splits): ds (B*H,R,d) */
 } writing;
 
-/* Where a tile of rows has all that a slot was written from, `owed` becomes, in place of constant_r, what these rows
- * give themselves: the same but for rounding, of which nothing else is left where one key wrote the slot alone, see
- * slots.c. l: e of the thread's rows and slots, from `slot` on, of which `left` exist; de: v·dx. All threads of a block
- * call, when nobody uses a of the desk. Such a slot has no larger sum than there are rows: hardly ever is anything
- * summed. */
+/* `owed`, constant_r of the thread's slots, becomes what ls_slots_constant_of makes of it for the keys of a tile, where
+ * any slot's sum is small enough. l: e of the thread's rows and slots, from `slot` on, of which `left` exist; de: v·dx.
+ * All threads of a block call, when nobody uses a of the desk. */
 template <int SLOTS>
 __device__ static inline void owe_exactly(const writing &z, const place &at, int64_t slot, int left,
                                           const ls_real (&l)[4][SLOTS / 8], const ls_real (&de)[4][SLOTS / 8],
@@ -382,10 +379,7 @@ __device__ static inline void owe_exactly(const writing &z, const place &at, int
         for (int w = 0; w < THREADS / LS_WARP; w++)
             for (int k = 0; k < 3; k++) sum[k] += my->a[(3 * w + k) * SLOTS + SLOT + 8 * j];
         const int64_t e = first + 8 * j * stride;
-        const ls_real part = z.got[e + 1] > 0 ? ls_statistics_weight(z.sent[e], z.got[e]) / z.got[e + 1] : 0;
-        const ls_real ds = z.dsent[e + 1], delta = ds - owed[j];
-        const ls_real here = ls_statistics_delta(part * sum[0], part * sum[1], part * sum[2], delta);
-        if (here != delta) owed[j] = ds - here;
+        owed[j] = ls_slots_constant_of(z.sent + e, z.got + e, z.dsent + e, owed[j], sum[0], sum[1], sum[2]);
     }
     __syncthreads();
 }

@@ -13,6 +13,7 @@ typedef struct node {
 
 typedef struct way {
     double score;
+    int64_t before; /* node */
     int32_t row, token;
 } way;
 
@@ -71,7 +72,7 @@ static ls_status list_ways(const beam_search *b, int64_t row, const ls_real *log
     for (int32_t v = 0; v < MODEL_VOCABULARY; v++) sum += v == TOKEN_BOS ? 0 : exp((double)logits[v] - top);
     for (int32_t v = 0; v < MODEL_VOCABULARY; v++)
         if (v != TOKEN_BOS)
-            b->ways[(*n)++] = (way){b->score[row] + (double)logits[v] - top - log(sum), (int32_t)row, v};
+            b->ways[(*n)++] = (way){b->score[row] + (double)logits[v] - top - log(sum), b->end[row], (int32_t)row, v};
     return LS_OK;
 }
 
@@ -100,25 +101,20 @@ ls_status beam_step(beam_search *b, const ls_real *logits, int32_t *token, int64
         if (b->score[r] > -INFINITY) LS_TRY(list_ways(b, r, logits + r * MODEL_VOCABULARY, &n));
     qsort(b->ways, (size_t)n, sizeof *b->ways, by_score);
     b->steps++;
-    int64_t *end = malloc((size_t)b->beams * sizeof *end);
-    if (end == NULL) LS_FAIL(LS_ERR_MEMORY, "beam search: no memory for %lld beams", (long long)b->beams);
     for (int64_t i = 0; i < n && live < b->beams; i++) {
         const way *w = &b->ways[i];
         if (w->token == TOKEN_EOS) {
             if (i >= b->beams) continue; /* others are better begun */
-            put_aside(b, w->score, b->steps, b->end[w->row]);
+            put_aside(b, w->score, b->steps, w->before);
             b->ended++;
             continue;
         }
-        b->nodes[b->used] = (node){b->end[w->row], (char)w->token};
-        end[live] = b->used++;
+        b->nodes[b->used] = (node){w->before, (char)w->token};
+        b->end[live] = b->used++, b->score[live] = w->score; /* ways have theirs already */
         token[live] = w->token, from[live] = w->row;
-        b->score[live] = w->score; /* ways have theirs already */
         live++;
     }
-    for (int64_t r = 0; r < live; r++) b->end[r] = end[r];
     for (int64_t r = live; r < b->beams; r++) b->score[r] = -INFINITY, token[r] = 0, from[r] = r;
-    free(end);
     *done = live == 0 || b->ended >= b->beams;
     return LS_OK;
 }

@@ -186,8 +186,9 @@ typedef struct generation {
     decoder *d;
     beam_search *search; /* rank 0, with beams: of each row */
     ls_real *logits;     /* (beams, MODEL_VOCABULARY) */
+    int64_t *from;       /* (beams), what rank 0 chose; behind it: */
     int32_t *token;      /* (beams) */
-    int64_t *from;       /* (beams) */
+    int32_t *done;       /* one */
 } generation;
 
 /* This rank's part of the source as a batch of one. Local. */
@@ -266,14 +267,21 @@ static ls_status decide(const generate_options *o, const ranks *r, int64_t i, co
 
 /* ------------------------------------------------------------------------------------------------ with beams */
 
+/* Of from, token and done, which travel together. */
+static size_t choice_bytes(const generate_options *o)
+{
+    return (size_t)o->beams * (sizeof(int64_t) + sizeof(int32_t)) + sizeof(int32_t);
+}
+
 static ls_status prepare_search(const generate_options *o, const ranks *r, generation *g)
 {
     const size_t beams = (size_t)o->beams;
     g->logits = malloc(beams * MODEL_VOCABULARY * sizeof *g->logits);
-    g->token = malloc(beams * sizeof *g->token);
-    g->from = malloc(beams * sizeof *g->from);
-    if (g->logits == NULL || g->token == NULL || g->from == NULL)
-        LS_FAIL(LS_ERR_MEMORY, "generate: no memory for %zu beams", beams);
+    g->from = malloc(choice_bytes(o));
+    if (g->logits == NULL || g->from == NULL) LS_FAIL(LS_ERR_MEMORY, "generate: no memory for %zu beams", beams);
+    g->token = (int32_t *)(g->from + beams);
+    g->done = g->token + beams;
+    *g->done = 0;
     return r->rank == 0 ? beam_create(o->beams, o->length_penalty, &g->search) : LS_OK;
 }
 
@@ -295,19 +303,16 @@ static ls_status write_best(const generate_options *o, const generation *g)
 static ls_status search(const generate_options *o, const ranks *r, generation *g)
 {
     const int64_t forced = (int64_t)strlen(o->prefix);
-    int done = 0;
     LS_TRY(agree(r, prepare_search(o, r, g)));
     for (int64_t b = 0; b < o->beams; b++) g->token[b] = TOKEN_BOS;
-    for (int64_t i = 0; i < g->bytes && !done; i++) {
+    for (int64_t i = 0; i < g->bytes && !*g->done; i++) {
         LS_TRY(decoder_step(g->d, g->token, g->params, g->logits));
         if (i < forced) {
             for (int64_t b = 0; b < o->beams; b++) g->token[b] = (unsigned char)o->prefix[i];
             continue;
         }
-        LS_TRY(agree(r, r->rank == 0 ? beam_step(g->search, g->logits, g->token, g->from, &done) : LS_OK));
-        LS_TRY(broadcast_bytes(r, g->token, (size_t)o->beams * sizeof *g->token));
-        LS_TRY(broadcast_bytes(r, g->from, (size_t)o->beams * sizeof *g->from));
-        LS_TRY(broadcast_bytes(r, &done, sizeof done));
+        LS_TRY(agree(r, r->rank == 0 ? beam_step(g->search, g->logits, g->token, g->from, g->done) : LS_OK));
+        LS_TRY(broadcast_bytes(r, g->from, choice_bytes(o)));
         LS_TRY(decoder_reorder(g->d, g->from));
     }
     return agree(r, r->rank == 0 ? write_best(o, g) : LS_OK);
@@ -337,7 +342,7 @@ int command_generate(int argc, char **argv, ranks *r)
         status = generate(&o, r, &g);
     }
     beam_free(g.search);
-    free(g.logits), free(g.token), free(g.from);
+    free(g.logits), free(g.from);
     decoder_free(g.d);
     model_free(g.m);
     batch_free(&g.b);

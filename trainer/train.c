@@ -305,12 +305,13 @@ static ls_status make_directories(const char *path)
     }
 }
 
-/* Two runs in one directory would remove each other's files. The lock goes with the process, however that ends: only
- * the file stays. Where a file system knows no locks, the user has to know. */
 static void lock_path(const char *directory, char path[PATH_SIZE])
 {
     snprintf(path, PATH_SIZE, "%s/.lock", directory);
 }
+
+/* Two runs in one directory would remove each other's files. The lock goes with the process, however that ends: only
+ * the file stays. Where a file system knows no locks, the user has to know. */
 static ls_status lock_directory(const char *directory, int *lock)
 {
     char path[PATH_SIZE];
