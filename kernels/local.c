@@ -797,11 +797,18 @@ static int counts_padding(const ls_attention_options *o)
     return o->pattern == LS_NC && o->value[ALIGN] == 0;
 }
 
+static const char *idle(const ls_attention_options *o, const char *option)
+{
+    return o->pattern != LS_NC && strcmp(option, options[ALIGN].name) == 0 ? "it is for noncausal cross attention"
+                                                                           : NULL;
+}
+
 const ls_mechanism ls_local_mechanism = {
     .name = "local",
     .option = options,
     .params = params,
     .counts_padding = counts_padding,
+    .idle = idle,
     .layer = layer,
     .plan = plan,
     .phases = {self, self, cross, cross},

@@ -211,10 +211,16 @@ static const ls_phase step[] = {
     {.name = NULL},
 };
 
+static const char *idle(const ls_attention_options *o, const char *option)
+{
+    return o->pattern != LS_CS && strcmp(option, options[CHUNK].name) == 0 ? "it is for causal self attention" : NULL;
+}
+
 const ls_mechanism ls_longshort_mechanism = {
     .name = "longshort",
     .option = options,
     .params = params,
+    .idle = idle,
     .layer = layer,
     .plan = plan,
     .phases = {[LS_NS] = noncausal, [LS_CS] = causal},

@@ -222,6 +222,12 @@ typedef struct ls_mechanism {
     /* Whether positions that are padded count, as of a segment or of the length, so that results depend on how far a
      * batch is padded. NULL: never. */
     int (*counts_padding)(const ls_attention_options *);
+    /* Whether what a row of a batch gives depends on the rows beside it. NULL: never. */
+    int (*mixes_rows)(const ls_attention_options *);
+    /* Why an option, or "scale", changes nothing in this pattern; NULL: it does something. NULL: all do. */
+    const char *(*idle)(const ls_attention_options *, const char *option);
+    /* The option that tells how long sequences may be, 0: as long as they like. NULL: none does. */
+    const char *longest;
     /* Where the layer is not q_proj, k_proj, v_proj, out_proj with biases. May be NULL. */
     void (*layer)(const ls_attention_options *, ls_layer_form *);
     /* Takes memory: pass->saved[i] from the one arena, pass->work[i] from the other. May be NULL. */

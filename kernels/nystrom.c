@@ -607,12 +607,18 @@ static const ls_phase step[] = {
     {.name = NULL},
 };
 
+static int mixes_rows(const ls_attention_options *o)
+{
+    return o->value[INIT] != 0;
+}
+
 const ls_mechanism ls_nystrom_mechanism = {
     .name = "nystrom",
     .option = options,
     .params = params,
     .check = check,
     .counts_padding = ls_segments_count_padding,
+    .mixes_rows = mixes_rows,
     .plan = plan,
     .phases = {[LS_NS] = phases, [LS_NC] = phases, [LS_CC] = phases},
     .step = {[LS_CC] = step},

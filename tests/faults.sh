@@ -143,7 +143,7 @@ refuse "more bytes than max_len" 2 "--max-bytes 21 is more than the 20 positions
   [ "$(wc -c <stdout)" -le 20 ] || complain "as many bytes as max_len"
 
 "$longspan" train good.yaml --dry-run --set model.encoder.mechanism=nystrom --set model.encoder.options.init=1 >stdout
-grep -q '^warning: with init: 1 of nystrom .*train.accumulation' stdout || complain "nothing is said of rows that mix"
+grep -q '^warning: with these options of nystrom .*train.accumulation' stdout || complain "nothing is said of rows that mix"
 
 # ---- places that cannot be written (a file in the way: root may write anywhere else)
 refuse "run directory below a file" 4 "good.tsv" -- train good.yaml --set run.directory=good.tsv/run

@@ -1,5 +1,5 @@
 #include "beam.h"
-#include "data.h"
+#include "model.h"
 #include "status.h"
 
 #include <math.h>
@@ -62,13 +62,9 @@ static int by_score(const void *a, const void *b)
 static ls_status list_ways(const beam_search *b, int64_t row, const ls_real *logits, int64_t *n)
 {
     double top = -INFINITY, sum = 0;
-    for (int32_t v = 0; v < MODEL_VOCABULARY; v++) {
-        if (v == TOKEN_BOS) continue;
-        if (!isfinite(logits[v]))
-            LS_FAIL(LS_ERR_NONFINITE,
-                    "generate: the logit of token %d is not finite: the checkpoint's weights are damaged", (int)v);
-        if (logits[v] > top) top = (double)logits[v];
-    }
+    LS_TRY(decoder_check(logits));
+    for (int32_t v = 0; v < MODEL_VOCABULARY; v++)
+        if (v != TOKEN_BOS && logits[v] > top) top = (double)logits[v];
     for (int32_t v = 0; v < MODEL_VOCABULARY; v++) sum += v == TOKEN_BOS ? 0 : exp((double)logits[v] - top);
     for (int32_t v = 0; v < MODEL_VOCABULARY; v++)
         if (v != TOKEN_BOS)

@@ -545,55 +545,57 @@ static ls_status check_attention(int place, const config *c)
                  ls_last_error());
 }
 
+/* The mechanism in a place that config_check has let pass, and its options there. */
+static const ls_mechanism *mechanism_at(const config *c, int place, ls_attention_options *o)
+{
+    return options_of(c, place, o) == LS_OK ? ls_mechanism_find(o->mechanism) : NULL;
+}
+
 int config_counts_padding(const config *c)
 {
     int counts = 0;
     for (int i = 0; i < PLACES; i++) {
         ls_attention_options o;
-        const ls_mechanism *m = ls_mechanism_find(attention_at(c, i)->mechanism);
-        if (m != NULL && m->counts_padding != NULL && options_of(c, i, &o) == LS_OK) counts |= m->counts_padding(&o);
+        const ls_mechanism *m = mechanism_at(c, i, &o);
+        counts |= m != NULL && m->counts_padding != NULL && m->counts_padding(&o);
     }
     return counts;
 }
 
-/* Where `option` of a mechanism is in its list, or -1. */
-static int option_index(const char *mechanism, const char *option)
+const char *config_mixes_rows(const config *c)
 {
-    int count = 0;
-    const ls_option_info *info = ls_mechanism_options(mechanism, &count);
-    for (int i = 0; i < count; i++)
-        if (strcmp(info[i].name, option) == 0) return i;
-    return -1;
-}
-
-int config_mixes_rows(const config *c)
-{
-    int mixes = 0;
     for (int i = 0; i < PLACES; i++) {
-        const config_attention *a = attention_at(c, i);
-        const int at = option_index(a->mechanism, "init");
-        mixes |= at >= 0 && a->value[at] != 0;
+        ls_attention_options o;
+        const ls_mechanism *m = mechanism_at(c, i, &o);
+        if (m != NULL && m->mixes_rows != NULL && m->mixes_rows(&o)) return m->name;
     }
-    return mixes;
+    return NULL;
 }
 
-/* The positions that the mechanism in a place is told to expect; 0: any number. */
-static int64_t expected_positions(const config *c, int place)
+/* The positions that the mechanism in a place is told to expect by *option; 0: any number. */
+static int64_t expected_positions(const config *c, int place, const char **option)
 {
-    const config_attention *a = attention_at(c, place);
-    const int at = option_index(a->mechanism, "max_len");
-    return at < 0 ? 0 : (int64_t)a->value[at];
+    ls_attention_options o;
+    const ls_mechanism *m = mechanism_at(c, place, &o);
+    if (m == NULL || m->longest == NULL) return 0;
+    for (int i = 0; m->option[i].name != NULL; i++)
+        if (strcmp(m->option[i].name, m->longest) == 0) {
+            *option = m->longest;
+            return (int64_t)o.value[i];
+        }
+    return 0;
 }
 
 ls_status config_fits(const config *c, int64_t source_length, int64_t target_length)
 {
     const int64_t longest[] = {source_length, target_length, ls_max(source_length, target_length)};
     for (int i = 0; i < PLACES; i++) {
-        const int64_t expected = expected_positions(c, i);
+        const char *option = NULL;
+        const int64_t expected = expected_positions(c, i, &option);
         if (expected == 0 || expected >= longest[i]) continue;
-        return unfit(key_of(places[i], "max_len"), NULL, LS_ERR_ARGUMENT,
-                     "%lld is less than the %lld positions of the longest sequence: beyond it weights are negative",
-                     (long long)expected, (long long)longest[i]);
+        return unfit(key_of(places[i], option), NULL, LS_ERR_ARGUMENT,
+                     "%lld is less than the %lld positions of the longest sequence: %s is made for no more",
+                     (long long)expected, (long long)longest[i], attention_at(c, i)->mechanism);
     }
     return LS_OK;
 }
@@ -602,7 +604,8 @@ int64_t config_longest_target(const config *c)
 {
     int64_t longest = INT64_MAX;
     for (int i = 1; i < PLACES; i++) { /* the decoder and what it looks back by */
-        const int64_t expected = expected_positions(c, i);
+        const char *option;
+        const int64_t expected = expected_positions(c, i, &option);
         if (expected > 0) longest = ls_min(longest, expected);
     }
     return longest;
@@ -646,27 +649,17 @@ static ls_status check_device(const config *c)
 /* What changes nothing where it stands would only seem to have been tried. */
 static ls_status check_effects(const config *c)
 {
-    static const char *const unscaled[] = {"cosformer", "s4d", NULL};
-    static const struct {
-        const char *mechanism, *option;
-        ls_pattern pattern; /* in which alone it does something */
-    } special[] = {{"local", "align", LS_NC}, {"longshort", "chunk", LS_CS}};
     for (int i = 0; i < PLACES; i++) {
-        const config_attention *a = attention_at(c, i);
-        for (int k = 0; unscaled[k] != NULL; k++)
-            if (strcmp(a->mechanism, unscaled[k]) == 0 && a->scale != 0)
-                return unfit(key_of(places[i], "scale"), key_of(places[i], NULL), LS_ERR_ARGUMENT,
-                             "%g has no effect: %s has no logits to scale", a->scale, a->mechanism);
-        for (size_t k = 0; k < sizeof special / sizeof *special; k++) {
-            const int at = option_index(special[k].mechanism, special[k].option);
-            ls_attention_options initial;
-            if (at < 0 || strcmp(a->mechanism, special[k].mechanism) != 0 || pattern_of[i] == special[k].pattern)
-                continue;
-            LS_TRY(ls_attention_defaults(a->mechanism, &initial));
-            if (a->value[at] != initial.value[at])
-                return unfit(key_of(places[i], special[k].option), NULL, LS_ERR_ARGUMENT,
-                             "%g has no effect here: it is for %s attention", a->value[at],
-                             ls_pattern_name(special[k].pattern));
+        ls_attention_options o, initial;
+        const ls_mechanism *m = mechanism_at(c, i, &o);
+        if (m == NULL || m->idle == NULL) continue;
+        LS_TRY(ls_attention_defaults(m->name, &initial));
+        for (int k = -1; k < 0 || m->option[k].name != NULL; k++) {
+            const char *option = k < 0 ? "scale" : m->option[k].name, *why = m->idle(&o, option);
+            const double value = k < 0 ? o.scale : o.value[k], unset = k < 0 ? initial.scale : initial.value[k];
+            if (why != NULL && value != unset)
+                return unfit(key_of(places[i], option), key_of(places[i], NULL), LS_ERR_ARGUMENT,
+                             "%g has no effect: %s", value, why);
         }
     }
     return LS_OK;

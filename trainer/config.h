@@ -69,8 +69,9 @@ ls_status config_check(const config *c);
 ls_status config_check_training(const config *c);
 /* Whether results of the model depend on how far a batch is padded, see ls_mechanism.counts_padding. */
 int config_counts_padding(const config *c);
-/* Whether what a row of a batch gives depends on the rows beside it: nystrom with init = 1. */
-int config_mixes_rows(const config *c);
+/* A mechanism by which what a row of a batch gives depends on the rows beside it, see ls_mechanism.mixes_rows; NULL:
+ * none. */
+const char *config_mixes_rows(const config *c);
 /* Refuses sequences of so many positions (target: with its end) where a mechanism is told to expect shorter ones. */
 ls_status config_fits(const config *c, int64_t source_length, int64_t target_length);
 /* The longest target (with its end) that it lets pass. */

@@ -169,6 +169,15 @@ ls_status decoder_step(decoder *d, const int32_t *token, const ls_real *params, 
     return ls_context_wait(m->sequence);
 }
 
+ls_status decoder_check(const ls_real *logits)
+{
+    for (int v = 0; v < MODEL_VOCABULARY; v++)
+        if (v != TOKEN_BOS && !isfinite(logits[v]))
+            LS_FAIL(LS_ERR_NONFINITE,
+                    "decoder: the logit of token %d is not finite: the checkpoint's weights are damaged", v);
+    return LS_OK;
+}
+
 ls_status decoder_reorder(decoder *d, const int64_t *from)
 {
     int moves = 0;

@@ -153,11 +153,9 @@ static ls_status choose(const generate_options *o, const ls_real *logits, double
 {
     candidate list[MODEL_VOCABULARY];
     int n = 0;
+    LS_TRY(decoder_check(logits));
     for (int32_t v = 0; v < MODEL_VOCABULARY; v++) {
         if (v == TOKEN_BOS) continue;
-        if (!isfinite(logits[v]))
-            LS_FAIL(LS_ERR_NONFINITE,
-                    "generate: the logit of token %d is not finite: the checkpoint's weights are damaged", (int)v);
         list[n++] = (candidate){(double)logits[v], v};
     }
     qsort(list, (size_t)n, sizeof *list, by_logit);

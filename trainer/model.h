@@ -56,6 +56,8 @@ ls_status decoder_create(model *m, const batch *source, int64_t beams, int64_t m
 void decoder_free(decoder *d);
 /* token (B beams) at the next position -> logits (B beams, MODEL_VOCABULARY) for the one after it. */
 ls_status decoder_step(decoder *d, const int32_t *token, const ls_real *params, ls_real *logits);
+/* LS_ERR_NONFINITE where logits (MODEL_VOCABULARY) of what may follow are no numbers to choose by. Not collective. */
+ls_status decoder_check(const ls_real *logits);
 /* Row r (of B beams) goes on from what row from[r], of the same source, was. The same on every rank. */
 ls_status decoder_reorder(decoder *d, const int64_t *from);
 

@@ -411,10 +411,11 @@ static void print_warnings(const run *t)
                 "warning: model.%s.mechanism: %s cannot decode token by token, so longspan generate will refuse this "
                 "model\n",
                 used[i].where, used[i].mechanism);
-    if (config_mixes_rows(c) && c->train.batch > 1)
-        printf("warning: with init: 1 of nystrom a sequence depends on those worked through with it, so losses depend "
+    const char *mixes = config_mixes_rows(c);
+    if (mixes != NULL && c->train.batch > 1)
+        printf("warning: with these options of %s a sequence depends on those worked through with it, so losses depend "
                "on train.accumulation and on the groups of ranks (now %lld pieces of a batch)\n",
-               (long long)(t->r->groups * c->train.accumulation));
+               mixes, (long long)(t->r->groups * c->train.accumulation));
 }
 
 /* ------------------------------------------------------------------------------------------------ a step */
