@@ -31,4 +31,4 @@ if [ -n "$sanitize" ]; then
   export UBSAN_OPTIONS=${UBSAN_OPTIONS:-print_stacktrace=1}
 fi
 cd "$build"
-ctest --output-on-failure --no-tests=error -j $(($(nproc) + 2)) "$@" # two more than cores: some tests mostly wait
+ctest --output-on-failure --no-tests=error -j $(($(nproc) + 4)) "$@" # more than cores: some tests mostly wait
