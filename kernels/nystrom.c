@@ -79,6 +79,13 @@ static ls_status check(const ls_attention_options *o)
     return LS_OK;
 }
 
+/* What the pseudo-inverse does to slots' logits and values it does to their rounding. */
+static void layer(const ls_attention_options *o, ls_layer_form *form)
+{
+    (void)o;
+    form->input[0].exact = form->input[1].exact = 1;
+}
+
 /* ------------------------------------------------------------------------------------------------ sizes */
 
 static ls_slots slots(const ls_pass *p)
@@ -619,6 +626,7 @@ const ls_mechanism ls_nystrom_mechanism = {
     .check = check,
     .counts_padding = ls_segments_count_padding,
     .mixes_rows = mixes_rows,
+    .layer = layer,
     .plan = plan,
     .phases = {[LS_NS] = phases, [LS_NC] = phases, [LS_CC] = phases},
     .step = {[LS_CC] = step},
