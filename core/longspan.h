@@ -126,15 +126,16 @@ typedef enum ls_transport {
  *               and v, and of the output's gradient, while it runs (none in a layer where one rank has all positions).
  *
  * In LS_BF16 a layer also rounds the rows that it keeps for backward, and keeps them so: projected queries, keys and
- * values, which its core then sees, and the core's output.
+ * values, which its core then sees, but for those named below, and the core's output.
  *
  * Sums are float32 at least in each of them, and so is all else that is kept in memory or crosses ranks: the rows that
  * flow between layers, the statistics of softmax, states, summaries, parameters, their gradients, the optimizer. Not
  * rounded at all:
  *
- *   - products where the rounding of an operand would be amplified: exponents of performer, nystrom's pseudo-inverse,
- *     projections whose rows are compared or rounded (queries and keys of probsparse, predicted positions of local),
- *     queries and keys of cosformer with relu, whose gradient jumps at 0;
+ *   - products where the rounding of an operand would be amplified: exponents of performer, nystrom's pseudo-inverse
+ *     and the projections of its queries and keys, longshort's p_proj and d_proj, projections whose rows are compared
+ *     or rounded (queries and keys of probsparse, predicted positions of local), queries and keys of cosformer with
+ *     relu, whose gradient jumps at 0;
  *   - what kernels multiply as it is: abc's slots (in double), the sums that make longshort's vectors, the modes of
  *     s4d, the slots of lara and nystrom, features of performer and their gradients, the cores of decoding steps but
  *     those of performer, cosformer, longshort and local, norms, the loss. */
