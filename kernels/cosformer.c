@@ -38,12 +38,6 @@ static int counts_padding(const ls_attention_options *o)
     return o->value[MAX_LEN] == 0;
 }
 
-static const char *idle(const ls_attention_options *o, const char *option)
-{
-    (void)o;
-    return strcmp(option, "scale") == 0 ? "cosformer has no logits to scale" : NULL;
-}
-
 /* ------------------------------------------------------------------------------------------------ features */
 
 static int64_t features(const ls_pass *p)
@@ -119,7 +113,7 @@ const ls_mechanism ls_cosformer_mechanism = {
     .check = check,
     .check_step = check_step,
     .counts_padding = counts_padding,
-    .idle = idle,
+    .unscaled = 1,
     .longest = "max_len", /* beyond it weights are negative */
     .layer = layer,
     .plan = ls_linear_plan,

@@ -224,7 +224,7 @@ typedef struct ls_mechanism {
     int (*counts_padding)(const ls_attention_options *);
     /* Whether what a row of a batch gives depends on the rows beside it. NULL: never. */
     int (*mixes_rows)(const ls_attention_options *);
-    /* Why an option, or "scale", changes nothing in this pattern; NULL: it does something. NULL: all do. */
+    /* Why an option changes nothing in this pattern; NULL: it does something. NULL: all do. */
     const char *(*idle)(const ls_attention_options *, const char *option);
     /* The option that tells how long sequences may be, 0: as long as they like. NULL: none does. */
     const char *longest;
@@ -241,6 +241,7 @@ typedef struct ls_mechanism {
     const ls_cuda_mechanism *cuda; /* LS_IF_CUDA(&..), or NULL: it has no kernels for a GPU */
     const void *kit;    /* what kernels that several mechanisms share need to know of this one, see linear.h */
     int balance_causal; /* CS over a ring: share the triangle evenly by a zigzag placement */
+    int unscaled;       /* there are no logits: options.scale does nothing */
     int has_weights;    /* there are probabilities: attn_mask, dropout and need_weights make sense */
     int one_input;      /* reads query alone, all heads at once: pass.H = 1, pass.d = E */
     int layer_only;     /* has no core level */

@@ -79,7 +79,7 @@ static ls_status check(const ls_attention_options *o)
     return LS_OK;
 }
 
-/* What the pseudo-inverse does to slots' logits and values it does to their rounding. */
+/* The pseudo-inverse amplifies what rounding does to the logits of slots. */
 static void layer(const ls_attention_options *o, ls_layer_form *form)
 {
     (void)o;

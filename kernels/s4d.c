@@ -967,18 +967,12 @@ static const ls_phase bidirectional[] = {
     {.name = NULL},
 };
 
-static const char *idle(const ls_attention_options *o, const char *option)
-{
-    (void)o;
-    return strcmp(option, "scale") == 0 ? "s4d has no logits to scale" : NULL;
-}
-
 const ls_mechanism ls_s4d_mechanism = {
     .name = "s4d",
     .option = options,
     .params = params,
     .check = check,
-    .idle = idle,
+    .unscaled = 1,
     .layer = layer,
     .plan = plan,
     .phases = {[LS_NS] = bidirectional, [LS_CS] = causal},

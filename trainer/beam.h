@@ -1,7 +1,7 @@
 /* Beam search, as fairseq has it: of all ways in which the `beams` most probable beginnings of a target can go on by a
  * token, the most probable ones are gone on with, and those that end are put aside. A target's score is its
  * log-probability divided by its tokens' number (with the end) ^ penalty: 0 prefers short ones, 1 is the mean of a
- * token. Knows nothing of ranks or models: logits come, tokens go. */
+ * token. Knows nothing of ranks: logits come, tokens go. */
 #ifndef LS_TRAINER_BEAM_H
 #define LS_TRAINER_BEAM_H
 

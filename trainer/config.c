@@ -652,14 +652,16 @@ static ls_status check_effects(const config *c)
     for (int i = 0; i < PLACES; i++) {
         ls_attention_options o, initial;
         const ls_mechanism *m = mechanism_at(c, i, &o);
-        if (m == NULL || m->idle == NULL) continue;
+        if (m == NULL) continue;
+        if (m->unscaled && o.scale != 0)
+            return unfit(key_of(places[i], "scale"), key_of(places[i], NULL), LS_ERR_ARGUMENT,
+                         "%g has no effect: %s has no logits to scale", o.scale, m->name);
         LS_TRY(ls_attention_defaults(m->name, &initial));
-        for (int k = -1; k < 0 || m->option[k].name != NULL; k++) {
-            const char *option = k < 0 ? "scale" : m->option[k].name, *why = m->idle(&o, option);
-            const double value = k < 0 ? o.scale : o.value[k], unset = k < 0 ? initial.scale : initial.value[k];
-            if (why != NULL && value != unset)
-                return unfit(key_of(places[i], option), key_of(places[i], NULL), LS_ERR_ARGUMENT,
-                             "%g has no effect: %s", value, why);
+        for (int k = 0; m->idle != NULL && m->option[k].name != NULL; k++) {
+            const char *why = m->idle(&o, m->option[k].name);
+            if (why != NULL && o.value[k] != initial.value[k])
+                return unfit(key_of(places[i], m->option[k].name), NULL, LS_ERR_ARGUMENT, "%g has no effect: %s",
+                             o.value[k], why);
         }
     }
     return LS_OK;
