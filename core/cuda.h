@@ -90,11 +90,12 @@ void ls_gemm_operands(ls_queue *q, int transpose_a, int transpose_b, int64_t m, 
 /* One for each (b,h): the matrices are the rows of views, of which [0, m) or so are used. */
 void ls_gemm_heads(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
                    ls_view a, ls_view b, double beta, ls_view c, int64_t B, int64_t H);
-/* The same in float32 whatever the queue's precision: for products that are exponents, or of which differences remain.
- */
-void ls_gemm_batch_exact(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
-                         const ls_real *a, int64_t lda, int64_t stride_a, const ls_real *b, int64_t ldb,
-                         int64_t stride_b, double beta, ls_real *c, int64_t ldc, int64_t stride_c, int64_t batch);
+/* The same in another precision than the queue's, and no coarser: for products that are exponents, or of which
+ * differences remain. */
+void ls_gemm_batch_in(ls_queue *q, ls_precision precision, int transpose_a, int transpose_b, int64_t m, int64_t n,
+                      int64_t k, double alpha, const ls_real *a, int64_t lda, int64_t stride_a, const ls_real *b,
+                      int64_t ldb, int64_t stride_b, double beta, ls_real *c, int64_t ldc, int64_t stride_c,
+                      int64_t batch);
 /* The same as ls_gemm_batch in double, for small matrices whose products would amplify the rounding of floats. */
 void ls_gemm_batch_double(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
                           const double *a, int64_t lda, int64_t stride_a, const double *b, int64_t ldb,

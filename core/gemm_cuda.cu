@@ -44,7 +44,7 @@ static cublasOperation_t operation(int transpose)
 
 /* A product alone goes by a call of its own, for which cuBLAS may share a long k among blocks, as gradients of weights
  * need: few rows and columns, and k as long as the sequence. */
-static cublasStatus_t product(ls_queue *q, const batch<double> &x, int)
+static cublasStatus_t product(ls_queue *q, const batch<double> &x, ls_precision)
 {
     if (x.count == 1)
         return cublasDgemm(q->blas, operation(x.b.transpose), operation(x.a.transpose), (int)x.n, (int)x.m, (int)x.k,
@@ -186,11 +186,11 @@ static cublasStatus_t product_narrow(ls_queue *q, const batch<float> &x)
     return status;
 }
 
-static cublasStatus_t product(ls_queue *q, const batch<float> &x, int exact)
+static cublasStatus_t product(ls_queue *q, const batch<float> &x, ls_precision precision)
 {
     const float alpha = (float)x.alpha, beta = (float)x.beta;
-    if (!exact && q->precision == LS_BF16) return product_narrow(q, x);
-    if (!exact && q->precision == LS_TF32) return product_of(q, x.a, x.b, CUDA_R_32F, CUBLAS_COMPUTE_32F_FAST_TF32, x);
+    if (precision == LS_BF16) return product_narrow(q, x);
+    if (precision == LS_TF32) return product_of(q, x.a, x.b, CUDA_R_32F, CUBLAS_COMPUTE_32F_FAST_TF32, x);
     if (x.count == 1)
         return cublasSgemm(q->blas, operation(x.b.transpose), operation(x.a.transpose), (int)x.n, (int)x.m, (int)x.k,
                            &alpha, x.b.p, (int)x.b.ld, x.a.p, (int)x.a.ld, &beta, x.c, (int)x.ldc);
@@ -222,21 +222,21 @@ static void keep(ls_queue *q, cublasStatus_t status, int64_t m, int64_t n, int64
              (long long)m, (long long)k, (long long)k, (long long)n, cublasGetStatusString(status));
 }
 
-template <typename T> static void list(const batch<T> &x, int exact)
+template <typename T> static void list(const batch<T> &x, ls_precision precision)
 {
     ls_product p = {};
     p.m = x.m, p.n = x.n, p.k = x.k, p.batch = x.count;
     p.lda = x.a.ld, p.ldb = x.b.ld, p.ldc = x.ldc;
     p.stride_a = x.a.stride, p.stride_b = x.b.stride, p.stride_c = x.stride_c;
     p.transpose_a = x.a.transpose, p.transpose_b = x.b.transpose;
-    p.adds = x.beta != 0, p.exact = exact, p.in_double = sizeof(T) > sizeof(ls_real);
+    p.adds = x.beta != 0, p.precision = precision, p.in_double = sizeof(T) > sizeof(ls_real);
     p.narrow_a = x.a.narrow, p.narrow_b = x.b.narrow, p.narrow_c = x.narrow_c;
     ls_product_list(&p);
 }
 
 /* Blocks of a grid have the matrices of a batch as their last number, of which there are no more than 65535. */
 enum { MOST_MATRICES = 65535 };
-template <typename T> static cublasStatus_t products(ls_queue *q, const batch<T> &x, int exact)
+template <typename T> static cublasStatus_t products(ls_queue *q, const batch<T> &x, ls_precision precision)
 {
     cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
     for (int64_t i = 0; i < x.count && status == CUBLAS_STATUS_SUCCESS; i += MOST_MATRICES) {
@@ -245,15 +245,15 @@ template <typename T> static cublasStatus_t products(ls_queue *q, const batch<T>
         part.a.p = at_of(x.a.p, i * x.a.stride, x.a.narrow);
         part.b.p = at_of(x.b.p, i * x.b.stride, x.b.narrow);
         part.c = at_of(x.c, i * x.stride_c, x.narrow_c);
-        status = product(q, part, exact);
+        status = product(q, part, precision);
     }
     return status;
 }
 
-template <typename T> static void multiply(ls_queue *q, const batch<T> &x, int exact)
+template <typename T> static void multiply(ls_queue *q, const batch<T> &x, ls_precision precision)
 {
     if (x.m <= 0 || x.n <= 0 || x.count <= 0) return;
-    if ((x.a.narrow || x.b.narrow || x.narrow_c) && (q->precision != LS_BF16 || x.k <= 0)) {
+    if ((x.a.narrow || x.b.narrow || x.narrow_c) && (precision != LS_BF16 || x.k <= 0)) {
         keep(q, CUBLAS_STATUS_NOT_SUPPORTED, x.m, x.n, x.k, x.count);
         return;
     }
@@ -267,34 +267,36 @@ template <typename T> static void multiply(ls_queue *q, const batch<T> &x, int e
     for (int64_t size : sizes)
         if (size > INT_MAX) status = CUBLAS_STATUS_INVALID_VALUE;
     if (status == CUBLAS_STATUS_SUCCESS) {
-        if (ls_products_count(x.m, x.n, x.k, x.count)) list(x, exact);
-        status = products(q, x, exact);
+        if (ls_products_count(x.m, x.n, x.k, x.count)) list(x, precision);
+        status = products(q, x, precision);
     }
     if (status != CUBLAS_STATUS_SUCCESS) keep(q, status, x.m, x.n, x.k, x.count);
 }
 
-static void batch_of(ls_queue *q, int exact, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k,
-                     double alpha, const ls_real *a, int64_t lda, int64_t stride_a, const ls_real *b, int64_t ldb,
-                     int64_t stride_b, double beta, ls_real *c, int64_t ldc, int64_t stride_c, int64_t count)
+static void batch_of(ls_queue *q, ls_precision precision, int transpose_a, int transpose_b, int64_t m, int64_t n,
+                     int64_t k, double alpha, const ls_real *a, int64_t lda, int64_t stride_a, const ls_real *b,
+                     int64_t ldb, int64_t stride_b, double beta, ls_real *c, int64_t ldc, int64_t stride_c,
+                     int64_t count)
 {
     const operand<ls_real> A = {a, transpose_a, lda, stride_a, 0}, B = {b, transpose_b, ldb, stride_b, 0};
-    multiply<ls_real>(q, {m, n, k, count, alpha, beta, A, B, c, ldc, stride_c, 0}, exact);
+    multiply<ls_real>(q, {m, n, k, count, alpha, beta, A, B, c, ldc, stride_c, 0}, precision);
 }
 
 void ls_gemm_batch(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
                    const ls_real *a, int64_t lda, int64_t stride_a, const ls_real *b, int64_t ldb, int64_t stride_b,
                    double beta, ls_real *c, int64_t ldc, int64_t stride_c, int64_t count)
 {
-    batch_of(q, 0, transpose_a, transpose_b, m, n, k, alpha, a, lda, stride_a, b, ldb, stride_b, beta, c, ldc, stride_c,
-             count);
+    batch_of(q, q->precision, transpose_a, transpose_b, m, n, k, alpha, a, lda, stride_a, b, ldb, stride_b, beta, c,
+             ldc, stride_c, count);
 }
 
-void ls_gemm_batch_exact(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
-                         const ls_real *a, int64_t lda, int64_t stride_a, const ls_real *b, int64_t ldb,
-                         int64_t stride_b, double beta, ls_real *c, int64_t ldc, int64_t stride_c, int64_t count)
+void ls_gemm_batch_in(ls_queue *q, ls_precision precision, int transpose_a, int transpose_b, int64_t m, int64_t n,
+                      int64_t k, double alpha, const ls_real *a, int64_t lda, int64_t stride_a, const ls_real *b,
+                      int64_t ldb, int64_t stride_b, double beta, ls_real *c, int64_t ldc, int64_t stride_c,
+                      int64_t count)
 {
-    batch_of(q, 1, transpose_a, transpose_b, m, n, k, alpha, a, lda, stride_a, b, ldb, stride_b, beta, c, ldc, stride_c,
-             count);
+    batch_of(q, precision, transpose_a, transpose_b, m, n, k, alpha, a, lda, stride_a, b, ldb, stride_b, beta, c, ldc,
+             stride_c, count);
 }
 
 void ls_gemm_batch_double(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
@@ -302,7 +304,7 @@ void ls_gemm_batch_double(ls_queue *q, int transpose_a, int transpose_b, int64_t
                           int64_t stride_b, double beta, double *c, int64_t ldc, int64_t stride_c, int64_t count)
 {
     const operand<double> A = {a, transpose_a, lda, stride_a, 0}, B = {b, transpose_b, ldb, stride_b, 0};
-    multiply<double>(q, {m, n, k, count, alpha, beta, A, B, c, ldc, stride_c, 0}, 1);
+    multiply<double>(q, {m, n, k, count, alpha, beta, A, B, c, ldc, stride_c, 0}, LS_FLOAT32);
 }
 
 static operand<ls_real> matrix_of(ls_operand x, int transpose, int64_t ld)
@@ -316,7 +318,7 @@ void ls_gemm_operands(ls_queue *q, int transpose_a, int transpose_b, int64_t m, 
     multiply<ls_real>(q,
                       {m, n, k, 1, 1, beta, matrix_of(a, transpose_a, lda), matrix_of(b, transpose_b, ldb),
                        static_cast<ls_real *>(c.p), ldc, 0, ls_is_narrow(c)},
-                      0);
+                      q->precision);
 }
 
 template <typename T> static void repeat(ls_queue *q, const ls_product *p, const void *a, const void *b, void *c)
@@ -326,7 +328,7 @@ template <typename T> static void repeat(ls_queue *q, const ls_product *p, const
     multiply<T>(q,
                 {p->m, p->n, p->k, p->batch, 1, p->adds ? 1.0 : 0.0, A, B, static_cast<T *>(c), p->ldc, p->stride_c,
                  (int)p->narrow_c},
-                (int)p->exact);
+                (ls_precision)p->precision);
 }
 
 extern "C" void ls_product_repeat_cuda(ls_queue *q, const ls_product *p, const void *a, const void *b, void *c)
@@ -350,7 +352,7 @@ void ls_gemm_heads(ls_queue *q, int transpose_a, int transpose_b, int64_t m, int
     const int by_row = !all && H > 1 && B <= H;                                     /* else by head: H calls */
     const int64_t calls = all ? 1 : by_row ? B : H, count = all ? B * H : by_row ? H : B;
     for (int64_t i = 0; i < calls; i++)
-        batch_of(q, 0, transpose_a, transpose_b, m, n, k, alpha, a.p + i * (by_row ? a.sb : a.sh), a.st,
+        batch_of(q, q->precision, transpose_a, transpose_b, m, n, k, alpha, a.p + i * (by_row ? a.sb : a.sh), a.st,
                  all || by_row ? a.sh : a.sb, b.p + i * (by_row ? b.sb : b.sh), b.st, all || by_row ? b.sh : b.sb, beta,
                  c.p + i * (by_row ? c.sb : c.sh), c.st, all || by_row ? c.sh : c.sb, count);
 }

@@ -132,13 +132,15 @@ typedef enum ls_transport {
  * flow between layers, the statistics of softmax, states, summaries, parameters, their gradients, the optimizer. Not
  * rounded at all:
  *
- *   - products where the rounding of an operand would be amplified: exponents of performer, nystrom's pseudo-inverse
- *     and the projections of its queries and keys, longshort's p_proj and d_proj, projections whose rows are compared
- *     or rounded (queries and keys of probsparse, predicted positions of local), queries and keys of cosformer with
- *     relu, whose gradient jumps at 0;
+ *   - products where the rounding of an operand would be amplified: exponents of performer, nystrom's pseudo-inverse,
+ *     projections whose rows are compared or rounded (queries and keys of probsparse, predicted positions of local),
+ *     queries and keys of cosformer with relu, whose gradient jumps at 0;
  *   - what kernels multiply as it is: abc's slots (in double), the sums that make longshort's vectors, the modes of
  *     s4d, the slots of lara and nystrom, features of performer and their gradients, the cores of decoding steps but
- *     those of performer, cosformer, longshort and local, norms, the loss. */
+ *     those of performer, cosformer, longshort and local, norms, the loss.
+ *
+ * Where bfloat16 would be amplified, but TF32 would not, LS_BF16 rounds to that, and LS_TF32 does not round:
+ * projections of nystrom's queries and keys, and p_proj and d_proj of longshort. */
 typedef enum ls_precision { LS_FLOAT32 = 0, LS_TF32, LS_BF16 } ls_precision;
 const char *ls_precision_name(ls_precision precision); /* "float32", "tf32", "bf16" */
 

@@ -8,10 +8,10 @@
 #include "device.h"
 
 /* C_i (m,n) = op(A_i) op(B_i), i < batch, `adds`: to what C held; row-major, ld* between rows, stride_* between
- * matrices. `exact`: not rounded, whatever the queue's precision. `narrow_*`: lies in bfloat16. */
+ * matrices. `precision`: an ls_precision, what operands were rounded to. `narrow_*`: lies in bfloat16. */
 typedef struct ls_product {
     int64_t m, n, k, lda, ldb, ldc, batch, stride_a, stride_b, stride_c;
-    int64_t transpose_a, transpose_b, adds, exact, in_double, narrow_a, narrow_b, narrow_c;
+    int64_t transpose_a, transpose_b, adds, precision, in_double, narrow_a, narrow_b, narrow_c;
 } ls_product;
 
 typedef struct ls_products {

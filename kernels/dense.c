@@ -13,10 +13,10 @@ enum { TILE_COLUMNS = 256, TILE_ROWS = 32 };
 
 /* ------------------------------------------------------------------------------------------------ linear */
 
-static void linear_exact(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
-                         const ls_real *b, ls_real *y)
+static void linear_in(ls_queue *queue, ls_precision precision, int64_t rows, int64_t in, int64_t out, const ls_real *x,
+                      const ls_real *w, const ls_real *b, ls_real *y)
 {
-    (void)queue;
+    (void)queue, (void)precision;
     /* BLAS clears C before it adds to it: writing the bias instead costs the same and saves a pass */
     if (b)
         for (int64_t r = 0; r < rows; r++) memcpy(y + r * out, b, (size_t)out * sizeof *y);
@@ -26,7 +26,7 @@ static void linear_exact(ls_queue *queue, int64_t rows, int64_t in, int64_t out,
 static void linear(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, ls_operand w, const ls_real *b,
                    ls_operand y)
 {
-    linear_exact(queue, rows, in, out, x.p, w.p, b, y.p);
+    linear_in(queue, LS_FLOAT32, rows, in, out, x.p, w.p, b, y.p);
 }
 
 /* sum (4,2) = four rows of x times two of w. Every sum is made by the same instructions in the same order. */
@@ -487,7 +487,7 @@ static void zero(ls_queue *queue, size_t bytes, void *x)
 
 const ls_dense_ops ls_dense_cpu = {.linear = linear,
                                    .linear_alike = linear_alike,
-                                   .linear_exact = linear_exact,
+                                   .linear_in = linear_in,
                                    .linear_backward = linear_backward,
                                    .column_sums = column_sums,
                                    .sum_and_copy = sum_and_copy,

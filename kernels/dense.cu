@@ -255,12 +255,12 @@ static void linear(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_op
     ls_gemm_operands(queue, 0, 1, rows, out, in, x, in, w, in, b ? 1 : 0, y, out);
 }
 
-static void linear_exact(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
-                         const ls_real *b, ls_real *y)
+static void linear_in(ls_queue *queue, ls_precision precision, int64_t rows, int64_t in, int64_t out, const ls_real *x,
+                      const ls_real *w, const ls_real *b, ls_real *y)
 {
     if (rows <= 0) return;
     start_with(queue, rows, out, b, y);
-    ls_gemm_batch_exact(queue, 0, 1, rows, out, in, 1, x, in, 0, w, in, 0, b ? 1 : 0, y, out, 0, 1);
+    ls_gemm_batch_in(queue, precision, 0, 1, rows, out, in, 1, x, in, 0, w, in, 0, b ? 1 : 0, y, out, 0, 1);
 }
 
 /* A block makes 64 × 64 of y, a thread 4 × 4 of those. Whatever stands in the other rows, an element is the sum of its
@@ -429,7 +429,7 @@ static void add_and_round(ls_queue *queue, int64_t rows, int64_t n, const ls_rea
 
 extern "C" const ls_dense_ops ls_dense_cuda = {.linear = linear,
                                                .linear_alike = linear_alike,
-                                               .linear_exact = linear_exact,
+                                               .linear_in = linear_in,
                                                .linear_backward = linear_backward,
                                                .column_sums = column_sums,
                                                .sum_and_copy = sum_and_copy,

@@ -34,9 +34,9 @@ typedef struct ls_dense_ops {
      * Slower: BLAS sums the rows at the edge of its tiles in another order. */
     void (*linear_alike)(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
                          const ls_real *b, ls_real *y);
-    /* The same as linear, in float32 whatever the queue's precision. */
-    void (*linear_exact)(ls_queue *queue, int64_t rows, int64_t in, int64_t out, const ls_real *x, const ls_real *w,
-                         const ls_real *b, ls_real *y);
+    /* The same as linear in another precision than the queue's, and no coarser. */
+    void (*linear_in)(ls_queue *queue, ls_precision precision, int64_t rows, int64_t in, int64_t out, const ls_real *x,
+                      const ls_real *w, const ls_real *b, ls_real *y);
     /* dx = dy w (dx.p NULL: not wanted; accumulate_dx: +=, of ls_real), dw += dyᵀ x. The bias's gradient is a sum of
      * dy, below. */
     void (*linear_backward)(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, ls_operand w,

@@ -156,8 +156,8 @@ static void make_table(ls_pass *p, int64_t n, const ls_real *positions, const ls
     if (n == 0) return;
     if (bias != NULL)
         LS_LAUNCH(p->queue, repeat_bias, ls_blocks(n * E, LS_THREADS), LS_THREADS, 0, n, H, d, bias, table);
-    ls_gemm_batch_exact(p->queue, 0, 1, n, d, E, 1, positions, E, 0, weight, E, d * E, bias != NULL, table, d, n * d,
-                        H);
+    ls_gemm_batch_in(p->queue, LS_FLOAT32, 0, 1, n, d, E, 1, positions, E, 0, weight, E, d * E, bias != NULL, table, d,
+                     n * d, H);
 }
 
 static void make_tables(ls_pass *p)

@@ -495,7 +495,7 @@ ls_status ls_longshort_cuda_look_far(ls_pass *p, int phase)
     ls_longshort_cuda_positions(p, seen, positions);
     LS_LAUNCH(p->queue, look_along, ls_blocks(B * H * E, LS_THREADS), LS_THREADS, 0, B, H, d, scale, p->q, p->pad_q,
               parameter(p, R_CHUNK), u);
-    ls_gemm_batch_exact(p->queue, 0, 1, B * H, seen, E, 1, u, E, 0, positions, E, 0, 0, terms, seen, 0, 1);
+    ls_gemm_batch_in(p->queue, LS_FLOAT32, 0, 1, B * H, seen, E, 1, u, E, 0, positions, E, 0, 0, terms, seen, 0, 1);
     const dim3 blocks((unsigned)(B * H), (unsigned)slices);
     LS_LAUNCH(p->queue, look, blocks, LS_PAIR_THREADS, (size_t)(LS_PAIR_WARPS * d) * sizeof(ls_real), x, B, H, r, d,
               scale, p->q, p->pad_q, parameter(p, R_CHUNK_BIAS), terms, p->work[SUMS]);

@@ -186,6 +186,8 @@ typedef struct ls_layer_form {
         int64_t width;
         int alike;      /* rows are rounded or compared: their bits must not depend on ranks, see ls_linear_alike */
         int exact;      /* where precision rounds, these rows are not: gradients jump where they are nearly 0 */
+        int finer;      /* where it is bfloat16 they are made in TF32, and where it is TF32 not rounded: what follows
+                           amplifies rounding */
     } input[4];         /* query, key, value, and extra, which is projected from the query's rows */
     int64_t core_width; /* of the core's rows of output */
     int gelu;           /* of the core's output, before out_proj */

@@ -340,6 +340,17 @@ static void recall_rows(const ls_attention *a, int64_t reals, ls_real *x, ls_ope
     if (ls_is_narrow(kept)) a->ctx->dense->copy(a->ctx->queue, reals, kept, ls_reals(x));
 }
 
+/* Whether the rows of an input of the core are finer than the context's precision. */
+static int keeps_floats(const ls_attention *a, int which)
+{
+    return a->form.input[which].exact || a->form.input[which].finer || a->form.input[which].alike;
+}
+
+static ls_precision precision_of(const ls_attention *a, int which)
+{
+    return a->form.input[which].finer && a->ctx->precision == LS_BF16 ? LS_TF32 : LS_FLOAT32;
+}
+
 /* Whether the core takes and gives rows as they are kept: one rank alone has them, and all of them are rounded. */
 static int takes_narrow(ls_attention *a, const ls_call *c)
 {
@@ -348,7 +359,7 @@ static int takes_narrow(ls_attention *a, const ls_call *c)
     if (c->documents != NULL || c->keys->size > 1 || a->form.inputs < 3 || a->form.gelu) return 0;
     if (c->pass.B * c->pass.T == 0 || c->pass.S == 0) return 0;
     for (int i = 0; i < a->form.inputs; i++)
-        if (a->form.input[i].exact || a->form.input[i].alike) return 0;
+        if (keeps_floats(a, i)) return 0;
     ls_pass p = c->pass;
     p.q = ls_view_of(a, NULL, p.B, p.T);
     p.own.k = p.own.v = ls_view_of(a, NULL, p.B, p.S);
@@ -369,7 +380,7 @@ static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, l
         if (l->narrow)
             l->kept[i] = ls_take_operand(a->ctx, saved, reals);
         else
-            l->in[i] = plan_saved(a, reals, a->form.input[i].exact || a->form.input[i].alike, &l->kept[i], saved, work);
+            l->in[i] = plan_saved(a, reals, keeps_floats(a, i), &l->kept[i], saved, work);
         l->din[i] = ls_take(work, back * reals);
         most = ls_max(most, reals);
     }
@@ -451,8 +462,8 @@ void ls_project(const ls_attention *a, int which, int64_t rows, ls_operand x, co
     const ls_dense_ops *dense = a->ctx->dense;
     if (which != OUT_PROJ && a->form.input[which].alike)
         dense->linear_alike(a->ctx->queue, rows, in, out, x.p, w, b, y);
-    else if (which != OUT_PROJ && a->form.input[which].exact)
-        dense->linear_exact(a->ctx->queue, rows, in, out, x.p, w, b, y);
+    else if (which != OUT_PROJ && keeps_floats(a, which))
+        dense->linear_in(a->ctx->queue, precision_of(a, which), rows, in, out, x.p, w, b, y);
     else
         dense->linear(a->ctx->queue, rows, in, out, x, ls_reals(w), b, ls_reals(y));
 }

@@ -358,15 +358,24 @@ static void test_many_products(void **)
     check_batch<double>(ls_gemm_batch_double, 0, 0, 1, 1, 2, 0, true, 1e-13, 0, false, 131071);
 }
 
-/* Operands rounded as told and sums not, of products that fit in the queue's memory for bfloat16 and of products that
- * are cut along m, n, k, or by matrices: A and B have room for 32 × 32. */
+template <ls_precision precision>
+static void product_in(ls_queue *queue, int ta, int tb, int64_t m, int64_t n, int64_t k, double alpha, const ls_real *a,
+                       int64_t lda, int64_t sa, const ls_real *b, int64_t ldb, int64_t sb, double beta, ls_real *c,
+                       int64_t ldc, int64_t sc, int64_t batch)
+{
+    ls_gemm_batch_in(queue, precision, ta, tb, m, n, k, alpha, a, lda, sa, b, ldb, sb, beta, c, ldc, sc, batch);
+}
+
+/* Operands rounded as told, by the queue or by the call, and sums not, of products that fit in the queue's memory for
+ * bfloat16 and of products that are cut along m, n, k, or by matrices: A and B have room for 32 × 32. */
 static void test_products_rounded(void **)
 {
     static_assert(LS_NARROW_SIDE == 32, "the sizes below are for this one");
     ls_queue *const float32 = q;
     const int64_t sizes[][3] = {{5, 7, 3}, {32, 32, 32}, {300, 6, 20}, {6, 300, 20}, {70, 100, 50}, {40, 9, 200}};
     for (ls_precision precision : {LS_TF32, LS_BF16}) {
-        const int bits = sizeof(ls_real) == sizeof(double) ? 0 : precision == LS_BF16 ? 8 : 11;
+        const int tf32_bits = sizeof(ls_real) == sizeof(double) ? 0 : 11;
+        const int bits = precision == LS_TF32 || tf32_bits == 0 ? tf32_bits : 8;
         assert_int_equal(ls_cuda_device.open(0, precision, &q), LS_OK);
         for (const auto &size : sizes)
             for (int how = 0; how < 16; how++) {
@@ -375,7 +384,9 @@ static void test_products_rounded(void **)
                 for (double beta : {0.0, -0.5})
                     check_batch<ls_real>(ls_gemm_batch, ta, tb, size[0], size[1], size[2], beta, shared, tolerance,
                                          bits, aligned);
-                check_batch<ls_real>(ls_gemm_batch_exact, ta, tb, size[0], size[1], size[2], 1, shared, tolerance);
+                check_batch<ls_real>(product_in<LS_FLOAT32>, ta, tb, size[0], size[1], size[2], 1, shared, tolerance);
+                check_batch<ls_real>(product_in<LS_TF32>, ta, tb, size[0], size[1], size[2], 1, shared, tolerance,
+                                     tf32_bits);
             }
         ls_cuda_device.close(q);
     }
