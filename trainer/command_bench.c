@@ -5,6 +5,8 @@
  * while slows all parts alike. On several ranks a time is that of the slowest. */
 #include "bench.h"
 
+#include "mechanism.h"
+
 #include <errno.h>
 #include <getopt.h>
 #include <math.h>
@@ -297,7 +299,9 @@ static ls_status set_options(const bench *b, const bench_case *c, int64_t length
         if (strncmp(text, c->mechanism, n) == 0 && text[n] == '.')
             LS_TRY(ls_attention_set(o, text + n + 1, strtod(equals + 1, NULL)));
     }
-    if (bench_option(o, "max_len") < (double)length) LS_TRY(ls_attention_set(o, "max_len", (double)length));
+    const char *longest = ls_mechanism_find(c->mechanism)->longest;
+    if (longest != NULL && bench_option(o, longest) < (double)length)
+        LS_TRY(ls_attention_set(o, longest, (double)length));
     return ls_attention_check(o);
 }
 

@@ -1,6 +1,8 @@
 /* `longspan info`: what this build can do, from the same tables that the program itself works by. */
 #include "trainer.h"
 
+#include "mechanism.h"
+
 #include <getopt.h>
 #include <jansson.h>
 #include <stdlib.h>
@@ -76,7 +78,8 @@ static void parameters(const char *name, ls_pattern pattern, ls_context *ctx, ch
     text[0] = 0;
     if (ls_attention_defaults(name, &o) != LS_OK) return;
     o.pattern = pattern, o.level = LS_LEVEL_LAYER, o.embed_dim = 2, o.num_heads = 1;
-    ls_attention_set(&o, "max_len", 1); /* which causal cosformer asks for; others do not know it */
+    const char *longest = ls_mechanism_find(name)->longest;
+    if (longest != NULL) ls_attention_set(&o, longest, 1); /* causal patterns ask for it */
     if (ls_attention_create(ctx, &o, &attention) != LS_OK) return;
     for (int i = 0; i < ls_attention_num_params(attention); i++) {
         const size_t used = strlen(text);
