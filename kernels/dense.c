@@ -445,18 +445,16 @@ static void residual(ls_queue *queue, int64_t B, int64_t T, int64_t E, ls_drop d
 /* ------------------------------------------------------------------------------------------------ rows */
 
 static void zero_rows(ls_queue *queue, int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad,
-                      const ls_real *x, const ls_real *bias, ls_operand to)
+                      const ls_real *x, ls_operand to)
 {
     (void)queue;
     ls_real *y = to.p;
     for (int64_t r = 0; r < B * T; r++) {
         const int64_t b = batch_first ? r / T : r % B, t = batch_first ? r % T : r / B;
-        if (pad && pad[b * T + t]) {
+        if (pad && pad[b * T + t])
             ls_zero(y + r * E, E);
-            continue;
-        }
-        if (y != x) memcpy(y + r * E, x + r * E, (size_t)E * sizeof *y);
-        for (int64_t e = 0; bias && e < E; e++) y[r * E + e] += bias[e];
+        else if (y != x)
+            memcpy(y + r * E, x + r * E, (size_t)E * sizeof *y);
     }
 }
 

@@ -231,7 +231,7 @@ static void zero(ls_queue *queue, size_t bytes, void *x)
 /* ------------------------------------------------------------------------------------------------ linear */
 
 /* y (rows, W columns) = b in every row */
-template <int W> __global__ static void fill_rows(int64_t rows, int64_t columns, const ls_real *b, ls_real *y)
+template <int W> __global__ static void fill_rows(int64_t rows, int64_t columns, const ls_real *b, ls_operand y)
 {
     const int64_t j = my_item();
     if (j >= columns) return;
@@ -239,11 +239,11 @@ template <int W> __global__ static void fill_rows(int64_t rows, int64_t columns,
     for (int64_t r = my_row(); r < rows; r += row_step()) store<W>(y, r * columns + j, value);
 }
 
-static void start_with(ls_queue *queue, int64_t rows, int64_t n, const ls_real *b, ls_real *y)
+static void start_with(ls_queue *queue, int64_t rows, int64_t n, const ls_real *b, ls_operand y)
 {
     if (b == NULL) return;
-    const int w = wide(n, b, y) ? 4 : 1;
-    const auto kernel = w == 4 ? fill_rows<4> : fill_rows<1>;
+    const int w = width(n, b, y);
+    const auto kernel = w == 8 ? fill_rows<8> : w == 4 ? fill_rows<4> : fill_rows<1>;
     LS_LAUNCH(queue, kernel, blocks_over(rows, n / w, ROWS_EACH, 1), threads_over(n / w), 0, rows, n / w, b, y);
 }
 
@@ -251,7 +251,7 @@ static void linear(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_op
                    ls_operand y)
 {
     if (rows <= 0) return;
-    start_with(queue, rows, out, b, static_cast<ls_real *>(y.p));
+    start_with(queue, rows, out, b, y);
     ls_gemm_operands(queue, 0, 1, rows, out, in, x, in, w, in, b ? 1 : 0, y, out);
 }
 
@@ -259,7 +259,7 @@ static void linear_in(ls_queue *queue, ls_precision precision, int64_t rows, int
                       const ls_real *w, const ls_real *b, ls_real *y)
 {
     if (rows <= 0) return;
-    start_with(queue, rows, out, b, y);
+    start_with(queue, rows, out, b, ls_reals(y));
     ls_gemm_batch_in(queue, precision, 0, 1, rows, out, in, 1, x, in, 0, w, in, 0, b ? 1 : 0, y, out, 0, 1);
 }
 
@@ -374,57 +374,29 @@ static void residual(ls_queue *queue, int64_t B, int64_t T, int64_t E, ls_drop d
 
 /* ------------------------------------------------------------------------------------------------ rows */
 
-/* What nothing is added to is copied bit for bit. */
 template <int W>
 __global__ static void zero_some(int64_t B, int64_t T, int64_t columns, int batch_first, const uint8_t *pad,
-                                 const ls_real *x, const ls_real *bias, ls_operand y)
+                                 const ls_real *x, ls_operand y)
 {
     const int64_t j = my_item();
     if (j >= columns) return;
-    const ls_few<W> more = bias == NULL ? ls_few<W>() : load<W>(bias, j);
     for (int64_t b = blockIdx.z; b < B; b += gridDim.z)
         for (int64_t t = my_row(); t < T; t += row_step()) {
             const bool padded = pad != NULL && pad[b * T + t];
-            if (!padded && x == y.p && bias == NULL) continue;
+            if (!padded && x == y.p) continue;
             const int64_t i = (batch_first ? b * T + t : t * B + b) * columns + j;
-            ls_few<W> at = padded ? ls_few<W>() : load<W>(x, i);
-            if (!padded && bias != NULL)
-                for (int k = 0; k < W; k++) at.v[k] += more.v[k];
-            store<W>(y, i, at);
+            store<W>(y, i, padded ? ls_few<W>() : load<W>(x, i));
         }
 }
 
 static void zero_rows(ls_queue *queue, int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad,
-                      const ls_real *x, const ls_real *bias, ls_operand y)
+                      const ls_real *x, ls_operand y)
 {
     if (B <= 0 || T <= 0) return;
-    const int w = wide(E, x, bias, y) ? 4 : 1;
+    const int w = wide(E, x, y) ? 4 : 1;
     const auto kernel = w == 4 ? zero_some<4> : zero_some<1>;
     LS_LAUNCH(queue, kernel, blocks_over(T, E / w, ROWS_EACH, B), threads_over(E / w), 0, B, T, E / w, batch_first, pad,
-              x, bias, y);
-}
-
-template <int W>
-__global__ static void round_some(int64_t rows, int64_t columns, const ls_real *b, ls_real *x, ls_operand y)
-{
-    const int64_t j = my_item();
-    if (j >= columns) return;
-    const ls_few<W> added = b ? load<W>(b, j) : ls_few<W>();
-    for (int64_t r = my_row(); r < rows; r += row_step()) {
-        const int64_t i = r * columns + j;
-        ls_few<W> at = load<W>(x, i);
-        for (int k = 0; k < W; k++) at.v[k] = __bfloat162float(__float2bfloat16((float)(at.v[k] + added.v[k])));
-        store<W>(y, i, at);
-        store<W>(x, i, at);
-    }
-}
-
-static void add_and_round(ls_queue *queue, int64_t rows, int64_t n, const ls_real *b, ls_real *x, ls_operand y)
-{
-    if (rows <= 0) return;
-    const int w = wide(n, b, x, y) ? 4 : 1;
-    const auto kernel = w == 4 ? round_some<4> : round_some<1>;
-    LS_LAUNCH(queue, kernel, blocks_over(rows, n / w, ROWS_EACH, 1), threads_over(n / w), 0, rows, n / w, b, x, y);
+              x, y);
 }
 
 extern "C" const ls_dense_ops ls_dense_cuda = {.linear = linear,
@@ -446,7 +418,6 @@ extern "C" const ls_dense_ops ls_dense_cuda = {.linear = linear,
                                                .residual = residual,
                                                .cross_entropy = cross_entropy,
                                                .zero_rows = zero_rows,
-                                               .add_and_round = add_and_round,
                                                .add = add,
                                                .copy = copy,
                                                .divide = divide,

@@ -26,7 +26,7 @@ typedef struct ls_drop {
 enum { LS_LOSS_SUMS = 2 + 2 * 512 };
 
 typedef struct ls_dense_ops {
-    /* y (rows,out) = x (rows,in) wᵀ + b, w (out,in), b (out) or NULL, as it is where y is bfloat16. */
+    /* y (rows,out) = x (rows,in) wᵀ + b, w (out,in), b (out) or NULL. Where y is bfloat16, b is rounded, too. */
     void (*linear)(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, ls_operand w, const ls_real *b,
                    ls_operand y);
     /* The same, but the bits of a row of y depend on its row of x alone, and not on how many rows there are: for what
@@ -86,13 +86,10 @@ typedef struct ls_dense_ops {
     void (*cross_entropy)(ls_queue *queue, int64_t rows, int64_t V, const ls_real *logits, const int32_t *target,
                           double smoothing, double grad_scale, ls_real *dlogits, double *sums);
 
-    /* y = x + b (E), rows of x (B,T,E), or (T,B,E) with batch_first 0, whose pad (B,T) is 1 become 0 (y may be x). pad,
-     * b NULL: none is, nothing is added. */
+    /* y = x, rows of x (B,T,E), or (T,B,E) with batch_first 0, whose pad (B,T) is 1 become 0 (y may be x). pad NULL:
+     * none is. */
     void (*zero_rows)(ls_queue *queue, int64_t B, int64_t T, int64_t E, int batch_first, const uint8_t *pad,
-                      const ls_real *x, const ls_real *b, ls_operand y);
-    /* On a GPU: x (rows,n) += b in every row (NULL: nothing is added), and becomes what bfloat16 can hold of it, which
-     * y is. NULL on the CPU. */
-    void (*add_and_round)(ls_queue *queue, int64_t rows, int64_t n, const ls_real *b, ls_real *x, ls_operand y);
+                      const ls_real *x, ls_operand y);
 
     void (*add)(ls_queue *queue, int64_t n, const ls_real *x, ls_real *y);                 /* y += x */
     void (*copy)(ls_queue *queue, int64_t n, ls_operand x, ls_operand y);                  /* y = x */

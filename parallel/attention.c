@@ -172,7 +172,7 @@ typedef struct layer {
     const ls_real *x_q, *x_k, *x_v; /* inputs after the aliases are resolved */
     ls_real *in[4], *o;             /* projected rows, the core's output */
     ls_operand kept[5];             /* what is saved of in[] and o: themselves, or in LS_BF16 copies */
-    int narrow;                     /* the core sees kept[], and in[] is where each of them is made in turn */
+    int narrow;                     /* the core sees kept[], and there are no in[] */
     ls_operand active;              /* gelu of o */
     ls_real *din[4], *no_grad;      /* gradients of in[], and of parameters where nobody wants them */
     ls_operand do_;                 /* gradient of o */
@@ -385,8 +385,6 @@ static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, l
         most = ls_max(most, reals);
     }
     if (rounds) widest = ls_max(widest, most);
-    ls_real *made = ls_take(work, l->narrow && !back ? most : 0);
-    for (int i = 0; l->narrow && i < a->form.inputs; i++) l->in[i] = made;
     if (l->narrow) {
         l->kept[OUTPUT] = ls_take_operand(a->ctx, saved, T * W);
         l->o = ls_take(work, back ? 0 : T * W);
@@ -527,28 +525,23 @@ static ls_operand input_rows(const ls_attention *a, const ls_pass *p, layer *l, 
     const int64_t n = length_of(p, which);
     if (pad == NULL && !ls_is_narrow(r->rows)) return ls_reals(x);
     if (r->x != x || r->pad != pad || r->n != n)
-        a->ctx->dense->zero_rows(a->ctx->queue, p->B, n, a->options.embed_dim, batch_first(a), pad, x, NULL, r->rows);
+        a->ctx->dense->zero_rows(a->ctx->queue, p->B, n, a->options.embed_dim, batch_first(a), pad, x, r->rows);
     r->x = x, r->pad = pad, r->n = n;
     return r->rows;
 }
 
 static void make_input(const ls_attention *a, const ls_pass *p, layer *l, int which, const ls_real *x)
 {
-    const ls_dense_ops *dense = a->ctx->dense;
     const int64_t rows = rows_of(p, which), in = ls_projection_in(a, which), out = ls_projection_out(a, which);
-    if (!ls_is_narrow(l->kept[which])) {
+    const ls_operand kept = l->kept[which];
+    if (!ls_is_narrow(kept)) {
         ls_project(a, which, rows, ls_reals(x), p->params, l->in[which]);
         return;
     }
-    /* The core sees what backward will see. The bias comes as rows are rounded, which spares a pass. */
-    dense->linear(a->ctx->queue, rows, in, out, input_rows(a, p, l, which, x, NULL),
-                  ls_reals(weight_of(a, which, p->params)), NULL, ls_reals(l->in[which]));
-    if (l->narrow)
-        dense->zero_rows(a->ctx->queue, p->B, length_of(p, which), out, batch_first(a),
-                         which == Q_PROJ ? p->pad_q : p->own.pad, l->in[which], bias_of(a, which, p->params),
-                         l->kept[which]);
-    else
-        dense->add_and_round(a->ctx->queue, rows, out, bias_of(a, which, p->params), l->in[which], l->kept[which]);
+    const uint8_t *pad = which == K_PROJ || which == V_PROJ ? p->own.pad : p->pad_q;
+    a->ctx->dense->linear(a->ctx->queue, rows, in, out, input_rows(a, p, l, which, x, pad),
+                          ls_reals(weight_of(a, which, p->params)), bias_of(a, which, p->params), kept);
+    if (!l->narrow) recall_rows(a, rows * out, l->in[which], kept); /* the core sees what backward will see */
 }
 
 /* What is done to the queries' rows alone, so that it need not be done before something crosses. */
@@ -604,7 +597,7 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
         ls_project_out(a, rows, l.kept[OUTPUT], l.active, params, out);
         if (p->pad_q != NULL)
             a->ctx->dense->zero_rows(a->ctx->queue, p->B, p->T, a->options.embed_dim, batch_first(a), p->pad_q, out,
-                                     NULL, ls_reals(out));
+                                     ls_reals(out));
     }
     if (l.heads != NULL && p->weights == l.heads)
         ls_memory_of(&a->ctx->exchange)->mean_heads(p->queue, p->B, p->H, p->T * p->all_keys, l.heads, io->weights);
@@ -738,7 +731,7 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
     }
     ls_operand dy = ls_reals(dout);
     if (p->pad_q != NULL || ls_is_narrow(l.dy)) {
-        dense->zero_rows(a->ctx->queue, p->B, p->T, E, batch_first(a), p->pad_q, dout, NULL, l.dy);
+        dense->zero_rows(a->ctx->queue, p->B, p->T, E, batch_first(a), p->pad_q, dout, l.dy);
         dy = l.dy;
     }
     const int64_t rows = p->B * p->T, W = a->form.core_width;

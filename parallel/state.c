@@ -566,7 +566,7 @@ ls_status ls_attention_step(ls_attention *a, ls_state *s, const ls_attention_io 
     if (ls_is_layer(a)) {
         ls_project_out(a, p.B, ls_reals(m.o), ls_reals(m.active), params, out);
         if (p.pad_q != NULL)
-            a->ctx->dense->zero_rows(p.queue, p.B, 1, a->options.embed_dim, 1, p.pad_q, out, NULL, ls_reals(out));
+            a->ctx->dense->zero_rows(p.queue, p.B, 1, a->options.embed_dim, 1, p.pad_q, out, ls_reals(out));
     }
     return LS_OK;
 }
