@@ -13,6 +13,7 @@
 #include <initializer_list>
 
 int emulator::checked_thread;
+const void *emulator::checked_stack, *emulator::checked_stack_end;
 
 namespace
 {
@@ -45,13 +46,17 @@ struct part {
 };
 part device = {"device", 0, 0, NULL, NULL, NULL, NULL}, dynamic = {"dynamic shared", 0, 0, NULL, NULL, NULL, NULL},
      fixed = {"static shared", 0, 0, NULL, NULL, NULL, NULL};
+const part elsewhere = {"the host's", 0, UINTPTR_MAX, NULL, NULL, NULL, NULL};
 enum : uint8_t { NOWHERE, FRESH, FULL }; /* not allocated, allocated and not yet written, written */
 
 bool on;
 const char *kernel_name;
 uint32_t first_block, block, time_now, barrier_time, warp_time[WARPS];
 
-extern "C" char __data_start, _end; /* of the program's own variables, among which are __shared__ arrays */
+uintptr_t arguments, arguments_end; /* of the kernel */
+
+/* What is constant in the program, then its own variables, among which are __shared__ arrays. */
+extern "C" char __executable_start, __data_start, _end;
 
 template <typename T> T *empty_table(size_t count)
 {
@@ -225,16 +230,40 @@ void write(const part *s, uintptr_t at, size_t bytes, uint8_t kind, const void *
     });
 }
 
+/* Of what is in no part: the thread's own variables, or else what it may only read. */
+inline bool is_own(uintptr_t at)
+{
+    return at >= number(emulator::checked_stack) && at < number(emulator::checked_stack_end);
+}
+
+inline bool is_given(uintptr_t at)
+{
+    return (at >= arguments && at < arguments_end) || (at >= number(&__executable_start) && at < number(&__data_start));
+}
+
+[[noreturn]] void stop_elsewhere(uintptr_t at, const char *mine, const void *where)
+{
+    tell(&elsewhere, at, mine);
+    fputs("which a kernel cannot reach", stderr);
+    stop(where);
+}
+
 inline void read(uintptr_t at, size_t bytes, const void *where)
 {
     const part *s = part_of(at);
-    if (s != NULL) read(s, at, bytes, where);
+    if (s != NULL)
+        read(s, at, bytes, where);
+    else if (!is_own(at) && !is_given(at))
+        stop_elsewhere(at, "reads", where);
 }
 
 inline void write(uintptr_t at, size_t bytes, uint8_t kind, const void *where)
 {
     const part *s = part_of(at);
-    if (s != NULL) write(s, at, bytes, kind, where);
+    if (s != NULL)
+        write(s, at, bytes, kind, where);
+    else if (!is_own(at))
+        stop_elsewhere(at, "writes", where);
 }
 
 void stop_unaligned(uintptr_t at, size_t bytes, const void *where)
@@ -312,9 +341,11 @@ void emulator::check_taken(const char *who, const void *from, size_t bytes)
         }
 }
 
-void emulator::check_kernel(const char *name, const void *shared, const void *shared_end)
+void emulator::check_kernel(const char *name, const void *shared, const void *shared_end, const void *given,
+                            size_t bytes)
 {
     kernel_name = name;
+    arguments = number(given), arguments_end = arguments + bytes;
     watch(&dynamic, shared, shared_end);
     watch(&fixed, &__data_start, &_end);
     first_block = block + 1;

@@ -321,9 +321,9 @@ template <typename T> static inline cudaError_t cudaMallocHost(T **p, size_t byt
 /* ---- launches */
 namespace emulator
 {
-/* Takes over `arguments`, which go with `forget` when the kernel has run. */
-void run(const char *name, const void *kernel, void (*thread)(void *), void *arguments, void (*forget)(void *),
-         dim3 grid, dim3 block, size_t shared, cudaStream_t stream);
+/* Takes over `arguments`, so many bytes, which go with `forget` when the kernel has run. */
+void run(const char *name, const void *kernel, void (*thread)(void *), void *arguments, size_t bytes,
+         void (*forget)(void *), dim3 grid, dim3 block, size_t shared, cudaStream_t stream);
 
 /* A kernel with its launch configuration; called with the arguments, which its type converts. Of each file alone: two
  * files may call different structs by the same name, and the linker must not take the one's code for the other's. */
@@ -347,8 +347,8 @@ template <typename... P> struct launch {
                 const call *one = static_cast<const call *>(x);
                 std::apply(one->kernel, one->arguments);
             },
-            new call{kernel, std::tuple<P...>(p...)}, [](void *x) { delete static_cast<call *>(x); }, grid, block,
-            shared, stream);
+            new call{kernel, std::tuple<P...>(p...)}, sizeof(call), [](void *x) { delete static_cast<call *>(x); },
+            grid, block, shared, stream);
     }
 };
 template <typename... P>

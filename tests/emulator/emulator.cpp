@@ -584,6 +584,8 @@ __attribute__((noinline)) void switch_to(worker *to)
     worker *const from = self;
     before = from;
     self = to;
+    emulator::checked_stack = to->stack;
+    emulator::checked_stack_end = static_cast<const char *>(to->stack) + to->stack_bytes;
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(&from->fake, to->stack, to->stack_bytes);
 #endif
@@ -863,7 +865,8 @@ void end_copies()
     late_threads = 0;
 }
 
-void run_grid(const char *kernel, void (*call)(void *), void *arguments, dim3 grid, dim3 block, size_t shared)
+void run_grid(const char *kernel, void (*call)(void *), void *arguments, size_t bytes, dim3 grid, dim3 block,
+              size_t shared)
 {
     shared_now = shared_pages + SHARED_END - shared;
     kernel_name = kernel, kernel_thread = call, kernel_arguments = arguments;
@@ -872,7 +875,7 @@ void run_grid(const char *kernel, void (*call)(void *), void *arguments, dim3 gr
     emulator::device_access open;
     host.begun = true;
     self = &host;
-    emulator::check_kernel(kernel, shared_pages, shared_pages + SHARED_END);
+    emulator::check_kernel(kernel, shared_pages, shared_pages + SHARED_END, arguments, bytes);
     for (unsigned z = 0; z < grid.z; z++)
         for (unsigned y = 0; y < grid.y; y++)
             for (unsigned x = 0; x < grid.x; x++) {
@@ -920,8 +923,8 @@ void emulator::wait_for_copies(size_t but)
         for (const late_copy &copy : groups.front()) make(copy);
 }
 
-void emulator::run(const char *name, const void *kernel, void (*call)(void *), void *arguments, void (*forget)(void *),
-                   dim3 grid, dim3 block, size_t shared, cudaStream_t stream)
+void emulator::run(const char *name, const void *kernel, void (*call)(void *), void *arguments, size_t bytes,
+                   void (*forget)(void *), dim3 grid, dim3 block, size_t shared, cudaStream_t stream)
 {
     const std::shared_ptr<void> kept(arguments, forget);
     const uint64_t threads = (uint64_t)block.x * block.y * block.z;
@@ -942,7 +945,7 @@ void emulator::run(const char *name, const void *kernel, void (*call)(void *), v
         if (mprotect(shared_pages + SHARED_END, PAGE, PROT_NONE) != 0) die("mprotect of shared memory failed");
     }
     shared = round_up(shared, 16);
-    give(stream, [=] { run_grid(name, call, kept.get(), grid, block, shared); });
+    give(stream, [=] { run_grid(name, call, kept.get(), bytes, grid, block, shared); });
 }
 
 /* ------------------------------------------------------------------------------------------------ the runtime */
