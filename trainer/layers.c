@@ -179,8 +179,8 @@ void ffn_forward(const model *m, const workspace *w, const ffn_params *f, const 
     }
 }
 
-/* dnormed from w->dbranch; hidden units are computed again. */
-static void ffn_backward(const model *m, const pass *p, const ffn_params *f, int64_t rows)
+/* dnormed from dbranch; hidden units are computed again. */
+static void ffn_backward(const model *m, const pass *p, const ffn_params *f, int64_t rows, ls_operand dbranch)
 {
     const workspace *w = &m->w;
     const ls_real *params = p->params;
@@ -189,11 +189,11 @@ static void ffn_backward(const model *m, const pass *p, const ffn_params *f, int
     const ls_operand w1 = ready_weights(m, params + f->weight1, E * F, w->weight[1]);
     for (int64_t row = 0; row < rows; row += wide_rows(m)) {
         const int64_t n = ls_min(wide_rows(m), rows - row), relu = m->c.model.activation == ACTIVATION_RELU;
-        const ls_operand normed = ls_operand_at(w->ready, row * E), dbranch = ls_operand_at(w->dbranch, row * E);
+        const ls_operand normed = ls_operand_at(w->ready, row * E), dy = ls_operand_at(dbranch, row * E);
         m->dense->linear(m->queue, n, E, F, normed, w0, NULL, w->hidden);
         (relu ? m->dense->relu : m->dense->gelu)(m->queue, n, F, w->hidden, params + f->bias0, w->active);
-        m->dense->linear_backward(m->queue, n, F, E, w->active, w1, dbranch, w->dhidden, 0, p->dparams + f->weight1);
-        m->dense->column_sums(m->queue, n, E, dbranch, p->dparams + f->bias1);
+        m->dense->linear_backward(m->queue, n, F, E, w->active, w1, dy, w->dhidden, 0, p->dparams + f->weight1);
+        m->dense->column_sums(m->queue, n, E, dy, p->dparams + f->bias1);
         (relu ? m->dense->relu_backward : m->dense->gelu_backward)(m->queue, n, F, w->hidden, params + f->bias0,
                                                                    w->dhidden, w->dhidden);
         m->dense->linear_backward(m->queue, n, E, F, normed, w0, w->dhidden, ls_reals(w->dnormed + row * E), 0,
@@ -229,6 +229,14 @@ static ls_drop drop_of(const model *m, const pass *p, const side *at, uint32_t s
 static void dropout(const model *m, const pass *p, const side *at, uint32_t stream, const ls_real *x, ls_operand y)
 {
     m->dense->dropout(m->queue, p->b->B, at->shard->n, m->E, drop_of(m, p, at, stream), x, y);
+}
+
+/* x where nothing is to be done to it, else its copy in `room`. */
+static ls_operand dropped(const model *m, const pass *p, const side *at, uint32_t stream, ls_real *x, ls_operand room)
+{
+    if (drop_of(m, p, at, stream).rate == 0 && !ls_is_narrow(room)) return ls_reals(x);
+    dropout(m, p, at, stream, x, room);
+    return room;
 }
 
 static ls_attention_io attention_io(const model *m, const pass *p, const side *at, const block *bl)
@@ -294,10 +302,11 @@ static ls_status block_backward(model *m, const pass *p, stack *s, int k, ls_rea
     const workspace *w = &m->w;
     const block *bl = &s->block[k];
     const side at = side_of(m, p, s);
-    dropout(m, p, &at, bl->stream, d, bl->kind == BLOCK_FFN ? w->dbranch : ls_reals(w->branch));
+    const ls_operand dbranch =
+        dropped(m, p, &at, bl->stream, d, bl->kind == BLOCK_FFN ? w->dbranch : ls_reals(w->branch));
     norm_block(m, p, bl, at.rows, s->x[k]);
     if (bl->kind == BLOCK_FFN) {
-        ffn_backward(m, p, &bl->ffn, at.rows);
+        ffn_backward(m, p, &bl->ffn, at.rows, dbranch);
     } else {
         const ls_attention_io io = attention_io(m, p, &at, bl);
         const ls_attention_shape shape = attention_shape(p, &at, bl);
@@ -305,7 +314,7 @@ static ls_status block_backward(model *m, const pass *p, stack *s, int k, ls_rea
         const ls_attention_grads grads = {
             .query = w->dnormed, .key = cross ? w->dkey : NULL, .params = p->dparams + bl->params};
         /* out: a layer keeps its core's output itself and does not read what came after it, which is gone by now */
-        LS_TRY(ls_attention_backward(bl->attention, &shape, &io, p->params + bl->params, w->branch, w->branch,
+        LS_TRY(ls_attention_backward(bl->attention, &shape, &io, p->params + bl->params, w->branch, dbranch.p,
                                      bl->saved, &grads));
         if (cross) m->dense->add(m->queue, rows_of(p->b, &p->b->source) * m->E, w->dkey, w->dmemory);
     }
