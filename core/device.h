@@ -31,7 +31,7 @@ typedef struct ls_device_ops {
     void *(*alloc)(size_t bytes); /* on a 256-byte boundary; NULL: there is not so much, or see `broken` */
     const char *(*broken)(void);  /* what made the device refuse memory of which it may have enough; NULL: nothing */
     void (*release)(void *);
-    size_t (*most)(void); /* bytes that this process had from alloc at a time, at most; the CPU: 0, see getrusage */
+    size_t (*most)(void);              /* bytes that this process had from alloc at a time, at most; the CPU: 0 */
     void *(*alloc_host)(size_t bytes); /* host memory from which copies to and from the device are fast (pinned) */
     void (*release_host)(void *);
     void (*poison)(void *, size_t bytes); /* NaN in every number, once nobody uses it: to find errors, slow */

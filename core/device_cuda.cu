@@ -192,16 +192,20 @@ static void close_queue(ls_queue *q)
     queues--;
 }
 
-static ls_status make_stream(ls_queue *q)
+/* first: its blocks go before those of other queues that wait for room on the GPU. */
+static ls_status make_stream(ls_queue *q, int first)
 {
+    int least = 0, greatest = 0;
     LS_TRY(failed(cudaSetDevice(q->device), q->device, "cudaSetDevice"));
-    return failed(cudaStreamCreateWithFlags(&q->stream, cudaStreamNonBlocking), q->device, "cudaStreamCreate");
+    LS_TRY(failed(cudaDeviceGetStreamPriorityRange(&least, &greatest), q->device, "cudaDeviceGetStreamPriorityRange"));
+    return failed(cudaStreamCreateWithPriority(&q->stream, cudaStreamNonBlocking, first ? greatest : least), q->device,
+                  "cudaStreamCreate");
 }
 
 static ls_status make_queue(ls_queue *q)
 {
     int most_shared = 0;
-    LS_TRY(make_stream(q));
+    LS_TRY(make_stream(q, 0));
     LS_TRY(failed(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, q->device), q->device,
                   "cudaDeviceGetAttribute"));
     q->most_shared = (size_t)most_shared;
@@ -269,7 +273,8 @@ static ls_status open_beside(ls_queue *of, ls_queue **queue)
     if (q == NULL) LS_FAIL(LS_ERR_MEMORY, "CUDA device %d: no memory for a queue", of->device);
     queues++;
     q->device = of->device;
-    const ls_status status = make_stream(q);
+    /* What is to cross ranks must not wait behind a kernel of thousands of blocks that began at the same time. */
+    const ls_status status = make_stream(q, 1);
     if (status != LS_OK)
         close_queue(q);
     else
