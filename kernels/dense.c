@@ -91,7 +91,7 @@ static void column_sums(ls_queue *queue, int64_t rows, int64_t n, ls_operand of,
 static void sum_and_copy(ls_queue *queue, int64_t rows, int64_t n, const ls_real *x, ls_real *sum, ls_operand y)
 {
     column_sums(queue, rows, n, ls_reals(x), sum);
-    memcpy(y.p, x, (size_t)(rows * n) * sizeof *x);
+    if (rows > 0) memcpy(y.p, x, (size_t)(rows * n) * sizeof *x);
 }
 
 static void linear_backward(ls_queue *queue, int64_t rows, int64_t in, int64_t out, ls_operand x, ls_operand w,
