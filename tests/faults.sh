@@ -171,6 +171,14 @@ during "a rank without memory" 6 "rank 2" memory 2
 during "a loss that is not a number" 5 "step 2" nan 1
 during "a rank that the others do not hear of" 1 "rank 1: step 2" lost 1
 
+# ---- memory that whoever started the program had is not the program's
+rm -rf out && mkdir out
+python3 -c 'import os, sys; held = bytearray(600 << 20); os.execv(sys.argv[1], sys.argv[1:])' "$longspan" train good.yaml \
+  >stdout 2>stderr </dev/null || complain "training started by a large process: $(cat stderr)"
+peak=$(sed -n 's/.*"peak_memory_bytes":\([0-9]*\).*/\1/p' out/run/metrics.jsonl | tail -n 1)
+if [ "${peak:-0}" -lt 1000000 ] || [ "$peak" -ge $((600 << 20)) ]; then complain "peak_memory_bytes is $peak"
+else passed=$((passed + 1)); fi
+
 # ---- ranks that were started with other arguments
 rm -rf out && mkdir out
 timeout 60 $mpirun -n 1 "$longspan" train good.yaml : -n 1 "$longspan" train good.yaml --set train.learning_rate=1e-4 \

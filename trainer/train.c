@@ -491,6 +491,21 @@ static ls_status rehearse(const run *t, int64_t step)
     LS_FAIL(LS_ERR_MEMORY, "step %lld: no memory (only a test: LONGSPAN_TEST_FAIL)", (long long)step);
 }
 
+/* The most bytes that this process has had at a time. Linux tells of the program alone; getrusage counts what started
+ * it, too. */
+static uint64_t peak_memory(void)
+{
+    char line[128];
+    unsigned long long kib = 0;
+    FILE *file = fopen("/proc/self/status", "r");
+    while (file != NULL && kib == 0 && fgets(line, sizeof line, file) != NULL) sscanf(line, "VmHWM: %llu", &kib);
+    if (file != NULL) fclose(file);
+    if (kib > 0) return kib * 1024;
+    struct rusage use;
+    getrusage(RUSAGE_SELF, &use);
+    return (uint64_t)use.ru_maxrss * 1024;
+}
+
 /* Collective. *stop: some rank was asked to end the run. */
 static ls_status take_step(run *t, int *stop)
 {
@@ -524,7 +539,7 @@ static ls_status take_step(run *t, int *stop)
         LS_FAIL(LS_ERR_NONFINITE,
                 "step %lld: the loss is %g and the norm of the gradient %g: stopped before the weights changed; %s (a "
                 "lower train.learning_rate or train.clip_norm may help)",
-                (long long)step, sums.loss, norm, last);
+                (long long)step, fabs(sums.loss), fabs(norm), last); /* a NaN without its sign */
     }
     if (!(fabs(sums.tokens - 1) < 1e-3)) {
         LS_FAIL(LS_ERR_INTERNAL, "step %lld: the ranks together saw %g of the %lld labels", (long long)step,
@@ -532,10 +547,7 @@ static ls_status take_step(run *t, int *stop)
     }
     *stop = sums.stop;
 
-    struct rusage use;
-    getrusage(RUSAGE_SELF, &use);
-    uint64_t counts[3] = {bytes_sent(t->r) - sent, (uint64_t)use.ru_maxrss * 1024, t->r->sequence->ops->most()},
-             all[3] = {0};
+    uint64_t counts[3] = {bytes_sent(t->r) - sent, peak_memory(), t->r->sequence->ops->most()}, all[3] = {0};
     if (MPI_Reduce(counts, all, 3, MPI_UINT64_T, MPI_SUM, 0, t->r->comm) != MPI_SUCCESS) {
         LS_FAIL(LS_ERR_COMM, "mpi: adding up the bytes of step %lld failed", (long long)step);
     }
