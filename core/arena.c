@@ -37,7 +37,7 @@ void ls_arena_measure(ls_arena *arena)
 void ls_arena_replay(ls_arena *arena)
 {
     arena->used = 0;
-    arena->measuring = 0;
+    arena->measuring = arena->overrun = 0;
     arena->replaying = 1;
 }
 

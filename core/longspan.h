@@ -25,7 +25,7 @@
  * one rank is less than 2^31, and so is batch x embed_dim in the layout LS_TBHD. What is larger is refused.
  *
  * What is not finite, in a row that is not padded, may reach every row of its batch row and document: in causal
- * patterns rows before it, too.
+ * patterns rows before it, too; and of nystrom with init = 1 every row of the batch.
  */
 #ifndef LONGSPAN_H
 #define LONGSPAN_H
@@ -329,16 +329,17 @@ typedef struct ls_attention_shape {
 } ls_attention_shape;
 
 /* What goes in; all of it this rank's rows. Which optional pointers are given must be the same on all ranks (an empty
- * rank passes any non-NULL pointer). Layer level: key or value may be NULL: then value = key, key = query. */
+ * rank passes any non-NULL pointer). Layer level: value may be NULL, then value = key; and key in self attention, then
+ * key = query. */
 typedef struct ls_attention_io {
     const ls_real *query, *key, *value;
     const uint8_t *query_padding_mask; /* (B,T) 1 = ignore: output and gradient 0; self attention: one of the two may be
                                         * NULL, then the other serves for both */
-    const uint8_t *key_padding_mask;   /* (B,S) */
+    const uint8_t *key_padding_mask; /* (B,S); s4d, whose queries are its keys, takes the other where both are given */
     /* Documents packed into one sequence: ids (B,T) and (B,S), a document is a run of equal ids >= 0, and attention
      * stays within it: its rows are those of the document alone, positions from 0. Rows with ids < 0 belong to none:
      * their core output is 0. Self attention: one of the two may be NULL; cross attention: queries see the keys of the
-     * same id. Not together with attn_mask, dropout_mask, weights or random numbers that are given; not in a step,
+     * same id. Not together with attn_mask, dropout_mask, weights, noise, samples or selected; not in a step,
      * nor with dry_size > 1, where nobody could tell which documents lie on the other ranks or go on there. */
     const int32_t *query_segments, *key_segments;
     const ls_real *attn_mask; /* softmax: additive, this rank's queries x all keys: (T, S_all), or with
@@ -350,8 +351,8 @@ typedef struct ls_attention_io {
                                   * need_head_weights; before dropout */
     int need_weights, need_head_weights;
     int training;    /* 0: no dropout, no fresh noise, the features of draw 0 */
-    uint64_t sample; /* random streams: global number of batch row 0; row b is sample + b. Of it, and of draw, the low
-                      * 32 bits count */
+    uint64_t sample; /* random streams: global number of batch row 0, same on all ranks; row b is sample + b. Of it,
+                      * and of draw, the low 32 bits count */
     uint64_t draw;   /* performer, probsparse, in training: which set of random features or samples, e.g. the optimizer
                       * step; same on all ranks */
 
@@ -379,7 +380,7 @@ size_t ls_saved_bytes(const ls_saved *saved); /* on the device, and lists in hos
 ls_status ls_attention_forward(ls_attention *attention, const ls_attention_shape *shape, const ls_attention_io *io,
                                const ls_real *params, ls_real *out, ls_saved *saved);
 
-/* Gradients. Of activations: overwritten; where inputs were the same pointer in forward (self attention, value = key)
+/* Gradients. Of activations: overwritten; where inputs were the same rows in forward (one pointer, and as many of each)
  * the sum arrives in the first of query, key, value that names it, and the others are not written. params: this rank's
  * share is added; sum over ranks with ls_all_reduce_sum. Any pointer may be NULL: not wanted (layer level only). None
  * shares memory with another, or with an input, out or dout. */
@@ -403,7 +404,7 @@ size_t ls_state_bytes(const ls_state *state);
 /* Collective. Cross attention: takes key, value and key_padding_mask of io, sharded as shape->keys, and summarises them
  * once (static_kv). The inputs are not needed afterwards. A call that is refused leaves the source that the state had
  * before, on all ranks; but where memory for the new one is lacking, or the transport fails, there is none, and steps
- * are refused until ls_state_source succeeds. */
+ * are refused until ls_state_source succeeds. Tokens that were fed stay counted: positions go on. */
 ls_status ls_state_source(ls_attention *attention, ls_state *state, const ls_attention_shape *shape,
                           const ls_attention_io *io, const ls_real *params);
 /* Collective. One token for each batch row: every rank passes the same rows (B,1,E), or (B,H,1,d) at core level, and

@@ -17,7 +17,7 @@ struct ls_saved {
     ls_requests requests; /* and what they brought */
     ls_documents documents;
     int filled; /* a forward call succeeded: its sizes are below */
-    int packed;
+    int packed, masks;
     int64_t batch, T, S, T_all, S_all;
 };
 
@@ -169,18 +169,18 @@ typedef struct ready_rows {
 
 /* What the layer adds to a call of the core: projected rows, their gradients, and both as products take them. */
 typedef struct layer {
-    const ls_real *x_q, *x_k, *x_v; /* inputs after the aliases are resolved */
-    ls_real *in[4], *o;             /* projected rows, the core's output */
-    ls_operand kept[5];             /* what is saved of in[] and o: themselves, or in LS_BF16 copies */
-    int narrow;                     /* the core sees kept[], and there are no in[] */
-    ls_operand active;              /* gelu of o */
-    ls_real *din[4], *no_grad;      /* gradients of in[], and of parameters where nobody wants them */
-    ls_operand do_;                 /* gradient of o */
-    ls_operand dy;                  /* a gradient as its product takes it, where that is not as it lies */
-    ready_rows ready;               /* likewise for inputs */
-    ls_real *dk, *dv;
-    int key_aliased, value_aliased; /* core: key is query, value is one of them: dk, dv are made aside and added */
-    ls_real *heads;                 /* weights per head, where the mean over heads was asked for */
+    const ls_real *x_q, *x_k, *x_v;                 /* inputs after the aliases are resolved */
+    int key_is_query, value_is_query, value_is_key; /* the same rows, and as many */
+    ls_real *in[4], *o;                             /* projected rows, the core's output */
+    ls_operand kept[5];                             /* what is saved of in[] and o: themselves, or in LS_BF16 copies */
+    int narrow;                                     /* the core sees kept[], and there are no in[] */
+    ls_operand active;                              /* gelu of o */
+    ls_real *din[4], *no_grad;                      /* gradients of in[], and of parameters where nobody wants them */
+    ls_operand do_;                                 /* gradient of o */
+    ls_operand dy;    /* a gradient as its product takes it, where that is not as it lies */
+    ready_rows ready; /* likewise for inputs */
+    ls_real *dk, *dv; /* core: key is query, value is one of them: made aside and added */
+    ls_real *heads;   /* weights per head, where the mean over heads was asked for */
 } layer;
 
 ls_view ls_view_rows(const ls_attention *a, const ls_real *p, int64_t B, int64_t n, int64_t width)
@@ -237,9 +237,11 @@ static uint64_t sign_call(const ls_attention *a, const ls_call *c, int backward,
 /* ls_agree_alike for a call, whose tensors c has where the status is LS_OK. */
 static ls_status agree_call(const ls_attention *a, ls_status status, const ls_call *c, int backward, int wants_weights)
 {
-    return ls_agree_alike(a->ctx, status, a->mechanism->name,
-                          "forward or backward, options, batch, shards and which optional inputs there are",
-                          status == LS_OK ? sign_call(a, c, backward, wants_weights) : 0);
+    return ls_agree_alike(
+        a->ctx, status, a->mechanism->name,
+        "forward or backward, options, batch, sample, draw, training, shards, weights and which optional "
+        "inputs there are",
+        status == LS_OK ? sign_call(a, c, backward, wants_weights) : 0);
 }
 
 int64_t ls_rows_apart(const ls_attention *a, int64_t batch)
@@ -304,6 +306,9 @@ static void begin_call(ls_attention *a, const ls_attention_shape *shape, const l
     l->x_q = io->query;
     l->x_k = io->key == NULL ? io->query : io->key;
     l->x_v = io->value == NULL ? l->x_k : io->value;
+    l->key_is_query = l->x_k == l->x_q && p->S == p->T;
+    l->value_is_query = l->x_v == l->x_q && p->S == p->T;
+    l->value_is_key = l->x_v == l->x_k;
     p->q = ls_view_of(a, l->x_q, p->B, p->T);
     p->own.k = ls_view_of(a, l->x_k, p->B, p->S);
     p->own.v = ls_view_of(a, l->x_v, p->B, p->S);
@@ -425,12 +430,11 @@ static void plan(ls_attention *a, const ls_attention_io *io, ls_call *c, layer *
     if (ls_is_layer(a)) {
         plan_layer(a, c, l, saved, work);
     } else if (back && !a->mechanism->one_input) {
-        l->key_aliased = l->x_k == l->x_q;
-        l->value_aliased = l->x_v == l->x_q || l->x_v == l->x_k;
-        l->dk = ls_take(work, l->key_aliased ? rows_k * E : 0);
-        l->dv = ls_take(work, l->value_aliased ? rows_k * E : 0);
-        if (l->key_aliased) p->own.dk = ls_view_of(a, l->dk, p->B, p->S);
-        if (l->value_aliased) p->own.dv = ls_view_of(a, l->dv, p->B, p->S);
+        const int aside = l->value_is_query || l->value_is_key;
+        l->dk = ls_take(work, l->key_is_query ? rows_k * E : 0);
+        l->dv = ls_take(work, aside ? rows_k * E : 0);
+        if (l->key_is_query) p->own.dk = ls_view_of(a, l->dk, p->B, p->S);
+        if (aside) p->own.dv = ls_view_of(a, l->dv, p->B, p->S);
     }
     const int mean = io->need_weights && !io->need_head_weights && !back;
     l->heads = ls_take(work, mean ? p->B * p->H * p->T * p->all_keys : 0);
@@ -538,7 +542,7 @@ static void make_input(const ls_attention *a, const ls_pass *p, layer *l, int wh
         ls_project(a, which, rows, ls_reals(x), p->params, l->in[which]);
         return;
     }
-    const uint8_t *pad = which == K_PROJ || which == V_PROJ ? p->own.pad : p->pad_q;
+    const uint8_t *pad = which == Q_PROJ ? p->pad_q : p->own.pad; /* what is extra is of keys */
     a->ctx->dense->linear(a->ctx->queue, rows, in, out, input_rows(a, p, l, which, x, pad),
                           ls_reals(weight_of(a, which, p->params)), bias_of(a, which, p->params), kept);
     if (!l->narrow) recall_rows(a, rows * out, l->in[which], kept); /* the core sees what backward will see */
@@ -559,6 +563,13 @@ static void make_queries(void *of)
     make_input(x->a, x->p, x->l, Q_PROJ, x->l->x_q);
 }
 
+/* Which there are. */
+static int masks_of(const ls_attention_io *io)
+{
+    return (io->query_padding_mask != NULL) | (io->key_padding_mask != NULL) << 1 | (io->attn_mask != NULL) << 2 |
+           (io->dropout_mask != NULL) << 3;
+}
+
 ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
                                const ls_real *params, ls_real *out, ls_saved *saved)
 {
@@ -566,7 +577,7 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
     ls_call c;
     layer l;
     ls_arena *keep = saved != NULL ? &saved->arena : &a->ctx->unsaved;
-    if (saved != NULL) {
+    if (saved != NULL && saved->ctx == a->ctx) {
         saved->filled = 0;
         saved->attention = a; /* attentions that never need theirs at the same time may share one */
     }
@@ -604,6 +615,7 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
     if (saved != NULL) {
         saved->filled = 1;
         saved->packed = c.documents != NULL;
+        saved->masks = masks_of(io);
         saved->batch = p->B, saved->T = p->T, saved->S = p->S;
         saved->T_all = p->all_queries, saved->S_all = p->all_keys;
     }
@@ -624,14 +636,16 @@ static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *sha
         LS_FAIL(LS_ERR_ARGUMENT, "%s: backward needs the saved of a forward call of the same attention", name);
     if (saved->packed != ls_is_packed(io))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: backward needs the segments of the forward call that saved", name);
+    if (saved->masks != masks_of(io))
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: backward needs the masks of the forward call that saved, and no others", name);
     if (saved->batch != p->B || saved->T != p->T || saved->S != p->S || saved->T_all != p->all_queries ||
         saved->S_all != p->all_keys)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: backward has other sizes than the forward call that saved", name);
     LS_NEED(grads, "%s: grads is NULL", name);
     if (p->T > 0 && dout == NULL) LS_FAIL(LS_ERR_ARGUMENT, "%s: dout is NULL", name);
     if (!ls_is_layer(a) &&
-        ((p->T > 0 && grads->query == NULL) || (p->S > 0 && grads->key == NULL && l->x_k != l->x_q) ||
-         (p->S > 0 && grads->value == NULL && l->x_v != l->x_q && l->x_v != l->x_k) ||
+        ((p->T > 0 && grads->query == NULL) || (p->S > 0 && grads->key == NULL && !l->key_is_query) ||
+         (p->S > 0 && grads->value == NULL && !l->value_is_query && !l->value_is_key) ||
          (a->reals > 0 && grads->params == NULL)))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: a gradient is NULL: at core level all of them are needed", name);
     c->pass.dq = ls_view_of(a, grads->query, p->B, p->T);
@@ -724,9 +738,10 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
     const int64_t E = a->options.embed_dim;
     if (!ls_is_layer(a)) {
         LS_TRY(run_core_backward(&c, saved));
-        if (l.key_aliased) dense->add(a->ctx->queue, p->B * p->S * E, l.dk, grads->query);
-        if (l.value_aliased)
-            dense->add(a->ctx->queue, p->B * p->S * E, l.dv, l.x_v == l.x_q ? grads->query : grads->key);
+        const int has_keys = !a->mechanism->one_input;
+        if (has_keys && l.key_is_query) dense->add(a->ctx->queue, p->B * p->S * E, l.dk, grads->query);
+        if (has_keys && (l.value_is_query || l.value_is_key))
+            dense->add(a->ctx->queue, p->B * p->S * E, l.dv, l.value_is_query ? grads->query : grads->key);
         return LS_OK;
     }
     ls_operand dy = ls_reals(dout);
@@ -743,16 +758,16 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
     bias_backward(a, OUT_PROJ, p, dy);
     if (a->form.gelu) dense->gelu_backward(a->ctx->queue, rows, W, l.kept[OUTPUT], NULL, l.do_, l.do_);
     /* the gradient of an input arrives in the first of query, key, value that is this input */
-    ls_real *dx_q = grads->query, *dx_k = l.x_k == l.x_q ? dx_q : grads->key;
-    ls_real *dx_v = l.x_v == l.x_q ? dx_q : l.x_v == l.x_k ? dx_k : grads->value;
+    ls_real *dx_q = grads->query, *dx_k = l.key_is_query ? dx_q : grads->key;
+    ls_real *dx_v = l.value_is_query ? dx_q : l.value_is_key ? dx_k : grads->value;
     int begun_q = 0, begun_k = 0, begun_v = 0;
-    int *k = l.x_k == l.x_q ? &begun_q : &begun_k, *v = l.x_v == l.x_q ? &begun_q : l.x_v == l.x_k ? k : &begun_v;
+    int *k = l.key_is_query ? &begun_q : &begun_k, *v = l.value_is_query ? &begun_q : l.value_is_key ? k : &begun_v;
     query_rows queries = {.a = a, .p = p, .l = &l, .dx = dx_q, .begun = &begun_q};
     if (c.documents == NULL && ls_has_projection(a, Q_PROJ)) c.meanwhile = finish_queries, c.meanwhile_of = &queries;
     LS_TRY(run_core_backward(&c, saved));
     if (c.documents != NULL && ls_has_projection(a, Q_PROJ)) finish_queries(&queries);
     if (ls_has_projection(a, K_PROJ)) input_backward(a, K_PROJ, p, &l, p->own.pad, l.x_k, dx_k, k);
     if (ls_has_projection(a, V_PROJ)) input_backward(a, V_PROJ, p, &l, p->own.pad, l.x_v, dx_v, v);
-    if (ls_has_projection(a, EXTRA_PROJ)) input_backward(a, EXTRA_PROJ, p, &l, p->pad_q, l.x_q, dx_q, &begun_q);
+    if (ls_has_projection(a, EXTRA_PROJ)) input_backward(a, EXTRA_PROJ, p, &l, p->own.pad, l.x_q, dx_q, &begun_q);
     return LS_OK;
 }

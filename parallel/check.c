@@ -38,8 +38,9 @@ ls_status ls_check_options(const ls_attention_options *o, const ls_mechanism **m
     if (o->dropout > 0 && !m->has_weights)
         return ls_fail_of("dropout", NULL, LS_ERR_UNSUPPORTED,
                           "%s: dropout of attention probabilities is not supported, it has none: use 0", m->name);
-    if ((unsigned)o->layout > LS_TBHD || (unsigned)o->level > LS_LEVEL_LAYER)
-        LS_FAIL(LS_ERR_ARGUMENT, "%s: there is no layout %d or no level %d", m->name, (int)o->layout, (int)o->level);
+    if ((unsigned)o->layout > LS_TBHD) LS_FAIL(LS_ERR_ARGUMENT, "%s: there is no layout %d", m->name, (int)o->layout);
+    if ((unsigned)o->level > LS_LEVEL_LAYER)
+        LS_FAIL(LS_ERR_ARGUMENT, "%s: there is no level %d", m->name, (int)o->level);
     if (o->level == LS_LEVEL_CORE && m->layer_only)
         LS_FAIL(LS_ERR_UNSUPPORTED, "%s: it has no core level, its projections are part of it: use LS_LEVEL_LAYER",
                 m->name);

@@ -260,6 +260,8 @@ static ls_status check_source(ls_attention *a, const ls_state *s, const ls_atten
     if (n > 0 && (io->key == NULL || (a->options.level == LS_LEVEL_CORE && io->value == NULL)))
         LS_FAIL(LS_ERR_ARGUMENT, "%s: key or value of the source is NULL", name);
     if (a->reals > 0 && params == NULL) LS_FAIL(LS_ERR_ARGUMENT, "%s: params is NULL", name);
+    if (io->query_segments != NULL || io->key_segments != NULL)
+        LS_FAIL(LS_ERR_UNSUPPORTED, "%s: segments are not supported in a source: give each document a state", name);
     LS_TRY(ls_check_given(a, io));
     ls_pass_begin(a, s->batch, 0, n, params, p);
     p->given_features = io->features;

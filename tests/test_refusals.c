@@ -311,13 +311,64 @@ static void test_saved(void **unused)
     must(ls_shard_even(ctx, L, &shard));
     const ls_attention_shape shape = {.batch = B, .queries = &shard};
     const ls_attention_io io = {.query = x};
+    const ls_attention_grads g = {.query = grads};
+    must(ls_attention_forward(b, &shape, &io, params, y, theirs));
     refused(ls_attention_forward(a, &shape, &io, params, y, last ? theirs : saved), LS_ERR_ARGUMENT,
             "saved belongs to another context");
+    must(ls_attention_backward(b, &shape, &io, params, y, y, theirs, &g));
+    /* backward with masks that forward had not; what forward saved is good for another try */
+    const uint8_t none[B * L] = {0};
+    const ls_attention_io masked = {.query = x, .key_padding_mask = none};
     must(ls_attention_forward(a, &shape, &io, params, y, saved));
+    refused(ls_attention_backward(a, &shape, last ? &masked : &io, params, y, y, saved, &g), LS_ERR_ARGUMENT,
+            blamed("softmax: backward needs the masks of the forward call"));
+    must(ls_attention_backward(a, &shape, &io, params, y, y, saved, &g));
     ls_shard_free(&shard);
     ls_saved_free(saved), ls_saved_free(theirs);
     ls_attention_free(a), ls_attention_free(b);
     ls_context_free(other);
+}
+
+/* Keys that begin where queries begin are not the same rows where they are not as many: they have their own gradient,
+ * which is that of keys in other memory. */
+static void test_same_pointer(void **unused)
+{
+    (void)unused;
+    for (int level = LS_LEVEL_CORE; level <= LS_LEVEL_LAYER; level++)
+        for (int queries = 0; queries < 2; queries++) { /* on rank 0 alone there are none, or half as many as keys */
+            const int64_t T = rank > 0 || queries ? 2 : 0, S = 4, rows = B * S * E;
+            ls_attention_options o;
+            ls_attention *a;
+            ls_saved *saved;
+            ls_shard q, k;
+            must(ls_attention_defaults("softmax", &o));
+            o.pattern = LS_NC, o.level = (ls_level)level, o.layout = LS_BTHD, o.embed_dim = E, o.num_heads = H;
+            must(ls_attention_create(ctx, &o, &a));
+            must(ls_saved_create(a, &saved));
+            if (any(rank > 0 || queries)) {
+                ls_real *copy = calloc((size_t)rows, sizeof *copy), *dk[2], *dv = calloc((size_t)rows, sizeof *dv);
+                for (int i = 0; i < 2; i++) dk[i] = calloc((size_t)rows, sizeof **dk);
+                assert_false(copy == NULL || dv == NULL || dk[0] == NULL || dk[1] == NULL);
+                memcpy(copy, x, (size_t)rows * sizeof *copy);
+                must(ls_shard_local(ctx, T, &q));
+                must(ls_shard_local(ctx, S, &k));
+                const ls_attention_shape shape = {.batch = B, .queries = &q, .keys = &k};
+                for (int i = 0; i < 2; i++) {
+                    const ls_attention_io io = {.query = x, .key = i ? copy : x, .value = x + rows};
+                    const ls_attention_grads g = {.query = grads, .key = dk[i], .value = dv, .params = grads + 512};
+                    must(ls_attention_forward(a, &shape, &io, params, y, saved));
+                    must(ls_attention_backward(a, &shape, &io, params, y, y, saved, &g));
+                }
+                assert_false(any(memcmp(dk[0], dk[1], (size_t)rows * sizeof *copy) != 0));
+                int some = 0;
+                for (int64_t i = 0; i < rows; i++) some |= dk[0][i] != 0;
+                assert_true(any(some));
+                ls_shard_free(&q), ls_shard_free(&k);
+                free(copy), free(dv), free(dk[0]), free(dk[1]);
+            }
+            ls_saved_free(saved);
+            ls_attention_free(a);
+        }
 }
 
 /* BLAS counts with int, and random numbers leave 16 bits for the stream and for the head. */
@@ -452,7 +503,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_nothing),     cmocka_unit_test(test_all_reduce), cmocka_unit_test(test_sentences),
         cmocka_unit_test(test_differences), cmocka_unit_test(test_states),     cmocka_unit_test(test_sources),
         cmocka_unit_test(test_counts),      cmocka_unit_test(test_sizes),      cmocka_unit_test(test_levels),
-        cmocka_unit_test(test_dry),         cmocka_unit_test(test_saved)};
+        cmocka_unit_test(test_dry),         cmocka_unit_test(test_saved),      cmocka_unit_test(test_same_pointer)};
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     ls_context_free(ctx);
     free(x), free(y), free(grads), free(params);
