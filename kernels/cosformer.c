@@ -93,7 +93,7 @@ static void backward(ls_pass *p, int64_t h, int64_t n, const ls_real *rows, cons
 /* relu's gradient jumps where a feature is 0. */
 static void layer(const ls_attention_options *o, ls_layer_form *form)
 {
-    form->input[0].exact = form->input[1].exact = o->value[ACT] == 0;
+    form->input[0].made = form->input[1].made = o->value[ACT] == 0 ? LS_EXACT : LS_AS_ASKED;
 }
 
 static const ls_feature_map map = {.features = features,

@@ -184,10 +184,12 @@ typedef struct ls_layer_form {
     struct {
         const char *weight, *bias; /* bias NULL: none */
         int64_t width;
-        int alike;      /* rows are rounded or compared: their bits must not depend on ranks, see ls_linear_alike */
-        int exact;      /* where precision rounds, these rows are not: gradients jump where they are nearly 0 */
-        int finer;      /* where it is bfloat16 they are made in TF32, and where it is TF32 not rounded: what follows
-                           amplifies rounding */
+        enum {
+            LS_AS_ASKED, /* in the context's precision */
+            LS_FINER, /* where that is bfloat16 in TF32, and where it is TF32 not rounded: what follows amplifies it */
+            LS_EXACT, /* never rounded: gradients jump where these rows are nearly 0 */
+            LS_ALIKE  /* nor in bits that depend on ranks, as they are rounded or compared: see linear_alike */
+        } made;
     } input[4];         /* query, key, value, and extra, which is projected from the query's rows */
     int64_t core_width; /* of the core's rows of output */
     int gelu;           /* of the core's output, before out_proj */

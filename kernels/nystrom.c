@@ -83,7 +83,7 @@ static ls_status check(const ls_attention_options *o)
 static void layer(const ls_attention_options *o, ls_layer_form *form)
 {
     (void)o;
-    form->input[0].finer = form->input[1].finer = 1;
+    form->input[0].made = form->input[1].made = LS_FINER;
 }
 
 /* ------------------------------------------------------------------------------------------------ sizes */

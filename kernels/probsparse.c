@@ -755,7 +755,7 @@ static const ls_phase phases[] = {
 static void layer(const ls_attention_options *o, ls_layer_form *form)
 {
     (void)o;
-    form->input[0].alike = form->input[1].alike = 1;
+    form->input[0].made = form->input[1].made = LS_ALIKE;
 }
 
 const ls_mechanism ls_probsparse_mechanism = {

@@ -38,9 +38,9 @@ static void list_params(ls_attention *a)
 {
     const int64_t E = a->options.embed_dim;
     a->form = (ls_layer_form){.inputs = 3,
-                              .input = {{"q_proj.weight", "q_proj.bias", E, 0, 0},
-                                        {"k_proj.weight", "k_proj.bias", E, 0, 0},
-                                        {"v_proj.weight", "v_proj.bias", E, 0, 0}},
+                              .input = {{"q_proj.weight", "q_proj.bias", E, LS_AS_ASKED},
+                                        {"k_proj.weight", "k_proj.bias", E, LS_AS_ASKED},
+                                        {"v_proj.weight", "v_proj.bias", E, LS_AS_ASKED}},
                               .core_width = E,
                               .out_weight = "out_proj.weight",
                               .out_bias = "out_proj.bias"};
@@ -348,12 +348,12 @@ static void recall_rows(const ls_attention *a, int64_t reals, ls_real *x, ls_ope
 /* Whether the rows of an input of the core are finer than the context's precision. */
 static int keeps_floats(const ls_attention *a, int which)
 {
-    return a->form.input[which].exact || a->form.input[which].finer || a->form.input[which].alike;
+    return a->form.input[which].made != LS_AS_ASKED;
 }
 
 static ls_precision precision_of(const ls_attention *a, int which)
 {
-    return a->form.input[which].finer && a->ctx->precision == LS_BF16 ? LS_TF32 : LS_FLOAT32;
+    return a->form.input[which].made == LS_FINER && a->ctx->precision == LS_BF16 ? LS_TF32 : LS_FLOAT32;
 }
 
 /* Whether the core takes and gives rows as they are kept: one rank alone has them, and all of them are rounded. */
@@ -462,7 +462,7 @@ void ls_project(const ls_attention *a, int which, int64_t rows, ls_operand x, co
     const ls_real *w = weight_of(a, which, params), *b = bias_of(a, which, params);
     const int64_t in = ls_projection_in(a, which), out = ls_projection_out(a, which);
     const ls_dense_ops *dense = a->ctx->dense;
-    if (which != OUT_PROJ && a->form.input[which].alike)
+    if (which != OUT_PROJ && a->form.input[which].made == LS_ALIKE)
         dense->linear_alike(a->ctx->queue, rows, in, out, x.p, w, b, y);
     else if (which != OUT_PROJ && keeps_floats(a, which))
         dense->linear_in(a->ctx->queue, precision_of(a, which), rows, in, out, x.p, w, b, y);
