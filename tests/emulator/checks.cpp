@@ -150,6 +150,14 @@ bool is_same(const access &a, const access &b)
     return memcmp(&a, &b, sizeof a) == 0;
 }
 
+/* Whether `mine` is one more of several readers: another of them was no nearer to the last write, and might read. */
+inline bool is_one_of(const access &readers, const access &mine)
+{
+    if (readers.kind == OF_GRID) return readers.block >= first_block;
+    return readers.block == mine.block && readers.time == mine.time &&
+           (readers.kind == OF_BLOCK || (readers.kind == OF_WARP && readers.thread / WARP == mine.thread / WARP));
+}
+
 /* Against the last write. */
 inline void check(const part *s, uintptr_t at, const history *h, const char *mine, const void *where)
 {
@@ -205,9 +213,9 @@ void read(const part *s, uintptr_t at, size_t bytes, const void *where)
     const access mine = now(ONE);
     for_words(s, at, bytes, [&](history &h, uintptr_t here, size_t) {
         access *last = &h.read;
-        if (is_same(*last, mine)) return;
+        if (is_same(*last, mine) || is_one_of(*last, mine)) return;
         check(s, here, &h, "reads", where);
-        if (s == &device && last->block >= first_block && (last->kind == OF_GRID || last->block != block))
+        if (s == &device && last->block >= first_block && last->block != block)
             *last = now(OF_GRID);
         else if (last->block != block || is_before(*last))
             *last = mine;
