@@ -119,9 +119,8 @@ typedef enum ls_transport {
  *               dropout_mask nor weights are given (beyond 64 where a block may have 106 KiB of shared memory, beyond
  *               96 139, as on an A100 or H100); in performer and cosformer features, values, weights and states, on
  *               tensor cores, too, but for performer's sums over keys and their gradients; likewise in longshort
- *               queries (with what is added to them), normalised keys and values, vectors, tables of distances,
- *               probabilities and gradients of logits, and in local queries, keys, values, weights, gradients of
- *               logits and of the output.
+ *               queries, normalised keys and values, vectors, tables of distances, probabilities and gradients of
+ *               logits, and in local queries, keys, values, weights, gradients of logits and of the output.
  *               Takes 64 MiB of the GPU for copies of operands; exact softmax there 2 bytes for each number of q, k
  *               and v, and of the output's gradient, while it runs (none in a layer where one rank has all positions).
  *
@@ -139,8 +138,8 @@ typedef enum ls_transport {
  *     s4d, the slots of lara and nystrom, features of performer and their gradients, the cores of decoding steps but
  *     those of performer, cosformer, longshort and local, norms, the loss.
  *
- * Where bfloat16 would be amplified, but TF32 would not, LS_BF16 rounds to that, and LS_TF32 does not round:
- * projections of nystrom's queries and keys, and p_proj and d_proj of longshort. */
+ * Where bfloat16 would be amplified, but TF32 is not, LS_BF16 rounds to that: projections of nystrom's queries and
+ * keys, and all that go into longshort's core. */
 typedef enum ls_precision { LS_FLOAT32 = 0, LS_TF32, LS_BF16 } ls_precision;
 const char *ls_precision_name(ls_precision precision); /* "float32", "tf32", "bf16" */
 

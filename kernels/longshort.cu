@@ -25,7 +25,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[NEAR] = ls_take(work, 2 * B * n * E);
     p->work[RAW] = ls_take(work, ranges * B * 2 * r * E);
     p->work[ITEMS] = ls_take(work, noncausal * B * ls_longshort_item(p) + step * B * H * (E + seen));
-    p->work[TABLES] = ls_take(work, causal * (far * E + (1 + back) * (N + D) * E));
+    p->work[TABLES] = ls_take(work, causal * (far * E + (1 + back) * (N + D) * E + D * H));
     p->work[DOWN] = ls_take(work, back * noncausal * 2 * B * p->S * E);
     p->work[DRAW] = ls_take(work, back * ranges * B * 2 * r * E);
     p->work[DSUMS] = ls_take(work, back * causal * elements);

@@ -4,9 +4,10 @@
  * Forward the softmax is made as guests come; its maximum and sum are saved. Backward each gradient has a kernel, which
  * makes the probabilities it needs anew:
  *   find_delta        δ = Σ P dP
- *   query_gradients   dq; sums for r_w, r_r
- *   guest_gradients   a tile of keys and values, near, or far by slices of the queries
- *   table_gradients   rows of a table, by slices of the queries, each with the guests at those distances */
+ *   query_gradients   dq
+ *   guest_gradients   a tile of keys and values, near, or far by slices of the queries; of near ones a share of dr_w
+ *   table_gradients   rows of a table, by slices of the queries, each with the guests at those distances; and of dr_r
+ */
 #include "longshort_meeting.h"
 
 static int64_t far_of(const ls_pass *p)
@@ -14,11 +15,11 @@ static int64_t far_of(const ls_pass *p)
     return p->step ? 0 : p->pattern == LS_CS ? ls_longshort_seen(p) : vectors(p);
 }
 
-/* TABLES: pe, R_chunk, R_win, and gradients of the two. */
+/* TABLES: pe, R_chunk, R_win, r_r·R_win, and gradients of the tables. */
 namespace
 {
 typedef struct tables {
-    ls_real *positions, *far, *near, *dfar, *dnear;
+    ls_real *positions, *far, *near, *near_terms, *dfar, *dnear;
 } tables;
 } // namespace
 
@@ -29,7 +30,8 @@ static tables tables_of(const ls_pass *p)
     t.positions = p->work[TABLES];
     t.far = t.positions + ls_max(ls_longshort_seen(p), D) * E;
     t.near = t.far + N * E;
-    t.dfar = t.near + D * E;
+    t.near_terms = t.near + D * E;
+    t.dfar = t.near_terms + D * p->H;
     t.dnear = t.dfar + N * E;
     return t;
 }
@@ -59,15 +61,12 @@ static scene scene_of(const ls_pass *p, int phase)
     if (p->step) x.start = p->summary[phase].got;
     if (!causal) return x;
     const tables t = tables_of(p);
-    x.far_table = t.far, x.near_table = t.near;
+    x.far_table = t.far, x.near_table = t.near, x.near_terms = t.near_terms;
     x.r_w = parameter(p, R_W), x.r_r = parameter(p, R_R);
     return x;
 }
 
 /* ------------------------------------------------------------------------------------------------ forward */
-
-/* Four threads have a row of pairs. */
-enum { SHARERS = (int)LS_THREADS / SIDE };
 
 /* A block: a tile of queries of a (b,h), and 64 columns of what comes out: wider heads make their scores again for each
  * 64. */
@@ -160,6 +159,18 @@ static void make_table(ls_pass *p, int64_t n, const ls_real *positions, const ls
                      n * d, H);
 }
 
+/* y (H,n) = r (H,d) · rows of table (H,n,d). */
+static __global__ void multiply_rows(int64_t H, int64_t n, int64_t d, const ls_real *r, const ls_real *table,
+                                     ls_real *y)
+{
+    LS_EACH(i, H * n)
+    {
+        ls_real sum = 0;
+        for (int64_t e = 0; e < d; e++) sum += r[i / n * d + e] * table[i * d + e];
+        y[i] = sum;
+    }
+}
+
 static void make_tables(ls_pass *p)
 {
     const tables t = tables_of(p);
@@ -167,6 +178,9 @@ static void make_tables(ls_pass *p)
     ls_longshort_cuda_positions(p, ls_max(N, D), t.positions);
     make_table(p, N, t.positions, parameter(p, R_CHUNK), parameter(p, R_CHUNK_BIAS), t.far);
     make_table(p, D, t.positions, parameter(p, R_WIN), NULL, t.near);
+    if (D > 0)
+        LS_LAUNCH(p->queue, multiply_rows, ls_blocks(p->H * D, LS_THREADS), LS_THREADS, 0, p->H, D, p->d,
+                  parameter(p, R_R), t.near, t.near_terms);
 }
 
 /* What both directions begin with. */
@@ -232,72 +246,44 @@ template <class M> static __global__ void __launch_bounds__(LS_THREADS, 2) find_
     if (part == 0 && mine < y.n) x.delta[g * x.T + row + mine] = delta;
 }
 
-/* A block has every slices-th tile of a (b,h), and 64 columns. partial (B,H,slices,2,d), CS: Σ of dq by way of q + r_w,
- * of q + r_r. */
+/* A block: a tile of queries, and 64 columns. */
 template <class M>
-static __global__ void __launch_bounds__(LS_THREADS, 2)
-    query_gradients(const __grid_constant__ scene x, int64_t slices, ls_view dq, double *partial)
+static __global__ void __launch_bounds__(LS_THREADS, 2) query_gradients(const __grid_constant__ scene x, ls_view dq)
 {
     typedef sums<M, ROWS_COLUMNS> rows;
     typedef typename meeting<M>::pairs pairs;
     LS_SHARED(ls_real, memory);
     __shared__ seats s;
     meeting<M> y(x, s, memory);
-    const int64_t tiles = tiles_in(x.T, SIDE), g = blockIdx.x / slices;
-    const int e1 = blockIdx.y * SIDE, e = e1 + threadIdx.x;
-    double near_w = 0, near_r = 0; /* of column e */
-    for (int64_t tile = blockIdx.x % slices; tile < tiles; tile += slices) {
-        const int64_t row = tile * SIDE;
-        rows z, z_table; /* dq by way of guests, of the table */
-        __syncthreads();
-        y.seat_queries(g, row, (int)ls_min(SIDE, x.T - row), WITH_DELTA);
-        z.clear();
-        z_table.clear();
-        for (int kind = NEARBY; kind >= FAR; kind--) { /* vectors last: their queries lack r_w, r_r */
-            y.meet(kind, [&]() {
-                pairs score, gain;
-                y.score(score);
-                y.weigh(score, gain);
-                y.differentiate(score, gain);
-                y.set_weights(score);
-                y.gather(z, KEY, 0, e1);
-                for (int half = 0; x.causal && half <= y.reach; half += SIDE) {
-                    if (!y.has_rows(half)) continue;
-                    y.set_table_weights(score, half);
-                    y.gather(z_table, TABLE, half, e1);
-                }
-            });
-            if (kind == FAR || !x.causal) continue;
-            near_w += y.column_sum(z);
-            near_r += y.column_sum(z_table);
-        }
-        for (int u = 0; u < rows::U; u++)
-            for (int v = 0; v < rows::V; v++) z.at(u, v) = (typename M::sum)x.scale * (z.at(u, v) + z_table.at(u, v));
-        write_sums(z, y.n, e1, x.d, [&](int r) { return ls_row(dq, y.b, y.h, row + r); });
-    }
-    if (partial == NULL || threadIdx.x >= SIDE || e >= x.d) return;
-    partial[blockIdx.x * (int64_t)2 * x.d + e] = near_w;
-    partial[(blockIdx.x * (int64_t)2 + 1) * x.d + e] = near_r;
-}
-
-/* gradient (H,d) of r_w (which 0) and of r_r += the slices. */
-static __global__ void add_shared(int64_t B, int64_t H, int64_t slices, int64_t d, int which, const double *partial,
-                                  ls_real *gradient)
-{
-    LS_EACH(i, H * d)
-    {
-        double sum = 0;
-        for (int64_t b = 0; b < B; b++)
-            for (int64_t s = 0; s < slices; s++)
-                sum += partial[(((b * H + i / d) * slices + s) * 2 + which) * d + i % d];
-        gradient[i] += (ls_real)sum;
-    }
+    const int64_t tiles = tiles_in(x.T, SIDE), g = blockIdx.x / tiles, row = blockIdx.x % tiles * SIDE;
+    const int e1 = blockIdx.y * SIDE;
+    rows z;
+    y.seat_queries(g, row, (int)ls_min(SIDE, x.T - row), WITH_DELTA);
+    z.clear();
+    for (int kind = FAR; kind <= NEARBY; kind++)
+        y.meet(kind, [&]() {
+            pairs score, gain;
+            y.score(score);
+            y.weigh(score, gain);
+            y.differentiate(score, gain);
+            y.set_weights(score);
+            y.gather(z, KEY, 0, e1);
+            for (int half = 0; x.causal && half <= y.reach; half += SIDE) {
+                if (!y.has_rows(half)) continue;
+                y.set_table_weights(score, half);
+                y.gather(z, TABLE, half, e1);
+            }
+        });
+    for (int u = 0; u < rows::U; u++)
+        for (int v = 0; v < rows::V; v++) z.at(u, v) *= (typename M::sum)x.scale;
+    write_sums(z, y.n, e1, x.d, [&](int r) { return ls_row(dq, y.b, y.h, row + r); });
 }
 
 /* ------------------------------------------------------------------------------------------------ dk, dv; tables */
 
 /* A tile of guests of a (b,h), by slices of the queries, 64 columns. NEARBY, where there is one slice: gradients of
- * what rows of the halo are after their norm. FAR: partial (slices,B,H,N,2,d). */
+ * what rows of the halo are after their norm, and in CS shares of dr_w, partial (H,B,tiles,d). FAR: partial
+ * (slices,B,H,N,2,d). */
 template <class M>
 static __global__ void __launch_bounds__(LS_THREADS, 2)
     guest_gradients(const __grid_constant__ scene x, int kind, int64_t length, ls_view dk, ls_view dv, ls_real *partial)
@@ -308,7 +294,7 @@ static __global__ void __launch_bounds__(LS_THREADS, 2)
     meeting<M> y(x, s, memory);
     const int64_t all = kind == FAR ? x.N : x.n, step = y.step_of(kind), tiles = tiles_in(all, step);
     const int64_t g = blockIdx.x / tiles, first = blockIdx.x % tiles * step, e = ls_max(x.w / 2, 1);
-    const int count = (int)ls_min(step, all - first), e1 = blockIdx.z * SIDE;
+    const int count = (int)ls_min(step, all - first), e1 = blockIdx.z * SIDE, shares = x.causal && kind == NEARBY;
     /* queries: CS those after; NS of the blocks from (j - e) / w of the first key to (j + e) / w of the last */
     const int64_t j = x.lo + first, last = j + count - 1;
     int64_t t = blockIdx.y * length, end = ls_min(x.T, t + length);
@@ -318,6 +304,7 @@ static __global__ void __launch_bounds__(LS_THREADS, 2)
         end = ls_min(end, (x.causal ? last + x.w : ((last + e) / x.w + 1) * x.w) - x.first);
     }
     sums<M, COLUMNS_COLUMNS> sum_k, sum_v;
+    typename M::sum part = 0; /* of what shares */
     sum_k.clear();
     sum_v.clear();
     for (; t < end; t += SIDE) {
@@ -330,10 +317,16 @@ static __global__ void __launch_bounds__(LS_THREADS, 2)
         y.set_weights(score);
         y.give(sum_v, OUT, DOUT, e1);
         y.differentiate(score, gain);
+        if (shares) part += y.guest_sum(score);
         y.set_weights(score);
-        y.give_queries(sum_k, 0, e1);
+        y.give(sum_k, QUERY, Q, e1);
     }
     const int64_t b = g / x.H, h = g % x.H;
+    if (shares)
+        y.add_shared(
+            sum_k, part, x.r_w + h * x.d, count,
+            [&](int i) { return x.near_k + ((b * x.n + first + i) * x.H + h) * x.d; }, e1,
+            partial + ((h * x.B + b) * tiles + first / SIDE) * x.d);
     if (kind == NEARBY) {
         write_sums(sum_k, count, e1, x.d, [&](int i) { return ls_row(dk, b, h, first + i); });
         write_sums(sum_v, count, e1, x.d, [&](int i) { return ls_row(dv, b, h, first + i); });
@@ -345,10 +338,10 @@ static __global__ void __launch_bounds__(LS_THREADS, 2)
 }
 
 /* CS: a tile of rows of a kind's table, by slices of the queries, 64 columns: each query with the guests at those
- * distances. partial (slices,B,H,rows,d). */
+ * distances. partial (slices,B,H,rows,d). NEARBY: shares of dr_r, share (H,slices,B,tiles,d). */
 template <class M>
 static __global__ void __launch_bounds__(LS_THREADS, 2)
-    table_gradients(const __grid_constant__ scene x, int kind, int64_t length, ls_real *partial)
+    table_gradients(const __grid_constant__ scene x, int kind, int64_t length, ls_real *partial, ls_real *share)
 {
     typedef typename meeting<M>::pairs pairs;
     LS_SHARED(ls_real, memory);
@@ -359,6 +352,7 @@ static __global__ void __launch_bounds__(LS_THREADS, 2)
     const int count = (int)ls_min(step, all - first), e1 = blockIdx.z * SIDE;
     const int64_t end = ls_min(x.T, (blockIdx.y + 1) * length);
     sums<M, COLUMNS_COLUMNS> sum;
+    typename M::sum part = 0; /* of what shares */
     sum.clear();
     for (int64_t t = blockIdx.y * length; t < end; t += SIDE) {
         __syncthreads();
@@ -370,10 +364,16 @@ static __global__ void __launch_bounds__(LS_THREADS, 2)
             y.score(score);
             y.weigh(score, gain);
             y.differentiate(score, gain);
+            if (kind == NEARBY) part += y.distance_sum(score);
             y.set_table_weights(score, 0);
-            y.give_queries(sum, 1, e1);
+            y.give(sum, QUERY, Q, e1);
         }
     }
+    const int64_t b = g / x.H, h = g % x.H;
+    if (kind == NEARBY)
+        y.add_shared(
+            sum, part, x.r_r + h * x.d, count, [&](int i) { return x.near_table + (h * all + first + i) * x.d; }, e1,
+            share + (((h * gridDim.y + blockIdx.y) * x.B + b) * tiles + first / step) * x.d);
     ls_real *to = partial + ((blockIdx.y * x.B * x.H + g) * all + first) * x.d;
     write_sums(sum, count, e1, x.d, [&](int i) { return to + i * x.d; });
 }
@@ -403,27 +403,22 @@ static __global__ void sum_table(int64_t parts, int64_t reals, const ls_real *pa
     }
 }
 
-/* dbias (H,d) += Σ rows of dtable (H,n,d): a block has 32 columns of a head. */
-static __global__ void add_rows(int64_t n, int64_t d, const ls_real *dtable, ls_real *dbias)
+/* y (H,d) += Σ rows of x (H,n,d): a block has 32 columns of a head. */
+static __global__ void add_rows(int64_t n, int64_t d, const ls_real *x, ls_real *y)
 {
     __shared__ double sums[LS_THREADS];
     const int lane = threadIdx.x % LS_WARP, warp = threadIdx.x / LS_WARP, warps = LS_THREADS / LS_WARP;
     const int64_t h = blockIdx.y, e = (int64_t)blockIdx.x * LS_WARP + lane;
     double sum = 0;
-    for (int64_t i = warp; i < n && e < d; i += warps) sum += (double)dtable[(h * n + i) * d + e];
+    for (int64_t i = warp; i < n && e < d; i += warps) sum += (double)x[(h * n + i) * d + e];
     sums[threadIdx.x] = sum;
     __syncthreads();
     if (warp > 0 || e >= d) return;
     for (int i = 1; i < warps; i++) sum += sums[i * LS_WARP + lane];
-    dbias[h * d + e] += (ls_real)sum;
+    y[h * d + e] += (ls_real)sum;
 }
 
 /* ------------------------------------------------------------------------------------------------ backward */
-
-static int64_t query_slices(const ls_pass *p)
-{
-    return ls_min(QUERY_SLICES, tiles_in(p->T, SIDE));
-}
 
 /* Slices of the queries, where so many rows of every (b,h) are to be summed over them: enough to fill a GPU several
  * times over, since in CS the first rows meet many queries and the last hardly any. */
@@ -435,23 +430,25 @@ static int64_t slices_for(const ls_pass *p, int64_t rows)
 
 size_t ls_longshort_cuda_slices(const ls_pass *p)
 {
-    const int64_t N = far_of(p), D = p->pattern == LS_CS ? ls_longshort_distances(p) : 0, E = p->H * p->d;
-    const int64_t far = slices_for(p, N) * p->B * N * 2 * E, near = slices_for(p, D) * p->B * D * E;
-    const int64_t shared = p->B * query_slices(p) * 2 * E * (int64_t)sizeof(double);
-    return (size_t)ls_max(shared, ls_max(far, near) * (int64_t)sizeof(ls_real));
+    const int64_t causal = p->pattern == LS_CS, N = far_of(p), D = causal ? ls_longshort_distances(p) : 0;
+    const int64_t far = slices_for(p, N) * N * 2, near = slices_for(p, D) * (D + tiles_in(D, SIDE));
+    const int64_t window = causal * tiles_in(ls_longshort_halo_rows(p), SIDE);
+    return (size_t)(p->B * p->H * p->d * ls_max(window, ls_max(far, near))) * sizeof(ls_real);
+}
+
+static void add_all_rows(ls_pass *p, int64_t n, const ls_real *x, ls_real *y)
+{
+    LS_LAUNCH(p->queue, add_rows, dim3((unsigned)tiles_in(p->d, LS_WARP), (unsigned)p->H), LS_THREADS, 0, n, p->d, x,
+              y);
 }
 
 template <class M> static void backward_of_queries(ls_pass *p, const scene *x)
 {
-    const int64_t slices = x->causal ? query_slices(p) : tiles_in(p->T, SIDE), all = p->H * p->d;
-    double *partial = x->causal ? (double *)(void *)p->work[SLICES] : NULL;
-    if (p->B * p->H * slices == 0) return;
-    LS_LAUNCH(p->queue, find_delta<M>, (int)(p->B * p->H * tiles_in(p->T, SIDE)), LS_THREADS, bytes_of<M>(), *x);
-    LS_LAUNCH(p->queue, query_gradients<M>, dim3((unsigned)(p->B * p->H * slices), column_tiles(p)), LS_THREADS,
-              bytes_of<M>(), *x, slices, p->dq, partial);
-    for (int i = 0; i < 2 && x->causal; i++)
-        LS_LAUNCH(p->queue, add_shared, ls_blocks(all, LS_THREADS), LS_THREADS, 0, p->B, p->H, slices, p->d, i, partial,
-                  parameter_gradient(p, i == 0 ? R_W : R_R));
+    const int64_t blocks = p->B * p->H * tiles_in(p->T, SIDE);
+    if (blocks == 0) return;
+    LS_LAUNCH(p->queue, find_delta<M>, (int)blocks, LS_THREADS, bytes_of<M>(), *x);
+    LS_LAUNCH(p->queue, query_gradients<M>, dim3((unsigned)blocks, column_tiles(p)), LS_THREADS, bytes_of<M>(), *x,
+              p->dq);
 }
 
 /* The grid of a kernel that sums so many rows, `step` in a tile, over slices of the queries. */
@@ -466,7 +463,8 @@ template <class M> static void backward_of_window(ls_pass *p, const scene *x)
     const longshort_rows k = {p->halo.k, p->B, n, p->H, p->d}, v = {p->halo.v, p->B, n, p->H, p->d};
     if (p->B * p->H * n == 0) return;
     LS_LAUNCH(p->queue, guest_gradients<M>, sliced(p, n, SIDE, 1), LS_THREADS, bytes_of<M>(), *x, NEARBY, p->T,
-              p->halo.dk, p->halo.dv, NULL);
+              p->halo.dk, p->halo.dv, p->work[SLICES]);
+    if (x->causal) add_all_rows(p, p->B * tiles_in(n, SIDE), p->work[SLICES], parameter_gradient(p, R_W));
     ls_longshort_cuda_norm_backward(p, NEAR_WEIGHT, k, p->halo.pad, p->halo.dk, p->halo.dk, 0);
     ls_longshort_cuda_norm_backward(p, NEAR_WEIGHT, v, p->halo.pad, p->halo.dv, p->halo.dv, 0);
 }
@@ -482,20 +480,23 @@ template <class M> static void backward_of_far(ls_pass *p, const scene *x, int64
               ditems);
 }
 
-/* Gradient of a kind's table, of so many rows, and of what it is made of. */
-template <class M>
-static void backward_of_table(ls_pass *p, const scene *x, int kind, ls_real *dtable, ls_real *dweight, ls_real *dbias)
+/* Gradient of a kind's table, and of what it is made of; NEARBY: of r_r. */
+template <class M> static void backward_of_table(ls_pass *p, const scene *x, int kind)
 {
     const tables t = tables_of(p);
-    const int64_t rows = kind == FAR ? x->N : x->D, d = p->d, E = p->H * d, slices = slices_for(p, rows);
+    const int near = kind == NEARBY;
+    const int64_t rows = near ? x->D : x->N, d = p->d, E = p->H * d, parts = slices_for(p, rows) * p->B;
+    ls_real *partial = p->work[SLICES], *share = partial + parts * rows * E, *dtable = near ? t.dnear : t.dfar;
     if (rows == 0 || p->T == 0) return;
-    LS_LAUNCH(p->queue, table_gradients<M>, sliced(p, rows, kind == FAR ? x->vectors : SIDE, slices), LS_THREADS,
-              bytes_of<M>(), *x, kind, tiles_in(p->T, slices), p->work[SLICES]);
-    LS_LAUNCH(p->queue, sum_table, ls_blocks(rows * E, LS_THREADS), LS_THREADS, 0, slices * p->B, rows * E,
-              p->work[SLICES], dtable);
-    ls_gemm_batch(p->queue, 1, 0, d, E, rows, 1, dtable, d, rows * d, t.positions, E, 0, 1, dweight, E, d * E, p->H);
-    const dim3 blocks((unsigned)tiles_in(d, LS_WARP), (unsigned)p->H);
-    if (dbias != NULL) LS_LAUNCH(p->queue, add_rows, blocks, LS_THREADS, 0, rows, d, dtable, dbias);
+    LS_LAUNCH(p->queue, table_gradients<M>, sliced(p, rows, near ? SIDE : x->vectors, slices_for(p, rows)), LS_THREADS,
+              bytes_of<M>(), *x, kind, tiles_in(p->T, slices_for(p, rows)), partial, share);
+    LS_LAUNCH(p->queue, sum_table, ls_blocks(rows * E, LS_THREADS), LS_THREADS, 0, parts, rows * E, partial, dtable);
+    ls_gemm_batch(p->queue, 1, 0, d, E, rows, 1, dtable, d, rows * d, t.positions, E, 0, 1,
+                  parameter_gradient(p, near ? R_WIN : R_CHUNK), E, d * E, p->H);
+    if (near)
+        add_all_rows(p, parts * tiles_in(rows, SIDE), share, parameter_gradient(p, R_R));
+    else
+        add_all_rows(p, rows, dtable, parameter_gradient(p, R_CHUNK_BIAS));
 }
 
 template <class M> static void backward(ls_pass *p, const scene *x, int phase)
@@ -504,10 +505,9 @@ template <class M> static void backward(ls_pass *p, const scene *x, int phase)
     backward_of_queries<M>(p, x);
     backward_of_window<M>(p, x);
     if (x->causal) {
-        const tables t = tables_of(p);
         backward_of_far<M>(p, x, g->total / x->item / p->B, g->dall);
-        backward_of_table<M>(p, x, FAR, t.dfar, parameter_gradient(p, R_CHUNK), parameter_gradient(p, R_CHUNK_BIAS));
-        backward_of_table<M>(p, x, NEARBY, t.dnear, parameter_gradient(p, R_WIN), NULL);
+        backward_of_table<M>(p, x, FAR);
+        backward_of_table<M>(p, x, NEARBY);
     } else {
         backward_of_far<M>(p, x, 1, p->work[DITEMS]);
         ls_longshort_cuda_return_landmarks(p, &p->summary[phase]);

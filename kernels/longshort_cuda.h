@@ -22,7 +22,7 @@ enum {
     NEAR,    /* the halo's keys and values normalised (2,B,n,E) */
     RAW,     /* vectors before their norm */
     ITEMS,   /* NS: one item for each batch row. A step: u (B,H,E), then the terms of distances (B,H,seen) */
-    TABLES,  /* CS: pe (max(N, D),E), R_chunk (H,N,d), R_win (H,D,d), and the gradients of the two */
+    TABLES,  /* CS: pe (max(N, D),E), R_chunk (H,N,d), R_win (H,D,d), r_r·R_win (H,D), gradients of the two tables */
     DOWN,    /* NS: gradients of OWN */
     DRAW,    /* of RAW */
     DSUMS,   /* CS: of SUMS */
@@ -33,7 +33,7 @@ enum {
     DELTA,   /* (B,H,T) Σ P dP */
     SLICES   /* partial sums over queries */
 };
-enum { NORM_SLICES = 64, SUM_SLICES = 64, QUERY_SLICES = 256 };
+enum { NORM_SLICES = 64, SUM_SLICES = 64 };
 
 /* Rows of all heads: n for each of `groups`, head h of row t of group g at ls_row(v, g, h, t). */
 typedef struct longshort_rows {

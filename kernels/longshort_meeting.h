@@ -8,7 +8,12 @@
  * So queries are multiplied by 64 rows of the table at a time, and each pair fetches its number from the product; and
  * gradients of logits, written to where those numbers came from, are weights of the table's rows. Queries of a tile are
  * of several chunks: there are as many fewer vectors in a tile of guests as the newest that they see lie apart, so that
- * one product has all distances. */
+ * one product has all distances.
+ *
+ * What r_w and r_r add to a logit, r_w·k_j and r_r·R_win(δ), is a number of the key and one of the distance, in floats:
+ * in bf16, q + r_w would be rounded otherwise than q, with which the vectors of the same softmax are weighed. Backward,
+ * with s the sum of dscore over the queries of a key, or of a distance, dk += s r_w, dr_w += s k; dR += s r_r,
+ * dr_r += s R. */
 #ifndef LS_LONGSHORT_MEETING_H
 #define LS_LONGSHORT_MEETING_H
 
@@ -18,11 +23,13 @@
 using namespace ls_tiles;
 
 enum { FAR, NEARBY };
-/* Tiles of operands: what is there, of a source. That of a kind's queries: Q alone, Q + r_w, Q + r_r. */
-enum { QUERY, DISTANCE, OUT, GUEST, TILES };
-enum { Q, Q_NEAR, Q_DISTANCE, DOUT, KEY, VALUE, TABLE };
+/* Tiles of operands, and what may be in them. */
+enum { QUERY, OUT, GUEST, TILES };
+enum { Q, DOUT, KEY, VALUE, TABLE };
 /* What queries bring besides: nothing, what makes their probabilities, and δ, too. */
 enum { PLAIN, WITH_STATISTICS, WITH_DELTA };
+/* So many threads side by side share a row of a tile: rows / SHARERS has row_shared(), of which it is part_shared(). */
+enum { SHARERS = (int)LS_THREADS / SIDE };
 
 /* What kernels know of a call. Queries: T rows of each (b,h), from position first. Near keys: n rows from position lo.
  * N: far vectors that the last query sees; 0 where there are none, as in a step, which has `start`: the softmax over
@@ -37,7 +44,8 @@ typedef struct scene {
     const uint8_t *pad_q, *pad;                        /* (B,T), (B,n) */
     const ls_real *near_k, *near_v;                    /* (B,n,H,d) */
     const ls_real *items, *start;                      /* (N / r,B,item); (B,H,2+d) */
-    const ls_real *far_table, *near_table, *r_w, *r_r; /* (H,N,d), (H,D,d), (H,d) */
+    const ls_real *far_table, *near_table, *r_w, *r_r; /* (H,N,d), (H,D,d), (H,d); NULL: none */
+    const ls_real *near_terms;                         /* (H,D) r_r·R_win */
     ls_real *top, *inverse, *delta;                    /* by query */
 } scene;
 } // namespace
@@ -55,11 +63,11 @@ static __device__ inline int64_t far_seen(const scene &x, int64_t i)
 namespace
 {
 /* In shared memory, what rows and columns of a tile of pairs are. Query r sees guests [from, to) but those that are not
- * there; rows that are not are NULL. */
+ * there; rows that are not are NULL. term: of each guest, r_w·k. sum: of each guest, or row of the table, of dscore. */
 typedef struct seats {
     int from[SIDE], to[SIDE], shift[SIDE];
     const ls_real *q[SIDE], *dout[SIDE], *key[SIDE];
-    ls_real top[SIDE], inverse[SIDE], delta[SIDE];
+    ls_real top[SIDE], inverse[SIDE], delta[SIDE], term[SIDE], sum[SIDE];
 } seats;
 
 /* A tile of queries of one (b,h) and a tile of guests: what all threads of a block know. */
@@ -95,7 +103,7 @@ template <class M> struct meeting {
     {
         const int r = threadIdx.x;
         b = g / x.H, h = g % x.H, t = from, n = queries;
-        held[QUERY] = held[DISTANCE] = held[OUT] = -1;
+        held[QUERY] = held[OUT] = -1;
         if (r >= SIDE) return;
         const int there = r < n && !ls_is_padded(x.pad_q, b * x.T + t + r);
         const int64_t row = g * x.T + t + r;
@@ -164,13 +172,19 @@ template <class M> struct meeting {
     {
         const int near = x.causal && kind == NEARBY;
         z.clear();
-        for (int e = 0; e < x.d; e += SIDE) multiply(z, QUERY, near ? Q_NEAR : Q, KEY, 0, e);
+        for (int e = 0; e < x.d; e += SIDE) multiply(z, QUERY, Q, KEY, 0, e);
+        for (int v = 0; near && v < pairs::V; v++)
+            for (int u = 0; u < pairs::U; u++) z.at(u, v) += (sum)s.term[pairs::column(v)];
         for (int half = 0; x.causal && half <= reach; half += SIDE) {
             if (!has_rows(half)) continue;
             pairs terms;
             terms.clear();
-            for (int e = 0; e < x.d; e += SIDE)
-                multiply(terms, near ? DISTANCE : QUERY, near ? Q_DISTANCE : Q, TABLE, half, e);
+            for (int e = 0; e < x.d; e += SIDE) multiply(terms, QUERY, Q, TABLE, half, e);
+            for (int v = 0; near && v < pairs::V; v++) {
+                const int64_t row = window + half + pairs::column(v);
+                const sum term = row >= 0 && row < x.D ? (sum)x.near_terms[h * x.D + row] : 0;
+                for (int u = 0; u < pairs::U; u++) terms.at(u, v) += term;
+            }
             hand_over(terms);
             for (int u = 0; u < pairs::U; u++) {
                 const int r = pairs::row(u), shift = s.shift[r] - half;
@@ -221,13 +235,44 @@ template <class M> struct meeting {
         __syncthreads();
     }
 
-    /* Σ over queries of column threadIdx.x. */
-    __device__ inline double column_sum(sums<M, ROWS_COLUMNS> &z)
+    /* This thread's part of Σ over queries, of pairs with its guest, or with its row of the window. */
+    __device__ inline sum guest_sum(pairs &z)
     {
-        double y = 0;
+        sum y = 0;
         hand_over(z);
-        for (int r = 0; r < n && threadIdx.x < SIDE; r++) y += (double)handed()[r * PITCH + threadIdx.x];
+        for (int r = part_shared(); r < n; r += SHARERS) y += handed()[r * PITCH + row_shared()];
         return y;
+    }
+    __device__ inline sum distance_sum(pairs &z)
+    {
+        sum y = 0;
+        hand_over(z);
+        for (int r = part_shared(); r < n; r += SHARERS) {
+            const int guest = s.shift[r] - row_shared();
+            if (guest >= 0 && guest < count) y += handed()[r * PITCH + guest];
+        }
+        return y;
+    }
+    /* From all parts, which become known to all: z, columns [e, e + SIDE), += sum · more; and share (d), too,
+     * = Σ sum · row(i) of so many rows. */
+    template <typename P>
+    __device__ inline void add_shared(sums<M, COLUMNS_COLUMNS> &z, sum part, const ls_real *more, int rows, P row,
+                                      int e, ls_real *share)
+    {
+        typedef sums<M, COLUMNS_COLUMNS> all;
+        const int column = e + (int)threadIdx.x;
+        part = ls_warp_sum(part, SHARERS);
+        if (part_shared() == 0) s.sum[row_shared()] = (ls_real)part;
+        __syncthreads();
+        for (int v = 0; v < all::V; v++) {
+            const int at = e + all::column(v);
+            for (int u = 0; u < all::U && at < x.d; u++) z.at(u, v) += (sum)(s.sum[all::row(u)] * more[at]);
+        }
+        if (threadIdx.x >= SIDE || column >= x.d) return;
+        double y = 0;
+        for (int i = 0; i < rows; i++)
+            if (s.sum[i] != 0) y += (double)(s.sum[i] * row(i)[column]); /* what is padded may be anything */
+        share[column] = (ls_real)y;
     }
 
     /* Weights of pairs, rounded as operands are; the product that follows waits for them. */
@@ -270,54 +315,57 @@ template <class M> struct meeting {
         __syncthreads();
         z.add(whole<M>(n), tile(TILES), tile(slot));
     }
-    __device__ inline void give_queries(sums<M, COLUMNS_COLUMNS> &z, int distances, int e)
+
+    static __device__ inline int row_shared()
     {
-        const int near = x.causal && kind == NEARBY;
-        if (near && distances)
-            give(z, DISTANCE, Q_DISTANCE, e);
-        else
-            give(z, QUERY, near ? Q_NEAR : Q, e);
+        return (int)threadIdx.x / SHARERS;
+    }
+    static __device__ inline int part_shared()
+    {
+        return (int)threadIdx.x % SHARERS;
     }
 
   private:
+    /* Guest i of a tile, NULL if it is not there. */
+    __device__ inline const ls_real *key_of(int i) const
+    {
+        const int64_t g = first + i;
+        if (i >= count) return NULL;
+        if (kind == NEARBY) return ls_is_padded(x.pad, b * x.n + g) ? NULL : x.near_k + ((b * x.n + g) * x.H + h) * x.d;
+        const ls_real *item = x.items + (g / x.r * x.B + b) * x.item;
+        return item[x.item - 1] != 0 ? item + (g % x.r * x.H + h) * x.d : NULL; /* its tokens are not all padded */
+    }
+
     __device__ inline void seat()
     {
-        const int i = threadIdx.x % SIDE;
+        const int i = threadIdx.x, guest = row_shared();
         held[GUEST] = -1;
         to_value = kind == FAR ? x.r * x.H * x.d : x.near_v - x.near_k;
+        const ls_real *key = key_of(guest), *more = kind == NEARBY && key != NULL ? x.r_w : NULL;
+        ls_real term = 0;
+        for (int e = part_shared(); more != NULL && e < x.d; e += SHARERS) term += more[h * x.d + e] * key[e];
+        term = ls_warp_sum(term, SHARERS);
         __syncthreads(); /* of the guests before nobody reads any more */
-        if (threadIdx.x < SIDE) {
-            const ls_span far = {0, 0, far_seen(x, x.first + t + i)};
-            ls_span z = kind == FAR ? far : ls_longshort_window(x.causal, x.w, x.first + t + i);
-            if (kind == NEARBY) z.lo -= x.lo;
-            s.shift[i] = (int)ls_max(INT32_MIN / 2, ls_min(INT32_MAX / 2, row_of_table(kind, i) - first - window));
-            s.from[i] = (int)ls_max(0, ls_min(count, z.lo - first));
-            s.to[i] = s.q[i] == NULL ? 0 : (int)ls_max(0, ls_min(count, z.lo + z.n - first));
-        } else if (threadIdx.x < 2 * SIDE) {
-            const int64_t g = first + i;
-            const ls_real *key = NULL;
-            if (i < count && kind == FAR) {
-                const ls_real *item = x.items + (g / x.r * x.B + b) * x.item;
-                if (item[x.item - 1] != 0) key = item + (g % x.r * x.H + h) * x.d; /* its tokens are not all padded */
-            } else if (i < count && !ls_is_padded(x.pad, b * x.n + g)) {
-                key = x.near_k + ((b * x.n + g) * x.H + h) * x.d;
-            }
-            s.key[i] = key;
-        }
+        if (part_shared() == 0) s.key[guest] = key, s.term[guest] = term;
+        if (i >= SIDE) return;
+        const ls_span far = {0, 0, far_seen(x, x.first + t + i)};
+        ls_span z = kind == FAR ? far : ls_longshort_window(x.causal, x.w, x.first + t + i);
+        if (kind == NEARBY) z.lo -= x.lo;
+        s.shift[i] = (int)ls_max(INT32_MIN / 2, ls_min(INT32_MAX / 2, row_of_table(kind, i) - first - window));
+        s.from[i] = (int)ls_max(0, ls_min(count, z.lo - first));
+        s.to[i] = s.q[i] == NULL ? 0 : (int)ls_max(0, ls_min(count, z.lo + z.n - first));
     }
 
     /* A tile = what the source has, unless it is there; between two barriers. half: of a table. */
     __device__ inline void bring(int slot, int source, int half, int e)
     {
-        const int id = (source * 4096 + half / SIDE) * 4096 + e / SIDE, queries = source <= Q_DISTANCE;
+        const int id = (source * 4096 + half / SIDE) * 4096 + e / SIDE;
         int is_there = 0;
 #pragma unroll
         for (int k = 0; k < TILES; k++) /* an array of registers has no index */
             if (k == slot) is_there = held[k] == id, held[k] = id;
         if (is_there) return;
-        const ls_real *more = source == Q_NEAR ? x.r_w : source == Q_DISTANCE ? x.r_r : NULL;
-        if (more != NULL) more += h * x.d;
-        const ls_real *const *rows = queries ? s.q : source == DOUT ? s.dout : s.key;
+        const ls_real *const *rows = source == Q ? s.q : source == DOUT ? s.dout : s.key;
         const ls_real *table = kind == FAR ? x.far_table : x.near_table;
         const int64_t size = kind == FAR ? x.N : x.D, row = window + half, beside = source == VALUE ? to_value : 0;
         if (source == TABLE) table += (h * size + row) * x.d;
@@ -326,7 +374,7 @@ template <class M> struct meeting {
                 if (source == TABLE) return row + i >= 0 && row + i < size ? table + i * x.d : NULL;
                 return rows[i] != NULL ? rows[i] + beside : NULL;
             },
-            x.d, e, queries ? x.scale : 1, more, tile(slot));
+            x.d, e, source == Q ? x.scale : 1, tile(slot));
     }
 
     /* z += columns [e, e + SIDE) of queries · those of guests, or of the table's rows. */

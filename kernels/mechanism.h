@@ -186,9 +186,9 @@ typedef struct ls_layer_form {
         int64_t width;
         enum {
             LS_AS_ASKED, /* in the context's precision */
-            LS_FINER, /* where that is bfloat16 in TF32, and where it is TF32 not rounded: what follows amplifies it */
-            LS_EXACT, /* never rounded: gradients jump where these rows are nearly 0 */
-            LS_ALIKE  /* nor in bits that depend on ranks, as they are rounded or compared: see linear_alike */
+            LS_FINER,    /* in TF32 where that is bfloat16, which what follows would amplify */
+            LS_EXACT,    /* never rounded: gradients jump where these rows are nearly 0 */
+            LS_ALIKE     /* nor in bits that depend on ranks, as they are rounded or compared: see linear_alike */
         } made;
     } input[4];         /* query, key, value, and extra, which is projected from the query's rows */
     int64_t core_width; /* of the core's rows of output */

@@ -273,7 +273,7 @@ template <int W> struct filling {
 
 /* A tile = numbers [e, e + SIDE) of rows of d, scale · row + more; row(i) NULL: 0. more NULL: none. */
 template <class M, typename P>
-__device__ static inline void load_tile(P row, int d, int e, ls_real scale, const ls_real *more, typename M::number *to)
+__device__ static inline void load_tile(P row, int d, int e, ls_real scale, typename M::number *to)
 {
     typedef filling<SIDE> fill;
     const int at = e + fill::column(), left = d - at;
@@ -285,10 +285,7 @@ __device__ static inline void load_tile(P row, int d, int e, ls_real scale, cons
         if (from == NULL || left <= 0) continue;
         z[n] = ls_read_some<4>(from + at, left, ls_is_four(from + at));
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            z[n].v[k] *= scale;
-            if (more != NULL && k < left) z[n].v[k] += more[at + k];
-        }
+        for (int k = 0; k < 4; k++) z[n].v[k] *= scale;
     }
     fill::template tile<M>(z, whole<M>(d - e), to);
 }

@@ -353,7 +353,7 @@ static int keeps_floats(const ls_attention *a, int which)
 
 static ls_precision precision_of(const ls_attention *a, int which)
 {
-    return a->form.input[which].made == LS_FINER && a->ctx->precision == LS_BF16 ? LS_TF32 : LS_FLOAT32;
+    return a->form.input[which].made == LS_FINER && a->ctx->precision != LS_FLOAT32 ? LS_TF32 : LS_FLOAT32;
 }
 
 /* Whether the core takes and gives rows as they are kept: one rank alone has them, and all of them are rounded. */
