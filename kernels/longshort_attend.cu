@@ -78,7 +78,7 @@ static __global__ void __launch_bounds__(LS_THREADS, 2) attend(const __grid_cons
     __shared__ seats s;
     meeting<M> y(x, s, memory);
     const int64_t tiles = tiles_in(x.T, SIDE), g = blockIdx.x / tiles, row = blockIdx.x % tiles * SIDE;
-    const int mine = threadIdx.x / SHARERS, part = threadIdx.x % SHARERS, e1 = blockIdx.y * SIDE;
+    const int mine = y.row_shared(), part = y.part_shared(), e1 = blockIdx.y * SIDE;
     y.seat_queries(g, row, (int)ls_min(SIDE, x.T - row), PLAIN);
     const ls_real *start = x.start != NULL ? x.start + g * (2 + x.d) : NULL;
     ls_real top = start != NULL ? start[0] : -INFINITY, total = start != NULL ? start[1] : 0;
@@ -227,7 +227,7 @@ template <class M> static __global__ void __launch_bounds__(LS_THREADS, 2) find_
     __shared__ seats s;
     meeting<M> y(x, s, memory);
     const int64_t tiles = tiles_in(x.T, SIDE), g = blockIdx.x / tiles, row = blockIdx.x % tiles * SIDE;
-    const int mine = threadIdx.x / SHARERS, part = threadIdx.x % SHARERS;
+    const int mine = y.row_shared(), part = y.part_shared();
     pairs all; /* of all guests that have a place */
     ls_real delta = 0;
     y.seat_queries(g, row, (int)ls_min(SIDE, x.T - row), WITH_STATISTICS);

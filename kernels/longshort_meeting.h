@@ -28,7 +28,7 @@ enum { QUERY, OUT, GUEST, TILES };
 enum { Q, DOUT, KEY, VALUE, TABLE };
 /* What queries bring besides: nothing, what makes their probabilities, and δ, too. */
 enum { PLAIN, WITH_STATISTICS, WITH_DELTA };
-/* So many threads side by side share a row of a tile: rows / SHARERS has row_shared(), of which it is part_shared(). */
+/* So many threads side by side share a row of a tile: see row_shared, part_shared. */
 enum { SHARERS = (int)LS_THREADS / SIDE };
 
 /* What kernels know of a call. Queries: T rows of each (b,h), from position first. Near keys: n rows from position lo.
