@@ -111,21 +111,23 @@ typedef enum ls_transport {
  *
  *   LS_FLOAT32  nothing is rounded.
  *   LS_TF32     to 10 bits behind the point (a relative error of 2^-11), inside the tensor cores. Not in kernels that
- *               multiply by themselves: exact softmax, longshort, performer and cosformer (these two but for 64 keys
- *               and fewer).
+ *               multiply by themselves: exact softmax, longshort, performer and cosformer.
  *   LS_BF16     to bfloat16: 7 bits (2^-8), and float32's range, so that the loss needs no scaling. Dense layers,
  *               projections and the mechanisms' products; in exact softmax q, k, v, probabilities and gradients of
  *               logits, which run on tensor cores where the head dimension is 8, 16, ... or 128 and neither attn_mask,
  *               dropout_mask nor weights are given (beyond 64 where a block may have 106 KiB of shared memory, beyond
  *               96 139, as on an A100 or H100); in performer and cosformer features, values, weights and states, on
- *               tensor cores, too, but for performer's sums over keys and their gradients; likewise in longshort
- *               queries, normalised keys and values, vectors, tables of distances, probabilities and gradients of
- *               logits, and in local queries, keys, values, weights, gradients of logits and of the output.
- *               Takes 64 MiB of the GPU for copies of operands; exact softmax there 2 bytes for each number of q, k
- *               and v, and of the output's gradient, while it runs (none in a layer where one rank has all positions).
+ *               tensor cores, too, but for performer's sums over keys and their gradients (states, and gradients of
+ *               weights, backward as two numbers of bfloat16 each, since values with a mean leave small differences of
+ *               them); likewise in longshort queries, normalised keys and values, vectors, tables of distances,
+ *               probabilities and gradients of logits, and in local queries, keys, values, weights, gradients of
+ *               logits and of the output. Takes 64 MiB of the GPU for copies of operands; exact softmax there 2 bytes
+ *               for each number of q, k and v, and of the output's gradient, while it runs (none in a layer where one
+ *               rank has all positions).
  *
- * In LS_BF16 a layer also rounds the rows that it keeps for backward, and keeps them so: projected queries, keys and
- * values, which its core then sees, but for those named below, and the core's output.
+ * In LS_BF16 a layer also rounds rows that it keeps for backward, and keeps them so: the core's output and, of exact
+ * softmax, projected queries, keys and values, which its core then sees. All other mechanisms' cores read floats, which
+ * are projected in TF32: some would amplify what bfloat16 does, and rows need not be widened.
  *
  * Sums are float32 at least in each of them, and so is all else that is kept in memory or crosses ranks: the rows that
  * flow between layers, the statistics of softmax, states, summaries, parameters, their gradients, the optimizer. Not
@@ -133,13 +135,12 @@ typedef enum ls_transport {
  *
  *   - products where the rounding of an operand would be amplified: exponents of performer, nystrom's pseudo-inverse,
  *     projections whose rows are compared or rounded (queries and keys of probsparse, predicted positions of local),
- *     queries and keys of cosformer with relu, whose gradient jumps at 0;
+ *     queries and keys of cosformer with relu, whose gradient jumps at 0; all of performer and cosformer where
+ *     denominators may meet their floor (m denom_min or eps above 1e-4), where gradients jump, or where there are 64
+ *     keys or fewer;
  *   - what kernels multiply as it is: abc's slots (in double), the sums that make longshort's vectors, the modes of
  *     s4d, the slots of lara and nystrom, features of performer and their gradients, the cores of decoding steps but
- *     those of performer, cosformer, longshort and local, norms, the loss.
- *
- * Where bfloat16 would be amplified, but TF32 is not, LS_BF16 rounds to that: projections of nystrom's queries and
- * keys, and all that go into longshort's core. */
+ *     those of performer, cosformer, longshort and local, norms, the loss. */
 typedef enum ls_precision { LS_FLOAT32 = 0, LS_TF32, LS_BF16 } ls_precision;
 const char *ls_precision_name(ls_precision precision); /* "float32", "tf32", "bf16" */
 

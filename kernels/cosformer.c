@@ -90,10 +90,10 @@ static void backward(ls_pass *p, int64_t h, int64_t n, const ls_real *rows, cons
     activate_backward(p, n * p->d, rows, dy, drows);
 }
 
-/* relu's gradient jumps where a feature is 0. */
+/* relu's gradient jumps where a feature is 0, all gradients where a denominator meets its floor. */
 static void layer(const ls_attention_options *o, ls_layer_form *form)
 {
-    form->input[0].made = form->input[1].made = o->value[ACT] == 0 ? LS_EXACT : LS_AS_ASKED;
+    if (o->value[ACT] == 0 || ls_linear_jumps(o->value[EPS])) form->input[0].made = form->input[1].made = LS_EXACT;
 }
 
 static const ls_feature_map map = {.features = features,

@@ -61,6 +61,12 @@ LS_BOTH_SIDES ls_real ls_linear_inverse(double D, double floor, int *flows)
     return taken > least ? (ls_real)(1 / taken) : 0;
 }
 
+/* Whether denominators may well meet their floor: gradients jump there, and what they are made of is not rounded. */
+static inline int ls_linear_jumps(double floor)
+{
+    return floor > 1e-4;
+}
+
 /* e^(from - to), 0 where there is nothing on the one side or the other. */
 LS_BOTH_SIDES double ls_linear_change(ls_real from, ls_real to)
 {

@@ -103,12 +103,16 @@ __device__ static inline ls_real steep_key(const linear &x, const pairs &p, cons
     return p.of_k->by[j] == 0 ? 0 : seen_from(x, s.R + j, f, x.c[s.R + i]);
 }
 
-/* w (SIDE,PITCH) = (a·b) cos ω(i - j) of the pairs of a chunk. a, b: tiles. Steep chunks are rare: what is done for
- * them is short, not fast. */
+/* w (SIDE,PITCH) = (a·b) cos ω(i - j) of the pairs of a chunk; rest: what rounding takes from it, or NULL. a, b: tiles.
+ * Steep chunks are rare: what is done for them is short, not fast. */
 template <class M>
 __device__ static void multiply_pairs(const linear &x, const pairs &p, const strip &s, typename M::number *a,
-                                      typename M::number *b, typename M::number *w)
+                                      typename M::number *b, typename M::number *w, typename M::number *rest)
 {
+    const auto put = [&](int i, int j, ls_real y) {
+        const int at = i * M::PITCH + j;
+        write_both(y * apart(x, i, j, s.count), w + at, rest == NULL ? NULL : rest + at);
+    };
     __syncthreads();
     if (p.steep) {
         const int i = threadIdx.x / SHARE;
@@ -116,7 +120,7 @@ __device__ static void multiply_pairs(const linear &x, const pairs &p, const str
             typename M::sum y = 0;
             for (int f = 0; f < x.r && j <= i && i < s.count; f++)
                 y += (typename M::sum)(steep_query(x, p, s, i, f) * steep_key(x, p, s, i, j, f));
-            write_number(y * apart(x, i, j, s.count), w + i * M::PITCH + j);
+            put(i, j, y);
         }
         return;
     }
@@ -132,23 +136,22 @@ __device__ static void multiply_pairs(const linear &x, const pairs &p, const str
 #pragma unroll
     for (int u = 0; u < sum.U; u++)
 #pragma unroll
-        for (int v = 0; v < sum.V; v++) {
-            const int i = sum.row(u), j = sum.column(v);
-            write_number(sum.at(u, v) * apart(x, i, j, s.count), w + i * M::PITCH + j);
-        }
+        for (int v = 0; v < sum.V; v++) put(sum.row(u), sum.column(v), sum.at(u, v));
 }
 
-/* The gradient of a_near: dw b, or pair by pair. It waits in x.da. */
+/* The gradient of a_near: dw b, or pair by pair. It waits in x.da. rest: see multiply_pairs. */
 template <class M>
 __device__ static void pairs_to_queries(const linear &x, const pairs &p, const strip &s, const typename M::number *dw,
-                                        typename M::number *tile)
+                                        const typename M::number *rest, typename M::number *tile)
 {
     if (p.steep) {
         const int i = threadIdx.x / SHARE;
         __syncthreads();
         for (int f = threadIdx.x % SHARE; f < x.r && i < s.count; f += SHARE) {
             ls_real g = 0;
-            for (int j = 0; j <= i; j++) g += read_number(dw[i * M::PITCH + j]) * steep_key(x, p, s, i, j, f);
+            for (int j = 0; j <= i; j++)
+                g += read_both(dw + i * M::PITCH + j, rest == NULL ? NULL : rest + i * M::PITCH + j) *
+                     steep_key(x, p, s, i, j, f);
             x.da[(s.R + i) * x.r + f] = g;
         }
         return;
@@ -160,6 +163,7 @@ __device__ static void pairs_to_queries(const linear &x, const pairs &p, const s
         load_features<M, OF_KEYS>(x, p.k, s, *p.of_k, f0, 0, tile);
         __syncthreads();
         sum.add(SIDE, dw, tile);
+        if (rest != NULL) sum.add(SIDE, rest, tile);
 #pragma unroll
         for (int u = 0; u < sum.U; u++)
 #pragma unroll
@@ -176,7 +180,7 @@ __device__ static void pairs_to_queries(const linear &x, const pairs &p, const s
 /* db of what keys' features are made of: dwᵀ a_near, times b where that is an exponential, or pair by pair. */
 template <class M>
 __device__ static void pairs_to_keys(const linear &x, const pairs &p, const strip &s, const typename M::number *dw,
-                                     typename M::number *tile)
+                                     const typename M::number *rest, typename M::number *tile)
 {
     if (p.steep) {
         const int j = threadIdx.x / SHARE;
@@ -197,6 +201,7 @@ __device__ static void pairs_to_keys(const linear &x, const pairs &p, const stri
         load_features<M, OF_QUERIES>(x, p.q, s, *p.of_q, f0, 0, tile);
         __syncthreads();
         sum.add(SIDE, dw, tile);
+        if (rest != NULL) sum.add(SIDE, rest, tile);
 #pragma unroll
         for (int u = 0; u < sum.U; u++)
 #pragma unroll
@@ -248,7 +253,7 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
             const pairs p = {q_near, k_near, &near_q, &near_k, is_steep(x, s.P, k_near.from)};
             find_facts<OF_QUERIES>(x, q_near, s, p.steep ? ALONE : NEAR_BY, &near_q);
             find_facts<OF_KEYS>(x, k_near, s, PAST, &near_k);
-            multiply_pairs<M>(x, p, s, a, b, w);
+            multiply_pairs<M>(x, p, s, a, b, w, NULL);
             __syncthreads();
             add_row_times<M>(w + row * M::PITCH, NULL, SIDE, D);
         }
@@ -264,7 +269,7 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
             for (int f = 0; f < x.F; f += SIDE) {
                 __syncthreads();
                 load_features<M, OF_QUERIES>(x, q, s, of_q, f, 1, a);
-                load_state<M>(x, mine, f, e0, b);
+                load_state<M>(x, mine, f, e0, b, NULL);
                 __syncthreads();
                 sum.add(whole<M>(x.F - f), a, b);
                 if (e0 == 0) add_row_times<M>(a + row * M::PITCH, z + state * x.F + f, least(SIDE, x.F - f), D);
@@ -293,11 +298,12 @@ typedef struct taken {
 } // namespace
 
 /* The denominator of a query, and δ, from dA, which is its row of do Sᵀ, z and, where NEAR, the row of w and that of
- * the gains do·v: w becomes w / D, dw the gradient of a·b. By the threads that share the row. */
+ * the gains do·v: w becomes w / D, dw the gradient of a·b. By the threads that share the row. Where numbers of tiles
+ * are rounded, dw holds what w is short of before, and rest what dw is short of after. */
 template <class M, int NEAR>
 __device__ static inline taken weigh_row(const linear &x, const features &q, const strip &s, const facts &of_q,
                                          const ls_real *z, const ls_real *dA, typename M::number *w,
-                                         typename M::number *dw, const ls_real *gains)
+                                         typename M::number *dw, typename M::number *rest, const ls_real *gains)
 {
     typedef typename M::exact exact;
     const int row = threadIdx.x / SHARE, first = threadIdx.x % SHARE;
@@ -321,7 +327,7 @@ __device__ static inline taken weigh_row(const linear &x, const features &q, con
         if (x.turns) add(x.r, [&](int, ls_real y) { return cosine * y; });
     }
     for (int j = first; NEAR && j < SIDE; j += SHARE) {
-        const exact weight = (exact)read_number(w[j]);
+        const exact weight = (exact)read_both(w + j, M::IN_PLACE ? NULL : dw + j);
         D += weight;
         dot += weight * (exact)gains[j];
     }
@@ -332,8 +338,8 @@ __device__ static inline taken weigh_row(const linear &x, const features &q, con
     if (first == 0 && row < s.count) x.inverse[s.R + row] = y.by, x.delta[s.R + row] = y.delta;
     for (int j = first; NEAR && j < SIDE; j += SHARE) {
         const ls_real gain = gains[j]; /* which dw may take the place of */
-        write_number(y.by * read_number(w[j]), w + j);
-        write_number(y.by * (gain - y.delta) * apart(x, row, j, s.count), dw + j);
+        write_number(y.by * read_both(w + j, M::IN_PLACE ? NULL : dw + j), w + j);
+        write_both(y.by * (gain - y.delta) * apart(x, row, j, s.count), dw + j, M::IN_PLACE ? NULL : rest + j);
     }
     return y;
 }
@@ -384,6 +390,20 @@ __device__ static inline void finish_row(const linear &x, const features &q, con
     }
 }
 
+/* Gradients of rows are differences, dA - δ z of queries and v dSᵀ + dz of keys, of which little is left where values
+ * have a mean, or few features are not 0. So what they are made of, S, w and dw, is not rounded to bfloat16 but to two
+ * of them: a tile, and what that is short of in another, `rest`.
+ *
+ * The tiles: a, b, near w and dw, but for a dw that takes the place of gains, and rest; of keys three, and rest. */
+template <class M> LS_BOTH_SIDES int backward_tiles(int near)
+{
+    return (near ? 4 - M::IN_PLACE : 2) + !M::IN_PLACE;
+}
+template <class M> LS_BOTH_SIDES int pay_tiles()
+{
+    return 3 + !M::IN_PLACE;
+}
+
 /* What queries get from the state and, where NEAR, from keys of their chunk, and these from them: dq or da, and, NEAR,
  * dk or db of x, and dv. Rows keep inverse and delta. In shared memory: tiles, where NEAR the gains dout·v as (SIDE,
  * SIDE + 4) floats, and where it fits dA; otherwise that is in x.dA. */
@@ -399,7 +419,8 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
     const int row = threadIdx.x / SHARE;
     typename M::number *a = tile_number<M>(memory, 0), *b = tile_number<M>(memory, 1);
     typename M::number *w = tile_number<M>(memory, 2), *dw = tile_number<M>(memory, 3);
-    ls_real *gains = (ls_real *)tile_number<M>(memory, NEAR ? 4 - M::IN_PLACE : 2); /* dw, where that is as exact */
+    typename M::number *rest = M::IN_PLACE ? NULL : tile_number<M>(memory, NEAR ? 4 : 2);
+    ls_real *gains = (ls_real *)tile_number<M>(memory, backward_tiles<M>(NEAR)); /* dw, where that is as exact */
     ls_real *beside = gains + (NEAR ? SIDE * GAINS : 0);
     for (int64_t n = blockIdx.x; n < strips; n += gridDim.x) {
         const strip s = strip_number(x, n);
@@ -411,7 +432,7 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
         if (NEAR) {
             find_facts<OF_QUERIES>(x, q_near, s, p.steep ? ALONE : NEAR_BY, &near_q);
             find_facts<OF_KEYS>(x, k_near, s, PAST, &near_k);
-            multiply_pairs<M>(x, p, s, a, b, w);
+            multiply_pairs<M>(x, p, s, a, b, w, M::IN_PLACE ? NULL : dw);
             sums<M, ROWS_ROWS> gain;
             gain.clear();
             for (int e0 = 0; e0 < x.d; e0 += SIDE) {
@@ -433,20 +454,21 @@ __global__ static void __launch_bounds__(LS_THREADS, NEAR ? 2 : 3)
             for (int e0 = 0; e0 < x.d; e0 += SIDE) {
                 __syncthreads();
                 if (f == 0 || x.d > SIDE) load_rows<M>(x, s, e0, dout, q.at.pad, fours, a);
-                load_state<M>(x, S + state * x.F * x.d, f, e0, b);
+                load_state<M>(x, S + state * x.F * x.d, f, e0, b, rest);
                 __syncthreads();
                 sum.add(whole<M>(x.d - e0), a, b);
+                if (rest != NULL) sum.add(whole<M>(x.d - e0), a, rest);
             }
             put_products(s, sum, f, x.F, 0, dA, pitch);
         }
         __syncthreads(); /* dA of a row is there */
         ls_real *mine = dA + row * pitch;
         const ls_real *of_z = z + state * x.F;
-        const taken by =
-            weigh_row<M, NEAR>(x, q, s, of_q, of_z, mine, w + row * M::PITCH, dw + row * M::PITCH, gains + row * GAINS);
+        const taken by = weigh_row<M, NEAR>(x, q, s, of_q, of_z, mine, w + row * M::PITCH, dw + row * M::PITCH,
+                                            M::IN_PLACE ? NULL : rest + row * M::PITCH, gains + row * GAINS);
         if (NEAR) {
-            pairs_to_queries<M>(x, p, s, dw, b);
-            pairs_to_keys<M>(x, p, s, dw, b);
+            pairs_to_queries<M>(x, p, s, dw, rest, b);
+            pairs_to_keys<M>(x, p, s, dw, rest, b);
             for (int e0 = 0; e0 < x.d; e0 += SIDE) {
                 sums<M, COLUMNS_COLUMNS> sum;
                 sum.clear();
@@ -500,7 +522,8 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
     const int row = threadIdx.x / SHARE;
     typename M::number *rows = tile_number<M>(memory, 0), *B = tile_number<M>(memory, 1),
                        *tile = tile_number<M>(memory, 2);
-    ls_real *beside = (ls_real *)tile_number<M>(memory, 3);
+    typename M::number *rest = M::IN_PLACE ? NULL : tile_number<M>(memory, 3);
+    ls_real *beside = (ls_real *)tile_number<M>(memory, pay_tiles<M>());
     for (int64_t n = blockIdx.x; n < strips; n += gridDim.x) {
         const strip s = strip_number(x, n);
         const int64_t state = state_of(s, of_chunks);
@@ -516,10 +539,11 @@ __global__ static void __launch_bounds__(LS_THREADS, 2)
                 __syncthreads();
                 if (f == 0) load_rows<M>(x, s, e0, v, k.at.pad, fours, rows);
                 load_features<M, OF_KEYS>(x, k, s, of_k, f, 1, B);
-                load_state<M>(x, S + state * x.F * x.d, f, e0, tile);
+                load_state<M>(x, S + state * x.F * x.d, f, e0, tile, rest);
                 __syncthreads();
                 sum.add(whole<M>(x.F - f), B, tile);
                 gain.add(whole<M>(x.d - e0), rows, tile);
+                if (rest != NULL) gain.add(whole<M>(x.d - e0), rows, rest);
                 put_products(s, gain, f, x.F, e0 > 0, dB, pitch);
             }
             put_rows<M>(x, s, sum, dv, e0, dv_fours, add, [](int, ls_real y) { return y; });
@@ -543,8 +567,9 @@ int64_t ls_linear_beside(const ls_pass *p, int64_t F)
     linear x = {};
     x.F = (int)F;
     const int near = p->pattern == LS_CS;
-    const size_t bytes =
-        on_tensor_cores(p) ? shared_bytes<tensor>(&x, near ? 4 : 3, near, 1) : shared_bytes<plain>(&x, 3, near, 1);
+    const size_t bytes = takes_tensor_cores(p)
+                             ? shared_bytes<tensor>(&x, near ? backward_tiles<tensor>(1) : pay_tiles<tensor>(), near, 1)
+                             : shared_bytes<plain>(&x, 3, near, 1);
     return ls_has_shared(p->queue, bytes) ? 0 : rows_pitch((int)F);
 }
 
@@ -560,8 +585,8 @@ template <class M, int NEAR> static void launch_attend(ls_pass *p, const linear 
 
 void ls_linear_attend(ls_pass *p, const linear *x)
 {
-    const auto launch = on_tensor_cores(p) ? (x->causal ? launch_attend<tensor, 1> : launch_attend<tensor, 0>)
-                                           : (x->causal ? launch_attend<plain, 1> : launch_attend<plain, 0>);
+    const auto launch = takes_tensor_cores(p) ? (x->causal ? launch_attend<tensor, 1> : launch_attend<tensor, 0>)
+                                              : (x->causal ? launch_attend<plain, 1> : launch_attend<plain, 0>);
     launch(p, x);
 }
 
@@ -573,7 +598,7 @@ template <class M, int NEAR> static void launch_attend_backward(ls_pass *p, cons
     const features k_near = keys_as_seen(p, x, after_chunks(x));
     const int fours = ls_rows_are_fours(p->dout, x->d) && (!NEAR || ls_rows_are_fours(p->own.v, x->d));
     LS_LAUNCH(p->queue, (attend_backward<M, NEAR>), ls_blocks(strips_of(x), 1), LS_THREADS,
-              shared_bytes<M>(x, NEAR ? 4 - M::IN_PLACE : 2, NEAR, fits), *x, q, q_near, k_near, NEAR ? x->S : x->all_S,
+              shared_bytes<M>(x, backward_tiles<M>(NEAR), NEAR, fits), *x, q, q_near, k_near, NEAR ? x->S : x->all_S,
               NEAR ? x->z : x->all_z, strips_of(x), p->own.v, p->dout, fours, p->own.dv,
               ls_rows_are_fours(p->own.dv, x->d), fits);
     ls_linear_queries_backward(p, x);
@@ -582,7 +607,7 @@ template <class M, int NEAR> static void launch_attend_backward(ls_pass *p, cons
 
 void ls_linear_attend_backward(ls_pass *p, const linear *x)
 {
-    const auto launch = on_tensor_cores(p)
+    const auto launch = takes_tensor_cores(p)
                             ? (x->causal ? launch_attend_backward<tensor, 1> : launch_attend_backward<tensor, 0>)
                             : (x->causal ? launch_attend_backward<plain, 1> : launch_attend_backward<plain, 0>);
     launch(p, x);
@@ -592,14 +617,15 @@ template <class M> static void launch_pay_keys(ls_pass *p, const linear *x, leve
 {
     const int fits = x->dA == NULL;
     const features k = keys_as_seen(p, x, from);
-    LS_LAUNCH(p->queue, pay_keys<M>, ls_blocks(strips_of(x), 1), LS_THREADS, shared_bytes<M>(x, 3, 0, fits), *x, k,
-              x->causal ? x->S : x->all_S, x->causal ? x->z : x->all_z, x->causal, strips_of(x), p->own.v,
-              ls_rows_are_fours(p->own.v, x->d), p->own.dv, ls_rows_are_fours(p->own.dv, x->d), add, fits);
+    LS_LAUNCH(p->queue, pay_keys<M>, ls_blocks(strips_of(x), 1), LS_THREADS,
+              shared_bytes<M>(x, pay_tiles<M>(), 0, fits), *x, k, x->causal ? x->S : x->all_S,
+              x->causal ? x->z : x->all_z, x->causal, strips_of(x), p->own.v, ls_rows_are_fours(p->own.v, x->d),
+              p->own.dv, ls_rows_are_fours(p->own.dv, x->d), add, fits);
     ls_linear_keys_backward(p, x, add);
 }
 
 void ls_linear_pay_keys(ls_pass *p, const linear *x, level from, int add)
 {
-    const auto launch = on_tensor_cores(p) ? launch_pay_keys<tensor> : launch_pay_keys<plain>;
+    const auto launch = takes_tensor_cores(p) ? launch_pay_keys<tensor> : launch_pay_keys<plain>;
     launch(p, x, from, add);
 }

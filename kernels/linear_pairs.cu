@@ -41,12 +41,13 @@ static void put_rows(ls_pass *p, const linear *x, const ls_real *from, const ls_
     LS_LAUNCH(p->queue, write_rows, ls_row_blocks(rows_of(x->s)), LS_THREADS, 0, x->s, x->d, from, scale, v, pad);
 }
 
-/* C_i (m,n) = op(A_i) op(B_i), a batch of matrices that lie one after the other. */
+/* C_i (m,n) = op(A_i) op(B_i), a batch of matrices that lie one after the other. Never rounded: the gradient of a query
+ * is a difference of few numbers, of which little may be left. */
 static void multiply(ls_pass *p, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k, const ls_real *a,
                      const ls_real *b, ls_real *c, int64_t batch)
 {
-    ls_gemm_batch(p->queue, transpose_a, transpose_b, m, n, k, 1, a, transpose_a ? m : k, m * k, b, transpose_b ? k : n,
-                  k * n, 0, c, n, m * n, batch);
+    ls_gemm_batch_in(p->queue, LS_FLOAT32, transpose_a, transpose_b, m, n, k, 1, a, transpose_a ? m : k, m * k, b,
+                     transpose_b ? k : n, k * n, 0, c, n, m * n, batch);
 }
 
 /* ------------------------------------------------------------------------------------------------ within */

@@ -96,7 +96,7 @@ static void gather_either(ls_pass *p, const linear *x, const features &of, ls_vi
     /* Exponentials let few keys outweigh the others, the same ones in many features: what a query gets from S is then a
      * small difference of numbers that must be exact. */
     const auto launch =
-        on_tensor_cores(p) && x->exponentials == 0 ? launch_gather<tensor, SEEN> : launch_gather<plain, SEEN>;
+        takes_tensor_cores(p) && x->exponentials == 0 ? launch_gather<tensor, SEEN> : launch_gather<plain, SEEN>;
     launch(p, x, of, matrix, weight);
 }
 

@@ -10,6 +10,12 @@ namespace ls_linear
 {
 using namespace ls_tiles;
 
+/* Where a denominator may meet its floor nothing is rounded. */
+static inline int takes_tensor_cores(const ls_pass *p)
+{
+    return on_tensor_cores(p) && !ls_linear_jumps(((const ls_feature_map *)p->kit)->floor(p));
+}
+
 /* ------------------------------------------------------------------------------------------------ rows */
 
 /* Rows [R, R + count) of the slab, at most SIDE of one chunk P, of which the first `exist` are the shard's. */
@@ -78,9 +84,11 @@ __device__ static void load_rows(const linear &x, const strip &y, int e0, ls_vie
     fill::template tile<M>(z, whole<M>(x.d - e0), to);
 }
 
-/* A tile = features [f0, f0 + SIDE), numbers [e0, e0 + SIDE) of a state S (F,d); 0 where there are none. */
+/* A tile = features [f0, f0 + SIDE), numbers [e0, e0 + SIDE) of a state S (F,d); 0 where there are none. rest: what
+ * rounding takes from it, NULL: that is lost. */
 template <class M>
-__device__ static void load_state(const linear &x, const ls_real *S, int f0, int e0, typename M::number *to)
+__device__ static void load_state(const linear &x, const ls_real *S, int f0, int e0, typename M::number *to,
+                                  typename M::number *rest)
 {
     typedef filling<SIDE> fill;
     const int left = x.d - e0 - fill::column(), all = least(SIDE, x.F - f0);
@@ -89,7 +97,10 @@ __device__ static void load_state(const linear &x, const ls_real *S, int f0, int
     read_fours<fill::EACH>(
         x.d % 4 == 0, [&](int n) { return first + least(fill::row(n), all - 1) * x.d; },
         [&](int n) { return fill::row(n) < all ? left : 0; }, z);
-    fill::template tile<M>(z, whole<M>(x.d - e0), to);
+    if (rest != NULL)
+        fill::template tile_and_rest<M>(z, whole<M>(x.d - e0), to, rest);
+    else
+        fill::template tile<M>(z, whole<M>(x.d - e0), to);
 }
 
 /* ------------------------------------------------------------------------------------------------ features */

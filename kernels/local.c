@@ -68,7 +68,7 @@ static int params(const ls_attention_options *o, ls_param_info *list)
 
 static void layer(const ls_attention_options *o, ls_layer_form *form)
 {
-    form->input[0].made = ls_local_predicts(o->pattern, o->value) ? LS_ALIKE : LS_AS_ASKED;
+    if (ls_local_predicts(o->pattern, o->value)) form->input[0].made = LS_ALIKE;
 }
 
 static int64_t whole_vectors(int64_t n)

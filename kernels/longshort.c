@@ -35,7 +35,6 @@ static void layer(const ls_attention_options *o, ls_layer_form *form)
     const int causal = o->pattern == LS_CS;
     form->inputs = 4;
     form->input[3].weight = causal ? "d_proj.weight" : "p_proj.weight";
-    for (int i = 0; i < 4; i++) form->input[i].made = LS_FINER; /* norms, and landmarks of many keys, amplify */
     form->input[3].width = o->num_heads * vectors_of(o->pattern, o->value);
     for (int i = 0; causal && i < 3; i++) form->input[i].bias = NULL;
     if (causal) form->out_bias = NULL;

@@ -185,8 +185,9 @@ typedef struct ls_layer_form {
         const char *weight, *bias; /* bias NULL: none */
         int64_t width;
         enum {
+            LS_FINER,    /* unless said: in TF32 where the precision is bfloat16. The core reads floats, which bfloat16
+                            would have to be widened to, and may amplify what rounding does */
             LS_AS_ASKED, /* in the context's precision */
-            LS_FINER,    /* in TF32 where that is bfloat16, which what follows would amplify */
             LS_EXACT,    /* never rounded: gradients jump where these rows are nearly 0 */
             LS_ALIKE     /* nor in bits that depend on ranks, as they are rounded or compared: see linear_alike */
         } made;

@@ -79,13 +79,6 @@ static ls_status check(const ls_attention_options *o)
     return LS_OK;
 }
 
-/* The pseudo-inverse amplifies what rounding does to the logits of slots. */
-static void layer(const ls_attention_options *o, ls_layer_form *form)
-{
-    (void)o;
-    form->input[0].made = form->input[1].made = LS_FINER;
-}
-
 /* ------------------------------------------------------------------------------------------------ sizes */
 
 static ls_slots slots(const ls_pass *p)
@@ -626,7 +619,6 @@ const ls_mechanism ls_nystrom_mechanism = {
     .check = check,
     .counts_padding = ls_segments_count_padding,
     .mixes_rows = mixes_rows,
-    .layer = layer,
     .plan = plan,
     .phases = {[LS_NS] = phases, [LS_NC] = phases, [LS_CC] = phases},
     .step = {[LS_CC] = step},

@@ -186,6 +186,12 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[DRAW] = ls_arena_take(work, (size_t)(m * p->d) * sizeof(double));
 }
 
+static void layer(const ls_attention_options *o, ls_layer_form *form)
+{
+    const double floor = o->value[NUM_FEATURES] * o->value[DENOM_MIN];
+    if (ls_linear_jumps(floor)) form->input[0].made = form->input[1].made = LS_EXACT;
+}
+
 const ls_mechanism ls_performer_mechanism = {
     .name = "performer",
     .option = options,
@@ -195,6 +201,7 @@ const ls_mechanism ls_performer_mechanism = {
                [LS_NC] = ls_linear_all_keys,
                [LS_CC] = ls_linear_all_keys},
     .step = {[LS_CS] = ls_linear_step_causal, [LS_NC] = ls_linear_step_across, [LS_CC] = ls_linear_step_across},
+    .layer = layer,
     .cuda = LS_IF_CUDA(&ls_performer_cuda),
     .kit = &map,
     .draws = LS_GIVEN_FEATURES,

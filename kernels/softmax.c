@@ -351,11 +351,19 @@ static const ls_phase step[] = {
     {.name = NULL},
 };
 
+/* Its core reads bfloat16. */
+static void layer(const ls_attention_options *o, ls_layer_form *form)
+{
+    (void)o;
+    for (int i = 0; i < form->inputs; i++) form->input[i].made = LS_AS_ASKED;
+}
+
 const ls_mechanism ls_softmax_mechanism = {
     .name = "softmax",
     .plan = ls_softmax_plan,
     .phases = {phases, phases, phases, phases},
     .step = {[LS_CS] = step, [LS_NC] = step, [LS_CC] = step},
+    .layer = layer,
     .cuda = LS_IF_CUDA(&ls_softmax_cuda),
     .balance_causal = 1,
     .has_weights = 1,

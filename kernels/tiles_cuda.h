@@ -63,6 +63,18 @@ __device__ static inline void write_numbers(const ls_four &y, __nv_bfloat16 *to)
     *(uint2 *)to = bits;
 }
 
+/* The same, and what rounding takes from it to `rest`, NULL: that is lost. */
+template <typename N> __device__ static inline void write_both(ls_real y, N *to, N *rest)
+{
+    write_number(y, to);
+    if (rest != NULL) write_number(y - read_number(*to), rest);
+}
+
+template <typename N> __device__ static inline ls_real read_both(const N *x, const N *rest)
+{
+    return read_number(*x) + (rest == NULL ? 0 : read_number(*rest));
+}
+
 /* Number i of tiles that lie one after the other. */
 template <class M> __device__ static inline typename M::number *tile_number(void *memory, int i)
 {
@@ -268,6 +280,19 @@ template <int W> struct filling {
         if (column() >= width) return;
 #pragma unroll
         for (int n = 0; n < EACH; n++) write_numbers(z[n], to + row(n) * M::PITCH + column());
+    }
+    /* The same, and what rounding took from its numbers, as a tile of its own. */
+    template <class M>
+    __device__ static inline void tile_and_rest(ls_four (&z)[EACH], int width, typename M::number *to,
+                                                typename M::number *rest)
+    {
+        tile<M>(z, width, to);
+        if (column() >= width) return;
+#pragma unroll
+        for (int n = 0; n < EACH; n++)
+#pragma unroll
+            for (int k = 0; k < 4; k++) z[n].v[k] -= read_number(to[row(n) * M::PITCH + column() + k]);
+        tile<M>(z, width, rest);
     }
 };
 

@@ -38,9 +38,9 @@ static void list_params(ls_attention *a)
 {
     const int64_t E = a->options.embed_dim;
     a->form = (ls_layer_form){.inputs = 3,
-                              .input = {{"q_proj.weight", "q_proj.bias", E, LS_AS_ASKED},
-                                        {"k_proj.weight", "k_proj.bias", E, LS_AS_ASKED},
-                                        {"v_proj.weight", "v_proj.bias", E, LS_AS_ASKED}},
+                              .input = {{"q_proj.weight", "q_proj.bias", E, .made = LS_FINER},
+                                        {"k_proj.weight", "k_proj.bias", E, .made = LS_FINER},
+                                        {"v_proj.weight", "v_proj.bias", E, .made = LS_FINER}},
                               .core_width = E,
                               .out_weight = "out_proj.weight",
                               .out_bias = "out_proj.bias"};
@@ -379,6 +379,7 @@ static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, l
     const int rounds = a->ctx->precision == LS_BF16, cleans = back && (p->pad_q != NULL || p->own.pad != NULL);
     int64_t widest = T * E; /* of the gradients that are made ready for a product */
     int64_t most = 0;
+    int reads_narrow = back != 0; /* products with rows that come in */
     l->narrow = takes_narrow(a, c);
     for (int i = 0; i < a->form.inputs; i++) {
         const int64_t reals = rows_of(p, i) * a->form.input[i].width;
@@ -388,6 +389,7 @@ static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, l
             l->in[i] = plan_saved(a, reals, keeps_floats(a, i), &l->kept[i], saved, work);
         l->din[i] = ls_take(work, back * reals);
         most = ls_max(most, reals);
+        reads_narrow |= !keeps_floats(a, i);
     }
     if (rounds) widest = ls_max(widest, most);
     if (l->narrow) {
@@ -399,8 +401,8 @@ static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, l
     l->active = ls_take_operand(a->ctx, work, a->form.gelu ? T * W : 0);
     l->do_ = l->narrow ? ls_take_operand(a->ctx, work, back * T * W) : ls_reals(ls_take(work, back * T * W));
     l->dy = ls_take_operand(a->ctx, work, back && (rounds || p->pad_q != NULL) ? widest : 0);
-    const int projects = a->form.inputs > 0;
-    l->ready.rows = ls_take_operand(a->ctx, work, projects && (rounds || cleans) ? p->B * ls_max(p->T, p->S) * E : 0);
+    const int projects = a->form.inputs > 0, readies = (rounds && reads_narrow) || cleans;
+    l->ready.rows = ls_take_operand(a->ctx, work, projects && readies ? p->B * ls_max(p->T, p->S) * E : 0);
     l->no_grad = ls_take(work, back * a->reals); /* where parameter gradients go that nobody wants */
     if (a->form.inputs == 0) l->din[Q_PROJ] = ls_take(work, back * T * E);
     p->out = ls_view_out(a, l->o, p->B, p->T);

@@ -67,13 +67,6 @@ static int is_left_out(const case_row *row, ls_level level)
     return is_rounded() && row->extras & STEEP && level == LS_LEVEL_LAYER;
 }
 
-/* Its gradient is another function on either side of the least denominator, and a row's rounding decides which. Its
- * output is the same on both. */
-static int has_jumps(const case_row *row)
-{
-    return is_rounded() && strstr(row->options, "denom_min=") != NULL;
-}
-
 /* The n-th way of naming query, key and value that the case has. */
 static alias alias_of(const case_row *row, ls_level level, int n)
 {
@@ -198,7 +191,7 @@ static void law_1(void)
                     for (int pad = 0; pad < PADDINGS; pad++)
                         for (int split = 0; split < SPLITS; split++) {
                             if (level == LS_LEVEL_CORE && traits_of(row) & LAYER_ONLY) continue;
-                            if (is_left_out(row, (ls_level)level) || has_jumps(row)) continue;
+                            if (is_left_out(row, (ls_level)level)) continue;
                             if (lengths[l] < 1) continue;
                             const int turn = l + level + combination + o;
                             const int wanted = pad == turn % PADDINGS && split == (turn + l / 3) % SPLITS;
@@ -1670,8 +1663,7 @@ static void packed_case(const setting *s, int kind, int most)
 static void packed_documents(void)
 {
     for (const case_row *row = cases; row->mechanism != NULL; row++) {
-        if (!takes_part(row) || row->extras & ~(unsigned)(OTHER_SCALE | NO_DIFFERENCES | ROWS_HERE | NO_STEP | STEEP) ||
-            has_jumps(row))
+        if (!takes_part(row) || row->extras & ~(unsigned)(OTHER_SCALE | NO_DIFFERENCES | ROWS_HERE | NO_STEP | STEEP))
             continue;
         for (int variant = 0; variant < 8; variant++) {
             const ls_level level = variant % 2 ? LS_LEVEL_LAYER : LS_LEVEL_CORE;
@@ -1740,7 +1732,7 @@ static void random_draws(int count, uint64_t seed)
         for (;; row++)
             if (takes_part(row) && pick-- == 0) break;
         const int level = traits_of(row) & LAYER_ONLY ? 1 : (int)draw_below(&r, 2);
-        if (is_left_out(row, (ls_level)level) || has_jumps(row)) continue;
+        if (is_left_out(row, (ls_level)level)) continue;
         setting s = small_setting(row, (ls_level)level, 0, 0, (padding)draw_below(&r, PADDINGS), this_seed);
         s.layout = (ls_layout)draw_below(&r, 3);
         s.alias = alias_of(row, s.level, (int)draw_below(&r, 4));

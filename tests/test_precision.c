@@ -6,6 +6,8 @@
  *   twins     what tensor cores make in bf16, near that of the plain kernels in float32; and exact softmax in bf16, as
  *             it comes and with a mask of zeros, which only the plain kernels know: the same numbers up to the order of
  *             sums
+ *   means     the same of linear attention to many values with a mean, where gradients are small differences
+ *   floors    performer and cosformer with a floor that denominators meet: there nothing is rounded
  *   layers    exact softmax within a layer, in bf16: on one rank its core takes rows as the layer keeps them */
 #include "harness.h"
 
@@ -166,7 +168,23 @@ static const struct {
     {"local", "w=40", {LS_NC, 1, 36, 100, 170, PAD_NONE}},
 };
 
-static void twins(ls_context *narrow, const char *mechanism, const char *options, int extras, shape of)
+/* Linear attention with sums, and chunks that see one. */
+static const struct {
+    const char *mechanism, *options;
+    ls_pattern pattern;
+} summing[] = {{"cosformer", "max_len=700", LS_NS},
+               {"cosformer", "max_len=700,act=1", LS_CS},
+               {"performer", "m=32", LS_NS},
+               {"performer", "m=32", LS_CS}};
+static const struct {
+    const char *mechanism, *options;
+    shape of;
+} floored[] = {{"performer", "m=16,denom_min=0.5", {LS_CS, 1, 16, 150, 150, PAD_TAIL}},
+               {"performer", "m=16,denom_min=0.5", {LS_NC, 1, 16, 90, 30, PAD_NONE}},
+               {"cosformer", "max_len=200,eps=1", {LS_CS, 1, 16, 150, 150, PAD_NONE}}};
+
+/* mean: of the values. */
+static void twins(ls_context *narrow, const char *mechanism, const char *options, int extras, shape of, double mean)
 {
     const case_row row = {mechanism, of.pattern, options, (unsigned)extras};
     const int is_softmax = strcmp(mechanism, "softmax") == 0;
@@ -189,6 +207,7 @@ static void twins(ls_context *narrow, const char *mechanism, const char *options
         verdict(0, "twins: %s", here.error);
         return;
     }
+    for (int64_t i = 0; mean != 0 && i < p.B * p.S * p.options.embed_dim; i++) p.value[i] += (ls_real)mean;
     int ok = problem_run(here.all, here.comm, &p, NULL, NULL, &float32) == LS_OK &&
              problem_run(narrow, here.comm, &p, NULL, NULL, &free_form) == LS_OK;
     if (is_softmax) p.attn_mask = NEW(ls_real, p.T * p.S);
@@ -210,6 +229,37 @@ static void twins(ls_context *narrow, const char *mechanism, const char *options
     }
     verdict(ok, "twins: %s: %s", p.text, ok ? "" : here.error);
     answer_free(&float32), answer_free(&free_form), answer_free(&masked);
+    problem_free(&p);
+}
+
+/* Gradients jump where a denominator meets its floor, so that bf16 gives what float32 does. */
+static void floors(ls_context *narrow, const char *mechanism, const char *options, shape of)
+{
+    const case_row row = {mechanism, of.pattern, options, 0};
+    const setting s = {.row = &row,
+                       .level = LS_LEVEL_CORE,
+                       .layout = LS_BHTD,
+                       .B = of.B,
+                       .H = 2,
+                       .d = of.d,
+                       .T = of.T,
+                       .S = of.S,
+                       .pad = of.pad,
+                       .alias = ALIAS_NONE,
+                       .seed = 9};
+    problem p;
+    answer float32 = {0}, rounded = {0};
+    watchdog(120);
+    if (problem_draw(&s, &p) != LS_OK) {
+        verdict(0, "floors: %s", here.error);
+        return;
+    }
+    const int ok = problem_run(here.all, here.comm, &p, NULL, NULL, &float32) == LS_OK &&
+                   problem_run(narrow, here.comm, &p, NULL, NULL, &rounded) == LS_OK;
+    const double error = ok ? largest_of(between(&rounded, &float32)) : 0;
+    verdict(ok && error <= LAW_TOLERANCE, "floors: %s: bf16 differs from float32 by %.1e %s", p.text, error,
+            ok ? "" : here.error);
+    answer_free(&float32), answer_free(&rounded);
     problem_free(&p);
 }
 
@@ -393,17 +443,23 @@ int main(int argc, char **argv)
                               .d = d,
                               .T = 150, /* several tiles, the last one not full */
                               .S = pattern == LS_NC ? 90 : 150,
-                              .pad = d == 64 ? PAD_RANDOM : PAD_NONE});
+                              .pad = d == 64 ? PAD_RANDOM : PAD_NONE},
+                      0);
             }
         for (size_t i = 0; status == LS_OK && i < sizeof shapes / sizeof *shapes; i++)
-            if (is_turn()) twins(narrow, "softmax", "", 0, shapes[i]);
+            if (is_turn()) twins(narrow, "softmax", "", 0, shapes[i], 0);
         for (size_t i = 0; status == LS_OK && i < sizeof dropout_shapes / sizeof *dropout_shapes; i++) {
-            if (is_turn()) twins(narrow, "softmax", "", DROPOUT, dropout_shapes[i]);
+            if (is_turn()) twins(narrow, "softmax", "", DROPOUT, dropout_shapes[i], 0);
             if (here.size == 1 && dropout_shapes[i].d <= 64 && is_turn()) /* wider ones may not fit */
                 layers(narrow, DROPOUT, dropout_shapes[i], ALIAS_NONE);
         }
         for (size_t i = 0; status == LS_OK && i < sizeof tiled_shapes / sizeof *tiled_shapes; i++)
-            if (is_turn()) twins(narrow, tiled_shapes[i].mechanism, tiled_shapes[i].options, 0, tiled_shapes[i].of);
+            if (is_turn()) twins(narrow, tiled_shapes[i].mechanism, tiled_shapes[i].options, 0, tiled_shapes[i].of, 0);
+        for (size_t i = 0; status == LS_OK && i < sizeof summing / sizeof *summing; i++)
+            twins(narrow, summing[i].mechanism, summing[i].options, 0,
+                  (shape){summing[i].pattern, 1, 16, 700, 700, PAD_NONE}, 2);
+        for (size_t i = 0; status == LS_OK && i < sizeof floored / sizeof *floored; i++)
+            floors(narrow, floored[i].mechanism, floored[i].options, floored[i].of);
         /* the last two: more rows than are summed up before they join memory */
         static const shape of_layers[] = {{LS_NS, 2, 32, 70, 70, PAD_TAIL},   {LS_NS, 2, 64, 150, 150, PAD_RANDOM},
                                           {LS_CS, 2, 64, 130, 130, PAD_TAIL}, {LS_CS, 1, 32, 66, 66, PAD_NONE},
