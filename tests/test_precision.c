@@ -183,22 +183,29 @@ static const struct {
                {"performer", "m=16,denom_min=0.5", {LS_NC, 1, 16, 90, 30, PAD_NONE}},
                {"cosformer", "max_len=200,eps=1", {LS_CS, 1, 16, 150, 150, PAD_NONE}}};
 
+static setting setting_of(const case_row *row, shape of, ls_level level, ls_layout layout, alias inputs, uint64_t seed)
+{
+    return (setting){.row = row,
+                     .level = level,
+                     .layout = layout,
+                     .B = of.B,
+                     .H = 2,
+                     .d = of.d,
+                     .T = of.T,
+                     .S = of.S,
+                     .pad = of.pad,
+                     .alias = inputs,
+                     .seed = seed};
+}
+
 /* mean: of the values. */
 static void twins(ls_context *narrow, const char *mechanism, const char *options, int extras, shape of, double mean)
 {
     const case_row row = {mechanism, of.pattern, options, (unsigned)extras};
     const int is_softmax = strcmp(mechanism, "softmax") == 0;
-    const setting s = {.row = &row,
-                       .level = mechanism_of(mechanism)->traits & LAYER_ONLY ? LS_LEVEL_LAYER : LS_LEVEL_CORE,
-                       .layout = (ls_layout)(of.d / 32 % 3),
-                       .B = of.B,
-                       .H = 2,
-                       .d = of.d,
-                       .T = of.T,
-                       .S = of.S,
-                       .pad = of.pad,
-                       .alias = ALIAS_NONE,
-                       .seed = (uint64_t)(10 * of.d + of.pattern + (of.T != 150 ? 10000 * of.T : 0))};
+    const ls_level level = mechanism_of(mechanism)->traits & LAYER_ONLY ? LS_LEVEL_LAYER : LS_LEVEL_CORE;
+    const setting s = setting_of(&row, of, level, (ls_layout)(of.d / 32 % 3), ALIAS_NONE,
+                                 (uint64_t)(10 * of.d + of.pattern + (of.T != 150 ? 10000 * of.T : 0)));
     problem p;
     answer float32 = {0}, free_form = {0}, masked = {0};
     char what[512] = "";
@@ -236,17 +243,7 @@ static void twins(ls_context *narrow, const char *mechanism, const char *options
 static void floors(ls_context *narrow, const char *mechanism, const char *options, shape of)
 {
     const case_row row = {mechanism, of.pattern, options, 0};
-    const setting s = {.row = &row,
-                       .level = LS_LEVEL_CORE,
-                       .layout = LS_BHTD,
-                       .B = of.B,
-                       .H = 2,
-                       .d = of.d,
-                       .T = of.T,
-                       .S = of.S,
-                       .pad = of.pad,
-                       .alias = ALIAS_NONE,
-                       .seed = 9};
+    const setting s = setting_of(&row, of, LS_LEVEL_CORE, LS_BHTD, ALIAS_NONE, 9);
     problem p;
     answer float32 = {0}, rounded = {0};
     watchdog(120);
@@ -285,17 +282,8 @@ static double layer_error(const answer *a, const answer *b)
 static void layers(ls_context *narrow, int extras, shape of, alias of_inputs)
 {
     const case_row row = {"softmax", of.pattern, "", (unsigned)extras};
-    const setting s = {.row = &row,
-                       .level = LS_LEVEL_LAYER,
-                       .layout = of.d == 64 ? LS_TBHD : LS_BTHD,
-                       .B = of.B,
-                       .H = 2,
-                       .d = of.d,
-                       .T = of.T,
-                       .S = of.S,
-                       .pad = of.pad,
-                       .alias = of_inputs,
-                       .seed = (uint64_t)(20 * of.d + of.pattern)};
+    const setting s = setting_of(&row, of, LS_LEVEL_LAYER, of.d == 64 ? LS_TBHD : LS_BTHD, of_inputs,
+                                 (uint64_t)(20 * of.d + of.pattern));
     problem p;
     answer as_kept = {0}, masked = {0}, float32 = {0};
     char what[512] = "";
