@@ -85,11 +85,6 @@ __device__ static inline place place_of(chunking c)
     return {bh / heads, bh % heads, bh, chunk, t, (int)ls_min(c.length, c.rows - t)};
 }
 
-__device__ static inline int padded_row(const rows &x, const place &at, int i)
-{
-    return ls_is_padded(x.pad, at.b * x.n + at.t + i);
-}
-
 /* The same rows for the threads of the block: row i, of n, begins at x + i step. */
 struct strip {
     ls_real *x;

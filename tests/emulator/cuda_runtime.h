@@ -35,15 +35,11 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
 #define __shared__ static
-#define __forceinline__ inline __attribute__((always_inline))
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define CUDART_VERSION 13000
-#define CUDART_INF_F INFINITY
-#define CUDART_INF ((double)INFINITY)
 
 struct uint3 {
     unsigned x, y, z;
@@ -87,10 +83,6 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
-static inline uint2 make_uint2(unsigned x, unsigned y)
-{
-    return {x, y};
-}
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w)
 {
     return {x, y, z, w};
@@ -165,44 +157,14 @@ static inline int __all_sync(unsigned mask, int predicate, EMULATOR_HERE)
     return (int)emulator::collect(emulator::ALL, mask, predicate != 0, 0, 32, file, line);
 }
 #undef EMULATOR_HERE
-static inline void __threadfence() {}
 
 /* ---- arithmetic; no atomics on floating numbers, whose sums would depend on an order */
-#define EMULATOR_ATOMICS(T)                                                                                            \
-    EMULATOR_UNCHECKED static inline T atomicAdd(T *at, T x)                                                           \
-    {                                                                                                                  \
-        const T old = *at;                                                                                             \
-        *at = (T)(old + x);                                                                                            \
-        return old;                                                                                                    \
-    }                                                                                                                  \
-    EMULATOR_UNCHECKED static inline T atomicMax(T *at, T x)                                                           \
-    {                                                                                                                  \
-        const T old = *at;                                                                                             \
-        if (x > old) *at = x;                                                                                          \
-        return old;                                                                                                    \
-    }                                                                                                                  \
-    EMULATOR_UNCHECKED static inline T atomicMin(T *at, T x)                                                           \
-    {                                                                                                                  \
-        const T old = *at;                                                                                             \
-        if (x < old) *at = x;                                                                                          \
-        return old;                                                                                                    \
-    }                                                                                                                  \
-    EMULATOR_UNCHECKED static inline T atomicExch(T *at, T x)                                                          \
-    {                                                                                                                  \
-        const T old = *at;                                                                                             \
-        *at = x;                                                                                                       \
-        return old;                                                                                                    \
-    }                                                                                                                  \
-    EMULATOR_UNCHECKED static inline T atomicCAS(T *at, T compare, T x)                                                \
-    {                                                                                                                  \
-        const T old = *at;                                                                                             \
-        if (old == compare) *at = x;                                                                                   \
-        return old;                                                                                                    \
-    }
-EMULATOR_ATOMICS(int)
-EMULATOR_ATOMICS(unsigned)
-EMULATOR_ATOMICS(unsigned long long)
-#undef EMULATOR_ATOMICS
+EMULATOR_UNCHECKED static inline int atomicAdd(int *at, int x)
+{
+    const int old = *at;
+    *at = old + x;
+    return old;
+}
 
 #define EMULATOR_MINMAX(T)                                                                                             \
     static inline T min(T a, T b)                                                                                      \
@@ -240,22 +202,6 @@ template <typename T> static inline T __ldg(const T *x)
 {
     return *x;
 }
-static inline float rsqrtf(float x)
-{
-    return 1.0f / sqrtf(x);
-}
-static inline double rsqrt(double x)
-{
-    return 1.0 / sqrt(x);
-}
-static inline float rsqrt(float x)
-{
-    return rsqrtf(x);
-}
-static inline float __fdividef(float x, float y)
-{
-    return x / y;
-}
 /* rounded before anything is added to it: what went through memory takes no part in a fused multiply-add */
 static inline float __fmul_rn(float x, float y)
 {
@@ -267,39 +213,13 @@ static inline double __dmul_rn(double x, double y)
     const volatile double z = x * y;
     return z;
 }
-/* as the hardware does it, whose error grows with |x|; not by its name, which glibc has taken */
-static inline float emulator_expf(float x)
-{
-    return exp2f(x * 1.44269504f);
-}
-#define __expf emulator_expf
-static inline int __float_as_int(float x)
-{
-    int i;
-    memcpy(&i, &x, sizeof i);
-    return i;
-}
-static inline float __int_as_float(int i)
-{
-    float x;
-    memcpy(&x, &i, sizeof x);
-    return x;
-}
 static inline int __popc(unsigned x)
 {
     return __builtin_popcount(x);
 }
-static inline int __popcll(unsigned long long x)
-{
-    return __builtin_popcountll(x);
-}
 static inline int __ffs(int x)
 {
     return __builtin_ffs(x);
-}
-static inline int __clz(int x)
-{
-    return x == 0 ? 32 : __builtin_clz((unsigned)x);
 }
 
 /* ---- the runtime */
