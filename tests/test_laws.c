@@ -280,6 +280,14 @@ static void spoil(int64_t B, int64_t heads, int64_t n, int64_t width, const uint
                     x[row_at(heads, n, width, b, h, t) + i] = bad[(b + t + i / 3) % 4];
 }
 
+static void clear_where(int64_t B, int64_t heads, int64_t n, int64_t width, const uint8_t *pad, ls_real *x)
+{
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t t = 0; t < n; t++)
+                for (int64_t i = 0; pad[b * n + t] && i < width; i++) x[row_at(heads, n, width, b, h, t) + i] = 0;
+}
+
 static int zero_where(int64_t B, int64_t heads, int64_t n, int64_t width, const uint8_t *pad, const ls_real *x)
 {
     for (int64_t b = 0; x != NULL && pad != NULL && b < B; b++)
@@ -855,6 +863,42 @@ static void aliases_add_up(const case_row *row, ls_level level, alias kind)
     problem_free(&p), problem_free(&q);
 }
 
+/* Whether queries do nothing in self attention but see keys: they make landmarks of nystrom and lara, probsparse
+ * selects some of them, and to s4d both are one. */
+static int queries_only_see(const case_row *row)
+{
+    static const char *const others[] = {"nystrom", "lara", "probsparse", "s4d"};
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++)
+        if (strcmp(row->mechanism, others[i]) == 0) return 0;
+    return !crosses(row);
+}
+
+/* Self attention with a mask of queries that is another one than that of keys: as if all were queries, but those masked
+ * give 0, and want nothing. other: 0 the mask of keys, 1 another. */
+static void two_masks(const case_row *row, ls_level level, int other)
+{
+    const setting s = small_setting(row, level, 41, 41, PAD_RANDOM, (uint64_t)(85000 + 2 * row_number(row) + other));
+    problem p, all;
+    answer a = {0}, b = {0};
+    char what[1024] = "";
+    if (problem_draw(&s, &p) != LS_OK) {
+        verdict(0, "two masks: %s", here.error);
+        return;
+    }
+    p.give_pads = 3;
+    for (int64_t i = 0; other && i < p.B * p.T; i++) p.pad_q[i] = i % 5 == 1 || i % 7 == 0;
+    all = problem_copy(&p);
+    memset(all.pad_q, 0, (size_t)(p.B * p.T));
+    clear_where(p.B, p.heads, p.T, p.out_width, p.pad_q, all.dout);
+    const int ran = problem_run(here.all, here.comm, &p, NULL, NULL, &a) == LS_OK &&
+                    problem_run(here.all, here.comm, &all, NULL, NULL, &b) == LS_OK;
+    if (ran) clear_where(p.B, p.heads, p.T, p.out_width, p.pad_q, b.out);
+    verdict(ran && answer_equal(&p, &a, &b, tolerance_of(row), what, sizeof what), "two masks: %s: %s", p.text,
+            ran ? what : here.error);
+    answer_free(&a), answer_free(&b);
+    problem_free(&p), problem_free(&all);
+}
+
 /* Memory that has been used before, a second backward, a forward without saved: the same bits. Parameter gradients add.
  */
 static void memory_is_reusable(const case_row *row, ls_level level)
@@ -1095,6 +1139,11 @@ static void promises(void)
             if (!crosses(row) && core) aliases_add_up(row, LS_LEVEL_CORE, ALIAS_ALL);
             if (!crosses(row)) aliases_add_up(row, LS_LEVEL_LAYER, ALIAS_ALL);
             if (!crosses(row)) aliases_add_up(row, LS_LEVEL_LAYER, ALIAS_ALL_NULL);
+        }
+        const unsigned shows = STEEP | WEIGHTS_MEAN | WEIGHTS_PER_HEAD; /* weights of masked queries are 0, too */
+        for (int other = 0; other < 2 && queries_only_see(row) && !(row->extras & shows); other++) {
+            if (core) two_masks(row, LS_LEVEL_CORE, other);
+            two_masks(row, LS_LEVEL_LAYER, other);
         }
         if (core) memory_is_reusable(row, LS_LEVEL_CORE);
         memory_is_reusable(row, LS_LEVEL_LAYER);
