@@ -253,7 +253,8 @@ template <typename T> static cublasStatus_t products(ls_queue *q, const batch<T>
 template <typename T> static void multiply(ls_queue *q, const batch<T> &x, ls_precision precision)
 {
     if (x.m <= 0 || x.n <= 0 || x.count <= 0) return;
-    if ((x.a.narrow || x.b.narrow || x.narrow_c) && (precision != LS_BF16 || x.k <= 0)) {
+    const int narrow = x.a.narrow || x.b.narrow || x.narrow_c;
+    if (precision > q->precision || (narrow && (precision != LS_BF16 || x.k <= 0))) {
         keep(q, CUBLAS_STATUS_NOT_SUPPORTED, x.m, x.n, x.k, x.count);
         return;
     }

@@ -393,6 +393,19 @@ static void test_products_rounded(void **)
     q = float32;
 }
 
+/* A product is no coarser than its queue, which has no memory for that. */
+static void test_coarser_product(void **)
+{
+    const on_device<ls_real> one(std::vector<ls_real>(3, 2));
+    for (ls_precision precision : {LS_TF32, LS_BF16}) {
+        product_in<LS_FLOAT32>(q, 0, 0, 1, 1, 1, 1, one.p, 1, 1, one.p + 1, 1, 1, 0, one.p + 2, 1, 1, 1);
+        launched();
+        ls_gemm_batch_in(q, precision, 0, 0, 1, 1, 1, 1, one.p, 1, 1, one.p + 1, 1, 1, 0, one.p + 2, 1, 1, 1);
+        assert_int_equal(ls_launched(q, "test"), LS_ERR_INTERNAL);
+    }
+    assert_float_equal((float)one.host()[2], 4, 0);
+}
+
 /* (B,H,n,d) in memory as (B,H,n,d), (B,n,H,d) or (H,B,n,d). */
 static ls_view laid(ls_real *p, int layout, int64_t B, int64_t H, int64_t n, int64_t d)
 {
@@ -834,6 +847,7 @@ int main()
         cmocka_unit_test(test_crashes),
         cmocka_unit_test(test_devices),
         cmocka_unit_test(test_products_rounded),
+        cmocka_unit_test(test_coarser_product),
         cmocka_unit_test(test_copies_ahead),
         cmocka_unit_test(test_watched_waits),
 #ifdef EMULATOR_CHECKS
