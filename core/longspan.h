@@ -117,17 +117,19 @@ typedef enum ls_transport {
  *               logits, which run on tensor cores where the head dimension is 8, 16, ... or 128 and neither attn_mask,
  *               dropout_mask nor weights are given (beyond 64 where a block may have 106 KiB of shared memory, beyond
  *               96 139, as on an A100 or H100); in performer and cosformer features, values, weights and states, on
- *               tensor cores, too, but for performer's sums over keys and their gradients (states, and gradients of
- *               weights, backward as two numbers of bfloat16 each, since values with a mean leave small differences of
- *               them); likewise in longshort queries, normalised keys and values, vectors, tables of distances,
- *               probabilities and gradients of logits, and in local queries, keys, values, weights, gradients of
- *               logits and of the output. Takes 64 MiB of the GPU for copies of operands; exact softmax there 2 bytes
- *               for each number of q, k and v, and of the output's gradient, while it runs (none in a layer where one
- *               rank has all positions).
+ *               tensor cores, too, but for performer's sums over keys and their gradients (gradients of queries and
+ *               keys take states and gradients of weights as two numbers of bfloat16 each: where values have a mean
+ *               they are small differences); likewise in longshort queries, normalised keys and values, vectors,
+ *               tables of distances, probabilities and gradients of logits, and in local queries, keys, values,
+ *               weights, gradients of logits and of the output. Takes 64 MiB of the GPU for copies of operands; exact
+ *               softmax there 2 bytes for each number of q, k and v, and of the output's gradient, while it runs (none
+ *               in a layer where one rank has all positions).
  *
  * In LS_BF16 a layer also rounds rows that it keeps for backward, and keeps them so: the core's output and, of exact
- * softmax, projected queries, keys and values, which its core then sees. All other mechanisms' cores read floats, which
- * are projected in TF32: some would amplify what bfloat16 does, and rows need not be widened.
+ * softmax, projected queries, keys and values, which its core then sees. All other mechanisms' cores read floats,
+ * which are projected in TF32, but for those named below, and kept so: some would amplify what bfloat16 does. That
+ * takes more memory from forward to backward (4 bytes a number instead of 2), and less traffic, as rows need not be
+ * widened.
  *
  * Sums are float32 at least in each of them, and so is all else that is kept in memory or crosses ranks: the rows that
  * flow between layers, the statistics of softmax, states, summaries, parameters, their gradients, the optimizer. Not
@@ -135,9 +137,10 @@ typedef enum ls_transport {
  *
  *   - products where the rounding of an operand would be amplified: exponents of performer, nystrom's pseudo-inverse,
  *     projections whose rows are compared or rounded (queries and keys of probsparse, predicted positions of local),
- *     queries and keys of cosformer with relu, whose gradient jumps at 0; all of performer and cosformer where
- *     denominators may meet their floor (m denom_min or eps above 1e-4), where gradients jump, or where there are 64
- *     keys or fewer;
+ *     queries and keys of cosformer with relu, whose gradient jumps at 0; all that the cores of performer and
+ *     cosformer multiply where denominators may meet their floor (performer's m denom_min, cosformer's eps, above
+ *     1e-4: gradients jump there, and a layer does not round its projections of queries and keys either) or, but for
+ *     decoding steps, where there are 64 keys or fewer;
  *   - what kernels multiply as it is: abc's slots (in double), the sums that make longshort's vectors, the modes of
  *     s4d, the slots of lara and nystrom, features of performer and their gradients, the cores of decoding steps but
  *     those of performer, cosformer, longshort and local, norms, the loss. */

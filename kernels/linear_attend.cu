@@ -188,8 +188,8 @@ __device__ static void pairs_to_keys(const linear &x, const pairs &p, const stri
         for (int f = threadIdx.x % SHARE; f < x.r && j < s.count; f += SHARE) {
             ls_few<1> g = {};
             for (int i = j; i < s.count && p.of_k->by[j] != 0; i++)
-                g.v[0] += read_number(dw[i * M::PITCH + j]) * steep_query(x, p, s, i, f) *
-                          (f < x.exponentials ? steep_key(x, p, s, i, j, f) : 1);
+                g.v[0] += read_both(dw + i * M::PITCH + j, rest == NULL ? NULL : rest + i * M::PITCH + j) *
+                          steep_query(x, p, s, i, f) * (f < x.exponentials ? steep_key(x, p, s, i, j, f) : 1);
             put_gradients(x, p.k, s, *p.of_k, j, f, 0, g);
         }
         return;
@@ -391,8 +391,8 @@ __device__ static inline void finish_row(const linear &x, const features &q, con
 }
 
 /* Gradients of rows are differences, dA - δ z of queries and v dSᵀ + dz of keys, of which little is left where values
- * have a mean, or few features are not 0. So what they are made of, S, w and dw, is not rounded to bfloat16 but to two
- * of them: a tile, and what that is short of in another, `rest`.
+ * have a mean, or few features are not 0. So what they are made of, S, dw and, until D and δ are summed, w, is not
+ * rounded to bfloat16 but to two of them: a tile, and what that is short of in another, `rest`. dv takes the first.
  *
  * The tiles: a, b, near w and dw, but for a dw that takes the place of gains, and rest; of keys three, and rest. */
 template <class M> LS_BOTH_SIDES int backward_tiles(int near)
@@ -562,14 +562,18 @@ template <class M> static size_t shared_bytes(const linear *x, int tiles, int ga
     return tiles_bytes<M>(tiles) + floats * sizeof(ls_real);
 }
 
+/* The most of backward. */
+template <class M> static size_t most_bytes(const linear *x, int near)
+{
+    return ls_max(shared_bytes<M>(x, backward_tiles<M>(near), near, 1), shared_bytes<M>(x, pay_tiles<M>(), 0, 1));
+}
+
 int64_t ls_linear_beside(const ls_pass *p, int64_t F)
 {
     linear x = {};
     x.F = (int)F;
     const int near = p->pattern == LS_CS;
-    const size_t bytes = takes_tensor_cores(p)
-                             ? shared_bytes<tensor>(&x, near ? backward_tiles<tensor>(1) : pay_tiles<tensor>(), near, 1)
-                             : shared_bytes<plain>(&x, 3, near, 1);
+    const size_t bytes = takes_tensor_cores(p) ? most_bytes<tensor>(&x, near) : most_bytes<plain>(&x, near);
     return ls_has_shared(p->queue, bytes) ? 0 : rows_pitch((int)F);
 }
 

@@ -188,7 +188,7 @@ typedef struct ls_layer_form {
             LS_FINER,    /* unless said: in TF32 where the precision is bfloat16. The core reads floats, which bfloat16
                             would have to be widened to, and may amplify what rounding does */
             LS_AS_ASKED, /* in the context's precision */
-            LS_EXACT,    /* never rounded: gradients jump where these rows are nearly 0 */
+            LS_EXACT,    /* never rounded: gradients jump where these rows, or denominators, are nearly 0 */
             LS_ALIKE     /* nor in bits that depend on ranks, as they are rounded or compared: see linear_alike */
         } made;
     } input[4];         /* query, key, value, and extra, which is projected from the query's rows */

@@ -6,6 +6,11 @@ static double complex get(const double *x, int64_t lane)
     return CMPLX(x[lane], x[LS_LANES + lane]);
 }
 
+static void add_doubles(ls_lanes x, double *sum)
+{
+    for (int64_t i = 0; i < LS_LANES; i++) sum[i] += (double)x[i];
+}
+
 /* sum (N) += Σ_chunks x · y; x with its im times sign. */
 static void correlate(const desk *k, int64_t chunks, const ls_lanes *x, ls_real sign, const ls_lanes *y, double *sum)
 {

@@ -377,11 +377,6 @@ static inline void weigh(const desk *k, int64_t chunks, const ls_lanes *weight, 
     }
 }
 
-static inline void add_doubles(ls_lanes x, double *sum)
-{
-    for (int64_t i = 0; i < LS_LANES; i++) sum[i] += (double)x[i];
-}
-
 /* ------------------------------------------------------------------------------------------------ states */
 
 /* The state of a direction passes a piece; k->entering = the states that enter its chunks. */

@@ -63,11 +63,20 @@ __device__ static inline void write_numbers(const ls_four &y, __nv_bfloat16 *to)
     *(uint2 *)to = bits;
 }
 
-/* The same, and what rounding takes from it to `rest`, NULL: that is lost. */
+/* What rounding takes from a number of a tile. */
+__device__ static inline ls_real rest_of(ls_real, const ls_real *)
+{
+    return 0;
+}
+__device__ static inline ls_real rest_of(ls_real y, const __nv_bfloat16 *)
+{
+    return y - read_number(__float2bfloat16((float)y));
+}
+/* rest: NULL: that is lost. */
 template <typename N> __device__ static inline void write_both(ls_real y, N *to, N *rest)
 {
     write_number(y, to);
-    if (rest != NULL) write_number(y - read_number(*to), rest);
+    if (rest != NULL) write_number(rest_of(y, to), rest);
 }
 
 template <typename N> __device__ static inline ls_real read_both(const N *x, const N *rest)
@@ -287,11 +296,10 @@ template <int W> struct filling {
                                                 typename M::number *rest)
     {
         tile<M>(z, width, to);
-        if (column() >= width) return;
 #pragma unroll
         for (int n = 0; n < EACH; n++)
 #pragma unroll
-            for (int k = 0; k < 4; k++) z[n].v[k] -= read_number(to[row(n) * M::PITCH + column() + k]);
+            for (int k = 0; k < 4; k++) z[n].v[k] = rest_of(z[n].v[k], to);
         tile<M>(z, width, rest);
     }
 };

@@ -345,7 +345,7 @@ static void recall_rows(const ls_attention *a, int64_t reals, ls_real *x, ls_ope
     if (ls_is_narrow(kept)) a->ctx->dense->copy(a->ctx->queue, reals, kept, ls_reals(x));
 }
 
-/* Whether the rows of an input of the core are finer than the context's precision. */
+/* Whether the rows of an input of the core are kept as floats, whatever the precision. */
 static int keeps_floats(const ls_attention *a, int which)
 {
     return a->form.input[which].made != LS_AS_ASKED;
@@ -379,7 +379,7 @@ static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, l
     const int rounds = a->ctx->precision == LS_BF16, cleans = back && (p->pad_q != NULL || p->own.pad != NULL);
     int64_t widest = T * E; /* of the gradients that are made ready for a product */
     int64_t most = 0;
-    int reads_narrow = back != 0; /* products with rows that come in */
+    int reads_narrow = back != 0; /* whether a product takes the rows that come in: backward, or LS_AS_ASKED */
     l->narrow = takes_narrow(a, c);
     for (int i = 0; i < a->form.inputs; i++) {
         const int64_t reals = rows_of(p, i) * a->form.input[i].width;

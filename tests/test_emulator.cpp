@@ -400,7 +400,7 @@ static void test_coarser_product(void **)
     for (ls_precision precision : {LS_TF32, LS_BF16}) {
         product_in<LS_FLOAT32>(q, 0, 0, 1, 1, 1, 1, one.p, 1, 1, one.p + 1, 1, 1, 0, one.p + 2, 1, 1, 1);
         launched();
-        ls_gemm_batch_in(q, precision, 0, 0, 1, 1, 1, 1, one.p, 1, 1, one.p + 1, 1, 1, 0, one.p + 2, 1, 1, 1);
+        ls_gemm_batch_in(q, precision, 0, 0, 1, 1, 1, 3, one.p, 1, 1, one.p + 1, 1, 1, 1, one.p + 2, 1, 1, 1);
         assert_int_equal(ls_launched(q, "test"), LS_ERR_INTERNAL);
     }
     assert_float_equal((float)one.host()[2], 4, 0);

@@ -893,8 +893,8 @@ static void two_masks(const case_row *row, ls_level level, int other)
     const int ran = problem_run(here.all, here.comm, &p, NULL, NULL, &a) == LS_OK &&
                     problem_run(here.all, here.comm, &all, NULL, NULL, &b) == LS_OK;
     if (ran) clear_where(p.B, p.heads, p.T, p.out_width, p.pad_q, b.out);
-    verdict(ran && answer_equal(&p, &a, &b, tolerance_of(row), what, sizeof what), "two masks: %s: %s", p.text,
-            ran ? what : here.error);
+    verdict(ran && answer_equal(&p, &a, &b, tolerance_of(row), what, sizeof what), "two masks: %s: %s%s", p.text,
+            other ? "another mask of queries" : "that of keys", ran ? what : here.error);
     answer_free(&a), answer_free(&b);
     problem_free(&p), problem_free(&all);
 }
