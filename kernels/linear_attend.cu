@@ -110,8 +110,7 @@ __device__ static void multiply_pairs(const linear &x, const pairs &p, const str
                                       typename M::number *b, typename M::number *w, typename M::number *rest)
 {
     const auto put = [&](int i, int j, ls_real y) {
-        const int at = i * M::PITCH + j;
-        write_both(y * apart(x, i, j, s.count), w + at, rest == NULL ? NULL : rest + at);
+        write_both(y * apart(x, i, j, s.count), w, rest, i * M::PITCH + j);
     };
     __syncthreads();
     if (p.steep) {
@@ -149,9 +148,7 @@ __device__ static void pairs_to_queries(const linear &x, const pairs &p, const s
         __syncthreads();
         for (int f = threadIdx.x % SHARE; f < x.r && i < s.count; f += SHARE) {
             ls_real g = 0;
-            for (int j = 0; j <= i; j++)
-                g += read_both(dw + i * M::PITCH + j, rest == NULL ? NULL : rest + i * M::PITCH + j) *
-                     steep_key(x, p, s, i, j, f);
+            for (int j = 0; j <= i; j++) g += read_both(dw, rest, i * M::PITCH + j) * steep_key(x, p, s, i, j, f);
             x.da[(s.R + i) * x.r + f] = g;
         }
         return;
@@ -188,8 +185,8 @@ __device__ static void pairs_to_keys(const linear &x, const pairs &p, const stri
         for (int f = threadIdx.x % SHARE; f < x.r && j < s.count; f += SHARE) {
             ls_few<1> g = {};
             for (int i = j; i < s.count && p.of_k->by[j] != 0; i++)
-                g.v[0] += read_both(dw + i * M::PITCH + j, rest == NULL ? NULL : rest + i * M::PITCH + j) *
-                          steep_query(x, p, s, i, f) * (f < x.exponentials ? steep_key(x, p, s, i, j, f) : 1);
+                g.v[0] += read_both(dw, rest, i * M::PITCH + j) * steep_query(x, p, s, i, f) *
+                          (f < x.exponentials ? steep_key(x, p, s, i, j, f) : 1);
             put_gradients(x, p.k, s, *p.of_k, j, f, 0, g);
         }
         return;
@@ -310,6 +307,7 @@ __device__ static inline taken weigh_row(const linear &x, const features &q, con
     const int n = row < s.count && of_q.by[row] != 0 ? x.r : 0, fours = x.r % 4 == 0;
     const int some = x.turns ? x.r : x.exponentials; /* of the features have a factor */
     const ls_real factor = x.turns ? of_q.sine[row] : of_q.past[row], cosine = of_q.cosine[row];
+    const typename M::number *less = M::IN_PLACE ? NULL : dw;
     exact D = 0, dot = 0;
     EACH_PIECE(f, n)
     {
@@ -327,7 +325,7 @@ __device__ static inline taken weigh_row(const linear &x, const features &q, con
         if (x.turns) add(x.r, [&](int, ls_real y) { return cosine * y; });
     }
     for (int j = first; NEAR && j < SIDE; j += SHARE) {
-        const exact weight = (exact)read_both(w + j, M::IN_PLACE ? NULL : dw + j);
+        const exact weight = (exact)read_both(w, less, j);
         D += weight;
         dot += weight * (exact)gains[j];
     }
@@ -338,8 +336,8 @@ __device__ static inline taken weigh_row(const linear &x, const features &q, con
     if (first == 0 && row < s.count) x.inverse[s.R + row] = y.by, x.delta[s.R + row] = y.delta;
     for (int j = first; NEAR && j < SIDE; j += SHARE) {
         const ls_real gain = gains[j]; /* which dw may take the place of */
-        write_number(y.by * read_both(w + j, M::IN_PLACE ? NULL : dw + j), w + j);
-        write_both(y.by * (gain - y.delta) * apart(x, row, j, s.count), dw + j, M::IN_PLACE ? NULL : rest + j);
+        write_number(y.by * read_both(w, less, j), w + j);
+        write_both(y.by * (gain - y.delta) * apart(x, row, j, s.count), dw, rest, j);
     }
     return y;
 }

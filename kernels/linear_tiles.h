@@ -97,10 +97,7 @@ __device__ static void load_state(const linear &x, const ls_real *S, int f0, int
     read_fours<fill::EACH>(
         x.d % 4 == 0, [&](int n) { return first + least(fill::row(n), all - 1) * x.d; },
         [&](int n) { return fill::row(n) < all ? left : 0; }, z);
-    if (rest != NULL)
-        fill::template tile_and_rest<M>(z, whole<M>(x.d - e0), to, rest);
-    else
-        fill::template tile<M>(z, whole<M>(x.d - e0), to);
+    fill::template tile_and_rest<M>(z, whole<M>(x.d - e0), to, rest);
 }
 
 /* ------------------------------------------------------------------------------------------------ features */

@@ -99,9 +99,14 @@ static int64_t exponentials(const ls_pass *p)
     return num_features(p);
 }
 
+static double floor_of(const double *option)
+{
+    return option[NUM_FEATURES] * option[DENOM_MIN];
+}
+
 static double least(const ls_pass *p)
 {
-    return (double)num_features(p) * p->option[DENOM_MIN];
+    return floor_of(p->option);
 }
 
 /* x (n,ld) = W rows; half (n) = |row|²/2; both of scaled rows. */
@@ -188,8 +193,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
 
 static void layer(const ls_attention_options *o, ls_layer_form *form)
 {
-    const double floor = o->value[NUM_FEATURES] * o->value[DENOM_MIN];
-    if (ls_linear_jumps(floor)) form->input[0].made = form->input[1].made = LS_EXACT;
+    if (ls_linear_jumps(floor_of(o->value))) form->input[0].made = form->input[1].made = LS_EXACT;
 }
 
 const ls_mechanism ls_performer_mechanism = {

@@ -72,16 +72,15 @@ __device__ static inline ls_real rest_of(ls_real y, const __nv_bfloat16 *)
 {
     return y - read_number(__float2bfloat16((float)y));
 }
-/* rest: NULL: that is lost. */
-template <typename N> __device__ static inline void write_both(ls_real y, N *to, N *rest)
+/* Number i of a tile, and what it is short of in another. rest NULL: that is lost. */
+template <typename N> __device__ static inline void write_both(ls_real y, N *to, N *rest, int i)
 {
-    write_number(y, to);
-    if (rest != NULL) write_number(rest_of(y, to), rest);
+    write_number(y, to + i);
+    if (rest != NULL) write_number(rest_of(y, to), rest + i);
 }
-
-template <typename N> __device__ static inline ls_real read_both(const N *x, const N *rest)
+template <typename N> __device__ static inline ls_real read_both(const N *x, const N *rest, int i)
 {
-    return read_number(*x) + (rest == NULL ? 0 : read_number(*rest));
+    return read_number(x[i]) + (rest == NULL ? 0 : read_number(rest[i]));
 }
 
 /* Number i of tiles that lie one after the other. */
@@ -290,12 +289,13 @@ template <int W> struct filling {
 #pragma unroll
         for (int n = 0; n < EACH; n++) write_numbers(z[n], to + row(n) * M::PITCH + column());
     }
-    /* The same, and what rounding took from its numbers, as a tile of its own. */
+    /* The same, and what rounding takes from its numbers as a tile of its own. rest NULL: that is lost. */
     template <class M>
     __device__ static inline void tile_and_rest(ls_four (&z)[EACH], int width, typename M::number *to,
                                                 typename M::number *rest)
     {
         tile<M>(z, width, to);
+        if (rest == NULL) return;
 #pragma unroll
         for (int n = 0; n < EACH; n++)
 #pragma unroll

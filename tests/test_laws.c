@@ -1140,10 +1140,10 @@ static void promises(void)
             if (!crosses(row)) aliases_add_up(row, LS_LEVEL_LAYER, ALIAS_ALL);
             if (!crosses(row)) aliases_add_up(row, LS_LEVEL_LAYER, ALIAS_ALL_NULL);
         }
-        const unsigned shows = STEEP | WEIGHTS_MEAN | WEIGHTS_PER_HEAD; /* weights of masked queries are 0, too */
+        const unsigned shows = WEIGHTS_MEAN | WEIGHTS_PER_HEAD; /* of masked queries they are 0, too */
         for (int other = 0; other < 2 && queries_only_see(row) && !(row->extras & shows); other++) {
             if (core) two_masks(row, LS_LEVEL_CORE, other);
-            two_masks(row, LS_LEVEL_LAYER, other);
+            if (!is_left_out(row, LS_LEVEL_LAYER)) two_masks(row, LS_LEVEL_LAYER, other);
         }
         if (core) memory_is_reusable(row, LS_LEVEL_CORE);
         memory_is_reusable(row, LS_LEVEL_LAYER);
