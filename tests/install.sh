@@ -47,7 +47,7 @@ int main()
     return 0;
 }
 END
-c++ -std=c++17 ${CFLAGS-} "$scratch/main.cpp" -o "$scratch/from_cpp" "${flags[@]}" -Wl,-rpath,"$(dirname "$library")"
+c++ -std=c++17 ${CXXFLAGS-} "$scratch/main.cpp" -o "$scratch/from_cpp" "${flags[@]}" -Wl,-rpath,"$(dirname "$library")"
 "$scratch/from_cpp"
 
 # by CMake it needs language C as well, for MPI: without, one sentence says so

@@ -364,7 +364,7 @@ add_test(NAME readme COMMAND ${PROJECT_SOURCE_DIR}/tests/readme.py $<TARGET_FILE
   ${PROJECT_SOURCE_DIR}/README.md)
 add_test(NAME install COMMAND ${PROJECT_SOURCE_DIR}/tests/install.sh ${PROJECT_BINARY_DIR} ${PROJECT_SOURCE_DIR})
 if(LONGSPAN_SANITIZE) # what links a sanitized library must be built so itself
-  list(APPEND test_environment "CFLAGS=-fsanitize=${LONGSPAN_SANITIZE}")
+  list(APPEND test_environment "CFLAGS=-fsanitize=${LONGSPAN_SANITIZE}" "CXXFLAGS=-fsanitize=${LONGSPAN_SANITIZE}")
 endif()
 # where a rank ends before the others mpirun waits a second, or two, before it kills them, even if they are gone
 set_tests_properties(train_equality train_device bench faults install readme PROPERTIES TIMEOUT 1500
