@@ -14,11 +14,13 @@
  *
  * Conventions. Every function that can fail returns ls_status, and ls_last_error() tells what, where and what to do.
  * "Collective" means: every rank of the context's communicator calls it, in the same order, with the same options; a
- * collective function returns the same status everywhere, so no rank waits for one that failed. What is not called
- * collective concerns this rank alone. These functions also refuse NULL where something is needed; but a collective
- * call whose first argument is NULL has nobody to tell, and the other ranks wait for it. The library never prints,
- * exits, installs signal handlers, or touches MPI_COMM_WORLD. Pointers are borrowed unless a comment says otherwise. A
- * context and everything made from it belong to one thread at a time.
+ * collective function returns the same status everywhere, so no rank waits for one that failed; but for LS_ERR_COMM,
+ * which one rank alone may get, in the middle of a call: others may wait for it, and the job is to be ended. What is
+ * not called collective concerns this rank alone. These functions also refuse NULL where something is needed; but a
+ * collective call whose first argument is NULL has nobody to tell, and the other ranks wait for it. The library never
+ * prints, exits, installs signal handlers, or touches MPI_COMM_WORLD. Pointers are borrowed unless a comment says
+ * otherwise. A context and everything made from it belong to one thread at a time; contexts with communicators in
+ * several threads need MPI_THREAD_MULTIPLE.
  *
  * Sizes. batch x the positions of queries and keys (at least 1024) x embed_dim is less than 2^44, over all ranks;
  * embed_dim is at most 2^20, and a state is for at most 2^31 - 1 tokens. As BLAS counts with int, batch x positions on
@@ -165,7 +167,9 @@ typedef struct ls_context_options {
 } ls_context_options;
 
 /* Collective. Between MPI_Init and MPI_Finalize, unless this process is alone. On success *ctx is the caller's, to be
- * freed with ls_context_free (collective too), after all that was made from it. */
+ * freed with ls_context_free (collective too), after all that was made from it; else it is NULL. OpenBLAS has one
+ * thread in this process from then on, as each rank has a core: openblas_set_num_threads, after this, gives it others.
+ */
 ls_status ls_context_create(const ls_context_options *options, ls_context **ctx);
 void ls_context_free(ls_context *ctx);
 int ls_context_rank(const ls_context *ctx);
@@ -379,7 +383,8 @@ void ls_saved_free(ls_saved *saved);
 size_t ls_saved_bytes(const ls_saved *saved); /* on the device, and lists in host memory */
 
 /* Collective. out: like query (s4d's core: channels times as wide), in memory that no input has. saved NULL: no
- * backward will follow. The inputs, params and out must stay unchanged until backward. */
+ * backward will follow. The inputs, params and out must stay unchanged until backward. Where the call fails, saved
+ * holds no call, and out, unless the call was refused (LS_ERR_ARGUMENT, LS_ERR_MEMORY), may hold anything. */
 ls_status ls_attention_forward(ls_attention *attention, const ls_attention_shape *shape, const ls_attention_io *io,
                                const ls_real *params, ls_real *out, ls_saved *saved);
 
@@ -390,7 +395,8 @@ ls_status ls_attention_forward(ls_attention *attention, const ls_attention_shape
 typedef struct ls_attention_grads {
     ls_real *query, *key, *value, *params;
 } ls_attention_grads;
-/* Collective. The shape, io, params and out of the forward call, and its saved, which stays valid. */
+/* Collective. The shape, io, params and out of the forward call, and its saved, which stays valid; another shape, and
+ * another training, sample, draw, want of weights or choice of optional inputs in io, are refused (LS_ERR_ARGUMENT). */
 ls_status ls_attention_backward(ls_attention *attention, const ls_attention_shape *shape, const ls_attention_io *io,
                                 const ls_real *params, const ls_real *out, const ls_real *dout, ls_saved *saved,
                                 const ls_attention_grads *grads);

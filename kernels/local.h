@@ -13,11 +13,15 @@ static inline int ls_local_predicts(ls_pattern pattern, const double *option)
     return pattern == LS_CC || (pattern == LS_NC && option[ALIGN] > 0);
 }
 
-/* The centres of query i, in local-m; in local-p from p >= 0; where parameters are not numbers, nor is p: its window is
- * somewhere, and the Gaussian keeps the NaN. */
+__extension__ typedef unsigned __int128 ls_local_wide;
+
+/* The centres of query i, in local-m, whose product outgrows 64 bits where both sides are longer than 2^31; in local-p
+ * from p >= 0; where parameters are not numbers, nor is p: its window is somewhere, and the Gaussian keeps the NaN. */
 LS_BOTH_SIDES int64_t ls_local_monotonic(int64_t i, int64_t queries, int64_t keys)
 {
-    return queries > 0 ? (2 * i + 1) * keys / (2 * queries) : 0;
+    if (queries <= 0) return 0;
+    if ((queries | keys) >> 31 == 0) return (2 * i + 1) * keys / (2 * queries);
+    return (int64_t)((ls_local_wide)(2 * i + 1) * (ls_local_wide)keys / (ls_local_wide)(2 * queries));
 }
 LS_BOTH_SIDES int64_t ls_local_predicted(double p)
 {

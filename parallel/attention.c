@@ -16,9 +16,8 @@ struct ls_saved {
     ls_arena arena;
     ls_requests requests; /* and what they brought */
     ls_documents documents;
-    int filled; /* a forward call succeeded: its sizes are below */
-    int packed, masks;
-    int64_t batch, T, S, T_all, S_all;
+    int filled;         /* a forward call succeeded */
+    uint64_t signature; /* its: see sign_call */
 };
 
 /* ------------------------------------------------------------------------------------------------ create */
@@ -93,6 +92,7 @@ static ls_status create(ls_context *ctx, const ls_attention_options *options, ls
 
 ls_status ls_attention_create(ls_context *ctx, const ls_attention_options *options, ls_attention **attention)
 {
+    if (attention != NULL) *attention = NULL;
     LS_NEED(ctx, "attention: the context is NULL");
     ls_attention *made = NULL;
     ls_status status = attention != NULL ? create(ctx, options, &made)
@@ -133,8 +133,9 @@ int64_t ls_attention_param_count(const ls_attention *attention)
 
 ls_status ls_saved_create(ls_attention *attention, ls_saved **saved)
 {
-    LS_NEED(attention, "saved: attention is NULL");
     LS_NEED(saved, "saved: saved is NULL");
+    *saved = NULL;
+    LS_NEED(attention, "saved: attention is NULL");
     *saved = calloc(1, sizeof **saved);
     if (*saved == NULL) LS_FAIL(LS_ERR_MEMORY, "attention: no memory for what backward needs");
     (*saved)->ctx = attention->ctx;
@@ -210,12 +211,12 @@ uint64_t ls_sign_shard(uint64_t signature, const ls_shard *s)
     return ls_sign(signature, s->bounds, ((size_t)s->size + 1) * sizeof *s->bounds);
 }
 
-/* What must be the same on every rank of a call. Called with shape and shards that were found whole. */
-static uint64_t sign_call(const ls_attention *a, const ls_call *c, int backward, int wants_weights)
+/* What must be the same on every rank of a call, and in backward as in forward. Called with shape and shards that were
+ * found whole. */
+static uint64_t sign_call(const ls_attention *a, const ls_call *c, int wants_weights)
 {
     const ls_pass *p = &c->pass;
-    const int64_t numbers[] = {backward,
-                               wants_weights,
+    const int64_t numbers[] = {wants_weights,
                                p->B,
                                p->training,
                                p->pad_q != NULL,
@@ -241,7 +242,7 @@ static ls_status agree_call(const ls_attention *a, ls_status status, const ls_ca
         a->ctx, status, a->mechanism->name,
         "forward or backward, options, batch, sample, draw, training, shards, weights and which optional "
         "inputs there are",
-        status == LS_OK ? sign_call(a, c, backward, wants_weights) : 0);
+        status == LS_OK ? ls_sign(sign_call(a, c, wants_weights), &backward, sizeof backward) : 0);
 }
 
 int64_t ls_rows_apart(const ls_attention *a, int64_t batch)
@@ -269,6 +270,11 @@ void ls_pass_begin(const ls_attention *a, int64_t B, int64_t T, int64_t S, const
                       .seed = a->ctx->seed,
                       .stream = a->options.stream};
     pass->own.n = S;
+}
+
+static int wants_weights(const ls_attention_io *io)
+{
+    return io != NULL && (io->need_weights || io->need_head_weights);
 }
 
 /* The tensors of a call that are there before any memory is taken. */
@@ -301,8 +307,8 @@ static void begin_call(ls_attention *a, const ls_attention_shape *shape, const l
     p->samples_per_batch = io->samples != NULL && io->samples_per_batch;
     p->selected = io->selected;
     p->backward = backward;
-    if (io->need_weights || io->need_head_weights) p->weights = io->weights;
-    c->in_place = io->attn_mask != NULL || io->dropout_mask != NULL || io->need_weights || io->need_head_weights;
+    if (wants_weights(io)) p->weights = io->weights;
+    c->in_place = io->attn_mask != NULL || io->dropout_mask != NULL || wants_weights(io);
     l->x_q = io->query;
     l->x_k = io->key == NULL ? io->query : io->key;
     l->x_v = io->value == NULL ? l->x_k : io->value;
@@ -565,13 +571,6 @@ static void make_queries(void *of)
     make_input(x->a, x->p, x->l, Q_PROJ, x->l->x_q);
 }
 
-/* Which there are. */
-static int masks_of(const ls_attention_io *io)
-{
-    return (io->query_padding_mask != NULL) | (io->key_padding_mask != NULL) << 1 | (io->attn_mask != NULL) << 2 |
-           (io->dropout_mask != NULL) << 3;
-}
-
 ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
                                const ls_real *params, ls_real *out, ls_saved *saved)
 {
@@ -594,7 +593,7 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
         LS_TRY(find_documents(a, io, &c, status));
     }
     if (status == LS_OK) status = reserve_forward(a, io, keep, &c, &l);
-    LS_TRY(agree_call(a, status, &c, 0, io != NULL && (io->need_weights || io->need_head_weights)));
+    LS_TRY(agree_call(a, status, &c, 0, wants_weights(io)));
     const ls_pass *p = &c.pass;
     const int64_t rows = p->B * p->T;
     const ls_real *const x[] = {l.x_q, l.x_k, l.x_v, l.x_q};
@@ -616,10 +615,7 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
         ls_memory_of(&a->ctx->exchange)->mean_heads(p->queue, p->B, p->H, p->T * p->all_keys, l.heads, io->weights);
     if (saved != NULL) {
         saved->filled = 1;
-        saved->packed = c.documents != NULL;
-        saved->masks = masks_of(io);
-        saved->batch = p->B, saved->T = p->T, saved->S = p->S;
-        saved->T_all = p->all_queries, saved->S_all = p->all_keys;
+        saved->signature = sign_call(a, &c, wants_weights(io));
     }
     return LS_OK;
 }
@@ -636,13 +632,12 @@ static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *sha
     const ls_pass *p = &c->pass;
     if (saved == NULL || saved->attention != a || !saved->filled)
         LS_FAIL(LS_ERR_ARGUMENT, "%s: backward needs the saved of a forward call of the same attention", name);
-    if (saved->packed != ls_is_packed(io))
-        LS_FAIL(LS_ERR_ARGUMENT, "%s: backward needs the segments of the forward call that saved", name);
-    if (saved->masks != masks_of(io))
-        LS_FAIL(LS_ERR_ARGUMENT, "%s: backward needs the masks of the forward call that saved, and no others", name);
-    if (saved->batch != p->B || saved->T != p->T || saved->S != p->S || saved->T_all != p->all_queries ||
-        saved->S_all != p->all_keys)
-        LS_FAIL(LS_ERR_ARGUMENT, "%s: backward has other sizes than the forward call that saved", name);
+    c->documents = ls_is_packed(io) ? &saved->documents : NULL;
+    if (saved->signature != sign_call(a, c, wants_weights(io)))
+        LS_FAIL(LS_ERR_ARGUMENT,
+                "%s: backward needs the shape and io of the forward call that saved: batch, shards, training, sample, "
+                "draw, weights and which optional inputs there are",
+                name);
     LS_NEED(grads, "%s: grads is NULL", name);
     if (p->T > 0 && dout == NULL) LS_FAIL(LS_ERR_ARGUMENT, "%s: dout is NULL", name);
     if (!ls_is_layer(a) &&
@@ -656,7 +651,6 @@ static ls_status reserve_backward(ls_attention *a, const ls_attention_shape *sha
     c->pass.dout = ls_view_out(a, dout, p->B, p->T);
     c->pass.dparams = grads->params;
     c->requests = &saved->requests;
-    c->documents = saved->packed ? &saved->documents : NULL;
     ls_arena nothing = {0}, *work = &a->ctx->work; /* saved is as forward left it: only work is measured */
     ls_arena_measure(&nothing);
     ls_arena_measure(work);

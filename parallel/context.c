@@ -176,8 +176,8 @@ static ls_status open_local(const ls_context_options *o, ls_status possible, con
 
 ls_status ls_context_create(const ls_context_options *options, ls_context **ctx)
 {
-    LS_NEED(options, "context: options is NULL");
     if (ctx != NULL) *ctx = NULL;
+    LS_NEED(options, "context: options is NULL");
     const int alone = options->dry_size != 0 || options->comm == MPI_COMM_NULL || options->comm == (MPI_Comm)0;
     const ls_status possible = ctx != NULL ? check_options(options) : ls_fail(LS_ERR_ARGUMENT, "context: ctx is NULL");
     if (alone && possible != LS_OK) return possible;
@@ -301,7 +301,7 @@ ls_status ls_all_reduce_sum(ls_context *ctx, ls_real *x, int64_t n)
     if (n < 0) status = ls_fail(LS_ERR_ARGUMENT, "all-reduce: n %lld is negative", (long long)n);
     if (n > 0 && x == NULL) status = ls_fail(LS_ERR_ARGUMENT, "all-reduce: x is NULL");
     LS_TRY(ls_agree_alike(ctx, status, "all-reduce", "n", ls_sign(LS_SIGNATURE, &n, sizeof n)));
-    return ctx->exchange.comm.ops->sum(&ctx->exchange.comm, x, n);
+    return ls_alone(ctx, ctx->exchange.comm.ops->sum(&ctx->exchange.comm, x, n));
 }
 
 void ls_context_traffic(const ls_context *ctx, ls_traffic *traffic)

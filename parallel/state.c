@@ -149,6 +149,7 @@ static ls_status create(ls_attention *a, int64_t batch, int64_t max_length, ls_s
 
 ls_status ls_state_create(ls_attention *attention, int64_t batch, int64_t max_length, ls_state **state)
 {
+    if (state != NULL) *state = NULL;
     LS_NEED(attention, "state: attention is NULL");
     const int64_t sizes[] = {batch, max_length};
     ls_state *made = NULL;

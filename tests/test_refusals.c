@@ -105,7 +105,9 @@ static void test_nothing(void **unused)
     refused(ls_shard_even(ctx, L, NULL), LS_ERR_ARGUMENT, "shard is NULL");
     refused(ls_shard_even(NULL, L, &(ls_shard){0}), LS_ERR_ARGUMENT, "context is NULL");
     refused(ls_shard_local(ctx, 3, last ? NULL : &(ls_shard){0}), LS_ERR_ARGUMENT, blamed("shard: "));
-    refused(ls_saved_create(NULL, &saved), LS_ERR_ARGUMENT, "attention is NULL");
+    ls_saved *none = saved;
+    refused(ls_saved_create(NULL, &none), LS_ERR_ARGUMENT, "attention is NULL");
+    assert_null(none);
 
     refused(ls_attention_forward(NULL, &shape, &io, params, y, saved), LS_ERR_ARGUMENT, "attention is NULL");
     refused(ls_attention_forward(a, last ? NULL : &shape, &io, params, y, saved), LS_ERR_ARGUMENT,
@@ -316,13 +318,30 @@ static void test_saved(void **unused)
     refused(ls_attention_forward(a, &shape, &io, params, y, last ? theirs : saved), LS_ERR_ARGUMENT,
             "saved belongs to another context");
     must(ls_attention_backward(b, &shape, &io, params, y, y, theirs, &g));
-    /* backward with masks that forward had not; what forward saved is good for another try */
-    const uint8_t none[B * L] = {0};
-    const ls_attention_io masked = {.query = x, .key_padding_mask = none};
+    /* backward with anything that forward had not; what forward saved is good for another try */
+    static const uint8_t none[B * L];
+    static const int32_t one[B * L];
+    static ls_real weights[B * L * L];
+    const ls_attention_io others[] = {{.query = x, .key_padding_mask = none},
+                                      {.query = x, .query_segments = one},
+                                      {.query = x, .attn_mask = weights},
+                                      {.query = x, .dropout_mask = weights},
+                                      {.query = x, .weights = weights, .need_weights = 1},
+                                      {.query = x, .training = 1},
+                                      {.query = x, .sample = 1}};
     must(ls_attention_forward(a, &shape, &io, params, y, saved));
-    refused(ls_attention_backward(a, &shape, last ? &masked : &io, params, y, y, saved, &g), LS_ERR_ARGUMENT,
-            blamed("softmax: backward needs the masks of the forward call"));
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++)
+        refused(ls_attention_backward(a, &shape, last ? &others[i] : &io, params, y, y, saved, &g), LS_ERR_ARGUMENT,
+                blamed("softmax: backward needs the shape and io of the forward call"));
+    const ls_attention_shape smaller = {.batch = B - 1, .queries = &shard};
+    refused(ls_attention_backward(a, last ? &smaller : &shape, &io, params, y, y, saved, &g), LS_ERR_ARGUMENT,
+            blamed("softmax: backward needs the shape and io of the forward call"));
     must(ls_attention_backward(a, &shape, &io, params, y, y, saved, &g));
+    /* and the other way round: weights are looked at where they lie, so that rows of a causal call lie elsewhere */
+    must(ls_attention_forward(a, &shape, &others[4], params, y, saved));
+    refused(ls_attention_backward(a, &shape, &io, params, y, y, saved, &g), LS_ERR_ARGUMENT,
+            "softmax: backward needs the shape and io of the forward call");
+    must(ls_attention_backward(a, &shape, &others[4], params, y, y, saved, &g));
     ls_shard_free(&shard);
     ls_saved_free(saved), ls_saved_free(theirs);
     ls_attention_free(a), ls_attention_free(b);
@@ -438,6 +457,37 @@ static void test_sizes(void **unused)
     ls_shard_free(&even), ls_shard_free(&long_one);
 }
 
+/* Where positions are beyond 2^32 rank 65536 of 131072 does what it does in self attention: query i of as many looks
+ * around key i. */
+static void test_far(void **unused)
+{
+    (void)unused;
+    enum { N = 65536, RANKS = 131072 };
+    const ls_context_options options = {.dry_size = RANKS, .dry_rank = RANKS / 2};
+    ls_context *whole = ctx, *dry = NULL;
+    ls_shard s;
+    ls_real *rows = calloc((size_t)N * E, sizeof *rows), *out[2];
+    assert_non_null(rows);
+    for (int64_t i = 0; i < N * E; i++) rows[i] = (ls_real)(i * i % 17 - 8) / 8;
+    must(ls_context_create(&options, &dry));
+    ctx = dry;
+    must(ls_shard_even(ctx, (int64_t)N * RANKS, &s));
+    assert_true(s.n == N && s.lo > INT64_C(1) << 31);
+    for (int cross = 0; cross < 2; cross++) {
+        ls_attention *a = make("local", cross ? LS_NC : LS_NS);
+        const ls_attention_shape shape = {.batch = 1, .queries = &s, .keys = cross ? &s : NULL};
+        const ls_attention_io io = {.query = rows, .key = cross ? rows : NULL};
+        assert_non_null(out[cross] = calloc((size_t)N * E, sizeof *out[cross]));
+        must(ls_attention_forward(a, &shape, &io, params, out[cross], NULL));
+        ls_attention_free(a);
+    }
+    assert_true(out[0][0] != 0 && memcmp(out[0], out[1], (size_t)N * E * sizeof *rows) == 0);
+    free(rows), free(out[0]), free(out[1]);
+    ls_shard_free(&s);
+    ls_context_free(dry);
+    ctx = whole;
+}
+
 /* ------------------------------------------------------------------------------------------------ what is not there */
 
 /* A rank without the others plans whole sequences, and packed ones only where it is the only rank. */
@@ -503,7 +553,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_nothing),     cmocka_unit_test(test_all_reduce), cmocka_unit_test(test_sentences),
         cmocka_unit_test(test_differences), cmocka_unit_test(test_states),     cmocka_unit_test(test_sources),
         cmocka_unit_test(test_counts),      cmocka_unit_test(test_sizes),      cmocka_unit_test(test_levels),
-        cmocka_unit_test(test_dry),         cmocka_unit_test(test_saved),      cmocka_unit_test(test_same_pointer)};
+        cmocka_unit_test(test_dry),         cmocka_unit_test(test_far),        cmocka_unit_test(test_saved),
+        cmocka_unit_test(test_same_pointer)};
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     ls_context_free(ctx);
     free(x), free(y), free(grads), free(params);
