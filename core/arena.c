@@ -14,7 +14,7 @@ static const ls_device_ops *device_of(const ls_arena *arena)
  * builds do so unless it is 0. */
 static int poisons(void)
 {
-    static int answer = -1;
+    static _Atomic int answer = -1; /* of all threads: they find the same */
 #ifdef NDEBUG
     const char *usual = "0";
 #else
@@ -29,7 +29,7 @@ static int poisons(void)
 
 void ls_arena_measure(ls_arena *arena)
 {
-    arena->used = arena->most = 0;
+    arena->used = arena->most = arena->lacking = 0;
     arena->measuring = 1;
     arena->replaying = 0;
 }
@@ -60,6 +60,9 @@ ls_status ls_arena_reserve(ls_arena *arena, const char *what)
                         ALIGN; /* one more, so that a take of 0 bytes is a pointer and not NULL */
     arena->used = 0;
     arena->measuring = 0;
+    if (arena->lacking > 0)
+        LS_FAIL(LS_ERR_MEMORY, "%s: no %.1f MiB of host memory for lists: use more ranks or a smaller batch", what,
+                (double)arena->lacking / 1048576.0);
     if (need > arena->peak) arena->peak = need;
     if (need <= arena->capacity) return LS_OK;
     device_of(arena)->release(arena->base);

@@ -13,10 +13,11 @@ typedef struct ls_arena {
     const ls_device_ops *device; /* where the memory is; NULL: the CPU */
     char *base;
     size_t capacity, used, most, peak; /* most: what was in use before a release */
+    size_t lacking;                    /* host memory that a plan wanted on the way and did not get: reserve refuses */
     int measuring, replaying, overrun;
 } ls_arena;
 
-/* Starts a measuring run; ls_arena_used tells the bytes afterwards. */
+/* Starts a measuring run, after which `used` tells the bytes. */
 void ls_arena_measure(ls_arena *arena);
 /* Ends it: makes room for what was measured (contents are lost when it grows) and starts the real run. */
 ls_status ls_arena_reserve(ls_arena *arena, const char *what);

@@ -36,7 +36,7 @@ static void close_queue(ls_queue *queue)
 
 static void *alloc(size_t bytes)
 {
-    return aligned_alloc(256, (bytes + 255) / 256 * 256);
+    return bytes <= SIZE_MAX - 255 ? aligned_alloc(256, (bytes + 255) / 256 * 256) : NULL;
 }
 
 static size_t most(void)

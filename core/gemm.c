@@ -38,7 +38,7 @@ static void count(int in_double, int transpose_a, int transpose_b, int64_t m, in
 
 static int takes_small_products(void)
 {
-    static int known = -1;
+    static _Atomic int known = -1; /* of all threads: they find the same */
     if (known < 0) {
         const char *kernels = ls_blas_kernels();
         known = strcasecmp(kernels, "SkylakeX") == 0 || strcasecmp(kernels, "Cooperlake") == 0 ||

@@ -143,7 +143,7 @@ static void add_noise(const ls_pass *p, int64_t b, int64_t h, const double *mu, 
         if (p->given_noise != NULL)
             noise = (double)p->given_noise[b * p->H * n + index];
         else if (is_noisy(p))
-            noise = ls_normal(p->seed, p->stream, (uint32_t)(p->sample + (uint64_t)b), (uint64_t)index);
+            noise = ls_normal(p->seed, p->stream * 65536u, (uint32_t)(p->sample + (uint64_t)b), (uint64_t)index);
         omega[i] = mu[i] + noise;
         if (R > c) omega[n + i] = mu[i] - noise;
     }

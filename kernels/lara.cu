@@ -187,7 +187,7 @@ static void make_landmarks(const ls_pass *p)
 {
     const int64_t c = landmarks(p), d = p->d, rows = p->B * p->H * c;
     double *mu = ls_doubles(p->saved[MU]);
-    noise x = {NULL, NULL, p->given_noise, is_noisy(p), p->seed, p->sample, p->stream};
+    noise x = {NULL, NULL, p->given_noise, is_noisy(p), p->seed, p->sample, p->stream * 65536u};
     if (is_adaptive(p)) {
         const double *maps = load_maps(p);
         for (int which = 0; which < 2; which++)

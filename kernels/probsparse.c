@@ -69,7 +69,7 @@ static void plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[START] = ls_arena_take(work, (TQ + 1) * sizeof(int64_t));
     p->work[LIST] = ls_arena_take(work, (size_t)(p->backward ? 0 : ls_max(LISTED, U) + AHEAD) * sizeof(int32_t));
     p->work[KEY_ROWS] =
-        ls_arena_take(work, (size_t)(p->backward || p->own.pad == NULL ? 0 : p->all_keys) * sizeof(int32_t));
+        ls_arena_take(work, (size_t)(p->backward || p->own.pad == NULL ? 0 : p->visit.n) * sizeof(int32_t));
     p->work[HEAP] = ls_arena_take(work, (size_t)most_top(p) * sizeof(candidate));
     p->work[MARKS] = ls_arena_take(work, (size_t)p->T);
     p->work[SCALED] = ls_take(work, R * d);
@@ -235,7 +235,7 @@ static int32_t *list_samples(const ls_pass *p, int64_t b, int64_t t, int64_t fir
     for (int64_t s = 0; s < r->samples; s++) {
         if (s % 4 == 0)
             ls_random4(p->seed, p->stream * 65536u, (uint32_t)p->draw, position << 32 | (uint64_t)s / 4, word);
-        const int64_t key = (int64_t)(((uint64_t)word[s % 4] * (uint64_t)r->keys) >> 32) - first;
+        const int64_t key = key_of(word[s % 4], r->keys) - first;
         if (key >= 0 && key < n) *list++ = rows_there == NULL ? (int32_t)key : rows_there[key];
     }
     return list;

@@ -311,7 +311,7 @@ __device__ static void place_samples(const scoring *a, int64_t b, int64_t t, int
     const int64_t n = listed == NULL ? a->n : listed[0];
     ls_random4_inline(a->seed, a->stream, a->draw, position << 32 | (uint64_t)s / 4, word);
     for (int i = 0; i < 4 && s + i < r.samples; i++) {
-        const int64_t key = (int64_t)(((uint64_t)word[i] * (uint64_t)r.keys) >> 32) - first;
+        const int64_t key = key_of(word[i], r.keys) - first;
         if (key >= 0 && key < n) place[i] = listed == NULL ? (int32_t)key : listed[1 + key];
     }
 }

@@ -39,6 +39,13 @@ static inline int64_t lead(const ls_pass *p)
     return is_causal(p) ? 0 : 1;
 }
 
+/* ⌊w n / 2^32⌋: which of n keys a random number w is. */
+LS_BOTH_SIDES int64_t key_of(uint32_t w, int64_t n)
+{
+    const uint64_t high = (uint64_t)n >> 32, low = (uint64_t)n & 0xffffffff;
+    return (int64_t)(w * high + (w * low >> 32));
+}
+
 LS_BOTH_SIDES void put_integer(int64_t n, ls_real *to)
 {
     to[0] = (ls_real)(n / HALF);

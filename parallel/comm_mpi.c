@@ -130,6 +130,10 @@ ls_status ls_comm_mpi(MPI_Comm mpi, ls_comm *comm)
     if (!initialized) LS_FAIL(LS_ERR_ARGUMENT, "mpi: call MPI_Init before giving a communicator to a context");
     if (finalized) LS_FAIL(LS_ERR_ARGUMENT, "mpi: a context with a communicator cannot be made after MPI_Finalize");
     *comm = (ls_comm){&ops, 0, 1, NULL, NULL};
+    int has_two_groups = 0;
+    LS_TRY(check(comm, MPI_Comm_test_inter(mpi, &has_two_groups), "looking at the communicator"));
+    if (has_two_groups)
+        LS_FAIL(LS_ERR_ARGUMENT, "mpi: an inter-communicator is given: merge its groups by MPI_Intercomm_merge");
     MPI_Comm own;
     LS_TRY(check(comm, MPI_Comm_dup(mpi, &own), "duplicating the communicator"));
     memcpy(&comm->own, &own, sizeof own);

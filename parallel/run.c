@@ -285,6 +285,7 @@ void ls_run_plan(ls_call *c, ls_arena *saved, ls_arena *work)
             free(c->requests->host);
             c->requests->host = malloc(bytes);
             c->requests->host_bytes = c->requests->host == NULL ? 0 : bytes;
+            if (c->requests->host == NULL) work->lacking = bytes;
         }
         if (bytes > c->requests->host_bytes) work->overrun = 1;
     }

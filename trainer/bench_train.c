@@ -120,12 +120,9 @@ static ls_status list_products(const bench *b, subject *s)
     }
     for (int k = 0; k < 3; k++) s->at[k + 1] = s->at[k] + most[k];
     const int64_t reals = s->at[3] / (int64_t)sizeof *s->scratch;
-    s->scratch = device_reals(s->step.r, reals);
-    if (s->scratch != NULL && !s->list.short_of_memory)
-        status = bench_fill(ctx, s->scratch, reals);
-    else
-        status =
-            ls_fail(LS_ERR_MEMORY, "bench: no memory for the products of a step, %.0f MiB", (double)s->at[3] / 1048576);
+    status = device_reals(s->step.r, "bench: the products of a step", reals, &s->scratch);
+    if (s->list.short_of_memory) status = ls_fail(LS_ERR_MEMORY, "bench: no memory for the list of a step's products");
+    if (status == LS_OK) status = bench_fill(ctx, s->scratch, reals);
     return agree(b->r, status);
 }
 

@@ -188,8 +188,8 @@ static ls_status check_together(const bench *b, uint32_t given)
     const uint32_t messages = always | 1u << MESSAGES_;
     const uint32_t train =
         always | 1u << TRAIN_ | 1u << LENGTH_ | 1u << SET_ | 1u << PRODUCTS_ | 1u << DEVICE_ | 1u << PRECISION_;
-    if (b->dry > INT32_MAX || (b->dry > 0 && b->r->size > 1))
-        LS_FAIL(LS_ERR_ARGUMENT, "bench: --ranks is for one process: leave out mpirun");
+    if (b->dry > INT32_MAX) LS_FAIL(LS_ERR_ARGUMENT, "bench: --ranks %lld: at most %d", (long long)b->dry, INT32_MAX);
+    if (b->dry > 0 && b->r->size > 1) LS_FAIL(LS_ERR_ARGUMENT, "bench: --ranks is for one process: leave out mpirun");
     if (b->train != NULL)
         LS_TRY(refuse_ignored(given, train, "--train takes its model from the configuration, which --set changes"));
     if (b->messages) LS_TRY(refuse_ignored(given, messages, "--messages times no attention"));

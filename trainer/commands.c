@@ -122,12 +122,14 @@ void ranks_close(ranks *r)
     r->sequence = NULL;
 }
 
-ls_real *device_reals(const ranks *r, int64_t n)
+ls_status device_reals(const ranks *r, const char *what, int64_t n, ls_real **x)
 {
-    void *p = NULL;
+    void *p;
     const size_t bytes = (size_t)n * sizeof(ls_real);
-    if (ls_device_alloc(r->sequence, bytes, &p) == LS_OK) r->sequence->dense->zero(r->sequence->queue, bytes, p);
-    return p;
+    const ls_status status = ls_reserve(r->sequence->ops, what, bytes, &p);
+    *x = p;
+    if (status == LS_OK) r->sequence->dense->zero(r->sequence->queue, bytes, p);
+    return status;
 }
 
 void device_free(const ranks *r, ls_real *x)

@@ -252,11 +252,7 @@ static ls_status evaluate(const eval_options *o, ranks *r, dataset **data, model
         LS_FAIL(LS_ERR_ARGUMENT, "%s: split %s has one document: there is no other source", path, o->choice.split);
     }
     LS_TRY(agree(r, model_create(r->sequence, &c, m)));
-    ls_status status = LS_OK;
-    if ((*params = device_reals(r, model_count(*m))) == NULL) {
-        status = ls_fail(LS_ERR_MEMORY, "no memory for %lld parameters", (long long)model_count(*m));
-    }
-    LS_TRY(agree(r, status));
+    LS_TRY(agree(r, device_reals(r, "eval: parameters", model_count(*m), params)));
     training_state s = {.params = *params};
     LS_TRY(load_everywhere(r, o->checkpoint, *m, &s));
 

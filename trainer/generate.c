@@ -224,10 +224,7 @@ static ls_status prepare(const generate_options *o, ranks *r, generation *g)
     LS_TRY(config_fits(&g->c, (int64_t)g->source_size, 0));
     LS_TRY(ranks_split(r, &g->c, 0));
     LS_TRY(agree(r, model_create(r->sequence, &g->c, &g->m)));
-    const size_t count = (size_t)model_count(g->m);
-    g->params = device_reals(r, (int64_t)count);
-    ls_status status =
-        g->params == NULL ? ls_fail(LS_ERR_MEMORY, "generate: no memory for %zu parameters", count) : LS_OK;
+    ls_status status = device_reals(r, "generate: parameters", model_count(g->m), &g->params);
     if (status == LS_OK) status = make_batch(r, g);
     LS_TRY(agree(r, status));
     training_state s = {.params = g->params};

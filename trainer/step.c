@@ -12,26 +12,29 @@ struct step_numbers {
     ls_real tail[TAIL];
 };
 
+static ls_status reserve(const ranks *r, stepper *t)
+{
+    const ls_device_ops *ops = r->sequence->ops;
+    void *squares, *sums;
+    LS_TRY(device_reals(r, "gradients", t->count + TAIL, &t->grads));
+    LS_TRY(device_reals(r, "parameters", t->count, &t->s.params));
+    LS_TRY(device_reals(r, "AdamW's first moments", t->count, &t->s.adam_m));
+    LS_TRY(device_reals(r, "AdamW's second moments", t->count, &t->s.adam_v));
+    LS_TRY(ls_reserve(ops, "sums of a step", LS_SQUARES * sizeof *t->squares, &squares));
+    t->squares = squares;
+    LS_TRY(ls_reserve(ops, "sums of a step", LS_LOSS_SUMS * sizeof *t->sums, &sums));
+    t->sums = sums;
+    t->numbers = ops->alloc_host(sizeof *t->numbers);
+    if (t->numbers == NULL) LS_FAIL(LS_ERR_MEMORY, "no memory for the numbers that a step brings to the host");
+    return LS_OK;
+}
+
 ls_status stepper_create(ranks *r, const config *c, stepper *t)
 {
     *t = (stepper){.r = r, .c = c};
     LS_TRY(agree(r, model_create(r->sequence, c, &t->m)));
     t->count = model_count(t->m);
-    void *squares = NULL, *sums = NULL;
-    t->grads = device_reals(r, t->count + TAIL);
-    t->s.params = device_reals(r, t->count);
-    t->s.adam_m = device_reals(r, t->count);
-    t->s.adam_v = device_reals(r, t->count);
-    ls_status status = ls_device_alloc(r->sequence, LS_SQUARES * sizeof *t->squares, &squares);
-    if (status == LS_OK) status = ls_device_alloc(r->sequence, LS_LOSS_SUMS * sizeof *t->sums, &sums);
-    t->squares = squares, t->sums = sums;
-    t->numbers = r->sequence->ops->alloc_host(sizeof *t->numbers);
-    if (status != LS_OK || t->numbers == NULL || t->grads == NULL || t->s.params == NULL || t->s.adam_m == NULL ||
-        t->s.adam_v == NULL) {
-        status = ls_fail(LS_ERR_MEMORY, "no memory for %lld parameters with gradients and optimizer, %.0f MiB",
-                         (long long)t->count, 4.0 * (double)t->count * sizeof(ls_real) / 1048576);
-    }
-    return agree(r, status);
+    return agree(r, reserve(r, t));
 }
 
 void stepper_free(stepper *t)

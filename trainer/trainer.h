@@ -46,8 +46,9 @@ ls_status ranks_split(ranks *r, const config *c, int64_t sequence);
  * there are fewer, ranks share. */
 ls_status ranks_device(const ranks *r, ls_device device, int *number);
 void ranks_close(ranks *r); /* collective: what ranks_split made */
-/* Local: n reals where the tensors are, all 0; NULL: no memory. Given back by device_free. */
-ls_real *device_reals(const ranks *r, int64_t n);
+/* Local: n > 0 reals where the tensors are, all 0, called `what` where they cannot be had: then *x is NULL. Given back
+ * by device_free. */
+ls_status device_reals(const ranks *r, const char *what, int64_t n, ls_real **x);
 void device_free(const ranks *r, ls_real *x);
 /* "longspan: SENTENCE" on standard error, by rank 0 alone (and by a rank that is lost, which says its number), followed
  * by nothing. Returns exit_code_of(status). */
