@@ -96,6 +96,13 @@ typedef struct ls_view {
     int64_t sb, sh, st;
 } ls_view;
 
+/* p (B,H,n,d): one head after the other. */
+static inline ls_view ls_heads_apart(ls_real *p, int64_t H, int64_t n, int64_t d)
+{
+    const ls_view v = {p, H * n * d, n * d, d};
+    return v;
+}
+
 LS_BOTH_SIDES ls_real *ls_row(ls_view v, int64_t b, int64_t h, int64_t t)
 {
     return v.p + b * v.sb + h * v.sh + t * v.st;

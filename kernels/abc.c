@@ -109,11 +109,6 @@ static ls_real *phi(const ls_pass *p, int which, const ls_real *base)
     return (ls_real *)(uintptr_t)base + p->param[which].offset;
 }
 
-static int padded(const uint8_t *pad, int64_t row)
-{
-    return pad != NULL && pad[row];
-}
-
 /* ------------------------------------------------------------------------------------------------ sums */
 
 /* logits (n,R) = rows φ, -inf at padded rows; rows is a clean copy (n,d). */
@@ -272,7 +267,7 @@ static ls_status apply(ls_pass *p, int phase)
                 for (int64_t i = t; i < t + n; i++) memcpy(ls_row(p->out, b, h, i), centre, (size_t)d * sizeof *centre);
                 ls_gemm(0, 0, n, d, R, 1, p->work[LOGITS], R, values, d, 1, ls_row(p->out, b, h, t), p->out.st);
                 for (int64_t i = t; i < t + n; i++)
-                    if (padded(p->pad_q, b * p->T + i)) ls_zero(ls_row(p->out, b, h, i), d);
+                    if (ls_is_padded(p->pad_q, b * p->T + i)) ls_zero(ls_row(p->out, b, h, i), d);
             }
         }
     return LS_OK;
@@ -304,7 +299,7 @@ static ls_status apply_backward(ls_pass *p, int phase)
                 ls_gemm(1, 0, R, d, n, 1, dl, R, p->work[ROWS_A], d, 1, dkeys, d); /* rows hold scale·q */
                 ls_gemm(0, 0, n, d, R, p->scale, dl, R, keys, d, 0, ls_row(p->dq, b, h, t), p->dq.st);
                 for (int64_t i = t; i < t + n; i++)
-                    if (padded(p->pad_q, b * p->T + i)) ls_zero(ls_row(p->dq, b, h, i), d);
+                    if (ls_is_padded(p->pad_q, b * p->T + i)) ls_zero(ls_row(p->dq, b, h, i), d);
             }
             slots_backward(R, d, got_k, dkeys, elements(p, s->dgot, b, h, 0));
             slots_backward(R, d, got_v, dvalues, elements(p, s->dgot, b, h, 1));
@@ -478,7 +473,7 @@ static scratch scratch_of(const ls_pass *p)
 /* A row of the queries' side, 0 where it is padded. */
 SIZED void widen_query(const ls_pass *p, int64_t d, ls_view v, int64_t b, int64_t h, int64_t t, double *row)
 {
-    if (padded(p->pad_q, b * p->T + t))
+    if (ls_is_padded(p->pad_q, b * p->T + t))
         for (int64_t i = 0; i < d; i++) row[i] = 0;
     else
         widen(d, ls_row(v, b, h, t), row);
@@ -502,7 +497,7 @@ SIZED void look(int64_t R, double scale, running y, double *logit, double *prob)
 SIZED void join_keys(ls_pass *p, int64_t R, int64_t d, int64_t b, int64_t h, int64_t t, int64_t i, scratch w)
 {
     const running keys = state_of(p, 0);
-    weigh(R, d, p->work[LOGITS] + i * R, padded(p->own.pad, b * p->S + t + i), keys, w.e);
+    weigh(R, d, p->work[LOGITS] + i * R, ls_is_padded(p->own.pad, b * p->S + t + i), keys, w.e);
     widen(d, p->work[ROWS_A] + i * d, w.row);
     widen_query(p, d, p->q, b, h, t + i, w.q);
     give_dot_and_take(R, d, w.e, w.row, keys.x, w.q, w.logit, NULL, NULL);
@@ -512,7 +507,7 @@ SIZED void join_keys(ls_pass *p, int64_t R, int64_t d, int64_t b, int64_t h, int
 /* Its value is about to join: w.e, w.row. */
 SIZED void weigh_values(ls_pass *p, int64_t R, int64_t d, int64_t b, int64_t t, int64_t i, scratch w)
 {
-    weigh(R, d, p->work[DLOGITS] + i * R, padded(p->own.pad, b * p->S + t + i), state_of(p, 1), w.e);
+    weigh(R, d, p->work[DLOGITS] + i * R, ls_is_padded(p->own.pad, b * p->S + t + i), state_of(p, 1), w.e);
     widen(d, p->work[ROWS_B] + i * d, w.row);
 }
 
@@ -535,7 +530,7 @@ SIZED void apply_causal_sized(ls_pass *p, int64_t R, int64_t d, int phase)
                     weigh_values(p, R, d, b, t, i, w);
                     for (int64_t r = 0; r < R; r++) w.take[r] = values.s[r] > 0 ? w.prob[r] / values.s[r] : 0;
                     give_dot_and_take(R, d, w.e, w.row, values.x, w.row, w.logit, w.take, w.sum);
-                    if (padded(p->pad_q, b * p->T + t + i))
+                    if (ls_is_padded(p->pad_q, b * p->T + t + i))
                         ls_zero(ls_row(p->out, b, h, t + i), d);
                     else
                         narrow(d, w.sum, ls_row(p->out, b, h, t + i));
@@ -615,7 +610,7 @@ SIZED void causal_queries(ls_pass *p, int64_t R, int64_t d, int64_t b, int64_t h
             memcpy(reals + B * R, p->work[DLOGITS] + i * R, (size_t)R * sizeof *reals);
             narrow(R, keys.m, reals + M_K * R);
             narrow(R, values.m, reals + M_V * R);
-            if (padded(p->pad_q, b * p->T + t + i)) {
+            if (ls_is_padded(p->pad_q, b * p->T + t + i)) {
                 for (int64_t r = 0; r < R; r++)
                     trace[DLOGIT * R + r] = trace[DS_K * R + r] = trace[P_V * R + r] = trace[DS_V * R + r] = 0;
                 ls_zero(ls_row(p->dq, b, h, t + i), d);
@@ -697,7 +692,7 @@ SIZED const ls_real *causal_keys(ls_pass *p, int64_t R, int64_t d, int64_t b, in
                 rescale(R, d, later + M_V * R, reals + M_V * R, values);
             }
             later = reals;
-            const int nothing = padded(p->own.pad, b * p->S + t + i);
+            const int nothing = ls_is_padded(p->own.pad, b * p->S + t + i);
             widen_query(p, d, p->q, b, h, t + i, w.q);
             widen(d, k + i * d, w.row);
             exchange_row(R, d, trace + DS_K * R, trace + DLOGIT * R, reals + A * R, reals + M_K * R, nothing, keys, w,

@@ -45,11 +45,6 @@ static inline longshort_memory *memory_of(const ls_pass *p)
     return (longshort_memory *)(void *)p->work[0];
 }
 
-static inline ls_view heads_apart(ls_real *x, int64_t H, int64_t n, int64_t d)
-{
-    return (ls_view){x, H * n * d, n * d, d};
-}
-
 /* Rows [t, t + n) of all heads to (n,E), and back. */
 static inline void gather_rows(ls_view from, int64_t b, int64_t t, int64_t n, int64_t H, int64_t d, ls_real *to)
 {

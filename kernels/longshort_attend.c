@@ -49,7 +49,7 @@ static void normalise_window(const ls_pass *p)
                 const int64_t rows = ls_min(BLOCK, n - t);
                 gather_rows(i == KEYS ? p->halo.k : p->halo.v, b, t, rows, p->H, p->d, m->block[0]);
                 ls_longshort_norm(p, NEAR_WEIGHT, rows, m->block[0], m->block[1]);
-                scatter_rows(m->block[1], t, rows, p->H, p->d, heads_apart(m->near[i], p->H, n, p->d), b);
+                scatter_rows(m->block[1], t, rows, p->H, p->d, ls_heads_apart(m->near[i], p->H, n, p->d), b);
             }
 }
 

@@ -191,7 +191,7 @@ int ls_longshort_load_landmarks(ls_pass *p, const ls_summary *s, int64_t b)
     raw_landmarks(p, got);
     for (int i = 0; i < 2; i++) {
         ls_longshort_norm(p, FAR_WEIGHT, r, m->raw[i], m->vectors);
-        scatter_rows(m->vectors, 0, r, p->H, p->d, heads_apart(m->far[i], p->H, r, p->d), 0);
+        scatter_rows(m->vectors, 0, r, p->H, p->d, ls_heads_apart(m->far[i], p->H, r, p->d), 0);
     }
     return got[1] > 0; /* all columns of a batch row are over the same tokens */
 }
@@ -204,7 +204,7 @@ void ls_longshort_return_landmarks(ls_pass *p, const ls_summary *s, int64_t b)
     const ls_real *got = elements(p, s->got, b);
     ls_real *dgot = elements(p, s->dgot, b);
     for (int i = 0; i < 2; i++) {
-        gather_rows(heads_apart(m->dfar[i], p->H, r, d), 0, 0, r, p->H, d, m->vectors);
+        gather_rows(ls_heads_apart(m->dfar[i], p->H, r, d), 0, 0, r, p->H, d, m->vectors);
         ls_longshort_norm_backward(p, FAR_WEIGHT, r, m->raw[i], m->vectors, m->vectors);
         for (int64_t c = 0; c < columns(p); c++) {
             const ls_real total = got[c * stride + 1], inverse = total > 0 ? 1 / total : 0;
@@ -309,7 +309,7 @@ void ls_longshort_load_summaries(ls_pass *p, const ls_collection *g, int64_t b)
     for (int64_t chunk = 0; chunk < m->N / r; chunk++) {
         const ls_real *from = g->all + (chunk * p->B + b) * item;
         for (int w = 0; w < 2; w++)
-            scatter_rows(from + w * r * E, chunk * r, r, p->H, p->d, heads_apart(m->far[w], p->H, m->N, p->d), 0);
+            scatter_rows(from + w * r * E, chunk * r, r, p->H, p->d, ls_heads_apart(m->far[w], p->H, m->N, p->d), 0);
         for (int64_t t = 0; t < r; t++) m->far_mask[chunk * r + t] = from[item - 1] != 0 ? 0 : -INFINITY;
     }
 }
@@ -322,7 +322,7 @@ void ls_longshort_return_summaries(ls_pass *p, const ls_collection *g, int64_t b
         ls_real *to = g->dall + (chunk * p->B + b) * item;
         if (chunk >= m->N / r) ls_zero(to, item); /* too new for the queries here */
         for (int w = 0; w < 2 && chunk < m->N / r; w++)
-            gather_rows(heads_apart(m->dfar[w], p->H, m->N, p->d), 0, chunk * r, r, p->H, p->d, to + w * r * E);
+            gather_rows(ls_heads_apart(m->dfar[w], p->H, m->N, p->d), 0, chunk * r, r, p->H, p->d, to + w * r * E);
         to[item - 1] = 0;
     }
 }

@@ -5,7 +5,8 @@
  * Rules for kernels.
  *   - No allocation: plan() takes what is needed from two arenas, `saved` (lives until backward) and `work`.
  *   - Parameter gradients accumulate (+=). Activation gradients: the first backward kernel that runs (the last phase)
- *     overwrites dq, dk, dv; the ones after it add. The driver zeroes nothing.
+ *     overwrites dq, dk, dv; the ones after it add. Where keys visit (ring) or are fetched, those of keys are sums over
+ *     what several ranks make: the driver zeroes them, and kernels add. Nothing else is zeroed.
  *   - Rows whose pad is 1 may hold anything, NaN included: they are never read into arithmetic. The last forward kernel
  *     writes 0 to padded rows of out; backward writes 0 to padded rows of dq, dk, dv, and ignores padded rows of dout.
  *   - What is positional or random uses global positions (spans), never local row numbers.

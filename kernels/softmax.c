@@ -47,11 +47,6 @@ void ls_softmax_plan(ls_pass *p, ls_arena *saved, ls_arena *work)
     p->work[PART_SUM] = ls_take(work, TQ);
 }
 
-static int is_padded(const uint8_t *pad, int64_t row)
-{
-    return pad != NULL && pad[row];
-}
-
 /* ------------------------------------------------------------------------------------------------ tiles */
 
 /* Where a tile stands: rows q0.. of the queries, k0.. of the block, and the global positions of both. */
@@ -221,7 +216,7 @@ ls_status ls_softmax_finish(ls_pass *p, int phase)
                 const int64_t row = (b * p->H + h) * p->T + t;
                 const ls_real l = p->work[SUM][row];
                 ls_real *out = ls_row(p->out, b, h, t);
-                const int dead = l == 0 || is_padded(p->pad_q, b * p->T + t);
+                const int dead = l == 0 || ls_is_padded(p->pad_q, b * p->T + t);
                 const ls_real top = dead ? INFINITY : p->work[MAXIMUM][row], inverse = dead ? 0 : 1 / l;
                 *top_of(p, row) = top, *inverse_of(p, row) = inverse;
                 for (int64_t e = 0; e < p->d; e++) out[e] = dead ? 0 : out[e] / l;
@@ -241,7 +236,7 @@ ls_status ls_softmax_finish_backward(ls_pass *p, int phase)
         for (int64_t h = 0; h < p->H; h++)
             for (int64_t t = 0; t < p->T; t++) {
                 const int64_t row = (b * p->H + h) * p->T + t;
-                const int dead = is_padded(p->pad_q, b * p->T + t);
+                const int dead = ls_is_padded(p->pad_q, b * p->T + t);
                 p->work[DELTA][row] = dead ? 0 : ls_dot(p->d, ls_row(p->dout, b, h, t), ls_row(p->out, b, h, t));
             }
     ls_zero_view(p->dq, p->B, p->H, p->T, p->d);

@@ -94,13 +94,14 @@ static ls_status round_trip(ls_exchange *x, ls_crossing kind, const ls_real *out
     return ls_exchange_end(x, &x->pending);
 }
 
+/* b NULL: one is enough. */
 static ls_status wire_take(ls_exchange *x, int64_t n, ls_real **a, ls_real **b)
 {
     ls_arena_measure(&x->wire);
-    ls_take(&x->wire, n), ls_take(&x->wire, n);
+    ls_take(&x->wire, n), ls_take(&x->wire, b != NULL ? n : 0);
     LS_TRY(ls_arena_reserve(&x->wire, "exchange: message buffers"));
     *a = ls_take(&x->wire, n);
-    *b = ls_take(&x->wire, n);
+    if (b != NULL) *b = ls_take(&x->wire, n);
     return LS_OK;
 }
 
@@ -116,36 +117,36 @@ static int power_below(int size)
 
 /* P = p2 + extra. The first 2·extra ranks form pairs: the odd one gives its summary to the even one before, and gets
  * the total after, the doubling over p2 ranks. Each step joins neighbouring runs of ranks, the lower on the left. */
-static ls_status reduce(ls_exchange *x, ls_crossing kind, ls_monoid m, const ls_real *mine, ls_real *total)
+static ls_status reduce(ls_exchange *x, ls_monoid m, const ls_real *mine, ls_real *total)
 {
     const int rank = x->comm.rank, size = x->comm.size;
     const int64_t n = ls_monoid_size(m);
     const ls_memory *memory = ls_memory_of(x);
     memory->copy(x->queue, total, mine, (size_t)n * sizeof *total);
     if (size == 1 || n == 0) return LS_OK;
-    x->traffic.predicted[kind] += ls_predict_reduce(rank, size, (uint64_t)n * sizeof *mine);
-    ls_real *in, *unused;
-    LS_TRY(wire_take(x, n, &in, &unused));
+    x->traffic.predicted[LS_REDUCE] += ls_predict_reduce(rank, size, (uint64_t)n * sizeof *mine);
+    ls_real *in;
+    LS_TRY(wire_take(x, n, &in, NULL));
     const int p2 = power_below(size), extra = size - p2;
     const int paired = rank < 2 * extra, odd = paired && rank % 2 == 1;
     if (odd) {
-        LS_TRY(round_trip(x, kind, total, rank - 1, NULL, -1, n));
-        return round_trip(x, kind, NULL, -1, total, rank - 1, n);
+        LS_TRY(round_trip(x, LS_REDUCE, total, rank - 1, NULL, -1, n));
+        return round_trip(x, LS_REDUCE, NULL, -1, total, rank - 1, n);
     }
     if (paired) {
-        LS_TRY(round_trip(x, kind, NULL, -1, in, rank + 1, n));
+        LS_TRY(round_trip(x, LS_REDUCE, NULL, -1, in, rank + 1, n));
         memory->combine(x->queue, m, total, in, total);
     }
     const int place = paired ? rank / 2 : rank - extra; /* among the p2 that double */
     for (int bit = 1; bit < p2; bit *= 2) {
         const int other = place ^ bit, peer = other < extra ? 2 * other : other + extra;
-        LS_TRY(round_trip(x, kind, total, peer, in, peer, n));
+        LS_TRY(round_trip(x, LS_REDUCE, total, peer, in, peer, n));
         if (other < place)
             memory->combine(x->queue, m, in, total, total);
         else
             memory->combine(x->queue, m, total, in, total);
     }
-    return paired ? round_trip(x, kind, total, rank + 1, NULL, -1, n) : LS_OK;
+    return paired ? round_trip(x, LS_REDUCE, total, rank + 1, NULL, -1, n) : LS_OK;
 }
 
 uint64_t ls_predict_reduce(int rank, int size, uint64_t bytes)
@@ -169,7 +170,7 @@ static void sum_of_alike(ls_monoid m, int size, const ls_real *mine, ls_real *to
 
 ls_status ls_reduce(ls_exchange *x, ls_monoid m, const ls_real *mine, ls_real *total)
 {
-    LS_TRY(reduce(x, LS_REDUCE, m, mine, total));
+    LS_TRY(reduce(x, m, mine, total));
     /* zeros would do, but for the numbers of keys: they say where windows are, and so what is asked for */
     if (ls_comm_is_dry(&x->comm)) sum_of_alike(m, x->comm.size, mine, total);
     return LS_OK;
@@ -179,7 +180,7 @@ ls_status ls_reduce_adjoint(ls_exchange *x, ls_monoid m, const ls_real *mine, co
                             const ls_real *dtotal, ls_real *dmine)
 {
     ls_memory_of(x)->vjp_begin(x->queue, m, total, dtotal, dmine);
-    LS_TRY(reduce(x, LS_REDUCE, m, dmine, dmine));
+    LS_TRY(reduce(x, m, dmine, dmine));
     ls_memory_of(x)->vjp_end(x->queue, m, mine, dmine, dmine);
     return LS_OK;
 }

@@ -5,11 +5,6 @@
 
 /* ------------------------------------------------------------------------------------------------ who holds what */
 
-static ls_view contiguous(ls_real *p, int64_t H, int64_t n, int64_t d)
-{
-    return (ls_view){p, H * n * d, n * d, d};
-}
-
 static ls_span zigzag(int64_t length, int size, int rank, int half)
 {
     const int64_t chunks = 2 * (int64_t)size, c = half ? chunks - 1 - rank : rank;
@@ -85,8 +80,8 @@ static void plan_placement(ls_call *c, ls_arena *saved, ls_arena *work)
     const int64_t n = zigzag(c->keys->length, size, rank, 0).n + zigzag(c->keys->length, size, rank, 1).n;
     const int64_t reals = p->B * p->H * n * p->d;
     ls_view *keep[] = {&z->q, &z->k, &z->v, &z->out}, *pass[] = {&z->dq, &z->dk, &z->dv, &z->dout};
-    for (int i = 0; i < 4; i++) *keep[i] = contiguous(ls_take(saved, reals), p->H, n, p->d);
-    for (int i = 0; i < 4; i++) *pass[i] = contiguous(ls_take(work, p->backward ? reals : 0), p->H, n, p->d);
+    for (int i = 0; i < 4; i++) *keep[i] = ls_heads_apart(ls_take(saved, reals), p->H, n, p->d);
+    for (int i = 0; i < 4; i++) *pass[i] = ls_heads_apart(ls_take(work, p->backward ? reals : 0), p->H, n, p->d);
     z->pad_q = p->pad_q == NULL ? NULL : ls_arena_take(saved, (size_t)(p->B * n));
     z->pad_k = p->own.pad == NULL ? NULL : ls_arena_take(saved, (size_t)(p->B * n));
 }
@@ -174,11 +169,11 @@ static void plan_fetch(ls_call *c, const ls_phase *phase, ls_arena *saved, ls_ar
     }
     ls_block *h = &p->halo;
     *h = (ls_block){.n = n, .spans = 1, .span = {mine}};
-    h->k = contiguous(ls_take(saved, away * k), p->H, n, p->d);
-    h->v = contiguous(ls_take(saved, away * v), p->H, n, p->d);
+    h->k = ls_heads_apart(ls_take(saved, away * k), p->H, n, p->d);
+    h->v = ls_heads_apart(ls_take(saved, away * v), p->H, n, p->d);
     h->extra = (ls_view){ls_take(saved, away * e), n * W, 0, W};
-    h->dk = contiguous(ls_take(work, back * k), p->H, n, p->d);
-    h->dv = contiguous(ls_take(work, back * v), p->H, n, p->d);
+    h->dk = ls_heads_apart(ls_take(work, back * k), p->H, n, p->d);
+    h->dv = ls_heads_apart(ls_take(work, back * v), p->H, n, p->d);
     h->dextra = (ls_view){ls_take(work, back * e), n * W, 0, W};
     h->pad = p->own.pad == NULL ? NULL : ls_arena_take(saved, (size_t)(p->B * n));
 }
@@ -329,7 +324,7 @@ void ls_clean_block(ls_context *ctx, ls_view from, int64_t B, int64_t H, int64_t
                     ls_real *to)
 {
     const ls_memory *memory = ls_memory_of(&ctx->exchange);
-    const ls_rows rows = ls_rows_of_view(contiguous(to, H, n, d), B, H, d);
+    const ls_rows rows = ls_rows_of_view(ls_heads_apart(to, H, n, d), B, H, d);
     memory->copy_rows(ctx->queue, rows, ls_rows_of_view(from, B, H, d), n);
     if (pad != NULL) memory->clear_rows(ctx->queue, rows, n, pad);
 }
@@ -340,8 +335,8 @@ static void see_block(const ls_call *c, const ls_pass *p, const ls_phase *ring, 
     describe_block(c, rank, block);
     const int64_t reals = p->B * p->H * block->n * p->d;
     ls_real *k = (ls_real *)(void *)buffer, *v = k + reals;
-    block->k = contiguous(k, p->H, block->n, p->d);
-    block->v = contiguous(ring->keys_only ? NULL : v, p->H, block->n, p->d);
+    block->k = ls_heads_apart(k, p->H, block->n, p->d);
+    block->v = ls_heads_apart(ring->keys_only ? NULL : v, p->H, block->n, p->d);
     block->note = ring->keys_only ? v : v + reals;
     block->pad = p->own.pad == NULL ? NULL : (const uint8_t *)(k + block_reals(p, ring, block->n));
 }
@@ -418,8 +413,8 @@ static ls_status ring_backward(ls_call *c, ls_pass *p, const ls_phase *phase, in
         if (step > 0) see_block(c, p, phase, owner, here, &p->visit);
         if (more) LS_TRY(pass_block(c, p, phase, owner, here, next, &x->pending));
         const int64_t n = p->visit.n, reals = per_row * n;
-        p->visit.dk = contiguous(making, p->H, n, p->d);
-        p->visit.dv = contiguous(making + reals / 2, p->H, n, p->d);
+        p->visit.dk = ls_heads_apart(making, p->H, n, p->d);
+        p->visit.dv = ls_heads_apart(making + reals / 2, p->H, n, p->d);
         memory->zero(c->ctx->queue, making, (size_t)reals * sizeof *making);
         const ls_status status = ls_run_kernel(c->mechanism, p, phase - i, i, 1);
         if (step > 0) { /* the sum so far, from the rank that had this block before */
@@ -448,7 +443,7 @@ static ls_status ring_backward(ls_call *c, ls_pass *p, const ls_phase *phase, in
     for (int t = 0; t < 2; t++)
         memory->copy_rows(
             c->ctx->queue, ls_rows_of_view(to[t], p->B, p->H, p->d),
-            ls_rows_of_view(contiguous((ls_real *)(uintptr_t)home[t], p->H, p->own.n, p->d), p->B, p->H, p->d),
+            ls_rows_of_view(ls_heads_apart((ls_real *)(uintptr_t)home[t], p->H, p->own.n, p->d), p->B, p->H, p->d),
             p->own.n);
     return LS_OK;
 }

@@ -381,11 +381,6 @@ static ls_status reserve_step(ls_attention *a, ls_state *s, const ls_attention_i
     return reserve_call(a, p, m);
 }
 
-static ls_view cache_view(const ls_state *s, ls_real *p, int64_t H, int64_t d)
-{
-    return (ls_view){p, H * s->rows * d, s->rows * d, d};
-}
-
 /* The token's row becomes row `at` of a view, 0 where it is padded. */
 static void put_token(const ls_state *s, ls_view to, int64_t at, ls_view token, int64_t H, int64_t d,
                       const uint8_t *pad)
@@ -413,8 +408,8 @@ static void cache_token(ls_state *s, const ls_pass *p)
 {
     const ls_comm *comm = &s->attention->ctx->exchange.comm;
     if (s->tokens % comm->size != comm->rank) return;
-    put_token(s, cache_view(s, s->k, p->H, p->d), s->used, p->own.k, p->H, p->d, p->own.pad);
-    put_token(s, cache_view(s, s->v, p->H, p->d), s->used, p->own.v, p->H, p->d, p->own.pad);
+    put_token(s, ls_heads_apart(s->k, p->H, s->rows, p->d), s->used, p->own.k, p->H, p->d, p->own.pad);
+    put_token(s, ls_heads_apart(s->v, p->H, s->rows, p->d), s->used, p->own.v, p->H, p->d, p->own.pad);
     put_pad(s, s->pad + s->used, s->rows, p->own.pad);
     s->used++;
 }
@@ -423,8 +418,8 @@ static void cache_token(ls_state *s, const ls_pass *p)
  * called positions 0 .. used - 1. */
 static void visit_cache(const ls_state *s, ls_pass *p)
 {
-    p->visit = (ls_block){.k = cache_view(s, s->k, p->H, p->d),
-                          .v = cache_view(s, s->v, p->H, p->d),
+    p->visit = (ls_block){.k = ls_heads_apart(s->k, p->H, s->rows, p->d),
+                          .v = ls_heads_apart(s->v, p->H, s->rows, p->d),
                           .pad = s->pad,
                           .n = s->rows,
                           .spans = 1,
