@@ -253,7 +253,7 @@ typedef enum ls_layout { LS_BHTD = 0, LS_BTHD = 1, LS_TBHD = 2 } ls_layout;
 
 #define LS_MAX_OPTIONS 16
 typedef struct ls_attention_options {
-    const char *mechanism; /* "softmax", "abc", ... : a name from ls_mechanism_name */
+    const char *mechanism; /* "softmax", "abc", ... : a name from ls_mechanism_name, which is not kept */
     ls_pattern pattern;
     ls_level level;
     ls_layout layout;
@@ -280,6 +280,7 @@ typedef struct ls_option_info {
  *   nystrom     Xiong et al., 2021            s4d         Gu et al., 2022
  *   performer   Choromanski et al., 2021      longshort   Zhu et al., 2021: at layer level alone */
 const char *ls_mechanism_name(int index);
+/* Its own options, *count of them (count may be NULL); NULL where it has none, or there is no such mechanism. */
 const ls_option_info *ls_mechanism_options(const char *mechanism, int *count);
 int ls_mechanism_has(const char *mechanism, ls_pattern pattern);      /* 1 if forward and backward exist */
 int ls_mechanism_has_step(const char *mechanism, ls_pattern pattern); /* 1 if step exists */
@@ -324,6 +325,7 @@ typedef struct ls_param_info {
     double init_scale; /* standard deviation, half the width, or the constant */
 } ls_param_info;
 int ls_attention_num_params(const ls_attention *attention);
+/* Valid as long as the attention; NULL past the end. */
 const ls_param_info *ls_attention_param(const ls_attention *attention, int index);
 /* 1 for a matrix that all rows of the layer pass through. */
 int ls_attention_is_projection(const ls_attention *attention, int index);

@@ -170,7 +170,7 @@ typedef struct ready_rows {
 
 /* What the layer adds to a call of the core: projected rows, their gradients, and both as products take them. */
 typedef struct layer {
-    const ls_real *x_q, *x_k, *x_v;                 /* inputs after the aliases are resolved */
+    ls_inputs x;
     int key_is_query, value_is_query, value_is_key; /* the same rows, and as many */
     ls_real *in[4], *o;                             /* projected rows, the core's output */
     ls_operand kept[5];                             /* what is saved of in[] and o: themselves, or in LS_BF16 copies */
@@ -288,12 +288,7 @@ static void begin_call(ls_attention *a, const ls_attention_shape *shape, const l
     ls_pass_begin(a, shape->batch, c->queries->n, c->keys->n, params, p);
     p->all_queries = c->queries->length;
     p->all_keys = c->keys->length;
-    p->pad_q = io->query_padding_mask;
-    p->own.pad = io->key_padding_mask;
-    if (ls_is_self(p->pattern)) {
-        if (p->pad_q == NULL) p->pad_q = io->key_padding_mask;
-        if (p->own.pad == NULL) p->own.pad = io->query_padding_mask;
-    }
+    ls_take_masks(io, p);
     p->attn_mask = io->attn_mask;
     p->attn_mask_per_head = io->attn_mask_per_head;
     p->dropout_mask = io->dropout_mask;
@@ -309,15 +304,13 @@ static void begin_call(ls_attention *a, const ls_attention_shape *shape, const l
     p->backward = backward;
     if (wants_weights(io)) p->weights = io->weights;
     c->in_place = io->attn_mask != NULL || io->dropout_mask != NULL || wants_weights(io);
-    l->x_q = io->query;
-    l->x_k = io->key == NULL ? io->query : io->key;
-    l->x_v = io->value == NULL ? l->x_k : io->value;
-    l->key_is_query = l->x_k == l->x_q && p->S == p->T;
-    l->value_is_query = l->x_v == l->x_q && p->S == p->T;
-    l->value_is_key = l->x_v == l->x_k;
-    p->q = ls_view_of(a, l->x_q, p->B, p->T);
-    p->own.k = ls_view_of(a, l->x_k, p->B, p->S);
-    p->own.v = ls_view_of(a, l->x_v, p->B, p->S);
+    l->x = ls_inputs_of(io);
+    l->key_is_query = l->x.k == l->x.q && p->S == p->T;
+    l->value_is_query = l->x.v == l->x.q && p->S == p->T;
+    l->value_is_key = l->x.v == l->x.k;
+    p->q = ls_view_of(a, l->x.q, p->B, p->T);
+    p->own.k = ls_view_of(a, l->x.k, p->B, p->S);
+    p->own.v = ls_view_of(a, l->x.v, p->B, p->S);
     p->out = ls_view_out(a, out, p->B, p->T);
 }
 
@@ -377,40 +370,46 @@ static int takes_narrow(ls_attention *a, const ls_call *c)
     return cuda->takes_narrow(&p);
 }
 
-/* The layer's memory: what it projects becomes what the core sees. Without input projections the core sees the rows. */
-static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, ls_arena *work)
+/* Rows that the layer projects, its core's output, and what is kept of them. */
+static void plan_rows(ls_attention *a, const ls_pass *p, layer *l, ls_arena *saved, ls_arena *work)
 {
-    ls_pass *p = &c->pass;
-    const int64_t E = a->options.embed_dim, W = a->form.core_width, T = p->B * p->T, back = p->backward;
-    const int rounds = a->ctx->precision == LS_BF16, cleans = back && (p->pad_q != NULL || p->own.pad != NULL);
-    int64_t widest = T * E; /* of the gradients that are made ready for a product */
-    int64_t most = 0;
-    int reads_narrow = back != 0; /* whether a product takes the rows that come in: backward, or LS_AS_ASKED */
-    l->narrow = takes_narrow(a, c);
+    const int64_t out = p->B * p->T * a->form.core_width;
     for (int i = 0; i < a->form.inputs; i++) {
         const int64_t reals = rows_of(p, i) * a->form.input[i].width;
         if (l->narrow)
             l->kept[i] = ls_take_operand(a->ctx, saved, reals);
         else
             l->in[i] = plan_saved(a, reals, keeps_floats(a, i), &l->kept[i], saved, work);
-        l->din[i] = ls_take(work, back * reals);
-        most = ls_max(most, reals);
+    }
+    if (l->narrow) {
+        l->kept[OUTPUT] = ls_take_operand(a->ctx, saved, out);
+        l->o = ls_take(work, p->backward ? 0 : out);
+    } else {
+        l->o = plan_saved(a, out, 0, &l->kept[OUTPUT], saved, work);
+    }
+}
+
+/* Rows, and gradients of rows, as products take them. */
+static void plan_operands(ls_attention *a, const ls_pass *p, layer *l, ls_arena *work)
+{
+    const int64_t E = a->options.embed_dim, T = p->B * p->T, out = T * a->form.core_width, back = p->backward;
+    const int rounds = a->ctx->precision == LS_BF16, cleans = back && (p->pad_q != NULL || p->own.pad != NULL);
+    int64_t widest = T * E;       /* of the gradients that are made ready */
+    int reads_narrow = back != 0; /* whether a product takes the rows that come in: backward, or LS_AS_ASKED */
+    for (int i = 0; i < a->form.inputs; i++) {
+        if (rounds) widest = ls_max(widest, rows_of(p, i) * a->form.input[i].width);
         reads_narrow |= !keeps_floats(a, i);
     }
-    if (rounds) widest = ls_max(widest, most);
-    if (l->narrow) {
-        l->kept[OUTPUT] = ls_take_operand(a->ctx, saved, T * W);
-        l->o = ls_take(work, back ? 0 : T * W);
-    } else {
-        l->o = plan_saved(a, T * W, 0, &l->kept[OUTPUT], saved, work);
-    }
-    l->active = ls_take_operand(a->ctx, work, a->form.gelu ? T * W : 0);
-    l->do_ = l->narrow ? ls_take_operand(a->ctx, work, back * T * W) : ls_reals(ls_take(work, back * T * W));
+    const int readies = a->form.inputs > 0 && ((rounds && reads_narrow) || cleans);
+    l->active = ls_take_operand(a->ctx, work, a->form.gelu ? out : 0);
+    l->do_ = l->narrow ? ls_take_operand(a->ctx, work, back * out) : ls_reals(ls_take(work, back * out));
     l->dy = ls_take_operand(a->ctx, work, back && (rounds || p->pad_q != NULL) ? widest : 0);
-    const int projects = a->form.inputs > 0, readies = (rounds && reads_narrow) || cleans;
-    l->ready.rows = ls_take_operand(a->ctx, work, projects && readies ? p->B * ls_max(p->T, p->S) * E : 0);
-    l->no_grad = ls_take(work, back * a->reals); /* where parameter gradients go that nobody wants */
-    if (a->form.inputs == 0) l->din[Q_PROJ] = ls_take(work, back * T * E);
+    l->ready.rows = ls_take_operand(a->ctx, work, readies ? p->B * ls_max(p->T, p->S) * E : 0);
+}
+
+/* The core sees what the layer projects; without input projections the rows that come in. */
+static void show_layer(const ls_attention *a, const layer *l, ls_pass *p)
+{
     p->out = ls_view_out(a, l->o, p->B, p->T);
     p->dout = ls_view_out(a, l->narrow ? NULL : l->do_.p, p->B, p->T);
     if (a->form.inputs == 0) {
@@ -429,6 +428,19 @@ static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, l
     if (!ls_has_projection(a, EXTRA_PROJ)) return;
     p->own.extra = ls_view_rows(a, l->in[EXTRA_PROJ], p->B, p->T, p->extra_width);
     p->own.dextra = ls_view_rows(a, l->din[EXTRA_PROJ], p->B, p->T, p->extra_width);
+}
+
+static void plan_layer(ls_attention *a, ls_call *c, layer *l, ls_arena *saved, ls_arena *work)
+{
+    ls_pass *p = &c->pass;
+    l->narrow = takes_narrow(a, c);
+    plan_rows(a, p, l, saved, work);
+    plan_operands(a, p, l, work);
+    for (int i = 0; i < a->form.inputs; i++)
+        l->din[i] = ls_take(work, p->backward * rows_of(p, i) * a->form.input[i].width);
+    if (a->form.inputs == 0) l->din[Q_PROJ] = ls_take(work, p->backward * p->B * p->T * a->options.embed_dim);
+    l->no_grad = ls_take(work, p->backward * a->reals); /* where parameter gradients go that nobody wants */
+    show_layer(a, l, p);
 }
 
 static void plan(ls_attention *a, const ls_attention_io *io, ls_call *c, layer *l, ls_arena *saved, ls_arena *work)
@@ -568,7 +580,7 @@ typedef struct query_rows {
 static void make_queries(void *of)
 {
     const query_rows *x = of;
-    make_input(x->a, x->p, x->l, Q_PROJ, x->l->x_q);
+    make_input(x->a, x->p, x->l, Q_PROJ, x->l->x.q);
 }
 
 ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape, const ls_attention_io *io,
@@ -596,7 +608,7 @@ ls_status ls_attention_forward(ls_attention *a, const ls_attention_shape *shape,
     LS_TRY(agree_call(a, status, &c, 0, wants_weights(io)));
     const ls_pass *p = &c.pass;
     const int64_t rows = p->B * p->T;
-    const ls_real *const x[] = {l.x_q, l.x_k, l.x_v, l.x_q};
+    const ls_real *const x[] = {l.x.q, l.x.k, l.x.v, l.x.q};
     for (int i = Q_PROJ + 1; i < EXTRA_PROJ + 1; i++)
         if (ls_has_projection(a, i)) make_input(a, p, &l, i, x[i]);
     query_rows queries = {.a = a, .p = p, .l = &l};
@@ -711,7 +723,7 @@ static void input_backward(ls_attention *a, int which, const ls_pass *p, layer *
 static void finish_queries(void *of)
 {
     const query_rows *x = of;
-    input_backward(x->a, Q_PROJ, x->p, x->l, x->p->pad_q, x->l->x_q, x->dx, x->begun);
+    input_backward(x->a, Q_PROJ, x->p, x->l, x->p->pad_q, x->l->x.q, x->dx, x->begun);
 }
 
 static ls_status run_core_backward(ls_call *c, ls_saved *saved)
@@ -762,8 +774,8 @@ ls_status ls_attention_backward(ls_attention *a, const ls_attention_shape *shape
     if (c.documents == NULL && ls_has_projection(a, Q_PROJ)) c.meanwhile = finish_queries, c.meanwhile_of = &queries;
     LS_TRY(run_core_backward(&c, saved));
     if (c.documents != NULL && ls_has_projection(a, Q_PROJ)) finish_queries(&queries);
-    if (ls_has_projection(a, K_PROJ)) input_backward(a, K_PROJ, p, &l, p->own.pad, l.x_k, dx_k, k);
-    if (ls_has_projection(a, V_PROJ)) input_backward(a, V_PROJ, p, &l, p->own.pad, l.x_v, dx_v, v);
-    if (ls_has_projection(a, EXTRA_PROJ)) input_backward(a, EXTRA_PROJ, p, &l, p->own.pad, l.x_q, dx_q, &begun_q);
+    if (ls_has_projection(a, K_PROJ)) input_backward(a, K_PROJ, p, &l, p->own.pad, l.x.k, dx_k, k);
+    if (ls_has_projection(a, V_PROJ)) input_backward(a, V_PROJ, p, &l, p->own.pad, l.x.v, dx_v, v);
+    if (ls_has_projection(a, EXTRA_PROJ)) input_backward(a, EXTRA_PROJ, p, &l, p->own.pad, l.x.q, dx_q, &begun_q);
     return LS_OK;
 }

@@ -56,6 +56,22 @@ static inline int ls_is_packed(const ls_attention_io *io)
     return io != NULL && (io->query_segments != NULL || io->key_segments != NULL);
 }
 
+/* Inputs where NULL stands for another, see ls_attention_io; and masks, of which one may serve for both. */
+typedef struct ls_inputs {
+    const ls_real *q, *k, *v;
+} ls_inputs;
+static inline ls_inputs ls_inputs_of(const ls_attention_io *io)
+{
+    const ls_real *k = io->key != NULL ? io->key : io->query;
+    return (ls_inputs){io->query, k, io->value != NULL ? io->value : k};
+}
+static inline void ls_take_masks(const ls_attention_io *io, ls_pass *p)
+{
+    const uint8_t *q = io->query_padding_mask, *k = io->key_padding_mask;
+    p->pad_q = q == NULL && ls_is_self(p->pattern) ? k : q;
+    p->own.pad = k == NULL && ls_is_self(p->pattern) ? q : k;
+}
+
 /* What is refused before anything is allocated or written, see check.c. Options: *mechanism is the one that they name.
  */
 ls_status ls_check_options(const ls_attention_options *options, const ls_mechanism **mechanism);

@@ -22,22 +22,27 @@ typedef struct window {
     uint8_t *pad;           /* (B,capacity) */
 } window;
 
+/* What a phase keeps from token to token: a summary, or a list of what was gathered. */
+typedef struct kept {
+    ls_monoid monoid;
+    ls_real *summary;     /* NULL: none */
+    ls_real *list;        /* [items][B][item], those of this rank */
+    int64_t item, listed; /* reals of one item of one batch row, reals in the list */
+    int64_t given;        /* items that tokens gave, on all ranks */
+} kept;
+
 struct ls_state {
     ls_attention *attention;
     int64_t batch, max_length, tokens; /* tokens fed so far */
     uint64_t order;                    /* the signature of all reorders: ranks whose rows differ are found by a step */
     int sourced;
-    ls_arena arena;                  /* summaries and, for self attention, cache, window and lists */
-    ls_real *summary[LS_MAX_PHASES]; /* by phase; NULL: none is kept */
-    ls_monoid monoid[LS_MAX_PHASES];
+    ls_arena arena;           /* summaries and, for self attention, cache, window and lists */
+    kept kept[LS_MAX_PHASES]; /* by phase */
     window recent;
-    ls_real *list[LS_MAX_PHASES];                       /* by phase: what was gathered, [items][B][item] */
-    int64_t listed[LS_MAX_PHASES], item[LS_MAX_PHASES]; /* reals in the list, reals of one item of one batch row */
-    int64_t given[LS_MAX_PHASES];                       /* items that tokens gave, on all ranks */
-    ls_arena source;                                    /* cross attention: the cache, of the source's length */
-    ls_real *k, *v;                                     /* (B,H,rows,d) */
-    uint8_t *pad;                                       /* (B,rows) */
-    int64_t rows, used;                                 /* of this rank */
+    ls_arena source;    /* cross attention: the cache, of the source's length */
+    ls_real *k, *v;     /* (B,H,rows,d) */
+    uint8_t *pad;       /* (B,rows) */
+    int64_t rows, used; /* of this rank */
     int64_t source_lo, source_length;
 };
 
@@ -99,15 +104,15 @@ static void plan_state(ls_state *s, ls_arena *arena)
     p.all_queries = p.all_keys = s->max_length;
     for (int i = 0; phases[i].name != NULL; i++) {
         if (keeps(a, phases, i)) {
-            s->monoid[i] = phases[i].monoid(&p);
-            s->summary[i] = ls_take(arena, ls_monoid_size(s->monoid[i]));
+            s->kept[i].monoid = phases[i].monoid(&p);
+            s->kept[i].summary = ls_take(arena, ls_monoid_size(s->kept[i].monoid));
         }
         if (phases[i].crossing == LS_FETCH) plan_window(s, &p, &phases[i], arena);
         if (phases[i].crossing != LS_GATHER) continue;
-        s->item[i] = phases[i].item(&p);
-        const int64_t reals = s->batch * s->item[i], items = phases[i].piece(&p, 0, s->max_length) / reals;
+        s->kept[i].item = phases[i].item(&p);
+        const int64_t reals = s->batch * s->kept[i].item, items = phases[i].piece(&p, 0, s->max_length) / reals;
         const int64_t ranks = a->ctx->exchange.comm.size;
-        s->list[i] = ls_take(arena, (items + ranks - 1) / ranks * reals);
+        s->kept[i].list = ls_take(arena, (items + ranks - 1) / ranks * reals);
     }
     if (!is_cross(a) && rings(NULL, phases)) plan_cache(s, arena);
 }
@@ -142,8 +147,8 @@ static ls_status create(ls_attention *a, int64_t batch, int64_t max_length, ls_s
     plan_state(s, &s->arena);
     LS_TRY(ls_arena_check(&s->arena, name));
     for (int i = 0; i < LS_MAX_PHASES; i++)
-        if (s->summary[i] != NULL)
-            ls_memory_of(&a->ctx->exchange)->identity(a->ctx->queue, s->monoid[i], s->summary[i]);
+        if (s->kept[i].summary != NULL)
+            ls_memory_of(&a->ctx->exchange)->identity(a->ctx->queue, s->kept[i].monoid, s->kept[i].summary);
     return LS_OK;
 }
 
@@ -320,9 +325,10 @@ ls_status ls_state_source(ls_attention *a, ls_state *s, const ls_attention_shape
     for (int i = 0; phases[i].name != NULL; i++) {
         if (!ls_is_needed(&p, &phases[i])) continue;
         if (keeps(a, phases, i)) {
-            s->monoid[i] = phases[i].monoid(&p);
-            LS_TRY(ls_alone(a->ctx, ls_reduce(&a->ctx->exchange, s->monoid[i], p.summary[i].sent, s->summary[i])));
-            p.summary[i].got = s->summary[i];
+            s->kept[i].monoid = phases[i].monoid(&p);
+            LS_TRY(ls_alone(a->ctx,
+                            ls_reduce(&a->ctx->exchange, s->kept[i].monoid, p.summary[i].sent, s->kept[i].summary)));
+            p.summary[i].got = s->kept[i].summary;
         }
         if (phases[i].of_source) LS_TRY(ls_alone(a->ctx, ls_run_kernel(a->mechanism, &p, phases, i, 0)));
     }
@@ -364,20 +370,17 @@ static ls_status reserve_step(ls_attention *a, ls_state *s, const ls_attention_i
     ls_pass_begin(a, s->batch, 1, is_cross(a) ? 0 : 1, params, p);
     p->step = 1;
     p->given_features = io->features;
-    p->pad_q = io->query_padding_mask;
-    p->own.pad = is_cross(a) ? NULL : io->key_padding_mask;
-    if (!is_cross(a)) {
-        if (p->pad_q == NULL) p->pad_q = io->key_padding_mask;
-        if (p->own.pad == NULL) p->own.pad = io->query_padding_mask;
-    }
+    ls_take_masks(io, p);
+    if (is_cross(a)) p->own.pad = NULL; /* it has no keys */
     p->all_queries = s->tokens + 1;
     p->all_keys = is_cross(a) ? s->source_length : s->tokens + 1;
     p->query_spans = p->own.spans = 1;
     p->query_span[0] = p->own.span[0] = (ls_span){0, s->tokens, 1};
-    p->q = ls_view_of(a, io->query, p->B, 1);
+    const ls_inputs x = ls_inputs_of(io);
+    p->q = ls_view_of(a, x.q, p->B, 1);
     p->out = ls_view_out(a, out, p->B, 1);
-    p->own.k = ls_view_of(a, io->key != NULL ? io->key : io->query, p->B, p->S);
-    p->own.v = ls_view_of(a, io->value != NULL ? io->value : io->key != NULL ? io->key : io->query, p->B, p->S);
+    p->own.k = ls_view_of(a, x.k, p->B, p->S);
+    p->own.v = ls_view_of(a, x.v, p->B, p->S);
     return reserve_call(a, p, m);
 }
 
@@ -489,18 +492,19 @@ static void fetch_recent(ls_state *s, ls_pass *p, const ls_phase *phase)
 static void list_items(ls_state *s, int i, ls_collection *g)
 {
     const ls_comm *comm = &s->attention->ctx->exchange.comm;
-    const int64_t reals = s->batch * s->item[i];
+    const int64_t reals = s->batch * s->kept[i].item;
     for (int64_t at = 0; at < g->count; at += reals) {
-        if (s->given[i]++ % comm->size != comm->rank) continue;
+        if (s->kept[i].given++ % comm->size != comm->rank) continue;
         ls_memory_of(&s->attention->ctx->exchange)
-            ->copy(s->attention->ctx->queue, s->list[i] + s->listed[i], g->mine + at, (size_t)reals * sizeof *g->mine);
-        s->listed[i] += reals;
+            ->copy(s->attention->ctx->queue, s->kept[i].list + s->kept[i].listed, g->mine + at,
+                   (size_t)reals * sizeof *g->mine);
+        s->kept[i].listed += reals;
     }
     g->first = comm->rank;
     g->every = comm->size;
     g->before = 0;
-    g->total = s->listed[i];
-    g->all = s->list[i];
+    g->total = s->kept[i].listed;
+    g->all = s->kept[i].list;
 }
 
 /* ------------------------------------------------------------------------------------------------ step */
@@ -511,7 +515,7 @@ static ls_status cross_step(ls_attention *a, ls_state *s, ls_pass *p, const ls_p
     ls_summary *sum = &p->summary[i];
     if (phase->monoid != NULL) sum->monoid = phase->monoid(p);
     if (keeps(a, phases, i))
-        sum->got = s->summary[i];
+        sum->got = s->kept[i].summary;
     else if (phase->crossing == LS_REDUCE)
         LS_TRY(ls_reduce(&a->ctx->exchange, sum->monoid, sum->sent, sum->got));
     if (phase->crossing == LS_RING) {
@@ -542,15 +546,15 @@ ls_status ls_attention_step(ls_attention *a, ls_state *s, const ls_attention_io 
                           "inputs a step has",
                           status == LS_OK ? sign_step(s, &p) : 0));
     const ls_phase *phases = phases_of(a);
-    const ls_real *x_k = io->key != NULL ? io->key : io->query, *x_v = io->value != NULL ? io->value : x_k;
-    const ls_real *const x[] = {io->query, x_k, x_v, io->query};
+    const ls_inputs given = ls_inputs_of(io);
+    const ls_real *const x[] = {given.q, given.k, given.v, given.q};
     for (int i = 0; i <= EXTRA_PROJ; i++)
         if (ls_has_projection(a, i) && !(is_cross(a) && (i == K_PROJ || i == V_PROJ)))
             ls_project(a, i, p.B, ls_reals(x[i]), params, m.in[i]);
     for (int i = 0; phases[i].name != NULL; i++) {
         if (!ls_is_needed(&p, &phases[i])) continue;
         if (is_cross(a) && phases[i].of_source) {
-            if (keeps(a, phases, i)) p.summary[i].got = s->summary[i];
+            if (keeps(a, phases, i)) p.summary[i].got = s->kept[i].summary;
             continue;
         }
         LS_TRY(ls_alone(a->ctx, cross_step(a, s, &p, phases, i)));
@@ -559,7 +563,7 @@ ls_status ls_attention_step(ls_attention *a, ls_state *s, const ls_attention_io 
     for (int i = 0; phases[i].name != NULL; i++)
         if (phases[i].crossing == LS_SCAN && ls_is_needed(&p, &phases[i]))
             ls_memory_of(&a->ctx->exchange)
-                ->combine(p.queue, p.summary[i].monoid, s->summary[i], p.summary[i].sent, s->summary[i]);
+                ->combine(p.queue, p.summary[i].monoid, s->kept[i].summary, p.summary[i].sent, s->kept[i].summary);
     s->tokens++;
     if (ls_is_layer(a)) {
         ls_project_out(a, p.B, ls_reals(m.o), ls_reals(m.active), params, out);
@@ -585,7 +589,7 @@ static void reorder(const ls_state *s, void *x, const int64_t *index, size_t byt
 /* Groups of a monoid run over (B,H,..): a batch row is one run of them, whatever is counted stands after all. */
 static size_t summary_bytes(const ls_state *s, int i)
 {
-    const ls_monoid m = s->monoid[i];
+    const ls_monoid m = s->kept[i].monoid;
     return (size_t)((ls_monoid_size(m) - m.counts) / s->batch) * sizeof(ls_real);
 }
 
@@ -606,16 +610,16 @@ ls_status ls_state_reorder(ls_state *s, const int64_t *index)
     size_t most = cache > rows * E * real ? cache : rows * E * real;
     if (rows * extra * real > most) most = rows * extra * real;
     for (int i = 0; i < LS_MAX_PHASES; i++) {
-        const size_t bytes = s->summary[i] == NULL ? 0 : summary_bytes(s, i);
+        const size_t bytes = s->kept[i].summary == NULL ? 0 : summary_bytes(s, i);
         if (bytes > most) most = bytes;
-        if ((size_t)s->item[i] * real > most) most = (size_t)s->item[i] * real;
+        if ((size_t)s->kept[i].item * real > most) most = (size_t)s->kept[i].item * real;
     }
     void *copy;
     LS_TRY(ls_reserve(s->attention->ctx->ops, name, batch * most + 1, &copy));
     for (int i = 0; i < LS_MAX_PHASES; i++) {
-        if (s->summary[i] != NULL) reorder(s, s->summary[i], index, summary_bytes(s, i), copy);
-        for (int64_t at = 0; at < s->listed[i]; at += s->batch * s->item[i])
-            reorder(s, s->list[i] + at, index, (size_t)s->item[i] * real, copy);
+        if (s->kept[i].summary != NULL) reorder(s, s->kept[i].summary, index, summary_bytes(s, i), copy);
+        for (int64_t at = 0; at < s->kept[i].listed; at += s->batch * s->kept[i].item)
+            reorder(s, s->kept[i].list + at, index, (size_t)s->kept[i].item * real, copy);
     }
     if (s->rows > 0) {
         reorder(s, s->k, index, cache, copy);
