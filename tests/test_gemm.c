@@ -8,6 +8,7 @@
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -40,7 +41,31 @@ static double entry(const matrix *m, int transposed, int64_t i, int64_t j)
     return (double)(transposed ? m->p[j * m->ld + i] : m->p[i * m->ld + j]);
 }
 
-/* The bound holds for any order of additions: (k + 3) ε Σ |a b|, and as much of what was there. */
+/* c = alpha op(a) op(b) + beta was. The bound holds for any order of additions: (k + 3) ε Σ |a b|, and as much of what
+ * was there. */
+static void check(int ta, int tb, double alpha, const matrix *a, const matrix *b, double beta, const matrix *was,
+                  const matrix *c)
+{
+    const int64_t m = c->rows, n = c->cols, k = ta ? a->rows : a->cols;
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < n; j++) {
+            const double old = beta == 0 ? 0 : beta * entry(was, 0, i, j);
+            double sum = old, size = fabs(old);
+            for (int64_t l = 0; l < k; l++) {
+                const double x = alpha * entry(a, ta, i, l) * entry(b, tb, l, j);
+                sum += x, size += fabs(x);
+            }
+            const double error = fabs(entry(c, 0, i, j) - sum);
+            if (!(error <= (double)(k + 3) * (double)LS_REAL_EPS * size))
+                fail_msg("%s %s, m %lld n %lld k %lld, ld %lld, beta %g: entry (%lld,%lld) is off by %.2e",
+                         ta ? "transposed" : "as it is", tb ? "transposed" : "as it is", (long long)m, (long long)n,
+                         (long long)k, (long long)c->ld, beta, (long long)i, (long long)j, error);
+        }
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = n; j < c->ld; j++)
+            assert_memory_equal(&c->p[i * c->ld + j], &was->p[i * c->ld + j], sizeof *c->p);
+}
+
 static void compare(int ta, int tb, int64_t m, int64_t n, int64_t k, int64_t gap, double alpha, double beta)
 {
     uint64_t state = (uint64_t)(m * 7919 + n * 104729 + k * 1299709 + ta + 2 * tb);
@@ -54,22 +79,7 @@ static void compare(int ta, int tb, int64_t m, int64_t n, int64_t k, int64_t gap
         was.p[i] = c.p[i];
     }
     ls_gemm(ta, tb, m, n, k, alpha, a.p, a.ld, b.p, b.ld, beta, c.p, c.ld);
-    for (int64_t i = 0; i < m; i++)
-        for (int64_t j = 0; j < n; j++) {
-            const double old = beta == 0 ? 0 : beta * (double)was.p[i * c.ld + j];
-            double sum = old, size = fabs(old);
-            for (int64_t l = 0; l < k; l++) {
-                const double x = alpha * entry(&a, ta, i, l) * entry(&b, tb, l, j);
-                sum += x, size += fabs(x);
-            }
-            const double error = fabs((double)c.p[i * c.ld + j] - sum);
-            if (!(error <= (double)(k + 3) * (double)LS_REAL_EPS * size))
-                fail_msg("%s %s, m %lld n %lld k %lld, gap %lld, beta %g: entry (%lld,%lld) is off by %.2e",
-                         ta ? "transposed" : "as it is", tb ? "transposed" : "as it is", (long long)m, (long long)n,
-                         (long long)k, (long long)gap, beta, (long long)i, (long long)j, error);
-        }
-    for (int64_t i = 0; i < m; i++)
-        for (int64_t j = n; j < c.ld; j++) assert_memory_equal(&c.p[i * c.ld + j], &was.p[i * c.ld + j], sizeof *c.p);
+    check(ta, tb, alpha, &a, &b, beta, &was, &c);
     free(a.p), free(b.p), free(c.p), free(was.p);
 }
 
@@ -108,20 +118,19 @@ static void lower_triangles_are_products(void **unused)
     (void)unused;
     static const int64_t size[][2] = {{1, 3}, {31, 64}, {32, 64}, {33, 5}, {64, 64}};
     for (size_t s = 0; s < sizeof size / sizeof *size; s++)
-        for (int way = 0; way < 4; way++) {
-            const int64_t m = size[s][0], n = size[s][1];
-            const int transpose = way & 1, adds = way >> 1;
+        for (int way = 0; way < 8; way++) {
+            const int64_t m = size[s][0], n = size[s][1], gap = way & 4 ? GAP : 0;
+            const int transpose = way & 1, adds = way >> 1 & 1;
             uint64_t state = (uint64_t)(m * n + way);
-            matrix l = make(m, m, 0, &state), b = make(m, n, 0, &state), c = make(m, n, 0, &state);
-            matrix d = make(m, n, 0, &state);
-            for (int64_t i = 0; i < m * m; i++)
-                if (i % m > i / m) l.p[i] = 0;
-            for (int64_t i = 0; i < m * n; i++) d.p[i] = c.p[i];
-            ls_gemm_lower(transpose, m, n, l.p, m, b.p, n, adds, c.p, n);
-            ls_gemm(transpose, 0, m, n, m, 1, l.p, m, b.p, n, adds, d.p, n);
-            for (int64_t i = 0; i < m * n; i++)
-                assert_true(fabs((double)(c.p[i] - d.p[i])) <= 2 * (double)(m + 3) * (double)LS_REAL_EPS * (double)m);
-            free(l.p), free(b.p), free(c.p), free(d.p);
+            matrix l = make(m, m, gap, &state), b = make(m, n, gap, &state), c = make(m, n, gap, &state), was = c;
+            for (int64_t i = 0; i < m; i++)
+                for (int64_t j = i + 1; j < m; j++) l.p[i * l.ld + j] = 0;
+            was.p = malloc((size_t)(m * c.ld) * sizeof *was.p);
+            assert_non_null(was.p);
+            memcpy(was.p, c.p, (size_t)(m * c.ld) * sizeof *was.p);
+            ls_gemm_lower(transpose, m, n, l.p, l.ld, b.p, b.ld, adds, c.p, c.ld);
+            check(transpose, 0, 1, &l, &b, adds, &was, &c);
+            free(l.p), free(b.p), free(c.p), free(was.p);
         }
 }
 
