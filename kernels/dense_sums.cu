@@ -1,7 +1,7 @@
 /* Sums over rows on a GPU: the gradients of biases, and of the layer norm's parameters, with which that is here as a
- * whole. A block owns some columns of a part of the rows, its threads take these in turn, in double, and add up in
- * shared memory in one order. The parts go through memory of the queue and are added in their order by a second kernel,
- * so that results do not depend on the order of blocks. */
+ * whole. A block owns some columns of a part of the rows (of the norm all, where a row fits the registers of a warp),
+ * its threads take these in turn, in double, and add up in shared memory in one order. The parts go through memory of
+ * the queue and are added in their order by a second kernel, so that results do not depend on the order of blocks. */
 #include "dense_cuda.h"
 
 namespace ls_dense
@@ -253,12 +253,98 @@ __global__ static void norm_rows(int64_t rows, int64_t E, const ls_real *x, cons
     }
 }
 
+/* The same in one pass, for rows of up to 128 N numbers, which a warp holds in its registers: x and dy are read once.
+ * The warps of a block have the `each` rows of its part in turn, and add up their sums in their order. */
+enum { WHOLE_THREADS = 512 };
+template <int N>
+__global__ static void __launch_bounds__(WHOLE_THREADS, 1)
+    norm_whole(int64_t rows, int64_t E, cut c, const ls_real *x, const ls_real *w, const ls_real *mean,
+               const ls_real *rstd, const ls_real *dy, ls_real *dx, int accumulate, ls_real *dw, ls_real *db)
+{
+    LS_SHARED(double, part); /* (2,E) */
+    const int lane = (int)threadIdx.x % LS_WARP, warp = (int)threadIdx.x / LS_WARP, items = (int)(E / 4);
+    const int64_t end = ls_min(rows, (blockIdx.x + 1) * c.each);
+    double acc_w[N][4] = {{0}}, acc_b[N][4] = {{0}};
+    for (int64_t r = blockIdx.x * c.each + warp; r < end; r += WHOLE_THREADS / LS_WARP) {
+        const ls_real mu = mean[r], rs = rstd[r];
+        const ls_real *xr = x + r * E, *dyr = dy + r * E;
+        ls_real *dxr = dx + r * E;
+        ls_four xs[N], g[N];
+        double sum_g = 0, sum_gx = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int j = lane + i * LS_WARP;
+            xs[i] = j < items ? load<4>(xr, j) : ls_four();
+            g[i] = j < items ? load<4>(dyr, j) : ls_four();
+        }
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int j = lane + i * LS_WARP;
+            const ls_four wj = j < items ? load<4>(w, j) : ls_four();
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                xs[i].v[k] = (xs[i].v[k] - mu) * rs;
+                acc_w[i][k] += (double)(g[i].v[k] * xs[i].v[k]);
+                acc_b[i][k] += (double)g[i].v[k];
+                g[i].v[k] *= wj.v[k];
+                sum_g += (double)g[i].v[k];
+                sum_gx += (double)(g[i].v[k] * xs[i].v[k]);
+            }
+        }
+        const ls_real avg_g = (ls_real)(ls_warp_sum(sum_g) / (double)E);
+        const ls_real avg_gx = (ls_real)(ls_warp_sum(sum_gx) / (double)E);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int j = lane + i * LS_WARP;
+            if (j >= items) break;
+            ls_four out = accumulate ? load<4>(dxr, j) : ls_four();
+#pragma unroll
+            for (int k = 0; k < 4; k++) out.v[k] += rs * (g[i].v[k] - avg_g - xs[i].v[k] * avg_gx);
+            store<4>(dxr, j, out);
+        }
+    }
+    for (int u = 0; u < WHOLE_THREADS / LS_WARP; u++) {
+        for (int i = 0; i < N && warp == u; i++)
+            for (int k = 0; k < 4; k++) {
+                const int j = 4 * (lane + i * LS_WARP) + k;
+                if (j >= E) break;
+                part[j] = (u > 0 ? part[j] : 0) + acc_w[i][k];
+                part[E + j] = (u > 0 ? part[E + j] : 0) + acc_b[i][k];
+            }
+        __syncthreads();
+    }
+    for (int i = (int)threadIdx.x; i < 2 * E; i += WHOLE_THREADS) {
+        if (c.parts > 1)
+            c.room[blockIdx.x * 2 * E + i] = part[i];
+        else
+            (i < E ? dw[i] : db[i - E]) += (ls_real)part[i];
+    }
+}
+
+static void norm_in_one(ls_queue *queue, int64_t rows, int64_t E, const ls_real *x, const ls_real *w,
+                        const ls_real *mean, const ls_real *rstd, const ls_real *dy, ls_real *dx, int accumulate,
+                        ls_real *dw, ls_real *db)
+{
+    const int64_t fit = (int64_t)LS_SUM_BLOCKS * LS_SUM_COLUMNS / E, parts = ls_min(rows / (WHOLE_THREADS / 8), fit);
+    cut c = {0, 1, rows, static_cast<double *>(queue->parts)};
+    if (parts > 1) c.each = (rows + parts - 1) / parts;
+    c.parts = (int)((rows + c.each - 1) / c.each);
+    const auto kernel = E <= 128 ? norm_whole<1> : E <= 256 ? norm_whole<2> : norm_whole<4>;
+    LS_LAUNCH(queue, kernel, c.parts, WHOLE_THREADS, (size_t)(2 * E) * sizeof(double), rows, E, c, x, w, mean, rstd, dy,
+              dx, accumulate, dw, db);
+    add_parts(queue, c, E, 2 * E, dw, db);
+}
+
 void layer_norm_backward(ls_queue *queue, int64_t rows, int64_t E, const ls_real *x, const ls_real *w,
                          const ls_real *mean, const ls_real *rstd, const ls_real *dy, ls_real *dx, int accumulate_dx,
                          ls_real *dw, ls_real *db)
 {
     if (rows <= 0) return;
     const int few = wide(E, x, w, dy, dx) ? 4 : 1;
+    if (few == 4 && E <= 512) {
+        norm_in_one(queue, rows, E, x, w, mean, rstd, dy, dx, accumulate_dx, dw, db);
+        return;
+    }
     const auto columns = few == 4 ? norm_columns<4> : norm_columns<1>;
     const auto along = few == 4 ? norm_rows<4> : norm_rows<1>;
     int threads;

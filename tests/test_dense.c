@@ -1040,7 +1040,7 @@ static void test_narrow_linear(void **state)
 static void test_sums_over_rows(void **state)
 {
     (void)state;
-    const int64_t sizes[][2] = {{1, 4}, {2100, 12}, {1500, 13}, {600, 1}, {700, 200}, {90, 300}};
+    const int64_t sizes[][2] = {{1, 4}, {2100, 12}, {1500, 13}, {600, 1}, {700, 200}, {90, 300}, {300, 512}, {70, 516}};
     for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) {
         const int64_t rows = sizes[k][0], E = sizes[k][1];
         const ls_real *x = noise(rows * E), *w = noise(E), *dy = noise(rows * E), *mean = noise(rows);
