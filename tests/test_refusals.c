@@ -488,6 +488,24 @@ static void test_far(void **unused)
     ctx = whole;
 }
 
+/* Bytes that rounding up would make few are not to be had; an inter-communicator has no order of ranks. */
+static void test_memory_and_groups(void **unused)
+{
+    (void)unused;
+    void *p = x;
+    refused(ls_device_alloc(ctx, SIZE_MAX, &p), LS_ERR_MEMORY, "cannot reserve");
+    assert_null(p);
+    if (size == 1) return;
+    MPI_Comm half, between;
+    MPI_Comm_split(MPI_COMM_WORLD, rank % 2, rank, &half);
+    MPI_Intercomm_create(half, 0, MPI_COMM_WORLD, rank % 2 == 0, 7, &between);
+    ls_context *other = ctx;
+    const ls_context_options options = {.comm = between};
+    refused(ls_context_create(&options, &other), LS_ERR_ARGUMENT, "an inter-communicator is given");
+    assert_null(other);
+    MPI_Comm_free(&between), MPI_Comm_free(&half);
+}
+
 /* ------------------------------------------------------------------------------------------------ what is not there */
 
 /* A rank without the others plans whole sequences, and packed ones only where it is the only rank. */
@@ -549,12 +567,13 @@ int main(int argc, char **argv)
         MPI_Abort(MPI_COMM_WORLD, 1);
     for (int i = 0; i < MOST_PARAMS; i++) params[i] = (ls_real)(i * 37 % 101) / 101 - (ls_real)0.5;
     for (int i = 0; i < 2048; i++) x[i] = params[i + 1];
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_nothing),     cmocka_unit_test(test_all_reduce), cmocka_unit_test(test_sentences),
-        cmocka_unit_test(test_differences), cmocka_unit_test(test_states),     cmocka_unit_test(test_sources),
-        cmocka_unit_test(test_counts),      cmocka_unit_test(test_sizes),      cmocka_unit_test(test_levels),
-        cmocka_unit_test(test_dry),         cmocka_unit_test(test_far),        cmocka_unit_test(test_saved),
-        cmocka_unit_test(test_same_pointer)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_nothing),   cmocka_unit_test(test_all_reduce),
+                                       cmocka_unit_test(test_sentences), cmocka_unit_test(test_differences),
+                                       cmocka_unit_test(test_states),    cmocka_unit_test(test_sources),
+                                       cmocka_unit_test(test_counts),    cmocka_unit_test(test_sizes),
+                                       cmocka_unit_test(test_levels),    cmocka_unit_test(test_dry),
+                                       cmocka_unit_test(test_far),       cmocka_unit_test(test_memory_and_groups),
+                                       cmocka_unit_test(test_saved),     cmocka_unit_test(test_same_pointer)};
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     ls_context_free(ctx);
     free(x), free(y), free(grads), free(params);
