@@ -1,6 +1,7 @@
 /* The configuration: what it accepts, what it refuses and in which words, and that it survives being written. */
 #include "comm.h"
 #include "config.h"
+#include "trainer.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -378,11 +379,16 @@ static void knows_another_model(void **state)
 static void refuses_files(void **state)
 {
     (void)state;
-    config c;
-    assert_int_equal(config_load("/nowhere/a.yaml", NULL, 0, &c), LS_ERR_IO);
+    char *text = NULL;
+    size_t size = 0;
+    assert_int_equal(read_file("/nowhere/a.yaml", CONFIG_LARGEST, &text, &size), LS_ERR_IO);
     assert_contains(ls_last_error(), "/nowhere/a.yaml: cannot be opened: No such file", "missing file");
-    assert_int_equal(config_load("/", NULL, 0, &c), LS_ERR_IO);
+    assert_int_equal(read_file("/", CONFIG_LARGEST, &text, &size), LS_ERR_IO);
     assert_contains(ls_last_error(), "/: cannot be ", "directory");
+    free(text), text = NULL, size = 0;
+    assert_int_equal(read_file("/dev/zero", CONFIG_LARGEST, &text, &size), LS_ERR_ARGUMENT);
+    assert_contains(ls_last_error(), "/dev/zero: has more than 1048576 bytes", "without an end");
+    free(text);
 }
 
 /* ------------------------------------------------------------------------------------------------ options */

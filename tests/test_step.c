@@ -78,7 +78,7 @@ static void begin_run(run *x, trio of, int accumulation, int sharing)
     snprintf(micro, sizeof micro, "train.accumulation=%d", accumulation);
     snprintf(share, sizeof share, "parallel.sequence=%d", sharing);
     memset(x, 0, sizeof *x);
-    assert_ok(config_load(NULL, set, (int)(sizeof set / sizeof *set), &x->c));
+    assert_ok(config_parse("configuration", "", 0, set, (int)(sizeof set / sizeof *set), &x->c));
     assert_ok(ranks_split(&here, &x->c, sharing));
     assert_ok(stepper_create(&here, &x->c, &x->t));
     assert_ok(stepper_init(&x->t));

@@ -149,7 +149,7 @@ ls_status broadcast_bytes(const ranks *r, void *bytes, size_t size)
     return LS_OK;
 }
 
-static ls_status read_all(const char *path, size_t most, char **bytes, size_t *size)
+ls_status read_file(const char *path, size_t most, char **bytes, size_t *size)
 {
     const int standard_input = strcmp(path, "-") == 0;
     const char *name = standard_input ? "standard input" : path;
@@ -197,7 +197,7 @@ ls_status read_everywhere(const ranks *r, const char *path, size_t most, char **
     *bytes = NULL;
     *size = 0;
     ls_status status = LS_OK;
-    if (r->rank == 0) status = read_all(path, most, bytes, size);
+    if (r->rank == 0) status = read_file(path, most, bytes, size);
     status = share(r, status, bytes, size);
     if (status != LS_OK) {
         free(*bytes);

@@ -99,8 +99,7 @@ static const config_key fixed[] = {
     {"run.directory", KEY_TEXT, FIELD(run.directory), NULL, NULL, "", "checkpoints, metrics.jsonl, config.yaml"},
 };
 
-static const char *const places[] = {"model.encoder", "model.decoder", "model.cross"};
-enum { PLACES = sizeof places / sizeof *places };
+static const char *const places[PLACES] = {"model.encoder", "model.decoder", "model.cross"};
 static const size_t place_offset[] = {offsetof(config, model.encoder), offsetof(config, model.decoder),
                                       offsetof(config, model.cross)};
 
@@ -456,29 +455,6 @@ done:
     return status;
 }
 
-ls_status config_load(const char *file, const char *const *set, int nset, config *c)
-{
-    if (file == NULL) return config_parse("configuration", "", 0, set, nset, c);
-    FILE *f = fopen(file, "rb");
-    if (f == NULL) LS_FAIL(LS_ERR_IO, "%s: cannot be opened: %s", file, strerror(errno));
-    char *text = malloc(CONFIG_LARGEST);
-    ls_status status = LS_OK;
-    if (text == NULL) {
-        status = ls_fail(LS_ERR_MEMORY, "%s: no memory to read it", file);
-    } else {
-        const size_t size = fread(text, 1, CONFIG_LARGEST, f);
-        if (ferror(f))
-            status = ls_fail(LS_ERR_IO, "%s: cannot be read: %s", file, strerror(errno));
-        else if (size == CONFIG_LARGEST)
-            status = ls_fail(LS_ERR_ARGUMENT, "%s: over 1 MiB is no configuration", file);
-        else
-            status = config_parse(file, text, size, set, nset, c);
-    }
-    free(text);
-    fclose(f);
-    return status;
-}
-
 /* ------------------------------------------------------------------------------------------------ checking */
 
 /* "KEY: " and why its value cannot stay, perhaps because of the other key's. The keys go to blame as they are, whatever
@@ -520,7 +496,7 @@ static const config_attention *attention_at(const config *c, int place)
     return used[place];
 }
 
-static ls_status options_of(const config *c, int place, ls_attention_options *o)
+ls_status config_attention_options(const config *c, config_place place, ls_attention_options *o)
 {
     const config_attention *a = attention_at(c, place);
     LS_TRY(ls_attention_defaults(a->mechanism, o));
@@ -538,7 +514,7 @@ static ls_status options_of(const config *c, int place, ls_attention_options *o)
 static ls_status check_attention(int place, const config *c)
 {
     ls_attention_options o;
-    ls_status status = options_of(c, place, &o);
+    ls_status status = config_attention_options(c, (config_place)place, &o);
     if (status == LS_OK) status = ls_attention_check(&o);
     if (status == LS_OK) return LS_OK;
     return unfit(key_of(places[place], ls_last_name(0)), key_of(places[place], ls_last_name(1)), status, "%s",
@@ -548,7 +524,7 @@ static ls_status check_attention(int place, const config *c)
 /* The mechanism in a place that config_check has let pass, and its options there. */
 static const ls_mechanism *mechanism_at(const config *c, int place, ls_attention_options *o)
 {
-    return options_of(c, place, o) == LS_OK ? ls_mechanism_find(o->mechanism) : NULL;
+    return config_attention_options(c, (config_place)place, o) == LS_OK ? ls_mechanism_find(o->mechanism) : NULL;
 }
 
 int config_counts_padding(const config *c)

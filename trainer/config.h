@@ -55,15 +55,15 @@ typedef struct config {
     char device[8]; /* cpu, cuda */
 } config;
 
-/* Defaults, then the file (NULL: none), then each "section.key=value" of set[0..nset). Unknown keys, wrong types and
- * out-of-range values are LS_ERR_ARGUMENT with file, line and key in the message; a missing file is LS_ERR_IO.
- * A mechanism changed by set starts from its own options: those in the file were meant for the other one.
- * Not collective: the trainer reads on rank 0 and broadcasts the text, see config_parse. */
-ls_status config_load(const char *file, const char *const *set, int nset, config *c);
 enum { CONFIG_LARGEST = 1 << 20 }; /* bytes; more is no configuration */
-/* The same from text in memory; `name` stands for the file in messages. */
+/* Defaults, then the text of a file, called `name` in messages, then each "section.key=value" of set[0..nset). Unknown
+ * keys, wrong types and out-of-range values are LS_ERR_ARGUMENT with file, line and key in the message. A mechanism
+ * changed by set starts from its own options: those in the file were meant for the other one. */
 ls_status config_parse(const char *name, const char *text, size_t size, const char *const *set, int nset, config *c);
-/* What can be checked without data or ranks: divisibility, patterns, ranges. Called by config_load and config_parse. */
+/* The attentions of a model, and what the library is to be asked for: but layout and stream. */
+typedef enum { PLACE_ENCODER, PLACE_DECODER, PLACE_CROSS, PLACES } config_place;
+ls_status config_attention_options(const config *c, config_place place, ls_attention_options *o);
+/* What can be checked without data or ranks: divisibility, patterns, ranges. Called by config_parse. */
 ls_status config_check(const config *c);
 /* What a new training needs besides, and what would have no effect in it. Of a checkpoint nobody asks that. */
 ls_status config_check_training(const config *c);

@@ -32,7 +32,7 @@ void dataset_close(dataset *data);
 int64_t dataset_documents(const dataset *data, const char *split);
 int64_t dataset_longest(const dataset *data, const char *split, int target); /* tokens, uncut */
 int64_t dataset_tokens(const dataset *data, const char *split, int target);  /* of all documents, uncut */
-/* Lengths of document i; name is valid until dataset_close. */
+/* Of document i. The name is valid until dataset_close. */
 void dataset_lengths(const dataset *data, const char *split, int64_t i, int64_t *source, int64_t *target);
 const char *dataset_name(const dataset *data, const char *split, int64_t i);
 const char *dataset_source_names(const dataset *data); /* lines "train: A.tsv" */

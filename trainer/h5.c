@@ -261,13 +261,6 @@ int h5_has(const h5_file *f, const char *name)
     return yes;
 }
 
-int h5_has_attribute(const h5_file *f, const char *object, const char *name)
-{
-    const int yes = H5Aexists_by_name(f->id, object, name, H5P_DEFAULT) > 0;
-    H5Eclear2(H5E_DEFAULT);
-    return yes;
-}
-
 ls_status h5_group_create(h5_file *f, const char *name)
 {
     const hid_t creation = untimed(H5P_GROUP_CREATE);

@@ -76,7 +76,6 @@ ls_status h5_get_text(const h5_file *f, const char *object, const char *name, ch
 ls_status h5_put_text(h5_file *f, const char *object, const char *name, const char *text);
 
 int h5_has(const h5_file *f, const char *name); /* group or array, of this file itself */
-int h5_has_attribute(const h5_file *f, const char *object, const char *name);
 ls_status h5_group_create(h5_file *f, const char *name);
 /* The names in a group in the order of their bytes; to be freed. */
 typedef struct h5_names {

@@ -6,7 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 static const char file_name[] = "metrics.jsonl";
@@ -19,13 +18,6 @@ struct metrics {
     double shown;        /* when a plain line was printed last */
 };
 
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 /* The step of a line; -1 where it is no line of ours, such as one cut short when the run was killed. */
 static int64_t step_of(const char *line, size_t size, int *of_valid)
 {
@@ -37,32 +29,13 @@ static int64_t step_of(const char *line, size_t size, int *of_valid)
     return value;
 }
 
-/* Reads a whole file; a missing one is empty. */
-static ls_status slurp(const char *path, char **bytes, size_t *size)
+/* A missing file is empty. */
+static ls_status read_lines(const char *path, char **bytes, size_t *size)
 {
     *bytes = NULL;
     *size = 0;
-    FILE *f = fopen(path, "rb");
-    if (f == NULL && errno == ENOENT) return LS_OK;
-    if (f == NULL) LS_FAIL(LS_ERR_IO, "%s: cannot be read: %s", path, strerror(errno));
-    size_t room = 0;
-    ls_status status = LS_OK;
-    for (;;) {
-        if (*size == room) {
-            char *more = realloc(*bytes, room = room * 2 + 65536);
-            if (more == NULL) {
-                status = ls_fail(LS_ERR_MEMORY, "%s: no memory for %zu bytes", path, room);
-                break;
-            }
-            *bytes = more;
-        }
-        const size_t got = fread(*bytes + *size, 1, room - *size, f);
-        *size += got;
-        if (got == 0) break;
-    }
-    if (status == LS_OK && ferror(f)) status = ls_fail(LS_ERR_IO, "%s: cannot be read: %s", path, strerror(errno));
-    fclose(f);
-    return status;
+    if (access(path, F_OK) != 0 && errno == ENOENT) return LS_OK;
+    return read_file(path, SIZE_MAX, bytes, size);
 }
 
 /* What another run has left becomes metrics-1.jsonl, or the first number that is free. */
@@ -91,7 +64,7 @@ ls_status metrics_open(const char *directory, int64_t resumed, int64_t *evaluate
 
     char *bytes = NULL;
     size_t size = 0, kept = 0;
-    ls_status status = resumed > 0 ? slurp(m->path, &bytes, &size) : put_aside(directory, m->path);
+    ls_status status = resumed > 0 ? read_lines(m->path, &bytes, &size) : put_aside(directory, m->path);
     for (size_t at = 0; status == LS_OK && at < size;) {
         const char *end = memchr(bytes + at, '\n', size - at);
         if (end == NULL) break;
@@ -123,7 +96,7 @@ ls_status metrics_owe(const char *directory, int64_t step, int *owed)
     size_t size;
     int told[2] = {0}; /* of the step, of its evaluation */
     snprintf(path, sizeof path, "%s/%s", directory, file_name);
-    const ls_status status = slurp(path, &bytes, &size);
+    const ls_status status = read_lines(path, &bytes, &size);
     for (const char *at = bytes, *end; status == LS_OK && at != NULL && at < bytes + size; at = end + 1) {
         int of_valid;
         end = memchr(at, '\n', (size_t)(bytes + size - at));
@@ -168,8 +141,8 @@ ls_status metrics_step(metrics *m, const step_metrics *s)
                                "peak_device_memory_bytes", (json_int_t)s->peak_device_memory, "order", order)));
     const double left = (double)(s->steps - s->step) * s->seconds;
     const int last = s->step == s->steps;
-    if (!m->terminal && !last && now() - m->shown < SHOW_EVERY) return LS_OK;
-    m->shown = now();
+    if (!m->terminal && !last && seconds_now() - m->shown < SHOW_EVERY) return LS_OK;
+    m->shown = seconds_now();
     printf("%sstep %lld/%lld  loss %.4f  norm %.3g  lr %.3g  %.0f tokens/s  %.0f s left%s", m->terminal ? "\r" : "",
            (long long)s->step, (long long)s->steps, s->loss, s->grad_norm, s->rate, speed, left,
            m->terminal ? "\033[K" : "\n");

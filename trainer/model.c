@@ -32,16 +32,16 @@ static int64_t add_tensor(model *m, tensor_init init, int64_t dim0, int64_t dim1
 
 static norm_params add_norm(model *m, const char *prefix, double gain)
 {
-    const int64_t weight = add_tensor(m, (tensor_init){INIT_CONSTANT, gain}, m->E, 0, "%snorm.weight", prefix);
-    return (norm_params){weight, add_tensor(m, (tensor_init){INIT_ZERO, 0}, m->E, 0, "%snorm.bias", prefix)};
+    const int64_t weight = add_tensor(m, (tensor_init){LS_INIT_CONSTANT, gain}, m->E, 0, "%snorm.weight", prefix);
+    return (norm_params){weight, add_tensor(m, (tensor_init){LS_INIT_ZERO, 0}, m->E, 0, "%snorm.bias", prefix)};
 }
 
 static int64_t add_linear(model *m, const char *prefix, int i, int64_t out, int64_t in, double gain, int64_t *bias)
 {
     /* Glorot & Bengio, 2010: uniform of variance 2 / (in + out) */
-    const tensor_init xavier = {INIT_UNIFORM, gain * sqrt(6.0 / (double)(in + out))};
+    const tensor_init xavier = {LS_INIT_UNIFORM, gain * sqrt(6.0 / (double)(in + out))};
     const int64_t weight = add_tensor(m, xavier, out, in, "%s.ffn.%d.weight", prefix, i);
-    *bias = add_tensor(m, (tensor_init){INIT_ZERO, 0}, out, 0, "%s.ffn.%d.bias", prefix, i);
+    *bias = add_tensor(m, (tensor_init){LS_INIT_ZERO, 0}, out, 0, "%s.ffn.%d.bias", prefix, i);
     return weight;
 }
 
@@ -53,16 +53,11 @@ static int64_t add_attention(model *m, const char *prefix, const ls_attention *a
         model_tensor *t = &m->tensor[m->num_tensors];
         *t = (model_tensor){.ndim = info->ndim, .offset = first + info->offset, .count = info->count};
         for (int d = 0; d < info->ndim; d++) t->dim[d] = info->dim[d];
-        static const init_kind kinds[] = {
-            [LS_INIT_ZERO] = INIT_ZERO,         [LS_INIT_ONE] = INIT_CONSTANT,      [LS_INIT_NORMAL] = INIT_NORMAL,
-            [LS_INIT_UNIFORM] = INIT_UNIFORM,   [LS_INIT_IDENTITY] = INIT_IDENTITY, [LS_INIT_CONSTANT] = INIT_CONSTANT,
-            [LS_INIT_LOG_STEP] = INIT_LOG_STEP, [LS_INIT_INVERSE] = INIT_INVERSE};
-        const init_kind kind = kinds[info->init];
         /* decay draws to 0, which means nothing to gains, logarithms and frequencies */
-        t->decay = info->ndim > 1 &&
-                   (kind == INIT_ZERO || kind == INIT_NORMAL || kind == INIT_UNIFORM || kind == INIT_IDENTITY);
+        t->decay = info->ndim > 1 && (info->init == LS_INIT_ZERO || info->init == LS_INIT_NORMAL ||
+                                      info->init == LS_INIT_UNIFORM || info->init == LS_INIT_IDENTITY);
         snprintf(t->name, sizeof t->name, "%s.%s", prefix, info->name);
-        m->init[m->num_tensors++] = (tensor_init){kind, info->init == LS_INIT_ONE ? 1 : info->init_scale};
+        m->init[m->num_tensors++] = (tensor_init){info->init, info->init_scale};
     }
     m->count += ls_attention_param_count(attention);
     return first;
@@ -105,7 +100,7 @@ static void list_tensors(model *m)
 {
     /* rows of length about 1: times sqrt(E) they have unit variance as inputs, and as outputs they give logits of unit
      * variance for normalised rows */
-    const tensor_init table = {INIT_NORMAL, 1.0 / sqrt((double)m->E)};
+    const tensor_init table = {LS_INIT_NORMAL, 1.0 / sqrt((double)m->E)};
     if (m->c.model.tie_embeddings) {
         m->output = add_tensor(m, table, m->V, m->E, "embedding");
         m->encoder.embedding = m->decoder.embedding = m->output;
@@ -126,26 +121,30 @@ void model_init(const model *m, uint64_t seed, ls_real *params)
         for (int64_t j = 0; j < m->tensor[i].count; j++) {
             const uint32_t stream = (uint32_t)i;
             switch (init.kind) {
-            case INIT_ZERO:
+            case LS_INIT_ZERO:
                 p[j] = 0;
                 break;
-            case INIT_CONSTANT:
+            case LS_INIT_ONE:
+                p[j] = 1;
+                break;
+            case LS_INIT_CONSTANT:
                 p[j] = (ls_real)init.scale;
                 break;
-            case INIT_IDENTITY: /* the element numbers of a square matrix's diagonal are multiples of its width + 1 */
+            case LS_INIT_IDENTITY: /* the element numbers of a square matrix's diagonal are multiples of its width + 1
+                                    */
                 p[j] = (ls_real)(init.scale * ls_normal(seed, stream, STEP_INIT, (uint64_t)j)) +
                        (j % (m->tensor[i].dim[1] + 1) == 0 ? 1 : 0);
                 break;
-            case INIT_NORMAL:
+            case LS_INIT_NORMAL:
                 p[j] = (ls_real)(init.scale * ls_normal(seed, stream, STEP_INIT, (uint64_t)j));
                 break;
-            case INIT_UNIFORM:
+            case LS_INIT_UNIFORM:
                 p[j] = (ls_real)(init.scale * (2 * ls_uniform(seed, stream, STEP_INIT, (uint64_t)j) - 1));
                 break;
-            case INIT_LOG_STEP:
+            case LS_INIT_LOG_STEP:
                 p[j] = (ls_real)(log(0.001) + log(100.0) * ls_uniform(seed, stream, STEP_INIT, (uint64_t)j));
                 break;
-            case INIT_INVERSE: {
+            case LS_INIT_INVERSE: {
                 const int64_t modes = m->tensor[i].dim[m->tensor[i].ndim - 1], n = j % modes;
                 const double N = 2 * (double)modes;
                 p[j] = (ls_real)(N / 3.14159265358979323846 * (N / (double)(2 * n + 1) - 1));
@@ -198,19 +197,14 @@ static ls_status stack_create(model *m, stack *s, uint32_t *stream)
         block *bl = &s->block[k];
         bl->stream = (*stream)++;
         if (bl->kind == BLOCK_FFN) continue;
-        const int cross = bl->kind == BLOCK_CROSS, encoder = s == &m->encoder;
-        const config_attention *a = cross ? &m->c.model.cross : encoder ? &m->c.model.encoder : &m->c.model.decoder;
         ls_attention_options o;
-        LS_TRY(ls_attention_defaults(a->mechanism, &o));
-        o.pattern = cross ? LS_CC : encoder ? LS_NS : LS_CS;
-        o.level = LS_LEVEL_LAYER;
+        LS_TRY(config_attention_options(&m->c,
+                                        bl->kind == BLOCK_CROSS ? PLACE_CROSS
+                                        : s == &m->encoder      ? PLACE_ENCODER
+                                                                : PLACE_DECODER,
+                                        &o));
         o.layout = LS_BTHD;
-        o.embed_dim = m->E;
-        o.num_heads = m->c.model.num_heads;
-        o.scale = a->scale;
-        o.dropout = a->dropout;
         o.stream = (*stream)++;
-        memcpy(o.value, a->value, sizeof o.value);
         LS_TRY(ls_attention_create(m->sequence, &o, &bl->attention));
         /* Run again one after the other, the layers can share what attentions save. */
         if (m->c.train.recompute && k >= s->per_layer)

@@ -63,18 +63,10 @@ typedef struct workspace {
     uint8_t *pad[2];                     /* source_pad and target_pad */
 } workspace;
 
-typedef enum {
-    INIT_ZERO,
-    INIT_CONSTANT,
-    INIT_NORMAL,
-    INIT_UNIFORM,
-    INIT_IDENTITY,
-    INIT_LOG_STEP,
-    INIT_INVERSE
-} init_kind;
+/* As in ls_param_info. */
 typedef struct tensor_init {
-    init_kind kind;
-    double scale; /* standard deviation, half the width, or the constant */
+    int kind;
+    double scale;
 } tensor_init;
 
 struct model {

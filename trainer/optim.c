@@ -52,19 +52,3 @@ void adamw_step(const ls_adam_ops *ops, ls_queue *queue, const config *c, const 
         ops->update(queue, &rule, n, run, squares, loss, g, params, adam_m, adam_v);
     }
 }
-
-double gradient_norm(const ls_real *g, int64_t n)
-{
-    double squares[LS_SQUARES];
-    ls_adam_cpu.squares(NULL, n, g, squares);
-    return sqrt(squares[0]);
-}
-
-void adamw_update(const config *c, const model *m, int64_t step, double rate, double clip, ls_real *params,
-                  const ls_real *g, ls_real *adam_m, ls_real *adam_v)
-{
-    config own = *c;
-    const double norm = 1;
-    own.train.clip_norm = clip;
-    adamw_step(&ls_adam_cpu, NULL, &own, m, step, rate, &norm, NULL, g, params, adam_m, adam_v);
-}

@@ -18,9 +18,4 @@ void adamw_step(const ls_adam_ops *ops, ls_queue *queue, const config *c, const 
                 const double *squares, const ls_real *loss, const ls_real *g, ls_real *params, ls_real *adam_m,
                 ls_real *adam_v);
 
-/* The same on the CPU, piece by piece: sqrt(Σ g²), and the update with g scaled by clip <= 1. */
-double gradient_norm(const ls_real *g, int64_t n);
-void adamw_update(const config *c, const model *m, int64_t step, double rate, double clip, ls_real *params,
-                  const ls_real *g, ls_real *adam_m, ls_real *adam_v);
-
 #endif

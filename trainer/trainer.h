@@ -58,8 +58,10 @@ int report_error(const ranks *r, ls_status status);
  * main then ends the others. */
 ls_status agree(const ranks *r, ls_status mine);
 
-/* Collective over world: rank 0 reads a file (or standard input for "-"), everyone gets the bytes; to be freed. One of
- * more than `most` bytes, perhaps without an end, is refused before it takes more memory than that. */
+/* Local: a whole file, or standard input for "-"; *bytes, NULL before, is to be freed, after a failure too. One of more
+ * than `most` bytes, perhaps without an end, is refused before it takes more memory than that. */
+ls_status read_file(const char *path, size_t most, char **bytes, size_t *size);
+/* Collective over world: rank 0 reads it, everyone gets the bytes. */
 ls_status read_everywhere(const ranks *r, const char *path, size_t most, char **bytes, size_t *size);
 /* Collective over world: refuses arguments that are not those of rank 0, or ranks would wait for one another for ever,
  * or train what none of them was asked to. */
