@@ -215,7 +215,7 @@ LS_BOTH_SIDES int ls_is_four(const ls_real *x)
     return (uintptr_t)x % sizeof(ls_four) == 0;
 }
 
-/* N numbers of a row of which only n are left; aligned: all can be read or written at once. What is not there is 0. */
+/* N numbers of a row of which only n are left; aligned: all can be read at once. What is not there is 0. */
 template <int N> __device__ static inline ls_few<N> ls_read_some(const ls_real *from, int n, int aligned)
 {
     ls_few<N> y = {};
@@ -223,10 +223,25 @@ template <int N> __device__ static inline ls_few<N> ls_read_some(const ls_real *
     for (int k = 0; k < N && k < n; k++) y.v[k] = from[k];
     return y;
 }
+/* In one instruction, to memory of the device: the compiler would take the store of a struct apart where another way
+ * writes its numbers one by one. */
+__device__ static inline void ls_write_few(float *to, const float (&y)[4])
+{
+    __stwb(reinterpret_cast<float4 *>(to), make_float4(y[0], y[1], y[2], y[3]));
+}
+__device__ static inline void ls_write_few(float *to, const float (&y)[2])
+{
+    __stwb(reinterpret_cast<float2 *>(to), make_float2(y[0], y[1]));
+}
+template <typename T, int N> __device__ static inline void ls_write_few(T *to, const T (&y)[N])
+{
+    for (int k = 0; k < N; k++) to[k] = y[k];
+}
+/* N numbers of a row in memory of the device of which only n are left. */
 template <int N> __device__ static inline void ls_write_some(const ls_few<N> &y, ls_real *to, int n, int aligned)
 {
     if (n >= N && aligned)
-        ls_put_few<N>(to, y);
+        ls_write_few(to, y.v);
     else
         for (int k = 0; k < N && k < n; k++) to[k] = y.v[k];
 }

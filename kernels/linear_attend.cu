@@ -60,23 +60,37 @@ __device__ static inline ls_real apart(const linear &x, int i, int j, int count)
     return j > i || i >= count ? 0 : x.turns ? (ls_real)x.step[2 * (i - j) + 1] : 1;
 }
 
-/* Sums of a strip's rows, as `made` (row, sum) has them, to numbers [e0, e0 + SIDE) of rows that exist; add: +=. */
+/* Sums of a strip's rows, as `made` (row, sum) has them, to numbers [e0, e0 + SIDE) of rows that exist; add: +=. All is
+ * made, and read, before the first is written. fours: rows have a multiple of 4 numbers, and can be written by fours.
+ */
 template <class M, int FORM, typename F>
 __device__ static inline void put_rows(const linear &x, const strip &s, sums<M, FORM> &sum, ls_view v, int e0,
                                        int fours, int add, F made)
 {
+    constexpr int TOGETHER = M::TOGETHER;
+    const auto row = [&](int u) { return s.at.t + sum.row(u) < x.s.rows && sum.row(u) < s.count; };
+    const auto left = [&](int c) { return x.d - e0 - sum.column(c); };
 #pragma unroll
     for (int u = 0; u < sum.U; u++) {
         const int i = sum.row(u);
-        if (i >= s.count || s.at.t + i >= x.s.rows) continue;
-        ls_real *to = row_in(s, v, i) + e0;
+        if (!row(u)) continue;
+        const ls_real *from = row_in(s, v, i) + e0;
 #pragma unroll
-        for (int c = 0; c < sum.V; c += M::TOGETHER) {
-            const int left = x.d - e0 - sum.column(c);
-            ls_few<M::TOGETHER> y = {};
-            if (add) y = ls_read_some<M::TOGETHER>(to + sum.column(c), left, fours);
-            for (int k = 0; k < M::TOGETHER; k++) y.v[k] += made(i, sum.at(u, c + k));
-            ls_write_some<M::TOGETHER>(y, to + sum.column(c), left, fours);
+        for (int c = 0; c < sum.V; c += TOGETHER) {
+            ls_few<TOGETHER> y = {};
+            if (add) y = ls_read_some<TOGETHER>(from + sum.column(c), left(c), fours);
+            for (int k = 0; k < TOGETHER; k++) sum.at(u, c + k) = (typename M::sum)(y.v[k] + made(i, sum.at(u, c + k)));
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < sum.U; u++) {
+        if (!row(u)) continue;
+        ls_real *to = row_in(s, v, sum.row(u)) + e0;
+#pragma unroll
+        for (int c = 0; c < sum.V; c += TOGETHER) {
+            ls_few<TOGETHER> y;
+            for (int k = 0; k < TOGETHER; k++) y.v[k] = sum.at(u, c + k);
+            ls_write_some<TOGETHER>(y, to + sum.column(c), left(c), fours);
         }
     }
 }
@@ -375,7 +389,10 @@ __device__ static inline void finish_row(const linear &x, const features &q, con
             square += (exact)a.v[k] * (exact)a.v[k];
             along += (exact)a.v[k] * (exact)g.v[k];
         }
-        ls_write_some<4>(g, dA + f, n - f, fours);
+        if (fours && f < n)
+            ls_put_few<4>(dA + f, g);
+        else
+            for (int k = 0; k < 4 && f + k < n; k++) dA[f + k] = g.v[k];
     }
     square = ls_warp_sum(square, SHARE), along = ls_warp_sum(along, SHARE);
     const exact back = y.flows && square > 0 ? along / square : 0;

@@ -202,6 +202,10 @@ template <typename T> static inline T __ldg(const T *x)
 {
     return *x;
 }
+template <typename T> static inline void __stwb(T *to, T x)
+{
+    *to = x;
+}
 /* rounded before anything is added to it: what went through memory takes no part in a fused multiply-add */
 static inline float __fmul_rn(float x, float y)
 {
