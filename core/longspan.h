@@ -398,7 +398,7 @@ typedef struct ls_attention_grads {
     ls_real *query, *key, *value, *params;
 } ls_attention_grads;
 /* Collective. The shape, io, params and out of the forward call, and its saved, which stays valid; another shape, and
- * another training, sample, draw, want of weights or choice of optional inputs in io, are refused (LS_ERR_ARGUMENT). */
+ * another training, sample, draw, need_weights or choice of optional inputs in io, are refused (LS_ERR_ARGUMENT). */
 ls_status ls_attention_backward(ls_attention *attention, const ls_attention_shape *shape, const ls_attention_io *io,
                                 const ls_real *params, const ls_real *out, const ls_real *dout, ls_saved *saved,
                                 const ls_attention_grads *grads);
