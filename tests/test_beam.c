@@ -11,6 +11,7 @@
 
 #include <cmocka.h>
 
+enum { SURE = -1 /* a language of one text, any other has a small chance to end early */ };
 enum { LETTERS = 3, LONGEST = 4, WIDE = 162 /* twice LETTERS ^ LONGEST */, CASES = 20 };
 
 /* Log-probabilities of a, b, c and the end behind a text; all else is impossible, as logits can say it. */
@@ -23,6 +24,10 @@ static void logits_behind(const char *text, size_t n, int number, ls_real *logit
         logits['a' + v] = (ls_real)(2 * sin(1 + number + 5.0 * v + 3.0 * last + 7.0 * other * (v + 1)));
     logits[TOKEN_EOS] = (ls_real)(sin(2.0 + number + 4.0 * last) - 0.5);
     logits[TOKEN_BOS] = 100; /* which no target has */
+    if (number != SURE) return;
+    for (int v = 'a'; v < 'a' + LETTERS; v++) logits[v] = 0;
+    logits[n < LONGEST - 1 ? 'a' : TOKEN_EOS] = 8;
+    if (n < LONGEST - 1) logits[TOKEN_EOS] = 2;
 }
 
 static double log_probability(const ls_real *logits, int token)
@@ -141,6 +146,19 @@ static void test_narrow(void **unused)
     assert_true(better > CASES / 10);
 }
 
+/* Where one text is far more probable than all others, ends that are not are the next best ways from the beginning on:
+ * they do not end the search. */
+static void test_sure(void **unused)
+{
+    (void)unused;
+    for (int64_t beams = 1; beams <= 4; beams++)
+        for (int k = 0; k < 2; k++) {
+            char *found = searched(beams, SURE, k);
+            assert_string_equal(found, "aaa");
+            free(found);
+        }
+}
+
 static void test_not_finite(void **unused)
 {
     (void)unused;
@@ -159,6 +177,6 @@ static void test_not_finite(void **unused)
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_wide), cmocka_unit_test(test_narrow),
-                                       cmocka_unit_test(test_not_finite)};
+                                       cmocka_unit_test(test_sure), cmocka_unit_test(test_not_finite)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -72,10 +72,15 @@ static ls_status list_ways(const beam_search *b, int64_t row, const ls_real *log
     return LS_OK;
 }
 
+static double scored(const beam_search *b, double score, int64_t tokens)
+{
+    return score / pow((double)tokens, b->penalty);
+}
+
 /* What has `tokens` tokens ends behind a node. */
 static void put_aside(beam_search *b, double score, int64_t tokens, int64_t end)
 {
-    const double x = score / pow((double)tokens, b->penalty);
+    const double x = scored(b, score, tokens);
     if (x > b->best) b->best = x, b->best_end = end;
 }
 
@@ -111,14 +116,14 @@ ls_status beam_step(beam_search *b, const ls_real *logits, int32_t *token, int64
         live++;
     }
     for (int64_t r = live; r < b->beams; r++) b->score[r] = -INFINITY, token[r] = 0, from[r] = r;
-    *done = live == 0 || b->ended >= b->beams;
+    *done = live == 0 || (b->ended >= b->beams && b->best >= scored(b, b->score[0], b->steps));
     return LS_OK;
 }
 
 ls_status beam_best(const beam_search *b, char **text, size_t *size)
 {
     beam_search all = *b;
-    for (int64_t r = 0; b->ended < b->beams && r < b->beams; r++)
+    for (int64_t r = 0; r < b->beams; r++)
         if (b->score[r] > -INFINITY) put_aside(&all, b->score[r], ls_max(1, b->steps), b->end[r]);
     size_t n = 0;
     for (int64_t i = all.best_end; i >= 0; i = b->nodes[i].before) n++;
