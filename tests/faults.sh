@@ -55,6 +55,7 @@ cut_to() { head -c $(($(stat -c %s "$1") * $2 / 100)) "$1" >"$3"; }
 refuse "no subcommand" 2 "subcommand" --
 refuse "unknown subcommand" 2 "did you mean train?" -- trian
 refuse "unknown option" 2 "" -- train good.yaml --stepz 3
+refuse "an option with one dash" 2 "unknown option -set (did you mean --set?)" -- train -set train.steps=3 good.yaml
 refuse "configuration missing" 4 "nowhere.yaml" -- train nowhere.yaml
 printf 'model: {embed_dimm: 16}\n' >typo.yaml
 refuse "misspelt key" 2 "typo.yaml:1: model.embed_dimm: unknown key (did you mean embed_dim?)" -- train typo.yaml
@@ -123,6 +124,19 @@ refuse "resume with another batch" 2 "train.batch=2, the configuration has 4" --
   --set train.batch=4
 refuse "resume with another model" 2 "model.embed_dim" -- train good.yaml --resume $good --set model.embed_dim=32
 refuse "evaluate as another model" 2 "model.num_heads=2, the configuration has 4" -- eval $good --set model.num_heads=4
+head -n 5 good.tsv >fewer.tsv
+"$longspan" pack --train fewer.tsv --valid fewer.tsv --out other.h5 >/dev/null || complain "pack fewer.tsv"
+mv good.h5 aside.h5 && cp other.h5 good.h5
+refuse "evaluate on data that changed" 2 "is not the data set any more that $good was trained on" -- eval $good
+"$longspan" eval $good --data good.h5 >stdout || complain "evaluate on data that changed, by its name"
+mv aside.h5 good.h5
+"$longspan" eval $good >stdout || complain "evaluate"
+refuse "bench: a length beyond 64 bits" 2 "is no length" -- bench --length 18014398509481985K
+refuse "bench: a list where one length is taken" 2 "is no length" -- bench --softmax-limit 1K,4K
+refuse "bench: a max_len below the length" 2 "cosformer.max_len=10 is shorter than --length 64" -- \
+  bench --mechanism cosformer --pattern CS --length 64 --set cosformer.max_len=10
+refuse "bench: a length beyond max_len" 2 "max_len" -- bench --train good.yaml --length 64 --repeat 1 \
+  --set model.encoder.mechanism=cosformer --set model.encoder.options.max_len=20
 refuse "generate: an unknown key" 2 "model.width" -- generate $good --set model.width=3 --input good.tsv
 refuse "generate: a seed without draws" 2 "--seed" -- generate $good --seed 3 --input good.tsv
 refuse "generate: a long prefix" 2 "prefix" -- generate $good --prefix four --max-bytes 3 --input good.tsv
@@ -147,6 +161,7 @@ grep -q '^warning: with these options of nystrom .*train.accumulation' stdout ||
 
 # ---- places that cannot be written (a file in the way: root may write anywhere else)
 refuse "run directory below a file" 4 "good.tsv" -- train good.yaml --set run.directory=good.tsv/run
+refuse "run directory below a file, dry" 4 "good.tsv" -- train good.yaml --set run.directory=good.tsv/run --dry-run
 refuse "data set below a file" 4 "good.tsv" -- pack --train good.tsv --out good.tsv/x.h5
 
 # ---- text that cannot be packed

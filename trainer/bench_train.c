@@ -290,7 +290,9 @@ static void print_figures(const bench *b, const subject *s, const figures *f)
            100 * share, 100 * alone);
     fflush(stdout);
     if (b->csv == NULL) return;
-    fprintf(b->csv, "\"%s\",%s,%lld,%lld,%lld,%d,%.6g,%.0f,%.9g,%.0f,%.6g,%.6g,%.6g,%.6g\n", b->train, s->c.device,
+    fputc('"', b->csv);
+    for (const char *at = b->train; *at != 0; at++) fputs(*at == '"' ? "\"\"" : (const char[]){*at, 0}, b->csv);
+    fprintf(b->csv, "\",%s,%lld,%lld,%lld,%d,%.6g,%.0f,%.9g,%.0f,%.6g,%.6g,%.6g,%.6g\n", s->c.device,
             (long long)s->source, (long long)s->target, (long long)s->c.train.batch, b->r->size, f->step, tokens,
             f->gflop, f->calls, f->alone, rate, share, alone);
     fflush(b->csv);
@@ -311,6 +313,7 @@ static ls_status one_length(const bench *b, subject *s, int64_t source, int64_t 
 {
     figures f = {0};
     s->source = source, s->target = target;
+    LS_TRY(config_fits(&s->c, source, target + 1));
     ls_status status = stepper_create(b->r, &s->c, &s->step);
     if (status == LS_OK) {
         status = stepper_init(&s->step);

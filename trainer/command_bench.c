@@ -88,14 +88,15 @@ static int lists(const char *list, const char *word)
     return 0;
 }
 
-/* A length with K or M behind it, and then the end of the list, a comma, or what `also` holds. */
-static ls_status read_length(const char *text, char also, char **end, int64_t *value)
+/* A length with K or M behind it, and then the end, or one of the characters of `after`. */
+static ls_status read_length(const char *text, const char *after, char **end, int64_t *value)
 {
+    const int64_t most = INT64_C(1) << 32;
     errno = 0;
     *value = strtoll(text, end, 10);
-    if (**end == 'K' || **end == 'M') *value *= *(*end)++ == 'K' ? 1024 : 1048576;
-    if (*end == text || errno != 0 || *value < 1 || *value > INT64_C(1) << 32 ||
-        (**end != ',' && **end != also && **end != '\0'))
+    const int wrong = *end == text || errno != 0 || *value < 1 || *value > most;
+    if (!wrong && (**end == 'K' || **end == 'M')) *value *= *(*end)++ == 'K' ? 1024 : 1048576;
+    if (wrong || *value > most || (**end != '\0' && strchr(after, **end) == NULL))
         LS_FAIL(LS_ERR_ARGUMENT, "bench: '%s' is no length: use e.g. 1K,4K,16K", text);
     return LS_OK;
 }
@@ -106,9 +107,9 @@ static ls_status read_lengths(const char *text, bench *b)
     for (b->lengths = 0;; text = end + 1) {
         const int i = b->lengths++;
         if (i == BENCH_LENGTHS) LS_FAIL(LS_ERR_ARGUMENT, "bench: more than %d lengths", BENCH_LENGTHS);
-        LS_TRY(read_length(text, '/', &end, &b->length[i]));
+        LS_TRY(read_length(text, ",/", &end, &b->length[i]));
         b->target[i] = 0;
-        if (*end == '/') LS_TRY(read_length(end + 1, 0, &end, &b->target[i]));
+        if (*end == '/') LS_TRY(read_length(end + 1, ",", &end, &b->target[i]));
         if (*end == '\0') return LS_OK;
     }
 }
@@ -233,7 +234,7 @@ static ls_status parse(int argc, char **argv, bench *b)
         else if (which == LENGTH_)
             LS_TRY(read_lengths(optarg, b));
         else if (which == LIMIT_)
-            LS_TRY(read_length(optarg, 0, &end, &b->softmax_limit));
+            LS_TRY(read_length(optarg, "", &end, &b->softmax_limit));
         else if (which == BATCH_)
             LS_TRY(read_count("bench", "--batch", optarg, 1, &b->batch));
         else if (which == EMBED_)
@@ -292,16 +293,22 @@ static ls_status set_options(const bench *b, const bench_case *c, int64_t length
         LS_TRY(ls_attention_set(o, at, value == NULL ? NAN : strtod(value, NULL)));
     }
     const size_t n = strlen(c->mechanism);
+    const char *longest = ls_mechanism_find(c->mechanism)->longest;
+    int set_longest = 0;
     for (int i = 0; i < b->set.count; i++) { /* see check_set */
         snprintf(text, sizeof text, "%s", b->set.item[i]);
         char *equals = strchr(text, '=');
         *equals = '\0';
-        if (strncmp(text, c->mechanism, n) == 0 && text[n] == '.')
-            LS_TRY(ls_attention_set(o, text + n + 1, strtod(equals + 1, NULL)));
+        if (strncmp(text, c->mechanism, n) != 0 || text[n] != '.') continue;
+        LS_TRY(ls_attention_set(o, text + n + 1, strtod(equals + 1, NULL)));
+        set_longest |= longest != NULL && strcmp(text + n + 1, longest) == 0;
     }
-    const char *longest = ls_mechanism_find(c->mechanism)->longest;
-    if (longest != NULL && bench_option(o, longest) < (double)length)
+    if (longest != NULL && bench_option(o, longest) < (double)length) {
+        if (set_longest)
+            LS_FAIL(LS_ERR_ARGUMENT, "bench: --set %s.%s=%g is shorter than --length %lld: make it as long",
+                    c->mechanism, longest, bench_option(o, longest), (long long)length);
         LS_TRY(ls_attention_set(o, longest, (double)length));
+    }
     return ls_attention_check(o);
 }
 

@@ -401,8 +401,10 @@ ls_status text_list_add(text_list *list, const char *item)
 
 ls_status refuse_option(const char *command, int answer, char *const *argv, const char *const *known)
 {
-    /* getopt_long has moved on past what it refuses, except from the middle of a cluster of short options */
-    const char *option = argv[optind - 1];
+    /* getopt_long has moved on past what it refuses, but from the letters after one dash, of which no option has any */
+    const char *next = argv[optind], *option = argv[optind - 1];
+    if (answer == '?' && next != NULL && next[0] == '-' && optopt != 0 && next[1] == optopt && next[2] != 0)
+        option = next;
     if (answer == ':') {
         LS_FAIL(LS_ERR_ARGUMENT, "%s: %s needs a value; see longspan %s --help", command, option, command);
     }

@@ -237,6 +237,13 @@ static void print(const char *title, const evaluation *e)
     printf("%-18s%.6f nats per token, %.6f bits per byte\n", title, e->nll, bits_per_byte(e->nll));
 }
 
+static int names_data(const eval_options *o)
+{
+    for (int i = 0; i < o->set.count; i++)
+        if (strncmp(o->set.item[i], "data.path=", strlen("data.path=")) == 0) return 1;
+    return o->data != NULL;
+}
+
 static ls_status evaluate(const eval_options *o, ranks *r, dataset **data, model **m, ls_real **params)
 {
     config c;
@@ -255,6 +262,10 @@ static ls_status evaluate(const eval_options *o, ranks *r, dataset **data, model
     LS_TRY(agree(r, device_reals(r, "eval: parameters", model_count(*m), params)));
     training_state s = {.params = *params};
     LS_TRY(load_everywhere(r, o->checkpoint, *m, &s));
+    if (!names_data(o) && s.data_digest != dataset_digest(*data))
+        LS_FAIL(LS_ERR_ARGUMENT,
+                "%s: is not the data set any more that %s was trained on: say --data %s to evaluate on it nevertheless",
+                path, o->checkpoint, path);
 
     evaluation_choice choice = o->choice;
     evaluation right, wrong = {0};

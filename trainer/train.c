@@ -305,6 +305,26 @@ static ls_status make_directories(const char *path)
     }
 }
 
+/* Without making any: whether the first of them that is missing could be made where it belongs. */
+static ls_status check_directories(const char *path)
+{
+    char part[PATH_SIZE];
+    struct stat found;
+    snprintf(part, sizeof part, "%s", path);
+    while (stat(part, &found) != 0) {
+        if (errno != ENOENT) LS_FAIL(LS_ERR_IO, "run.directory: %s cannot be made: %s", part, strerror(errno));
+        char *slash = strrchr(part, '/');
+        if (slash == NULL)
+            strcpy(part, ".");
+        else
+            slash[slash == part ? 1 : 0] = 0;
+    }
+    if (!S_ISDIR(found.st_mode)) LS_FAIL(LS_ERR_IO, "run.directory: %s is no directory", part);
+    if (access(part, W_OK | X_OK) != 0)
+        LS_FAIL(LS_ERR_IO, "run.directory: %s cannot be written to: %s", part, strerror(errno));
+    return LS_OK;
+}
+
 static void lock_path(const char *directory, char path[PATH_SIZE])
 {
     snprintf(path, PATH_SIZE, "%s/.lock", directory);
@@ -698,6 +718,8 @@ static ls_status train(const train_options *o, run *t)
         LS_TRY(agree(t->r, start(t)));
     if (t->r->rank == 0) print_warnings(t);
     if (o->dry_run) {
+        if (t->r->rank == 0) status = check_directories(t->c.run.directory);
+        LS_TRY(agree(t->r, status));
         if (t->r->rank == 0) print_plan(t);
         return LS_OK;
     }
